@@ -1,0 +1,61 @@
+# Each target starts from nothing but python3 and make.
+#
+#   make install   the environment in .venv
+#   make demo      train the tiny model on this machine, into a new folder under runs/
+#   make test      every test that needs neither a GPU nor a network (it uses a GPU where there is one)
+#   make lint      formatting, lint, types, who may import whom
+#   make format    mend what can be mended
+#   make bench     time the rollouts and the kernels
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+LMMS_EVAL := $(shell sed -n 's/^lmms-eval==/lmms-eval==/p' constraints.txt)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: install demo test lint format bench eval-extra clean
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+# torch first: a matching one is kept. A CUDA build of it brings its own triton, so our pin steps aside there.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys' 2>/dev/null || { echo "error: no $(PYTHON) found; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) -V) is too old; Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: this Python cannot make virtual environments; install them first: apt install python3-venv" >&2; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	sed '/^triton==/d' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt $(TORCH)
+	@$(BIN)/python -c 'import importlib.metadata as m, sys; sys.exit(any(r.startswith("triton") for r in m.requires("torch") or []))' && cp constraints.txt $(VENV)/constraints.txt || true
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/zipr1 train recipes/tiny.yaml
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python kernels/bench/rollout.py
+
+# lmms-eval without its dependencies: they would bring a torchvision that breaks a CPU build of torch.
+eval-extra: $(STAMP)
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e ".[dev,eval]"
+	$(BIN)/python -m pip install -q --no-deps $(LMMS_EVAL)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

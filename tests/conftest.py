@@ -1,0 +1,53 @@
+"""Tests are seeded and offline; those marked `gpu` are skipped where there is none."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random
+import socket
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+# Shared machines are slow at times: no test may fail for that.
+settings.register_profile("zipr1", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("zipr1")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def offline(request, monkeypatch):
+    """Any attempt to reach another machine fails, unless the test is marked `network`."""
+    if request.node.get_closest_marker("network"):
+        return
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            raise AssertionError(f"a test tried to reach {address}; tests run without a network")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+def pytest_collection_modifyitems(items):
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="no CUDA device")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)

@@ -1,0 +1,171 @@
+"""Reading clips and pictures: which frames come back, and what is said of files that cannot be read."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from zipr1.data import video
+from zipr1.data.media import load_media
+from zipr1.episode import Media
+from zipr1.errors import InputError
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """20 frames at 10 fps; frame i is grey of level 10 i."""
+    path = tmp_path / "clip.mp4"
+    frames = np.repeat((np.arange(20, dtype=np.uint8) * 10)[:, None, None, None], 32, axis=1)
+    video.write(path, np.ascontiguousarray(np.broadcast_to(frames, (20, 32, 64, 3))), 10.0)
+    return path
+
+
+@pytest.fixture(params=["decord", "pyav"])
+def backend(request, monkeypatch):
+    if request.param == "decord":
+        pytest.importorskip("decord")
+    else:
+        monkeypatch.setitem(sys.modules, "decord", None)
+    video.reader.cache_clear()
+    yield request.param
+    video.reader.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("max_frames", "fps", "rows"),
+    [
+        (None, None, list(range(20))),
+        (64, 30.0, list(range(20))),  # never more than the clip has
+        (64, 5.0, list(range(1, 20, 2))),
+        (4, 5.0, [2, 7, 12, 17]),  # the middles of four equal parts
+        (1, None, [10]),
+        (8, 0.1, [10]),
+    ],
+)
+def test_frames_are_spread_evenly(clip, backend, max_frames, fps, rows):
+    assert video.reader()[0] == backend
+    frames, seen_fps = video.read(clip, max_frames, fps)
+    assert frames.dtype == np.uint8
+    assert frames.shape == (len(rows), 32, 64, 3)
+    assert np.round(frames.mean((1, 2, 3)) / 10).astype(int).tolist() == rows
+    assert seen_fps == pytest.approx(10.0 * len(rows) / 20)
+
+
+def test_the_fallback_says_why_once(clip, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "decord", None)
+    video.reader.cache_clear()
+    video.read(clip)
+    video.read(clip)
+    assert video.reader()[0] == "pyav"
+    assert len([r for r in caplog.records if "decord cannot be imported" in r.message]) == 1
+    video.reader.cache_clear()
+
+
+def test_what_decord_cannot_read_goes_to_pyav(tmp_path, caplog):
+    pytest.importorskip("decord")
+    frames = np.full((4, 32, 48, 3), 90, np.uint8)  # decord 0.6 fails at this width
+    video.write(tmp_path / "narrow.mp4", frames, 4.0)
+    caplog.set_level("INFO", logger="zipr1")
+    read, fps = video.read(tmp_path / "narrow.mp4")
+    assert np.abs(read.astype(int) - frames).max() <= 3
+    assert fps == 4.0
+    assert "trying PyAV" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("gone.mp4", None, "no such video"),
+        ("empty.mp4", b"", "0 bytes"),
+        ("text.mp4", b"not a video at all" * 50, "cannot be read as a video"),
+        ("cut.mp4", "cut", "cannot be read as a video"),
+    ],
+)
+def test_bad_clips_are_named(clip, backend, tmp_path, name, content, words):
+    path = tmp_path / name
+    if content == "cut":
+        content = clip.read_bytes()[:600]
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=words) as error:
+        load_media(Media("video", path), 8)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_sound_file_is_no_clip(backend, tmp_path):
+    import av
+
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(InputError, match=r"sound\.mp4"):
+        video.read(path)
+
+
+def _png(size=(40, 20)):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return pixels, file.getvalue()
+
+
+def test_images_come_back_as_rgb(tmp_path):
+    pixels, content = _png()
+    (tmp_path / "a.png").write_bytes(content)
+    read, fps = load_media(Media("image", tmp_path / "a.png"), 8)
+    assert np.array_equal(read, pixels)
+    assert fps is None
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
+    grey, _ = load_media(Media("image", str(tmp_path / "grey.png")), 8)
+    assert np.array_equal(grey, np.repeat(pixels[..., :1], 3, axis=-1))
+
+
+def test_exif_turns_the_image(tmp_path):
+    pixels, _ = _png()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    read, _ = load_media(Media("image", tmp_path / "turned.png"), 8)
+    assert np.array_equal(read, np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no such image"),
+        (b"", "0 bytes"),
+        (b"hello", "not an image"),
+        (_png()[1][:700], "damaged"),
+    ],
+    ids=["missing", "empty", "text", "cut"],
+)
+def test_bad_images_are_named(tmp_path, content, words):
+    path = tmp_path / "bad.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=words) as error:
+        load_media(Media("image", path), 8)
+    assert str(path) in str(error.value)
+
+
+def test_arrays_pass_through_and_are_checked():
+    frames = np.arange(12, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    read, fps = load_media(Media("video", frames, 4.0), 16)
+    assert np.array_equal(read, frames)
+    assert fps == 4.0
+    read, fps = load_media(Media("video", frames, 4.0), 6)
+    assert read[:, 0, 0, 0].tolist() == [1, 3, 5, 7, 9, 11]
+    assert fps == 2.0
+    with pytest.raises(InputError, match="float64"):
+        load_media(Media("image", np.zeros((4, 4, 3))), 8)
+    with pytest.raises(InputError, match=r"\(4, 4\)"):
+        load_media(Media("image", np.zeros((4, 4), np.uint8)), 8)

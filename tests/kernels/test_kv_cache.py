@@ -1,0 +1,92 @@
+"""Pruning a cache and decoding against it."""
+
+import pytest
+import torch
+from zipr1_kernels import kv_compact, pack_indices, sparse_decode, sparse_prefill
+
+KEEP = torch.tensor([[0, 1, 0, 1, 1, 0], [0, 0, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_pack_indices_by_hand():
+    index, count = pack_indices(KEEP)
+    assert count.tolist() == [3, 1, 6]
+    assert index.tolist() == [[1, 3, 4, 4, 4, 4], [2] * 6, [0, 1, 2, 3, 4, 5]]
+    index, _ = pack_indices(KEEP[:2])
+    assert index.tolist() == [[1, 3, 4], [2, 2, 2]]
+
+
+def test_kv_compact_reads_only_what_is_named():
+    k, v = normal(3, 2, 6, 4), normal(3, 2, 6, 5, seed=1)
+    k.transpose(1, 2)[~KEEP] = torch.nan
+    index, count = pack_indices(KEEP)
+    k.requires_grad_()
+    small_k, small_v = kv_compact(k, v, index)
+    assert small_k.isfinite().all()
+    for b in range(3):
+        slots = KEEP[b].nonzero()[:, 0]
+        assert torch.equal(small_k[b, :, : count[b]], k[b][:, slots])
+        assert torch.equal(small_v[b, :, : count[b]], v[b][:, slots])
+    small_k.sum().backward()
+    assert (k.grad.transpose(1, 2)[~KEEP] == 0).all()
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_decode_equals_brute_force(queries, heads):
+    batch, q_heads, n = 3, 4, 7
+    q = normal(batch, q_heads, queries, 8).requires_grad_()
+    k, v = normal(batch, heads, n, 8, seed=1), normal(batch, heads, n, 6, seed=2)
+    k, v = k.requires_grad_(), v.requires_grad_()
+    valid = torch.ones(batch, n, dtype=torch.bool)
+    valid[0, 2:4] = False
+    valid[1, 0] = False
+    valid[2, 6] = False
+    row = torch.arange(n - queries, n)
+    seen = valid[:, None, None] & (torch.arange(n) <= row[:, None])
+    wide_k, wide_v = (x.repeat_interleave(q_heads // heads, 1) for x in (k, v))
+    weights = (q @ wide_k.mT * 0.3).masked_fill(~seen, -1e300).softmax(-1)
+    want = weights @ wide_v
+    got = sparse_decode(q, k, v, valid, scale=0.3)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    grad = normal(*want.shape, seed=4)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, (q, k, v), grad),
+        torch.autograd.grad(want, (q, k, v), grad),
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+def test_finite_garbage_in_invalid_slots_has_no_effect():
+    q, k, v = normal(1, 2, 2, 4), normal(1, 2, 6, 4, seed=1), normal(1, 2, 6, 4, seed=2)
+    valid = torch.tensor([[True, True, False, False, True, True]])
+    clean = sparse_decode(q, k, v, valid)
+    k[:, :, 2:4] = 1e6
+    v[:, :, 2:4] = -1e6
+    assert torch.equal(sparse_decode(q, k, v, valid), clean)
+
+
+def test_decoding_token_by_token_equals_prefill_of_the_kept_and_the_new():
+    """The cache pruned to T and two new tokens is attention over T and those tokens."""
+    q, k, v = normal(3, 4, 8, 4), normal(3, 2, 8, 4, seed=1), normal(3, 2, 8, 4, seed=2)
+    keep = torch.cat([KEEP, torch.ones(3, 2, dtype=torch.bool)], -1)
+    want = sparse_prefill(q, k, v, keep)[:, :, 6:]
+    index, count = pack_indices(KEEP)
+    cache = kv_compact(k, v, index)
+    valid = torch.arange(index.shape[1]) < count[:, None]
+    new = torch.ones(3, 2, dtype=torch.bool)
+    both = [torch.cat([old, x[:, :, 6:]], 2) for old, x in zip(cache, (k, v))]
+    got = sparse_decode(q[:, :, 6:], *both, torch.cat([valid, new], -1))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    first = [x[:, :, :-1] for x in both]
+    got = sparse_decode(q[:, :, 6:7], *first, torch.cat([valid, new[:, :1]], -1))
+    torch.testing.assert_close(got, want[:, :, :1], rtol=0, atol=1e-12)
+
+
+def test_more_queries_than_slots_is_refused():
+    with pytest.raises(ValueError, match="append the queries' own k and v first"):
+        sparse_decode(normal(1, 2, 3, 4), normal(1, 2, 2, 4), normal(1, 2, 2, 4))

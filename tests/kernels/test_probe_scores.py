@@ -1,0 +1,113 @@
+"""Probe scores against loops over samples, heads and probes."""
+
+import pytest
+import torch
+from zipr1_kernels import probe_scores
+from zipr1_kernels.probe_scores import reference
+
+CASES = [(4, 4, True), (4, 2, True), (4, 2, False), (6, 1, False)]
+
+
+def example(heads=2, q_heads=4, dtype=torch.float64):
+    """Three samples: padded left, full, padded right; the last probe of the last is invalid."""
+    g = torch.Generator().manual_seed(1)
+    batch, length, dim, count = 3, 9, 5, 4
+    q = torch.randn(batch, q_heads, count, dim, generator=g, dtype=dtype)
+    k = torch.randn(batch, heads, length, dim, generator=g, dtype=dtype)
+    probes = torch.tensor([[4, 6, 7, 8], [0, 3, 7, 8], [1, 2, 4, 4]])
+    valid = torch.tensor([[True] * 4, [True] * 4, [True] * 3 + [False]])
+    slots = torch.arange(length)
+    candidates = torch.stack([slots >= 3, slots >= 0, slots < 5])
+    return q, k, probes, valid, candidates
+
+
+def brute(q, k, probes, valid, candidates, normalise):
+    batch, q_heads, _, dim = q.shape
+    out = torch.zeros(candidates.shape, dtype=q.dtype)
+    for b in range(batch):
+        used = [r for r in range(q.shape[2]) if valid[b, r]]
+        seen = torch.zeros(candidates.shape[1])
+        for r in used:
+            keys = [j for j in range(probes[b, r] + 1) if candidates[b, j]]
+            seen[keys] += 1
+            for h in range(q_heads):
+                group = h // (q_heads // k.shape[1])
+                out[b, keys] += (k[b, group, keys] @ q[b, h, r] / dim**0.5).softmax(0)
+        if normalise:
+            out[b] /= seen.clamp_min(1)
+    return out
+
+
+@pytest.mark.parametrize(("q_heads", "heads", "normalise"), CASES)
+def test_equals_brute_force(q_heads, heads, normalise, monkeypatch):
+    args = example(heads, q_heads)
+    want = brute(*args, normalise)
+    torch.testing.assert_close(probe_scores(*args, normalise=normalise), want)
+    monkeypatch.setattr(reference, "CHUNK", 0)
+    torch.testing.assert_close(probe_scores(*args, normalise=normalise), want)
+
+
+def test_raw_rows_sum_to_heads_times_valid_probes():
+    scores = probe_scores(*example(dtype=torch.float32), normalise=False)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.sum(-1), torch.tensor([16.0, 16.0, 12.0]))
+
+
+def test_columns_no_probe_sees_and_padding_are_exactly_zero():
+    q, k, probes, valid, candidates = example()
+    scores = probe_scores(q, k, probes.clamp_max(6), valid, candidates)
+    assert (scores[1, 7:] == 0).all()
+    assert (scores[~candidates] == 0).all()
+    assert (scores[1, :7] > 0).all()
+
+
+def test_bfloat16_is_scored_in_float32():
+    q, k, *rest = example(dtype=torch.float32)
+    q, k = q.bfloat16(), k.bfloat16()
+    torch.testing.assert_close(probe_scores(q, k, *rest), probe_scores(q.float(), k.float(), *rest))
+
+
+def test_nan_in_padding_and_invalid_probes_leaks_nowhere():
+    q, k, probes, valid, candidates = example()
+    clean = probe_scores(q, k, probes, valid, candidates)
+    q, k = q.clone(), k.clone()
+    q[2, :, 3] = torch.nan
+    k.transpose(1, 2)[~candidates] = torch.nan
+    q.requires_grad_()
+    k.requires_grad_()
+    scores = probe_scores(q, k, probes, valid, candidates)
+    assert torch.equal(scores, clean)
+    scores.square().sum().backward()
+    assert q.grad.isfinite().all()
+    assert k.grad.isfinite().all()
+    assert (q.grad[2, :, 3] == 0).all()
+
+
+def test_a_sample_without_probes_is_zero_and_finite():
+    q, k, probes, valid, candidates = example()
+    valid[0] = False
+    q.requires_grad_()
+    scores = probe_scores(q, k, probes, valid, candidates)
+    scores.sum().backward()
+    assert (scores[0] == 0).all()
+    assert q.grad.isfinite().all()
+
+
+def test_gradients_equal_brute_force():
+    q, k, *rest = example()
+    weight = torch.randn(3, 9, dtype=q.dtype, generator=torch.Generator().manual_seed(2))
+    q.requires_grad_()
+    k.requires_grad_()
+    got = torch.autograd.grad((probe_scores(q, k, *rest) * weight).sum(), (q, k))
+    want = torch.autograd.grad((brute(q, k, *rest, True) * weight).sum(), (q, k))
+    torch.testing.assert_close(got, want)
+
+
+def test_wrong_arguments_say_what_came():
+    q, k, probes, valid, candidates = example()
+    with pytest.raises(ValueError, match=r"probes has shape \(3, 3\).*\(B, R\) = \(3, 4\)"):
+        probe_scores(q, k, probes[:, :3], valid, candidates)
+    with pytest.raises(ValueError, match=r"candidates has dtype torch\.int64"):
+        probe_scores(q, k, probes, valid, candidates.long())
+    with pytest.raises(ValueError, match="3 query heads cannot share 2"):
+        probe_scores(q[:, :3], k, probes, valid, candidates)

@@ -1,0 +1,58 @@
+"""What the tree must look like for imports, installs and readers."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("folder", ["kernels", "tests", "tests/kernels"])
+def test_no_package_named_kernels(folder):
+    """`kernels` is also Hugging Face's kernel hub client, which transformers imports."""
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_files_stay_readable():
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in ROOT.glob("zipr1/**/*.py")
+    }
+    assert len(lengths) > 5
+    assert {name: n for name, n in lengths.items() if n > 400} == {}
+
+
+def test_constraints_are_plain_pins():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert [p for p in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", p)] == []
+    assert {
+        "torch==2.13.0",
+        "transformers==5.23.0",
+        "triton==3.9.0",
+        "peft==0.21.2",
+        "lmms-eval==0.7.3",
+    } <= set(pins)
+
+
+def test_no_registry_or_link_decides_what_is_installed():
+    for name in ("constraints.txt", "pyproject.toml", "Makefile", ".ci/run"):
+        text = (ROOT / name).read_text()
+        assert not re.search(
+            r"https?://|git\+|file://|--index-url|--extra-index-url|--find-links", text
+        ), name
+
+
+def test_every_core_dependency_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"[A-Za-z0-9_.-]+", d)[0].lower() for d in project["dependencies"]}
+    pinned = {
+        line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
+    assert names - pinned == set()
+
+
+def test_scripts_can_be_run():
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111

@@ -1,0 +1,50 @@
+"""From rewards of a group of rollouts to advantages. Shapes: P prompts, N rollouts of each."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+# Added to the group's standard deviation: a group of equal rewards gets 0, not 0 / 0.
+EPSILON = 1e-6
+
+
+def advantages(
+    rewards: torch.Tensor,
+    baseline: Literal["leave_one_out", "mean"],
+    scale: Literal["none", "std"],
+) -> torch.Tensor:
+    """`(P, N)` rewards -> `(P, N)` float32 advantages within each prompt's group.
+
+    baseline `leave_one_out`: r_i - mean of the others (RLOO, arXiv 2402.14740), unbiased also when
+    the rollouts' budgets differ; a lone rollout gets 0. `mean`: r_i - mean of all.
+    scale `std`: divided by the group's population standard deviation + 1e-6 (with `mean`: GRPO,
+    arXiv 2402.03300, used by arXiv 2504.18579, which does not say which deviation).
+    """
+    # float64: the rounding of a mean of equal rewards, divided by 1e-6, would not be small.
+    r = rewards.to(torch.float64)
+    count = r.shape[1]
+    out = r - r.mean(1, keepdim=True)
+    if baseline == "leave_one_out" and count > 1:
+        out = out * (count / (count - 1))
+    if scale == "std":
+        out = out / (r.std(1, keepdim=True, correction=0) + EPSILON)
+    return out.to(torch.float32)
+
+
+def gate(correct: torch.Tensor) -> torch.Tensor:
+    """C: `(P, N)` bool -> `(P,)` float32, 1 where any rollout of the prompt is right, else 0."""
+    return correct.any(1).to(torch.float32)
+
+
+def group_reward(
+    correct: torch.Tensor, token_ratio: torch.Tensor, weight: float, reduction: float
+) -> torch.Tensor:
+    """r = weight * correct + reduction * C * (1 - token ratio), arXiv 2504.18579.
+
+    correct: `(P, N)` bool; token_ratio: `(P, N)` float in (0, 1]. Returns `(P, N)` float32.
+    Without C the model learns to save tokens on questions it cannot answer.
+    """
+    saved = 1 - token_ratio.to(torch.float32)
+    return weight * correct.to(torch.float32) + reduction * gate(correct)[:, None] * saved

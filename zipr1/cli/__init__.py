@@ -1,0 +1,110 @@
+"""The command line: `zipr1 COMMAND`. One thin file per command; torch is imported when a command runs.
+
+Exit codes: 0, 1 for a failure, 2 for wrong input, 130 after Ctrl-C, 143 after SIGTERM. What goes wrong is told in
+one line on stderr; a traceback means a bug.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+import zipr1
+from zipr1.cli.train import train
+from zipr1.errors import ZipError
+
+app = typer.Typer(
+    name="zipr1",
+    help="Reinforcement learning that teaches a vision-language model to look at fewer tokens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(train)
+
+# What a disk or a file's owner can refuse; any other OSError is ours to explain, with a traceback.
+REFUSED = {
+    errno.ENOSPC: "free some space, then resume",
+    errno.EDQUOT: "free some of your quota, then resume",
+    errno.EROFS: "give a folder that can be written",
+    errno.EACCES: "give a path that you may use",
+    errno.EPERM: "give a path that you may use",
+    errno.EIO: "check the disk",
+}
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end. No Exception: nothing on the way up may take it for a failure."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"zipr1 {zipr1.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The entry point. Always leaves by SystemExit."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
+    try:
+        app()
+    except ZipError as error:
+        _leave(str(error), error.exit_code)
+    except Stopped as stop:
+        name = "stopped by SIGTERM" if stop.number == signal.SIGTERM else "interrupted"
+        _leave(
+            f"{name}; saved checkpoints are complete: go on with --resume DIR", 128 + stop.number
+        )
+    except MemoryError:
+        _leave("out of memory; use a smaller batch (train.micro_batch, evaluation.batch)", 1)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader left: nobody to tell
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        path = f"{error.filename}: " if error.filename else ""
+        _leave(f"{path}{error.strerror}; {REFUSED[error.errno]}", 1)
+    except RuntimeError as error:
+        if not _is_device_memory(error):
+            raise
+        _leave("the device is out of memory; use a smaller train.micro_batch or model.lora", 1)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+def _is_device_memory(error: RuntimeError) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def _leave(message: str, code: int) -> None:
+    line = " ".join(message.split())
+    console = Console(stderr=True, highlight=False)
+    console.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
+    sys.exit(code)

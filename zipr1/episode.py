@@ -1,0 +1,80 @@
+"""The nouns that every other file passes on: Media, Prompt, Rollout, Group.
+
+Shapes in names: P prompts, N rollouts of one prompt (budgets), D decoder layers, T answer tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@dataclass(frozen=True)
+class Media:
+    """One picture or clip, not yet decoded.
+
+    source: a path, or pixels already in memory: uint8, `(H, W, 3)` for an image, `(F, H, W, 3)` for a video.
+    fps: frames per second of `source` frames that are in memory; None for images and for files (read there).
+    """
+
+    kind: Literal["image", "video"]
+    source: str | Path | np.ndarray
+    fps: float | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question about some media, and what would be a right answer.
+
+    messages: chat turns `{"role", "content": [{"type": "image" | "video"} | {"type": "text", "text"}]}`, ending
+        with a user turn; each image or video entry takes the next element of `media`.
+    task: the benchmark it counts for (`digits`, ...); kind: the kind of question within it.
+    picture: questions with the same value share media: intervals are clustered by it, vision runs once for it.
+    """
+
+    id: str
+    messages: Sequence[dict[str, Any]]
+    media: tuple[Media, ...]
+    answer: str
+    task: str = "default"
+    kind: str = "default"
+    picture: str = ""
+    reward: str | None = None
+
+
+@dataclass
+class Rollout:
+    """One sampled answer of one prompt under one budget.
+
+    thresholds: `(D,)` float32, the p of each layer. tokens: `(T,)` int64 sampled ids, the end token included.
+    logprobs: `(T,)` float32 of the sampler. kept: per layer, ascending int32 positions in the unpadded prompt.
+    token_ratio: mean over layers of kept / prompt length, from the physical cache lengths.
+    """
+
+    thresholds: torch.Tensor
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+    kept: list[torch.Tensor]
+    prompt_length: int
+    token_ratio: float
+    text: str
+    rewards: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def layer_ratios(self) -> list[float]:
+        """Kept fraction of the prompt in each layer, in (0, 1]."""
+        return [len(k) / self.prompt_length for k in self.kept]
+
+
+@dataclass
+class Group:
+    """All rollouts of one prompt: the unit of the baseline and of the gate."""
+
+    prompt: Prompt
+    rollouts: list[Rollout]

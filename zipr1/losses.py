@@ -1,0 +1,112 @@
+"""Loss terms: clipped surrogates, KL to the dense reference, token log-probabilities.
+
+Tensors in, tensors out; nothing here knows a model. Shapes: B sequences, T answer tokens, V words.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+
+def clipped_surrogate(
+    logp_new: torch.Tensor,
+    logp_old: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    clip: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """- min(ratio A, clamp(ratio, 1 - clip, 1 + clip) A) per token: PPO, arXiv 1707.06347 eq. 7.
+
+    Args:
+        logp_new: `(B, T)` float, with gradient; logp_old: `(B, T)` of the sampler.
+        advantages: `(B,)`, one for all tokens of a sequence.
+        mask: `(B, T)` bool, answer tokens; what the others hold (NaN included) has no effect.
+
+    Returns:
+        loss: scalar, the mean over a sequence's tokens, then over the B sequences (GRPO,
+            arXiv 2402.03300 eq. 3); a sequence without tokens counts as 0.
+        stats: over answer tokens, detached scalars: `ratio_mean`, `ratio_max`, `clip_fraction`
+            (share with |ratio - 1| > clip).
+    """
+    ratio = (logp_new - logp_old.detach()).masked_fill(~mask, 0).exp()
+    gain = _pessimistic(ratio, advantages[:, None], clip).masked_fill(~mask, 0)
+    loss = -(gain.sum(-1) / mask.sum(-1).clamp_min(1)).mean()
+    return loss, _stats(ratio, mask, clip)
+
+
+def clipped_action(
+    logp_new: torch.Tensor, logp_old: torch.Tensor, advantages: torch.Tensor, clip: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The same surrogate for one action per sequence, such as the kept counts (`cut_log_prob`).
+
+    All `(B,)`. Returns the mean over sequences, and the stats of `clipped_surrogate`. Kept apart
+    from the answer's tokens because the ratio of a product of layers is clipped as one.
+    """
+    ratio = (logp_new - logp_old.detach()).exp()
+    loss = -_pessimistic(ratio, advantages, clip).mean()
+    return loss, _stats(ratio, torch.ones_like(ratio, dtype=torch.bool), clip)
+
+
+def token_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """log softmax(logits / temperature) at `tokens`, in float32.
+
+    logits: `(B, T, V)`; tokens: `(B, T)` int64 in 0..V-1 (at padding any valid id).
+    Returns `(B, T)` float32, <= 0 up to rounding.
+    """
+    scaled = logits.float() / temperature
+    chosen = scaled.gather(-1, tokens[..., None])[..., 0]
+    return chosen - scaled.logsumexp(-1)
+
+
+def kl_full(logits_new: torch.Tensor, logits_ref: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
+    """KL(policy || reference) of the next token, summed over the whole vocabulary.
+
+    Args:
+        logits_new: `(N, V)` finite, with gradient; logits_ref: `(N, V)` finite, used without.
+            Divide both by the sampling temperature first if it is not 1.
+        chunk: rows whose float32 distributions exist at once; more rows are recomputed in backward.
+
+    Returns:
+        `(N,)` float32, nats, >= 0 up to rounding. Per token it is exact; as a loss over sampled
+        answers it drops the term by which a token changes the KL of later ones.
+    """
+    reference = logits_ref.detach()
+    if len(logits_new) <= chunk:
+        return _kl_rows(logits_new, reference)
+    parts = [
+        checkpoint(_kl_rows, new, ref, use_reentrant=False)
+        for new, ref in zip(logits_new.split(chunk), reference.split(chunk), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def kl_k2(logp_new: torch.Tensor, logp_ref: torch.Tensor) -> torch.Tensor:
+    """0.5 * (logp_new - logp_ref)^2 at the sampled tokens, any shape; nats, >= 0.
+
+    Schulman, "Approximating KL Divergence" (2020), k2: low variance and little bias, and as a loss
+    its expected gradient is that of the KL; k1, the plain log-ratio, has expected gradient 0.
+    """
+    return 0.5 * (logp_new - logp_ref.detach()).square()
+
+
+def _pessimistic(ratio: torch.Tensor, advantages: torch.Tensor, clip: float) -> torch.Tensor:
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def _stats(ratio: torch.Tensor, mask: torch.Tensor, clip: float) -> dict[str, torch.Tensor]:
+    ratio = ratio.detach().masked_fill(~mask, 0)
+    count = mask.sum().clamp_min(1)
+    return {
+        "ratio_mean": ratio.sum() / count,
+        "ratio_max": ratio.max(),
+        "clip_fraction": (((ratio - 1).abs() > clip) & mask).sum() / count,
+    }
+
+
+def _kl_rows(logits_new: torch.Tensor, logits_ref: torch.Tensor) -> torch.Tensor:
+    new = logits_new.float().log_softmax(-1)
+    ref = logits_ref.float().log_softmax(-1)
+    return (new.exp() * (new - ref)).sum(-1)

@@ -1,0 +1,100 @@
+"""What a run ran on: versions, hardware, commit. Written to run.json."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import zipr1
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "triton",
+    "av",
+    "decord",
+)
+
+
+def describe(
+    command: Sequence[str] = (), device: str | None = None, seed: int | None = None
+) -> dict[str, Any]:
+    """run.json: the versions, seed, command, hardware, git commit (None outside a checkout) and the time."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": list(command),
+        "seed": seed,
+        "versions": versions(),
+        "hardware": hardware(device),
+        "git": git_commit(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"zipr1": zipr1.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def hardware(device: str | None = None) -> dict[str, Any]:
+    """CPUs this process may use, memory in bytes, and the accelerator's name and memory if `device` is one."""
+    import torch
+
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpus": cpus,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "threads": torch.get_num_threads(),
+        "device": device or "cpu",
+        "device_name": None,
+        "device_memory_bytes": None,
+    }
+    if device and device.startswith("cuda") and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.device(device))
+        found |= {"device_name": properties.name, "device_memory_bytes": properties.total_memory}
+    return found
+
+
+def git_commit() -> dict[str, Any] | None:
+    """The commit of the checkout that this code is in, and whether it had changes; None for an installed copy."""
+    here = Path(zipr1.__file__).parent
+    commit = _git(here, "log", "-1", "--format=%H", "--", ".")
+    head = _git(here, "rev-parse", "HEAD")
+    if not commit or not head:
+        return None
+    return {"commit": head, "changed": bool(_git(here, "status", "--porcelain", "--", "."))}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

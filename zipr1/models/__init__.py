@@ -1,0 +1,16 @@
+"""Models: the only place that knows transformers and peft."""
+
+from zipr1.models.attention import Request, sparse_attention
+from zipr1.models.policy import Answers, Features, Policy, load_policy, replay_masks
+from zipr1.models.processors import Encoded
+
+__all__ = [
+    "Answers",
+    "Encoded",
+    "Features",
+    "Policy",
+    "Request",
+    "load_policy",
+    "replay_masks",
+    "sparse_attention",
+]

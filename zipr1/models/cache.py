@@ -1,0 +1,111 @@
+"""The KV cache whose prompt part was pruned: a different number of tokens in every layer and sample.
+
+It tells transformers the *logical* length (positions, masks and stopping count every prompt token) and holds
+only the kept tokens. Kept tokens of a batch are right-padded to the longest sample, so memory is that of the
+longest; `valid` says which slots are real.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+class PrunedLayer(DynamicLayer):
+    """keys, values `(B, H, n, D)`; valid `(B, n)` bool; cumulative_length: tokens seen, kept or not."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        self.cumulative_length = 0
+        self.valid: torch.Tensor | None = None
+        self.incoming: torch.Tensor | None = None
+        self.pruned = False
+        self.prompt_counts: torch.Tensor | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Append `(B, H, q, D)`; slots are valid unless `incoming` `(B, q)` says that they are padding."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        batch, _, new, _ = key_states.shape
+        fresh = self.incoming
+        if fresh is None or fresh.shape != (batch, new):
+            fresh = torch.ones(batch, new, dtype=torch.bool, device=keys.device)
+        self.incoming = None
+        self.valid = fresh if self.valid is None else torch.cat([self.valid, fresh], dim=1)
+        self.cumulative_length += new
+        return keys, values
+
+    def prune(self, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor) -> None:
+        """Put the compacted prompt in place of the whole one. counts `(B,)`: kept tokens of each sample."""
+        self.keys, self.values = keys, values
+        slots = torch.arange(keys.shape[2], device=keys.device)
+        self.valid = slots[None] < counts[:, None]
+        self.prompt_counts = counts
+        self.pruned = True
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens; the pruned prompt itself cannot be cropped."""
+        if tokens_to_remove > 0:
+            raise ValueError("crop() takes a negative number of tokens to remove")
+        if tokens_to_remove == 0 or self.valid is None:
+            return
+        keep = self.keys.shape[2] + tokens_to_remove
+        if self.prompt_counts is not None and keep < int(self.prompt_counts.max()):
+            raise RuntimeError("crop() reached the pruned prompt; assisted decoding does not work with a pruned cache")
+        self.keys, self.values = self.keys[:, :, :keep], self.values[:, :, :keep]
+        self.valid = self.valid[:, :keep]
+        self.cumulative_length += tokens_to_remove
+
+    def _each(self, change: Any) -> None:
+        if self.valid is not None:
+            self.keys, self.values, self.valid = change(self.keys), change(self.values), change(self.valid)
+            if self.prompt_counts is not None:
+                self.prompt_counts = change(self.prompt_counts)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._each(lambda x: x[indices])
+
+    def reset(self) -> None:
+        super().reset()
+        self.cumulative_length = 0
+        self.valid = self.prompt_counts = None
+        self.pruned = False
+
+
+class PrunedCache(Cache):
+    """One `PrunedLayer` per decoder layer, made as layers are met."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=PrunedLayer)
+
+    @staticmethod
+    def replaces(cache: Any) -> bool:
+        """Whether `cache` is an empty default cache that a sparse prefill may swap for a pruned one."""
+        return isinstance(cache, DynamicCache) and cache.get_seq_length() == 0
+
+    def expect(self, incoming: torch.Tensor | None) -> None:
+        """Say which of the next tokens are padding: `(B, q)` bool, True for real ones."""
+        for layer in self.layers:
+            layer.incoming = incoming
+
+    def prompt_counts(self) -> torch.Tensor:
+        """`(B, D)` int64: prompt tokens physically held, by sample and layer."""
+        return torch.stack([layer.prompt_counts for layer in self.layers], dim=1)
+
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values held now, batch padding included."""
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in (layer.keys, layer.values))

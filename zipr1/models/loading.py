@@ -1,0 +1,175 @@
+"""Where a model comes from: the embedded one, a run, a folder, the hub, or `scratch`.
+
+Weights are read from safetensors only; remote code never runs unless the recipe asks for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.resources
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+
+from zipr1.errors import InputError
+from zipr1.models.processors import PixelSettings, Processor
+from zipr1.models.scratch import build_model, build_tokenizer
+from zipr1.recipe import Lora, Model
+
+# The run's own display shows what goes on; bars of loading and saving shards would break it.
+transformers.utils.logging.disable_progress_bar()
+
+# Families whose M-RoPE, placeholders and pixel layout the code below has been tested on.
+FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+
+# The text decoder alone: a list of suffixes would also hit the vision tower's gate, up and down projections.
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve(path: str) -> str:
+    """`tiny`, a run directory or a folder -> a folder; anything else is taken for a hub id.
+
+    Raises InputError for a path that looks local and does not exist, or a run without a checkpoint.
+    """
+    if path == "tiny":
+        return str(importlib.resources.files("zipr1") / "assets" / "tiny")
+    folder = Path(path)
+    if (folder / "last").exists():
+        return str((folder / "last" / "model").resolve())
+    if (folder / "run.json").exists():
+        raise InputError(f"model.path: the run {path} has no complete checkpoint yet; resume it or name another")
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise InputError(f"model.path: {path} has no config.json; give a model folder, a run, a hub id or 'tiny'")
+        return str(folder)
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise InputError(f"model.path: {path} does not exist; give a model folder, a run, a hub id or 'tiny'")
+    return path
+
+
+def choose_device(device: str | None) -> torch.device:
+    """The device asked for, else CUDA where there is one, else the CPU. Raises InputError if it is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device}: not usable here ({reason}); use cpu, or leave it out") from None
+    return chosen
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 on a CPU, where low precision is slower, not faster."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return WEIGHT_DTYPES[name]
+
+
+def load_parts(settings: Model, device: torch.device, seed: int) -> tuple[torch.nn.Module, Any, Processor]:
+    """Model in `settings.dtype` on `device`, tokenizer and processor. Raises InputError where nothing loads."""
+    dtype = choose_dtype(settings.dtype, device)
+    if settings.path == "scratch":
+        if not settings.config:
+            raise InputError("model.path is scratch and model.config is missing; see recipes/tiny_base.yaml")
+        tokenizer = build_tokenizer(settings.config["words"])
+        model = build_model(tokenizer, settings.config, seed)
+        folder = ""
+    else:
+        folder = resolve(settings.path)
+        model, tokenizer = _from_pretrained(folder, settings, dtype)
+    vision = model.config.vision_config
+    pixels = PixelSettings.read(folder, vision, settings.min_pixels, settings.max_pixels)
+    processor = Processor(tokenizer, pixels, model.config.image_token_id, model.config.video_token_id)
+    return model.to(device=device, dtype=dtype).eval(), tokenizer, processor
+
+
+def _from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[Any, Any]:
+    options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+        if config.model_type not in FAMILIES:
+            raise InputError(
+                f"model.path: {settings.path} is a {config.model_type}; this version handles {', '.join(FAMILIES)}"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, **options
+        )
+    except InputError:
+        raise
+    except (OSError, ValueError, json.JSONDecodeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        hint = "check the folder"
+        if not Path(folder).is_dir():
+            hint = f"download it first (hf download {folder}) or unset HF_HUB_OFFLINE"
+            if not os.environ.get("HF_HUB_OFFLINE"):
+                hint = f"check the name and the network, or download it first (hf download {folder})"
+        raise InputError(f"model.path: {settings.path} does not load ({reason}); {hint}") from None
+    return model, tokenizer
+
+
+def add_lora(model: torch.nn.Module, lora: Lora) -> Any:
+    """Adapters on the language model's projections; everything else frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        model,
+        LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=LORA_TARGETS),
+    )
+
+
+def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy whose weights never change, for the dense reference; the vision tower is shared, not copied."""
+    visual = model.model.visual
+    twin = copy.deepcopy(model, memo={id(visual): visual})
+    for name, parameter in twin.named_parameters():
+        if not name.startswith("model.visual."):
+            parameter.requires_grad_(False)
+    return twin.eval()
+
+
+def save_folder(model: torch.nn.Module, tokenizer: Any, settings: PixelSettings, folder: Path) -> None:
+    """A model folder that stock transformers loads: weights, config, tokenizer, chat template, pixel settings."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    pixels = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "size": {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels},
+        "patch_size": settings.patch,
+        "temporal_patch_size": settings.temporal,
+        "merge_size": settings.merge,
+        "image_mean": list(settings.mean),
+        "image_std": list(settings.std),
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n")
+
+
+def restore_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Read the safetensors of a model or adapter folder into `model`, in place. Raises KeyError for a stranger."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    if not tensors:
+        raise KeyError(f"no safetensors in {folder}")
+    if (folder / "adapter_config.json").exists():
+        from peft import set_peft_model_state_dict
+
+        known = set_peft_model_state_dict(model, tensors)
+        if known.unexpected_keys:
+            raise KeyError(f"unknown adapter weight {known.unexpected_keys[0]}")
+        return
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    if unexpected or set(missing) - tied:
+        raise KeyError(f"weights do not match: {[*unexpected, *missing][:2]}")

@@ -1,0 +1,350 @@
+"""The policy: one vision-language model that answers dense or sparse, samples, and scores given answers.
+
+Vision features are an input here, never recomputed: `look` runs the tower once for each distinct picture and
+its output serves every budget, every log-probability and every PPO epoch. Positions are computed once per prompt
+by the model's own `get_rope_index`, so that pruning cannot move them.
+
+Shapes: B rows, L slots, T answer tokens, D decoder layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from zipr1.episode import Prompt
+from zipr1.errors import InputError
+from zipr1.models.attention import ATTENTION, Request, sparse_attention
+from zipr1.models.cache import PrunedCache
+from zipr1.models.loading import (
+    add_lora,
+    choose_device,
+    frozen_copy,
+    load_parts,
+    restore_weights,
+    save_folder,
+)
+from zipr1.models.processors import Encoded, Processor
+from zipr1.recipe import Model
+from zipr1.sparsity import Record
+
+# Placeholders are never sampled: an answer with one would ask for a picture that is not there. Finite, so that
+# a KL over the vocabulary has no inf - inf.
+NEVER = -1e9
+
+Features = dict[str, torch.Tensor]
+
+
+@dataclass
+class Answers:
+    """What `generate` gives, a list entry per row. tokens `(T,)` with the end token if one came; logprobs `(T,)`
+    float32. counts `(B, D)`: prompt tokens in the physical cache (None when dense). kept[b][d]: ascending int32
+    positions in the unpadded prompt. heldout: `(B,)` score mass kept for probes that took no part in choosing."""
+
+    tokens: list[torch.Tensor]
+    logprobs: list[torch.Tensor]
+    counts: torch.Tensor | None
+    kept: list[list[torch.Tensor]] | None
+    heldout: torch.Tensor | None
+    kv_bytes: int
+
+
+class Policy:
+    """A loaded model with its processor. `vision_calls` counts pictures that went through the tower."""
+
+    def __init__(self, model: torch.nn.Module, processor: Processor, name: str, settings: Model) -> None:
+        self.settings = settings
+        self.name = name
+        self.processor = processor
+        model.set_attn_implementation({"text_config": ATTENTION})
+        for parameter in model.model.visual.parameters():
+            parameter.requires_grad_(settings.train_vision)
+        self.core: Any = model
+        self.adapted: Any = add_lora(model, settings.lora) if settings.lora else None
+        self.twin: Any = None
+        self.decoder = model.get_decoder()
+        self.layers = len(self.decoder.layers)
+        self.vision_calls = 0
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.decoder.embed_tokens.weight.device
+        return device
+
+    def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Names and parameters that the recipe trains."""
+        return [(n, p) for n, p in (self.adapted or self.core).named_parameters() if p.requires_grad]
+
+    def keep_reference(self) -> None:
+        """Remember the model as it is now as the dense reference (a frozen copy, unless adapters can be off)."""
+        if self.adapted is None and self.twin is None:
+            self.twin = frozen_copy(self.core)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[Any]:
+        """The dense reference's transformers model: the frozen copy, or this one with its adapter disabled."""
+        if self.adapted is None:
+            yield self.twin if self.twin is not None else self.core
+        else:
+            with self.adapted.disable_adapter():
+                yield self.core
+
+    def encode(
+        self, prompt: Prompt, media: Sequence[tuple[np.ndarray, float | None]], max_tokens: int
+    ) -> Encoded:
+        """Tokenise `prompt`; media: its decoded pixels (uint8) and their frames per second, in order.
+
+        Raises InputError for placeholders that do not match, or a prompt over max_tokens.
+        """
+        visuals = [
+            self.processor.visual(m.kind, pixels, fps)
+            for m, (pixels, fps) in zip(prompt.media, media, strict=True)
+        ]
+        try:
+            ids = self.processor.ids(self.processor.text(prompt.messages), visuals)
+        except InputError as error:
+            raise InputError(f"{prompt.id}: {error}") from None
+        if len(ids) > max_tokens:
+            raise InputError(
+                f"{prompt.id}: the prompt has {len(ids)} tokens and data.max_prompt_tokens is "
+                f"{max_tokens}; raise it, or lower model.max_pixels or data.max_frames"
+            )
+        return self.place(ids, visuals, prompt.picture or prompt.id)
+
+    def place(self, ids: torch.Tensor, visuals: Sequence[Any], picture: str) -> Encoded:
+        """Positions of ids `(l,)` by the model's own rule."""
+        types = (ids == self.processor.placeholder["image"]).int()
+        types += 2 * (ids == self.processor.placeholder["video"]).int()
+        grids = {
+            kind: torch.tensor([v.grid for v in visuals if v.kind == kind], dtype=torch.long)
+            for kind in ("image", "video")
+        }
+        seconds = torch.tensor([v.seconds for v in visuals if v.kind == "video"])
+        positions, delta = self.core.model.get_rope_index(
+            ids[None],
+            mm_token_type_ids=types[None],
+            image_grid_thw=grids["image"] if len(grids["image"]) else None,
+            video_grid_thw=grids["video"] if len(grids["video"]) else None,
+            second_per_grid_ts=seconds if len(seconds) else None,
+        )
+        return Encoded(ids, positions[:, 0], len(ids) + int(delta.item()), tuple(visuals), picture)
+
+    def look(self, encoded: Sequence[Encoded], known: Features | None = None) -> Features:
+        """Vision features `(tokens, hidden)` by picture, each distinct picture once; those in `known` not again.
+
+        Differentiable only if the recipe trains the vision tower.
+        """
+        features: Features = dict(known or {})
+        todo = {e.picture: e for e in encoded if e.picture not in features}
+        parts: dict[str, list[torch.Tensor | None]] = {k: [None] * len(e.visuals) for k, e in todo.items()}
+        with torch.set_grad_enabled(self.settings.train_vision and torch.is_grad_enabled()):
+            for kind in ("image", "video"):
+                places = [(k, i) for k, e in todo.items() for i, v in enumerate(e.visuals) if v.kind == kind]
+                if not places:
+                    continue
+                visuals = [todo[k].visuals[i] for k, i in places]
+                patches = torch.cat([v.patches for v in visuals]).to(self.device)
+                grid = torch.tensor([v.grid for v in visuals], device=self.device)
+                run = self.core.model.get_image_features if kind == "image" else self.core.model.get_video_features
+                out = run(patches, grid)
+                split = out.pooler_output if hasattr(out, "pooler_output") else out
+                self.vision_calls += len(visuals)
+                for (k, i), part in zip(places, split, strict=True):
+                    parts[k][i] = part
+        hidden = self.decoder.config.hidden_size
+        empty = torch.zeros(0, hidden, device=self.device)
+        features.update({k: torch.cat([empty.to(p[0].dtype) if p else empty, *p]) for k, p in parts.items()})  # type: ignore[union-attr, list-item]
+        return features
+
+    def rows(
+        self, encoded: Sequence[Encoded], features: Features, answers: Sequence[torch.Tensor] | None, left: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Padded inputs: embeddings `(B, L, hidden)`, positions `(3, B, L)`, valid `(B, L)` bool."""
+        tails = answers if answers is not None else [encoded[0].ids[:0]] * len(encoded)
+        lengths = [len(e) + len(a) for e, a in zip(encoded, tails, strict=True)]
+        longest = max(lengths)
+        ids = torch.zeros(len(encoded), longest, dtype=torch.long)
+        positions = torch.zeros(3, len(encoded), longest, dtype=torch.long)
+        valid = torch.zeros(len(encoded), longest, dtype=torch.bool)
+        for b, (e, a) in enumerate(zip(encoded, tails, strict=True)):
+            start = longest - lengths[b] if left else 0
+            middle, stop = start + len(e), start + lengths[b]
+            ids[b, start:middle], ids[b, middle:stop] = e.ids, a.cpu()
+            positions[:, b, start:middle] = e.positions
+            positions[:, b, middle:stop] = e.next_position + torch.arange(len(a))
+            valid[b, start:stop] = True
+        pads = torch.tensor(list(self.processor.placeholder.values()))
+        visual = torch.isin(ids, pads).to(self.device)
+        embeds = self.decoder.embed_tokens(ids.to(self.device))
+        found = [features[e.picture] for e in encoded if e.visuals]
+        if found:
+            embeds = embeds.masked_scatter(visual[..., None], torch.cat(found).to(embeds.dtype))
+        return embeds, positions.to(self.device), valid.to(self.device)
+
+    def head(self, hidden: torch.Tensor, model: Any = None) -> torch.Tensor:
+        """Hidden states `(..., hidden)` -> float32 logits `(..., V)`, placeholders out of reach."""
+        logits = (model or self.core).lm_head(hidden).float()
+        blocked = torch.tensor(list(self.processor.placeholder.values()), device=logits.device)
+        return logits.index_fill(-1, blocked, NEVER)
+
+    def answer_logits(
+        self,
+        encoded: Sequence[Encoded],
+        features: Features,
+        answers: Sequence[torch.Tensor],
+        request: Request | None = None,
+        model: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Teacher-forced logits `(B, T, V)` of the answers, and their mask `(B, T)` bool.
+
+        request: the sparse forward (its `record` is filled); None for dense. model: the reference's, or None.
+        Rows are right-padded, so causality alone hides the padding and no mask is built.
+        """
+        embeds, positions, valid = self.rows(encoded, features, answers, left=False)
+        if request is not None:
+            prompt = torch.zeros_like(valid)
+            for b, e in enumerate(encoded):
+                prompt[b, : len(e)] = True
+            request.valid, request.prompt = valid, prompt
+        core = model or self.core
+        hidden = core.model(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+        longest = max(len(a) for a in answers)
+        steps = torch.arange(longest, device=hidden.device)
+        starts = torch.tensor([len(e) - 1 for e in encoded], device=hidden.device)
+        counts = torch.tensor([len(a) for a in answers], device=hidden.device)
+        mask = steps[None] < counts[:, None]
+        where = (starts[:, None] + steps[None]).clamp(max=hidden.shape[1] - 1)
+        picked = hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
+        return self.head(picked, core), mask
+
+    @torch.no_grad()
+    def generate(
+        self,
+        encoded: Sequence[Encoded],
+        features: Features,
+        request: Request | None,
+        max_new_tokens: int,
+        uniforms: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        model: Any = None,
+    ) -> Answers:
+        """Prefill and decode all rows together; sparse under `request`, dense without.
+
+        uniforms: `(B, >= max_new_tokens)` in [0, 1): row b samples its t-th token by inverse CDF of
+        uniforms[b, t]; a row of negative numbers, or None, is greedy. So what a row samples does not depend on
+        the batch it is in.
+        """
+        core = model or self.core
+        embeds, positions, valid = self.rows(encoded, features, None, left=True)
+        cache = PrunedCache() if request is not None else None
+        if request is not None:
+            request.valid = request.prompt = valid
+        with sparse_attention(core, request):
+            out = core.model(
+                inputs_embeds=embeds,
+                position_ids=positions,
+                attention_mask=None if bool(valid.all()) else valid.long(),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            state = out.past_key_values
+            counts = cache.prompt_counts() if cache is not None else None
+            kv_bytes = cache.kv_bytes() if cache is not None else _dense_bytes(state)
+            following = torch.tensor([e.next_position for e in encoded], device=self.device)
+            alive = torch.ones(len(encoded), dtype=torch.bool, device=self.device)
+            ends = torch.tensor(self.processor.end_ids, device=self.device)
+            hidden, tokens, scores, masks = out.last_hidden_state[:, -1], [], [], []
+            for step in range(max_new_tokens):
+                logprobs = (self.head(hidden, core) / temperature).log_softmax(-1)
+                choice = _choose(logprobs, None if uniforms is None else uniforms[:, step])
+                tokens.append(choice)
+                scores.append(logprobs.gather(-1, choice[:, None])[:, 0])
+                masks.append(alive)
+                alive = alive & ~torch.isin(choice, ends)
+                if step + 1 == max_new_tokens or not bool(alive.any()):
+                    break
+                if cache is None:
+                    valid = torch.cat([valid, valid.new_ones(len(encoded), 1)], dim=1)
+                hidden = core.model(
+                    inputs_embeds=self.decoder_embed(core, choice[:, None]),
+                    position_ids=(following + step)[None, :, None].expand(3, -1, -1),
+                    attention_mask=valid.long() if cache is None and not bool(valid.all()) else None,
+                    past_key_values=state,
+                    use_cache=True,
+                ).last_hidden_state[:, -1]
+        lengths = torch.stack(masks, dim=1).sum(1).tolist()
+        all_tokens, all_scores = torch.stack(tokens, dim=1).cpu(), torch.stack(scores, dim=1).cpu()
+        record = request.record if request is not None else None
+        starts = torch.tensor([embeds.shape[1] - len(e) for e in encoded])
+        return Answers(
+            tokens=[all_tokens[b, :n] for b, n in enumerate(lengths)],
+            logprobs=[all_scores[b, :n] for b, n in enumerate(lengths)],
+            counts=None if counts is None else counts.cpu(),
+            kept=None if record is None else record.kept_positions(starts),
+            heldout=None if record is None else _heldout(record),
+            kv_bytes=kv_bytes,
+        )
+
+    @staticmethod
+    def decoder_embed(core: Any, tokens: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = core.get_input_embeddings()(tokens)
+        return out
+
+    def save(self, folder: Path) -> None:
+        """A model folder in Hugging Face format (adapters stay beside the base they were trained on)."""
+        if self.adapted is not None:
+            self.adapted.save_pretrained(folder / "adapter")
+            return
+        save_folder(self.core, self.processor.tokenizer, self.processor.settings, folder)
+
+    def load_weights(self, folder: Path) -> None:
+        """Weights of a checkpoint made by `save` into this model. Raises InputError for another model's."""
+        path = folder / "adapter" if self.adapted is not None else folder
+        try:
+            restore_weights(self.adapted if self.adapted is not None else self.core, path)
+        except (OSError, RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{folder}: holds no weights of this model ({reason}); resume another run") from None
+
+
+def load_policy(settings: Model, device: str | None = None, seed: int = 0) -> Policy:
+    """The model a recipe names. Raises InputError if it cannot be loaded or is of an unknown family."""
+    model, _, processor = load_parts(settings, choose_device(device), seed)
+    return Policy(model, processor, settings.path, settings)
+
+
+def _choose(logprobs: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
+    """Next tokens `(B,)` from logprobs `(B, V)`: inverse CDF of uniforms `(B,)`, the argmax where negative."""
+    greedy = logprobs.argmax(-1)
+    if uniforms is None:
+        return greedy
+    cdf = logprobs.double().exp().cumsum(-1)
+    u = uniforms.to(logprobs.device).double()
+    sampled = torch.searchsorted(cdf, (u.clamp(min=0) * cdf[:, -1])[:, None], right=True)[:, 0]
+    return torch.where(u < 0, greedy, sampled.clamp(max=logprobs.shape[-1] - 1))
+
+
+def _dense_bytes(cache: Any) -> int:
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+def _heldout(record: Record) -> torch.Tensor | None:
+    masses = [layer.heldout_mass for layer in record.layers]
+    return None if any(m is None for m in masses) else torch.stack(masses).mean(0).cpu()  # type: ignore[arg-type]
+
+
+def replay_masks(kept: Sequence[list[torch.Tensor]], length: int, device: torch.device) -> list[torch.Tensor]:
+    """Kept positions by row and layer, of right-padded prompts -> per layer a `(B, length)` bool mask."""
+    masks = torch.zeros(len(kept[0]), len(kept), length, dtype=torch.bool)
+    for b, layers in enumerate(kept):
+        for d, positions in enumerate(layers):
+            masks[d, b, positions.long()] = True
+    return list(masks.to(device))

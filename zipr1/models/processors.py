@@ -1,0 +1,206 @@
+"""Prompts and pixels -> token ids, patches and grids, for models that read Qwen2-VL's input layout.
+
+Not transformers' processor classes: those need torchvision for video. Pictures and clips share one path here,
+PIL for resizing and numpy for the rest, and give the same patches as transformers' PIL image processor (tested).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from zipr1.errors import InputError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class PixelSettings:
+    """How pictures become patches. min_pixels, max_pixels: bounds of height x width after resizing, a frame."""
+
+    patch: int = 14
+    merge: int = 2
+    temporal: int = 2
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    @property
+    def factor(self) -> int:
+        """Pixels on a side of one token of the language model."""
+        return self.patch * self.merge
+
+    @classmethod
+    def read(cls, folder: str | Path, vision: Any, low: int | None, high: int | None) -> PixelSettings:
+        """Settings saved beside the weights in `folder`; patch sizes from the vision config; recipe's bounds win."""
+        saved: dict[str, Any] = {}
+        for name in ("processor_config.json", "preprocessor_config.json"):
+            path = Path(folder) / name
+            if path.is_file():
+                saved = json.loads(path.read_text())
+                saved = saved.get("image_processor", saved)
+                break
+        size = saved.get("size") or {}
+        default = cls()
+        return cls(
+            patch=vision.patch_size,
+            merge=vision.spatial_merge_size,
+            temporal=vision.temporal_patch_size,
+            min_pixels=low or size.get("shortest_edge") or saved.get("min_pixels") or default.min_pixels,
+            max_pixels=high or size.get("longest_edge") or saved.get("max_pixels") or default.max_pixels,
+            mean=tuple(saved.get("image_mean") or CLIP_MEAN),
+            std=tuple(saved.get("image_std") or CLIP_STD),
+        )
+
+
+def fit_size(height: int, width: int, settings: PixelSettings) -> tuple[int, int]:
+    """Nearest size with sides divisible by `factor` and area within the bounds (Qwen2-VL's "smart resize").
+
+    Raises InputError for an aspect ratio over 200, which the model has never seen.
+    """
+    factor, low, high = settings.factor, settings.min_pixels, settings.max_pixels
+    if max(height, width) > 200 * min(height, width):
+        raise InputError(f"a picture of {width} x {height} pixels: the longer side may be at most 200 times the other")
+    h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
+    if h * w > high:
+        shrink = math.sqrt(height * width / high)
+        h, w = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif h * w < low:
+        grow = math.sqrt(low / (height * width))
+        h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return h, w
+
+
+def patchify(frames: np.ndarray, settings: PixelSettings) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """uint8 `(F, H, W, 3)` -> float32 patches `(t * h * w, 3 * temporal * patch * patch)` and the grid `(t, h, w)`.
+
+    A missing last frame of a temporal patch repeats the one before it, so an image is a clip of one frame.
+    Patches are ordered so that the merge x merge patches of one token are neighbours.
+    """
+    height, width = fit_size(frames.shape[1], frames.shape[2], settings)
+    if (height, width) != frames.shape[1:3]:
+        resized = [Image.fromarray(f).resize((width, height), Image.Resampling.BICUBIC) for f in frames]
+        frames = np.stack([np.asarray(f) for f in resized])
+    if short := -len(frames) % settings.temporal:
+        frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)])
+    p, m, tp = settings.patch, settings.merge, settings.temporal
+    t, h, w = len(frames) // tp, height // p, width // p
+    scale = 1 / (255 * np.array(settings.std, np.float32))
+    shift = np.array(settings.mean, np.float32) / np.array(settings.std, np.float32)
+    pixels = frames.astype(np.float32) * scale - shift
+    pixels = pixels.reshape(t, tp, h // m, m, p, w // m, m, p, 3)
+    pixels = pixels.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    flat = np.ascontiguousarray(pixels.reshape(t * h * w, 3 * tp * p * p))
+    return torch.from_numpy(flat), (t, h, w)
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One picture or clip as the vision tower takes it. seconds: time one temporal patch spans (0 for images)."""
+
+    kind: str
+    patches: torch.Tensor
+    grid: tuple[int, int, int]
+    seconds: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One prompt, ready for the model. ids `(l,)` int64; positions `(3, l)` int64 of M-RoPE (text: all equal);
+    next_position: of the first answer token; picture: key under which vision features may be shared."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    next_position: int
+    visuals: tuple[Visual, ...]
+    picture: str
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+
+class Processor:
+    """Chat messages and decoded media -> ids with one placeholder per visual token, and patches."""
+
+    def __init__(self, tokenizer: Any, settings: PixelSettings, image_token: int, video_token: int) -> None:
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.placeholder = {"image": image_token, "video": video_token}
+        ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+        self.end_ids = sorted(i for i in ends if i is not None and i != tokenizer.unk_token_id)
+        self.end_id: int = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        if self.end_id is None or self.end_id == tokenizer.unk_token_id:
+            self.end_id = tokenizer.eos_token_id
+
+    def visual(self, kind: str, pixels: np.ndarray, fps: float | None) -> Visual:
+        """pixels: uint8 `(H, W, 3)` or `(F, H, W, 3)`; fps of the frames given."""
+        frames = pixels[None] if pixels.ndim == 3 else pixels
+        patches, grid = patchify(frames, self.settings)
+        seconds = self.settings.temporal / fps if kind == "video" and fps else 0.0
+        return Visual(kind, patches, grid, seconds, math.prod(grid) // self.settings.merge**2)
+
+    def text(self, messages: Sequence[Mapping[str, Any]], generation: bool = True) -> str:
+        """The chat as the model's template writes it, placeholders not yet expanded."""
+        return str(
+            self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
+        )
+
+    def ids(self, text: str, visuals: Sequence[Visual]) -> torch.Tensor:
+        """Token ids `(l,)` of a rendered chat, each placeholder repeated for its visual's tokens.
+
+        Raises InputError if the placeholders in the text are not those of the media.
+        """
+        raw = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        wanted = [self.placeholder[v.kind] for v in visuals]
+        found = [i for i in raw if i in self.placeholder.values()]
+        if found != wanted:
+            name = {i: kind for kind, i in self.placeholder.items()}
+            raise InputError(
+                f"the text has placeholders {[name[i] for i in found]} and the media are "
+                f"{[v.kind for v in visuals]}: give one placeholder per image or video, in the same order"
+            )
+        special, waiting = set(self.placeholder.values()), iter(visuals)
+        out: list[int] = []
+        for token in raw:
+            count = next(waiting).tokens if token in special else 1
+            out.extend([token] * count)
+        return torch.tensor(out, dtype=torch.long)
+
+    def answer_ids(self, answer: str) -> torch.Tensor:
+        """`(T,)` ids of an answer with its end token."""
+        raw = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        return torch.tensor([*raw, self.end_id], dtype=torch.long)
+
+    def decode(self, tokens: torch.Tensor | Sequence[int]) -> str:
+        """The text of answer tokens up to the first end token."""
+        values = tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
+        for place, token in enumerate(values):
+            if token in self.end_ids:
+                values = values[:place]
+                break
+        return str(self.tokenizer.decode(values, skip_special_tokens=True)).strip()
+
+    def answer_mask(self, ids: torch.Tensor) -> torch.Tensor:
+        """Bool `(l,)`: tokens an assistant says (its end token included) in a ChatML conversation."""
+        header = self.tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+        values, inside = ids.tolist(), False
+        mask = torch.zeros(len(values), dtype=torch.bool)
+        for i, token in enumerate(values):
+            if inside:
+                mask[i] = True
+                inside = token != self.end_id
+            elif values[max(0, i + 1 - len(header)) : i + 1] == header:
+                inside = True
+        return mask
+

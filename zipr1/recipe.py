@@ -1,0 +1,350 @@
+"""A run as data: typed, read from YAML, unknown keys refused with the nearest name.
+
+`load(path, overrides)` gives a `Recipe`; every number in the code comes from here. Types are strict: `"3"` and
+`true` are no numbers, and a key written twice is an error. Relative paths in a recipe start at the working folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from zipr1.errors import InputError
+from zipr1.yamltext import override, parse, read, show
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Lora(Section):
+    """Low-rank adapters on the language model's projections (peft)."""
+
+    rank: Positive = 16
+    alpha: Positive = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Model(Section):
+    """path: `tiny`, a run directory, a model folder, a hub id; `scratch` builds `config` with random weights."""
+
+    path: str = "tiny"
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    lora: Lora | None = None
+    train_vision: bool = False
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    config: dict[str, Any] | None = None
+    min_pixels: Positive | None = None
+    max_pixels: Positive | None = None
+
+
+class Data(Section):
+    """source: `digits` (embedded) or a .jsonl / .json / .parquet file; heldout: the same for held-out questions.
+
+    mix: shares of the embedded tasks among training prompts. prompts: how many training prompts are made.
+    on_bad_row: `error` stops with the row's number, `skip` counts them.
+    """
+
+    source: str = "digits"
+    heldout: str | None = None
+    mix: dict[str, Rate] = {"digits": 0.4, "moving_digits": 0.4, "hard_digits": 0.2}
+    prompts: Positive = 2048
+    heldout_prompts: Positive = 500
+    media_root: str | None = None
+    on_bad_row: Literal["error", "skip"] = "error"
+    max_frames: Positive = 16
+    fps: Annotated[float, Field(gt=0)] | None = None
+    max_prompt_tokens: Positive = 16384
+
+
+class Probes(Section):
+    """Queries whose attention scores the prompt: the last `recent`, and `random` others drawn by strata."""
+
+    recent: Count = 64
+    random: Count = 64
+
+    @model_validator(mode="after")
+    def _some(self) -> Probes:
+        if self.recent + self.random == 0:
+            raise ValueError("probes.recent and probes.random are both 0; give at least one probe")
+        return self
+
+
+class Sparse(Section):
+    """How prompt tokens are chosen. p is the share of score mass kept at inference (for `top_k`, `random`: of
+    tokens; for `threshold`: the score, relative to uniform, under which a token is dropped is 1 - p)."""
+
+    rule: Literal["top_p", "top_k", "threshold", "random"] = "top_p"
+    p: Share = 0.975
+    skip: Literal["attention", "layer"] = "attention"
+    keep_last: Positive = 4
+    probes: Probes = Probes()
+    normalise: bool = True
+    dense_below: Count = 0
+
+
+class Budgets(Section):
+    """Thresholds of the rollouts of one question: `count` values over [low, high].
+
+    sampling: `stratified` jitters one value in each of `count` equal cells, `independent` draws each uniformly.
+    per: `layer` draws for each decoder layer, `rollout` shares one value among the layers.
+    """
+
+    low: Share = 0.9375
+    high: Share = 0.9775
+    count: Positive = 8
+    per: Literal["layer", "rollout"] = "layer"
+    sampling: Literal["stratified", "independent"] = "stratified"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Budgets:
+        if self.low >= self.high:
+            raise ValueError(f"budgets.low ({self.low}) must be below budgets.high ({self.high})")
+        return self
+
+
+class Rewards(Section):
+    """Weights of the reward's parts; `correct` names the check of the answer (see zipr1/rewards)."""
+
+    correct: str = "exact"
+    weight: Rate = 1.0
+    reduction: Rate = 1.0
+
+
+class Efficiency(Section):
+    """What lowers the token ratio, and how hard.
+
+    method: a name in `zipr1.efficiency.METHODS`, or a sum such as `cut+pathwise`. weight: of E[token ratio].
+    max_accuracy_drop: fraction (0.005 = half a point) that answers at `sparse.p` may lose against the dense
+        reference on the same prompts; None turns the constraint off. The multiplier mu starts at 0, moves by
+        `step` times the violation, is clipped to [0, max_multiplier], and divides the weight by 1 + mu.
+    """
+
+    method: str = "pathwise"
+    weight: Rate = 3.0
+    max_accuracy_drop: Annotated[float, Field(ge=0, le=1)] | None = 0.005
+    step: Rate = 1.0
+    max_multiplier: Rate = 10.0
+
+
+class Ppo(Section):
+    """The clipped surrogate. policy_gradient scales it (0 switches it off). kl: weight of KL(policy || dense).
+
+    kl_estimator: `full` sums over the vocabulary at each answer token, `k2` is half the squared log-ratio.
+    baseline: `leave_one_out` or `mean` of the group; scale: `none` or the group's `std`.
+    """
+
+    policy_gradient: Rate = 1.0
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    epochs: Positive = 1
+    minibatches: Positive = 1
+    kl: Rate = 0.5
+    kl_estimator: Literal["full", "k2"] = "full"
+    baseline: Literal["leave_one_out", "mean"] = "leave_one_out"
+    scale: Literal["none", "std"] = "none"
+
+
+class Optim(Section):
+    """AdamW. schedule: `one_cycle` rises over `warmup` of the steps and falls to 0 by a cosine."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    weight_decay: Rate = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Train(Section):
+    """stage: `rl`, or `supervised` (cross-entropy on the answers). prompts: questions in a step.
+
+    micro_batch: most rows in one forward pass. save_every: steps between checkpoints (0: only at the end).
+    """
+
+    stage: Literal["rl", "supervised"] = "rl"
+    steps: Positive = 300
+    prompts: Positive = 8
+    micro_batch: Positive = 64
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    max_new_tokens: Positive = 16
+    save_every: Count = 100
+    keep_checkpoints: Positive = 2
+    tensorboard: bool = False
+
+
+class Supervised(Section):
+    """The supervised stage on embedded lessons. curriculum: pairs (first step, most digits in a scene).
+
+    questions: about each picture. video_share: of the pictures; hard_share: of an image's questions.
+    """
+
+    questions: Positive = 8
+    video_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    hard_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    curriculum: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = [
+        [0, 1],
+        [200, 3],
+        [500, 6],
+    ]
+
+
+class Evaluation(Section):
+    """Held-out questions before and after the training loop. batch: most questions in one forward pass."""
+
+    before: bool = True
+    after: bool = True
+    batch: Positive = 64
+
+
+class Recipe(Section):
+    """A whole run. Sections are documented in their classes."""
+
+    seed: Count = 0
+    model: Model = Model()
+    data: Data = Data()
+    sparse: Sparse = Sparse()
+    budgets: Budgets = Budgets()
+    rewards: Rewards = Rewards()
+    efficiency: Efficiency = Efficiency()
+    ppo: Ppo = Ppo()
+    optim: Optim = Optim()
+    train: Train = Train()
+    supervised: Supervised = Supervised()
+    evaluation: Evaluation = Evaluation()
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def sha256(self) -> str:
+        """Hash of the resolved recipe: the same values give the same hash, however they were written."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the YAML file `path`, with `a.b=c` overrides on top (c is read as YAML)."""
+    path = Path(path)
+    values = parse(read(path), str(path))
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise InputError(
+            f"{path}: the file holds {show(values)}; a recipe is a mapping of keys such as `seed: 0`"
+        )
+    overridden = [override(values, text) for text in overrides]
+    return validate(values, str(path), overridden)
+
+
+def validate(
+    values: Mapping[str, Any], source: str = "recipe", overridden: Sequence[str] = ()
+) -> Recipe:
+    """A `Recipe` from plain values, or one InputError that lists every problem.
+
+    source: named in front of each problem; keys in `overridden` are blamed on the command line instead.
+    """
+    try:
+        return Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        problems = []
+        for item in error.errors(include_url=False):
+            key = ".".join(str(part) for part in item["loc"] if part != "[key]")
+            blamed = any(
+                f"{key}.".startswith(f"{o}.") or o.startswith(f"{key}.") for o in overridden
+            )
+            problems.append(f"{'command line' if blamed else source}: {_problem(key, item)}")
+        raise InputError("; ".join(problems)) from None
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """`key: old -> new` for every value that differs."""
+    a, b = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return [
+        f"{key}: {show(a.get(key))} -> {show(b.get(key))}"
+        for key in dict.fromkeys([*a, *b])
+        if a.get(key) != b.get(key)
+    ]
+
+
+def _problem(key: str, item: Any) -> str:
+    kind, came, context = item["type"], show(item.get("input")), item.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key; {_nearest(key)}"
+    if kind == "value_error":
+        return f"{key}: {context['error']}" if key else str(context["error"])
+    limit = next((f"{context[k]:g}" for k in ("gt", "ge", "lt", "le") if k in context), "")
+    allowed = {
+        "model_type": "a mapping of keys is allowed",
+        "dict_type": "a mapping of names to values is allowed",
+        "list_type": "a list is allowed",
+        "int_type": "a whole number is allowed",
+        "float_type": "a number is allowed",
+        "bool_type": "true or false is allowed",
+        "string_type": "text is allowed; put it in quotes",
+        "finite_number": "a finite number is allowed",
+        "literal_error": f"allowed: {context.get('expected')}",
+        "greater_than": f"a number above {limit} is allowed",
+        "greater_than_equal": f"{limit} or more is allowed",
+        "less_than": f"a number below {limit} is allowed",
+        "less_than_equal": f"{limit} or less is allowed",
+    }.get(kind, item["msg"])
+    return f"{key}: got {came}; {allowed}"
+
+
+def _nearest(key: str) -> str:
+    """What to write instead of an unknown key: a neighbour, the same name elsewhere, or the list."""
+    *section, name = key.split(".")
+    here: type[BaseModel] = Recipe
+    for part in section:
+        here = _section_of(here, part) or here
+    near = difflib.get_close_matches(name, here.model_fields, n=1)
+    if near:
+        return f"did you mean {'.'.join([*section, near[0]])}?"
+    near = [k for k in _keys(Recipe) if k.rsplit(".")[-1] == name]
+    near = near or difflib.get_close_matches(name, _keys(Recipe), n=1)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"allowed here: {', '.join(here.model_fields)}"
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    found = []
+    for name in section.model_fields:
+        found.append(prefix + name)
+        inner = _section_of(section, name)
+        if inner:
+            found += _keys(inner, f"{prefix}{name}.")
+    return found
+
+
+def _section_of(section: type[BaseModel], name: str) -> type[BaseModel] | None:
+    if name not in section.model_fields:
+        return None
+    annotation = section.model_fields[name].annotation
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,162 @@
+"""Roll out every prompt at every budget, all in few batches, and remember what was kept.
+
+Everything random here is a function of (recipe seed, step, place of the prompt in the step), so the same step
+gives the same rollouts on any number of processes, in any batch, and after a resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from zipr1 import advantages, efficiency
+from zipr1.episode import Group, Prompt, Rollout
+from zipr1.models import Encoded, Features, Policy, Request
+from zipr1.recipe import Recipe
+from zipr1.rewards import find
+
+
+@dataclass
+class Batch:
+    """One step's rollouts. `encoded` and `features` belong to the groups' prompts, in their order.
+
+    cut_logprobs: per group `(N,)` log-probability of the kept counts when sampled; None unless `cut` is used.
+    gap: share of prompts that the dense reference answers right, minus that of the sparse policy at the
+    inference p, both greedy; None where the constraint is off. heldout: mean mass kept for held-out probes.
+    """
+
+    groups: list[Group]
+    encoded: list[Encoded]
+    features: Features
+    probe_seed: int
+    cut_logprobs: list[torch.Tensor] | None = None
+    gap: float | None = None
+    heldout: float = 1.0
+    accuracy: dict[str, float] = field(default_factory=dict)
+
+
+def probe_seed(recipe: Recipe, step: int) -> int:
+    """Probes are drawn anew in each training step; inference uses seed 0, which no step does."""
+    return 1 + int(np.random.SeedSequence([recipe.seed, step]).generate_state(1)[0])
+
+
+def by_length(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Indices in batches of at most `most`, alike in length, so that little is padding."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[i : i + most] for i in range(0, len(order), most)]
+
+
+def roll_out(
+    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], encoded: Sequence[Encoded], features: Features, step: int
+) -> Batch:
+    """Sample `budgets.count` answers of each prompt; with a constraint, one greedy answer at `sparse.p` more."""
+    budgets, settings = recipe.budgets, recipe.train
+    constrained = recipe.efficiency.max_accuracy_drop is not None
+    wants_cut = "cut" in efficiency.parse(recipe.efficiency.method)
+    each = budgets.count + constrained
+    limits, uniforms = [], []
+    for place in range(len(prompts)):
+        generator = torch.Generator().manual_seed(_seed(recipe.seed, step, place))
+        drawn = efficiency.thresholds(
+            budgets.count, policy.layers, budgets.low, budgets.high, budgets.per, budgets.sampling, generator
+        )
+        noise = torch.rand(budgets.count, settings.max_new_tokens, generator=generator)
+        if constrained:
+            drawn = torch.cat([drawn, torch.full((1, policy.layers), recipe.sparse.p)])
+            noise = torch.cat([noise, torch.full((1, settings.max_new_tokens), -1.0)])
+        limits.append(drawn)
+        uniforms.append(noise)
+    p, u = torch.cat(limits), torch.cat(uniforms)
+
+    groups = [Group(prompt, []) for prompt in prompts]
+    made: list[Rollout | None] = [None] * len(p)
+    cuts = torch.zeros(len(p))
+    seed, heldout = probe_seed(recipe, step), []
+    lengths = [len(encoded[row // each]) for row in range(len(p))]
+    for rows in by_length(lengths, settings.micro_batch):
+        request = Request(recipe.sparse, thresholds=p[rows], seed=seed, scores=wants_cut, audit=True)
+        answers = policy.generate(
+            [encoded[row // each] for row in rows], features, request, settings.max_new_tokens, u[rows],
+            settings.temperature,
+        )  # fmt: skip
+        assert answers.kept is not None and answers.counts is not None and answers.heldout is not None
+        heldout.append(answers.heldout)
+        if wants_cut:
+            assert request.record is not None
+            layers = [layer for layer in request.record.layers if layer.cut is not None]
+            cuts[rows] = efficiency.cut_log_prob(
+                [layer.cut for layer in layers if layer.cut is not None],
+                [layer.keep for layer in layers], budgets.low, budgets.high, budgets.per,
+            ).cpu()  # fmt: skip
+        for b, row in enumerate(rows):
+            length = len(encoded[row // each])
+            made[row] = Rollout(
+                thresholds=p[row],
+                tokens=answers.tokens[b],
+                logprobs=answers.logprobs[b],
+                kept=answers.kept[b],
+                prompt_length=length,
+                token_ratio=float(answers.counts[b].double().mean() / length),
+                text=policy.processor.decode(answers.tokens[b]),
+            )
+    greedy: list[float] = []
+    for place, group in enumerate(groups):
+        own = [r for r in made[place * each : (place + 1) * each] if r is not None]
+        right = reward_of(group.prompt, recipe)
+        for rollout in own:
+            rollout.rewards["correct"] = right(rollout.text, group.prompt.answer)
+        group.rollouts = own[: budgets.count]
+        greedy.extend(r.rewards["correct"] for r in own[budgets.count :])
+    batch = Batch(groups, list(encoded), features, seed, heldout=float(torch.cat(heldout).mean()))
+    if wants_cut:
+        batch.cut_logprobs = [c[: budgets.count] for c in cuts.split(each)]
+    if constrained:
+        dense = dense_right(policy, recipe, prompts, encoded, features)
+        batch.accuracy = {"dense": float(np.mean(dense)), "sparse": float(np.mean(greedy))}
+        batch.gap = batch.accuracy["dense"] - batch.accuracy["sparse"]
+    return batch
+
+
+def dense_right(
+    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], encoded: Sequence[Encoded], features: Features
+) -> list[float]:
+    """Whether the dense reference answers each prompt right, greedily."""
+    right = [0.0] * len(prompts)
+    with policy.reference() as model:
+        for rows in by_length([len(e) for e in encoded], recipe.train.micro_batch):
+            answers = policy.generate(
+                [encoded[i] for i in rows], features, None, recipe.train.max_new_tokens, model=model
+            )
+            for b, i in enumerate(rows):
+                said = policy.processor.decode(answers.tokens[b])
+                right[i] = reward_of(prompts[i], recipe)(said, prompts[i].answer)
+    return right
+
+
+def reward_of(prompt: Prompt, recipe: Recipe):  # type: ignore[no-untyped-def]
+    """The check of a prompt's answer: its own, or the recipe's."""
+    return find(prompt.reward or recipe.rewards.correct)
+
+
+def score(groups: Sequence[Group], recipe: Recipe) -> torch.Tensor:
+    """Rewards `(P, N)` that multiply answers' log-probabilities; each rollout's parts are kept in `rewards`.
+
+    The part for saved tokens counts only if the method says that answers are paid for it.
+    """
+    correct = torch.tensor([[r.rewards["correct"] for r in g.rollouts] for g in groups])
+    ratio = torch.tensor([[r.token_ratio for r in g.rollouts] for g in groups])
+    paid = recipe.rewards.reduction if "answers" in efficiency.parse(recipe.efficiency.method) else 0.0
+    total = advantages.group_reward(correct > 0, ratio, 0.0, paid) + recipe.rewards.weight * correct
+    opened = advantages.gate(correct > 0)
+    for i, group in enumerate(groups):
+        for n, rollout in enumerate(group.rollouts):
+            rollout.rewards["reduction"] = float(opened[i] * (1 - ratio[i, n]))
+            rollout.rewards["total"] = float(total[i, n])
+    return total
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,193 @@
+"""What a run is judged by: held-out questions before and after, summary.json, the curves and a picture."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from zipr1.checkpoint import RunDir, read_json
+from zipr1.data.media import load_media
+from zipr1.episode import Prompt
+from zipr1.errors import InputError
+from zipr1.heldout import Result, evaluate
+from zipr1.intervals import paired_difference
+from zipr1.metrics import question
+from zipr1.models import Policy
+from zipr1.recipe import Recipe, Sparse
+from zipr1.report import curves, kept_picture, summary_table
+
+BEFORE = "before.json"
+
+
+def measure(
+    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], settings: Sequence[Sparse | None], title: str,
+    console: Console,
+) -> list[Result]:  # fmt: skip
+    """`heldout.evaluate` with a bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(title, total=len(prompts))
+        return evaluate(policy, recipe, prompts, settings, lambda done: bar.update(task, completed=done))
+
+
+def measure_before(
+    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], folder: RunDir, console: Console
+) -> dict[str, Result]:
+    """The untouched model, dense and sparse, by name; read back from the run's folder when resuming.
+
+    Empty for the supervised stage and with `evaluation.before: false`.
+    """
+    if recipe.train.stage != "rl" or not recipe.evaluation.before:
+        return {}
+    path = folder.root / BEFORE
+    if path.is_file():
+        saved = read_json(path)
+        return {name: _unpacked(prompts, values) for name, values in saved.items()}
+    dense, sparse = measure(policy, recipe, prompts, [None, recipe.sparse], "held-out, before", console)
+    results = {"dense": dense, "before": sparse}
+    folder.write_json(BEFORE, {name: _packed(result) for name, result in results.items()})
+    return results
+
+
+def finish(
+    policy: Policy,
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    before: dict[str, Result],
+    folder: RunDir,
+    seconds: float,
+    console: Console,
+) -> dict[str, Any]:
+    """Measure the trained model, write summary.json, curves.png and kept-*.png, print the table."""
+    results = dict(before)
+    if recipe.evaluation.after:
+        wanted: list[Sparse | None] = [recipe.sparse] if "dense" in before else [None, recipe.sparse]
+        found = measure(policy, recipe, prompts, wanted, "held-out, after", console)
+        results |= dict(zip(("dense", "after")[-len(wanted) :], found, strict=True))
+    rollouts = recipe.train.steps * recipe.train.prompts * recipe.budgets.count
+    summary: dict[str, Any] = {
+        **_block(results, range(len(prompts))),
+        "by_task": _by(results, prompts, lambda p: p.task),
+        "by_kind": _by(results, prompts, lambda p: f"{p.task}/{p.kind}"),
+        "p": recipe.sparse.p,
+        "steps": recipe.train.steps,
+        "rollouts": rollouts if recipe.train.stage == "rl" else 0,
+        "seconds": round(seconds, 2),
+        "seed": recipe.seed,
+        "model": recipe.model.path,
+        "parameters": sum(p.numel() for p in policy.core.parameters()),
+        "recipe_sha256": recipe.sha256(),
+    }
+    for name, result in results.items():
+        if name != "dense":
+            summary[name]["heldout_mass"] = result.heldout
+            summary[name]["token_ratio_by_layer"] = result.layer_ratios.mean(0).tolist()
+    folder.write_summary(summary)
+    with contextlib.suppress(InputError):
+        curves(folder.root / "metrics.jsonl", folder.root / "curves.png")
+    if "after" in results:
+        pictures(policy, recipe, prompts, results, folder.root)
+        console.print(summary_table(summary))
+    console.print(f"everything is in {folder.root}", soft_wrap=True, highlight=False)
+    return summary
+
+
+def pictures(
+    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], results: dict[str, Result], root: Path
+) -> None:
+    """kept-<task>.png: for each task, the first question with one picture, and what each layer kept of it."""
+    for task in dict.fromkeys(p.task for p in prompts):
+        for i, prompt in enumerate(prompts):
+            if prompt.task != task or len(prompt.media) != 1:
+                continue
+            pixels, fps = load_media(prompt.media[0], recipe.data.max_frames, recipe.data.fps)
+            encoded = policy.encode(prompt, [(pixels, fps)], recipe.data.max_prompt_tokens)
+            visual = np.isin(encoded.ids.numpy(), list(policy.processor.placeholder.values()))
+            kept = []
+            for positions in results["after"].kept[i]:
+                mask = np.zeros(len(visual), dtype=bool)
+                mask[positions.numpy()] = True
+                kept.append(mask[visual])
+            t, h, w = encoded.visuals[0].grid
+            merge = policy.processor.settings.merge
+            answers = {name: r.said[i] for name, r in results.items() if name != "before"}
+            answers["right"] = prompt.answer
+            kept_picture(
+                pixels, (t, h // merge, w // merge), kept, question(prompt.messages), answers,
+                root / f"kept-{task}.png",
+            )  # fmt: skip
+            break
+
+
+@contextlib.contextmanager
+def board(recipe: Recipe, folder: RunDir) -> Iterator[Callable[[int, dict[str, Any]], None]]:
+    """A function that writes scalars to TensorBoard, if the recipe asks for it."""
+    if not recipe.train.tensorboard:
+        yield lambda step, metrics: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("train.tensorboard is on and tensorboard is missing; pip install 'zipr1[tensorboard]'") from None
+    writer = SummaryWriter(str(folder.root / "tensorboard"))
+
+    def write(step: int, metrics: dict[str, Any]) -> None:
+        for key, value in metrics.items():
+            nested = value.items() if isinstance(value, dict) else [("", value)]
+            for name, number in nested:
+                if isinstance(number, int | float):
+                    writer.add_scalar(f"{key}/{name}".rstrip("/"), number, step)
+
+    try:
+        yield write
+    finally:
+        writer.close()
+
+
+def _block(results: dict[str, Result], rows: Sequence[int]) -> dict[str, Any]:
+    """summary.json's fields for some questions: before, after, dense_accuracy, and the paired difference."""
+    index = list(rows)
+    block: dict[str, Any] = {
+        name: results[name].part(index) if name in results else {} for name in ("before", "after")
+    }
+    if "dense" in results:
+        dense = results["dense"].part(index)
+        block |= {"dense_accuracy": dense["accuracy"], "dense_accuracy_ci": dense["accuracy_ci"]}
+        if "after" in results:
+            pictures_ = [results["dense"].prompts[i].picture or results["dense"].prompts[i].id for i in index]
+            after, base = results["after"].correct[index], results["dense"].correct[index]
+            difference, low, high = paired_difference(after, base, pictures_)
+            block |= {"difference": difference, "difference_ci": [low, high]}
+    return block
+
+
+def _by(results: dict[str, Result], prompts: Sequence[Prompt], key: Callable[[Prompt], str]) -> dict[str, Any]:
+    names = [key(p) for p in prompts]
+    return {n: _block(results, [i for i, m in enumerate(names) if m == n]) for n in dict.fromkeys(names)}
+
+
+def _packed(result: Result) -> dict[str, Any]:
+    return {
+        "ids": [p.id for p in result.prompts],
+        "correct": result.correct.tolist(),
+        "layer_ratios": np.round(result.layer_ratios, 6).tolist(),
+        "said": result.said,
+        "heldout": result.heldout,
+    }
+
+
+def _unpacked(prompts: Sequence[Prompt], saved: dict[str, Any]) -> Result:
+    if saved["ids"] != [p.id for p in prompts]:
+        raise InputError("before.json was made with other held-out questions; give another --output")
+    layers = np.array(saved["layer_ratios"])
+    return Result(
+        prompts, np.array(saved["correct"]), layers.mean(1), layers, saved["said"], heldout=saved["heldout"],
+        kept=[[] for _ in prompts],
+    )  # fmt: skip

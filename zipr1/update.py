@@ -1,0 +1,185 @@
+"""One PPO update from one step's rollouts: losses are summed here, the mathematics is in losses and efficiency.
+
+Kept sets are replayed, never chosen again, so a ratio compares two models on the same computation. The dense
+reference scores each distinct (prompt, answer) once, whatever the number of budgets that gave it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zipr1 import advantages, efficiency, losses
+from zipr1.errors import RunError
+from zipr1.models import Policy, Request, replay_masks, sparse_attention
+from zipr1.recipe import Recipe
+from zipr1.rollout import Batch, by_length, score
+
+
+@dataclass
+class Rows:
+    """The rollouts of a step, flat: row b is rollout `b % N` of prompt `b // N`."""
+
+    prompt: list[int]
+    tokens: list[torch.Tensor]
+    kept: list[list[torch.Tensor]]
+    old: list[torch.Tensor]
+    advantage: torch.Tensor
+    cut_old: torch.Tensor | None
+    cut_advantage: torch.Tensor
+    opened: torch.Tensor
+    lengths: list[int]
+
+
+def flatten(batch: Batch, recipe: Recipe, weight: float) -> Rows:
+    """Rewards to advantages, groups to rows. weight: of saved tokens in the reward of the `cut` action."""
+    settings = recipe.ppo
+    total = score(batch.groups, recipe)
+    correct = torch.tensor([[r.rewards["correct"] for r in g.rollouts] for g in batch.groups])
+    ratio = torch.tensor([[r.token_ratio for r in g.rollouts] for g in batch.groups])
+    worth = advantages.group_reward(correct > 0, ratio, recipe.rewards.weight, weight)
+    count = total.shape[1]
+    rollouts = [r for g in batch.groups for r in g.rollouts]
+    prompt = [i for i in range(len(batch.groups)) for _ in range(count)]
+    return Rows(
+        prompt=prompt,
+        tokens=[r.tokens for r in rollouts],
+        kept=[r.kept for r in rollouts],
+        old=[r.logprobs for r in rollouts],
+        advantage=advantages.advantages(total, settings.baseline, settings.scale).flatten(),
+        cut_old=None if batch.cut_logprobs is None else torch.cat(batch.cut_logprobs),
+        cut_advantage=advantages.advantages(worth, settings.baseline, settings.scale).flatten(),
+        opened=advantages.gate(correct > 0).repeat_interleave(count),
+        lengths=[len(batch.encoded[i]) + len(r.tokens) for i, r in zip(prompt, rollouts, strict=True)],
+    )
+
+
+def update(
+    policy: Policy, recipe: Recipe, batch: Batch, optimizer: Any, weight: float, order: torch.Generator
+) -> dict[str, float]:
+    """All epochs and minibatches of one step. weight: of the expected token ratio, after the constraint.
+
+    order: shuffles rows into minibatches. Returns means over rows of what metrics.jsonl logs.
+    Raises RunError if the loss is not finite; weights are then those of before the failing minibatch.
+    """
+    rows = flatten(batch, recipe, weight)
+    said: dict[str, float] = defaultdict(float)
+    steps = recipe.ppo.epochs * recipe.ppo.minibatches
+    for _ in range(recipe.ppo.epochs):
+        shuffled = torch.randperm(len(rows.tokens), generator=order).tolist()
+        size = -(-len(shuffled) // recipe.ppo.minibatches)
+        for start in range(0, len(shuffled), size):
+            mini = shuffled[start : start + size]
+            optimizer.zero_grad(set_to_none=True)
+            micro = by_length([rows.lengths[b] for b in mini], recipe.train.micro_batch)
+            for places in micro:
+                chosen = [mini[i] for i in places]
+                parts = backward(policy, recipe, batch, rows, chosen, weight, share=len(chosen) / len(mini))
+                for name, value in parts.items():
+                    if name == "ratio_max":
+                        said[name] = max(said[name], value)
+                    else:
+                        said[name] += value * len(chosen) / len(mini) / steps
+            if not torch.isfinite(torch.tensor(said["loss"])):
+                raise RunError(
+                    f"the loss is {said['loss']}; nothing was saved from this step: resume from the last checkpoint "
+                    "with a lower optim.lr"
+                )
+            parameters = [p for _, p in policy.trainable()]
+            norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.max_grad_norm)
+            if not bool(torch.isfinite(norm)):
+                raise RunError("a gradient is not finite; resume from the last checkpoint with a lower optim.lr")
+            said["grad_norm"] += float(norm) / steps
+            optimizer.step()
+    return dict(said)
+
+
+def backward(
+    policy: Policy, recipe: Recipe, batch: Batch, rows: Rows, chosen: Sequence[int], weight: float, share: float
+) -> dict[str, float]:
+    """Loss of some rows, its gradient times `share` added to the parameters'. Returns the parts."""
+    methods = efficiency.parse(recipe.efficiency.method)
+    settings, budgets = recipe.ppo, recipe.budgets
+    encoded = [batch.encoded[rows.prompt[b]] for b in chosen]
+    tokens = [rows.tokens[b] for b in chosen]
+    features = batch.features
+    if policy.settings.train_vision:
+        features = policy.look(list({e.picture: e for e in encoded}.values()))
+    width = max(rows.lengths[b] for b in chosen)
+    request = Request(
+        recipe.sparse,
+        seed=batch.probe_seed,
+        replay=replay_masks([rows.kept[b] for b in chosen], width, policy.device),
+        scores=bool(methods & {"pathwise", "cut"}),
+    )
+    with sparse_attention(policy.core, request):
+        logits, mask = policy.answer_logits(encoded, features, tokens, request)
+        padded = pad(tokens, logits.shape[1]).to(policy.device)
+        new = losses.token_logprobs(logits, padded, recipe.train.temperature)
+        old = pad([rows.old[b] for b in chosen], logits.shape[1]).to(policy.device)
+        advantage = rows.advantage[chosen].to(policy.device)
+        surrogate, stats = losses.clipped_surrogate(new, old, advantage, mask, settings.clip)
+        parts = {name: float(value) for name, value in stats.items()}
+        loss = settings.policy_gradient * surrogate
+        kl = torch.zeros((), device=policy.device)
+        if settings.kl > 0:
+            reference = reference_logits(policy, batch, rows, chosen, logits.shape[1])
+            if settings.kl_estimator == "full":
+                scale = recipe.train.temperature
+                each = torch.zeros(mask.shape, device=policy.device)
+                each[mask] = losses.kl_full(logits[mask] / scale, reference[mask] / scale)
+            else:
+                each = losses.kl_k2(new, losses.token_logprobs(reference, padded, recipe.train.temperature))
+                each = each.masked_fill(~mask, 0)
+            kl = (each.sum(1) / mask.sum(1)).mean()
+            loss = loss + settings.kl * kl
+        layers = request.record.layers if request.record is not None else []
+        cuts = [layer.cut for layer in layers if layer.cut is not None]
+        if "pathwise" in methods:
+            prompt = request.prompt
+            assert prompt is not None
+            each = torch.stack([efficiency.expected_ratio(c, budgets.low, budgets.high, prompt) for c in cuts])
+            # An all-wrong group is not paid for saving, here as in the reward.
+            expected = (each.mean(0) * rows.opened[chosen].to(policy.device)).mean()
+            loss = loss + weight * expected
+            parts["expected_ratio"] = float(each.detach().mean())
+        if "cut" in methods:
+            assert rows.cut_old is not None
+            kept = [layer.keep for layer in layers]
+            logp = efficiency.cut_log_prob(cuts, kept, budgets.low, budgets.high, budgets.per)
+            gain = rows.cut_advantage[chosen].to(policy.device)
+            surrogate, stats = losses.clipped_action(
+                logp, rows.cut_old[chosen].to(policy.device), gain, settings.clip
+            )
+            loss = loss + surrogate
+            parts["cut_clip_fraction"] = float(stats["clip_fraction"])
+        (loss * share).backward()
+    parts["loss"], parts["kl"] = float(loss.detach()), float(kl.detach())
+    return parts
+
+
+@torch.no_grad()
+def reference_logits(
+    policy: Policy, batch: Batch, rows: Rows, chosen: Sequence[int], width: int
+) -> torch.Tensor:
+    """Dense logits `(B, width, V)` of the reference; each distinct (prompt, answer) is run once."""
+    keys = [(rows.prompt[b], tuple(rows.tokens[b].tolist())) for b in chosen]
+    distinct = list(dict.fromkeys(keys))
+    encoded = [batch.encoded[i] for i, _ in distinct]
+    answers = [torch.tensor(t) for _, t in distinct]
+    with policy.reference() as model:
+        logits, _ = policy.answer_logits(encoded, batch.features, answers, None, model)
+    back = {key: place for place, key in enumerate(distinct)}
+    return logits[[back[key] for key in keys]][:, :width]
+
+
+def pad(values: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+    """`(T,)` tensors -> `(B, width)`, zeros on the right."""
+    out = values[0].new_zeros(len(values), width)
+    for b, v in enumerate(values):
+        out[b, : len(v)] = v
+    return out
