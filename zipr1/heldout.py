@@ -47,7 +47,9 @@ class Result:
     def groups(self, key: Callable[[Prompt], str]) -> dict[str, dict[str, Any]]:
         """`part` for each value of `key`, in order of appearance."""
         names = [key(p) for p in self.prompts]
-        return {n: self.part([i for i, m in enumerate(names) if m == n]) for n in dict.fromkeys(names)}
+        return {
+            n: self.part([i for i, m in enumerate(names) if m == n]) for n in dict.fromkeys(names)
+        }
 
 
 def evaluate(
@@ -104,6 +106,8 @@ def encode(policy: Policy, recipe: Recipe, prompts: Sequence[Prompt]) -> list[An
     for prompt in prompts:
         key = prompt.picture or prompt.id
         if key not in seen:
-            seen[key] = [load_media(m, recipe.data.max_frames, recipe.data.fps) for m in prompt.media]
+            seen[key] = [
+                load_media(m, recipe.data.max_frames, recipe.data.fps) for m in prompt.media
+            ]
         out.append(policy.encode(prompt, seen[key], recipe.data.max_prompt_tokens))
     return out

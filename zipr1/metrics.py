@@ -19,14 +19,17 @@ def step_metrics(recipe: Recipe, batch: Batch, parts: dict[str, float]) -> dict[
     budgets = recipe.budgets
     ratio = np.array([r.layer_ratios for r in rollouts])
     p = np.array([r.thresholds.numpy() for r in rollouts])
-    cells = np.clip((p - budgets.low) / (budgets.high - budgets.low) * budgets.count, 0, budgets.count - 1e-3)
+    cells = np.clip(
+        (p - budgets.low) / (budgets.high - budgets.low) * budgets.count, 0, budgets.count - 1e-3
+    )
     total = np.array([[r.rewards["total"] for r in g.rollouts] for g in batch.groups])
     correct = np.array([[r.rewards["correct"] for r in g.rollouts] for g in batch.groups])
     by_cell = [ratio[cells.astype(int) == n] for n in range(budgets.count)]
     return {
         "reward": float(total.mean()),
         "rewards": {
-            name: float(np.mean([r.rewards[name] for r in rollouts])) for name in ("correct", "reduction")
+            name: float(np.mean([r.rewards[name] for r in rollouts]))
+            for name in ("correct", "reduction")
         },
         "reward_std": float(total.std(1).mean()),
         "gate": float((correct > 0).any(1).mean()),

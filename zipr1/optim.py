@@ -14,7 +14,9 @@ from zipr1.recipe import Optim
 def build(named: Sequence[tuple[str, torch.nn.Parameter]], settings: Optim) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) over the trainable parameters; vectors (norms, biases) are not decayed."""
     if not named:
-        raise InputError("the recipe trains nothing: every parameter is frozen; set model.lora or another model")
+        raise InputError(
+            "the recipe trains nothing: every parameter is frozen; set model.lora or another model"
+        )
     matrices = [p for _, p in named if p.ndim > 1]
     vectors = [p for _, p in named if p.ndim <= 1]
     groups = [
@@ -61,11 +63,15 @@ def restore(
     parameters = dict(named)
     names = {key.rsplit("/", 1)[0] for key in tensors}
     if strange := names - set(parameters):
-        raise InputError(f"the checkpoint's optimiser knows '{min(strange)}', which this model does not train")
+        raise InputError(
+            f"the checkpoint's optimiser knows '{min(strange)}', which this model does not train"
+        )
     for key, value in tensors.items():
         name, field = key.rsplit("/", 1)
         parameter = parameters[name]
         if field != "step" and value.shape != parameter.shape:
-            raise InputError(f"the checkpoint's '{name}' is {tuple(value.shape)}, the model's {tuple(parameter.shape)}")
+            raise InputError(
+                f"the checkpoint's '{name}' is {tuple(value.shape)}, the model's {tuple(parameter.shape)}"
+            )
         where = "cpu" if field == "step" else parameter.device
         optimizer.state[parameter][field] = value.to(where)

@@ -50,7 +50,12 @@ def by_length(lengths: Sequence[int], most: int) -> list[list[int]]:
 
 
 def roll_out(
-    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], encoded: Sequence[Encoded], features: Features, step: int
+    policy: Policy,
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    encoded: Sequence[Encoded],
+    features: Features,
+    step: int,
 ) -> Batch:
     """Sample `budgets.count` answers of each prompt; with a constraint, one greedy answer at `sparse.p` more."""
     budgets, settings = recipe.budgets, recipe.train
@@ -61,7 +66,13 @@ def roll_out(
     for place in range(len(prompts)):
         generator = torch.Generator().manual_seed(_seed(recipe.seed, step, place))
         drawn = efficiency.thresholds(
-            budgets.count, policy.layers, budgets.low, budgets.high, budgets.per, budgets.sampling, generator
+            budgets.count,
+            policy.layers,
+            budgets.low,
+            budgets.high,
+            budgets.per,
+            budgets.sampling,
+            generator,
         )
         noise = torch.rand(budgets.count, settings.max_new_tokens, generator=generator)
         if constrained:
@@ -77,12 +88,16 @@ def roll_out(
     seed, heldout = probe_seed(recipe, step), []
     lengths = [len(encoded[row // each]) for row in range(len(p))]
     for rows in by_length(lengths, settings.micro_batch):
-        request = Request(recipe.sparse, thresholds=p[rows], seed=seed, scores=wants_cut, audit=True)
+        request = Request(
+            recipe.sparse, thresholds=p[rows], seed=seed, scores=wants_cut, audit=True
+        )
         answers = policy.generate(
             [encoded[row // each] for row in rows], features, request, settings.max_new_tokens, u[rows],
             settings.temperature,
         )  # fmt: skip
-        assert answers.kept is not None and answers.counts is not None and answers.heldout is not None
+        assert (
+            answers.kept is not None and answers.counts is not None and answers.heldout is not None
+        )
         heldout.append(answers.heldout)
         if wants_cut:
             assert request.record is not None
@@ -121,7 +136,11 @@ def roll_out(
 
 
 def dense_right(
-    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], encoded: Sequence[Encoded], features: Features
+    policy: Policy,
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    encoded: Sequence[Encoded],
+    features: Features,
 ) -> list[float]:
     """Whether the dense reference answers each prompt right, greedily."""
     right = [0.0] * len(prompts)
@@ -148,7 +167,9 @@ def score(groups: Sequence[Group], recipe: Recipe) -> torch.Tensor:
     """
     correct = torch.tensor([[r.rewards["correct"] for r in g.rollouts] for g in groups])
     ratio = torch.tensor([[r.token_ratio for r in g.rollouts] for g in groups])
-    paid = recipe.rewards.reduction if "answers" in efficiency.parse(recipe.efficiency.method) else 0.0
+    paid = (
+        recipe.rewards.reduction if "answers" in efficiency.parse(recipe.efficiency.method) else 0.0
+    )
     total = advantages.group_reward(correct > 0, ratio, 0.0, paid) + recipe.rewards.weight * correct
     opened = advantages.gate(correct > 0)
     for i, group in enumerate(groups):

@@ -31,10 +31,17 @@ def measure(
     console: Console,
 ) -> list[Result]:  # fmt: skip
     """`heldout.evaluate` with a bar."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=len(prompts))
-        return evaluate(policy, recipe, prompts, settings, lambda done: bar.update(task, completed=done))
+        return evaluate(
+            policy, recipe, prompts, settings, lambda done: bar.update(task, completed=done)
+        )
 
 
 def measure_before(
@@ -50,7 +57,9 @@ def measure_before(
     if path.is_file():
         saved = read_json(path)
         return {name: _unpacked(prompts, values) for name, values in saved.items()}
-    dense, sparse = measure(policy, recipe, prompts, [None, recipe.sparse], "held-out, before", console)
+    dense, sparse = measure(
+        policy, recipe, prompts, [None, recipe.sparse], "held-out, before", console
+    )
     results = {"dense": dense, "before": sparse}
     folder.write_json(BEFORE, {name: _packed(result) for name, result in results.items()})
     return results
@@ -68,7 +77,9 @@ def finish(
     """Measure the trained model, write summary.json, curves.png and kept-*.png, print the table."""
     results = dict(before)
     if recipe.evaluation.after:
-        wanted: list[Sparse | None] = [recipe.sparse] if "dense" in before else [None, recipe.sparse]
+        wanted: list[Sparse | None] = (
+            [recipe.sparse] if "dense" in before else [None, recipe.sparse]
+        )
         found = measure(policy, recipe, prompts, wanted, "held-out, after", console)
         results |= dict(zip(("dense", "after")[-len(wanted) :], found, strict=True))
     rollouts = recipe.train.steps * recipe.train.prompts * recipe.budgets.count
@@ -100,7 +111,11 @@ def finish(
 
 
 def pictures(
-    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], results: dict[str, Result], root: Path
+    policy: Policy,
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    results: dict[str, Result],
+    root: Path,
 ) -> None:
     """kept-<task>.png: for each task, the first question with one picture, and what each layer kept of it."""
     for task in dict.fromkeys(p.task for p in prompts):
@@ -135,7 +150,9 @@ def board(recipe: Recipe, folder: RunDir) -> Iterator[Callable[[int, dict[str, A
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise InputError("train.tensorboard is on and tensorboard is missing; pip install 'zipr1[tensorboard]'") from None
+        raise InputError(
+            "train.tensorboard is on and tensorboard is missing; pip install 'zipr1[tensorboard]'"
+        ) from None
     writer = SummaryWriter(str(folder.root / "tensorboard"))
 
     def write(step: int, metrics: dict[str, Any]) -> None:
@@ -161,16 +178,22 @@ def _block(results: dict[str, Result], rows: Sequence[int]) -> dict[str, Any]:
         dense = results["dense"].part(index)
         block |= {"dense_accuracy": dense["accuracy"], "dense_accuracy_ci": dense["accuracy_ci"]}
         if "after" in results:
-            pictures_ = [results["dense"].prompts[i].picture or results["dense"].prompts[i].id for i in index]
+            pictures_ = [
+                results["dense"].prompts[i].picture or results["dense"].prompts[i].id for i in index
+            ]
             after, base = results["after"].correct[index], results["dense"].correct[index]
             difference, low, high = paired_difference(after, base, pictures_)
             block |= {"difference": difference, "difference_ci": [low, high]}
     return block
 
 
-def _by(results: dict[str, Result], prompts: Sequence[Prompt], key: Callable[[Prompt], str]) -> dict[str, Any]:
+def _by(
+    results: dict[str, Result], prompts: Sequence[Prompt], key: Callable[[Prompt], str]
+) -> dict[str, Any]:
     names = [key(p) for p in prompts]
-    return {n: _block(results, [i for i, m in enumerate(names) if m == n]) for n in dict.fromkeys(names)}
+    return {
+        n: _block(results, [i for i, m in enumerate(names) if m == n]) for n in dict.fromkeys(names)
+    }
 
 
 def _packed(result: Result) -> dict[str, Any]:
@@ -185,7 +208,9 @@ def _packed(result: Result) -> dict[str, Any]:
 
 def _unpacked(prompts: Sequence[Prompt], saved: dict[str, Any]) -> Result:
     if saved["ids"] != [p.id for p in prompts]:
-        raise InputError("before.json was made with other held-out questions; give another --output")
+        raise InputError(
+            "before.json was made with other held-out questions; give another --output"
+        )
     layers = np.array(saved["layer_ratios"])
     return Result(
         prompts, np.array(saved["correct"]), layers.mean(1), layers, saved["said"], heldout=saved["heldout"],

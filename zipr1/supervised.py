@@ -25,7 +25,13 @@ def lesson(policy: Policy, recipe: Recipe, step: int) -> list[Encoded]:
     plan = recipe.supervised
     most = max(count for start, count in plan.curriculum if start <= step)
     scenes = digits.lesson(
-        recipe.seed, step, recipe.train.prompts, plan.video_share, most, plan.hard_share, plan.questions
+        recipe.seed,
+        step,
+        recipe.train.prompts,
+        plan.video_share,
+        most,
+        plan.hard_share,
+        plan.questions,
     )
     batch = []
     for index, (scene, pairs) in enumerate(scenes):
@@ -33,7 +39,9 @@ def lesson(policy: Policy, recipe: Recipe, step: int) -> list[Encoded]:
         messages = []
         for turn, (question, answer) in enumerate(pairs):
             media = [{"type": scene.kind}] if turn == 0 else []
-            messages.append({"role": "user", "content": [*media, {"type": "text", "text": question}]})
+            messages.append(
+                {"role": "user", "content": [*media, {"type": "text", "text": question}]}
+            )
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         ids = policy.processor.ids(policy.processor.text(messages, generation=False), [visual])
         batch.append(policy.place(ids, [visual], f"{step}/{index}"))
@@ -74,7 +82,9 @@ def loss(policy: Policy, batch: Sequence[Encoded]) -> tuple[torch.Tensor, float]
 def _predictions(policy: Policy, batch: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits `(M, V)` of all answer tokens of a batch, and the tokens `(M,)`."""
     embeds, positions, _ = policy.rows(batch, policy.look(batch), None, left=False)
-    hidden = policy.core.model(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+    hidden = policy.core.model(
+        inputs_embeds=embeds, position_ids=positions, use_cache=False
+    ).last_hidden_state
     target = torch.zeros(embeds.shape[:2], dtype=torch.long)
     said = torch.zeros(embeds.shape[:2], dtype=torch.bool)
     for b, e in enumerate(batch):

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from zipr1 import data, heldout, optim, supervised
 from zipr1.checkpoint import RunDir, load_state, save_state
+from zipr1.dryrun import dry_run
 from zipr1.efficiency import parse
 from zipr1.episode import Prompt
 from zipr1.errors import InputError, RunError
@@ -30,9 +31,16 @@ from zipr1.rollout import Batch, roll_out
 from zipr1.summary import board, finish, measure_before
 from zipr1.update import update
 
+__all__ = ["dry_run", "run"]
+
 
 def run(
-    recipe: Recipe, output: Path | None, resume: str, device: str | None, command: Sequence[str], console: Console
+    recipe: Recipe,
+    output: Path | None,
+    resume: str,
+    device: str | None,
+    command: Sequence[str],
+    console: Console,
 ) -> dict[str, Any]:
     """Train as the recipe says and return what summary.json holds. Raises ZipError; nothing half-written stays."""
     check(recipe)
@@ -41,7 +49,9 @@ def run(
     prompts = data.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
     questions = data.load(recipe.data, "heldout", recipe.seed)
     heldout.encode(policy, recipe, [*prompts[:1], *questions[:1]])
-    folder = RunDir.open(recipe, output, resume, info=describe(command, str(policy.device), recipe.seed))
+    folder = RunDir.open(
+        recipe, output, resume, info=describe(command, str(policy.device), recipe.seed)
+    )
     console.print(f"run: {folder.root}", soft_wrap=True, highlight=False)
     if recipe.train.stage == "rl":
         policy.keep_reference()
@@ -54,7 +64,10 @@ def run(
         policy.load_weights(folder.checkpoint / "model")
         optim.restore(optimizer, named, tensors)
 
-    with Progress(console, recipe.train.steps, start=folder.start_step) as progress, board(recipe, folder) as writer:
+    with (
+        Progress(console, recipe.train.steps, start=folder.start_step) as progress,
+        board(recipe, folder) as writer,
+    ):
         for step in range(folder.start_step, recipe.train.steps):
             began = time.monotonic()
             optim.set_rate(optimizer, optim.learning_rate(recipe.optim, step, recipe.train.steps))
@@ -70,12 +83,19 @@ def run(
             progress.update(step, metrics)
             last = step + 1 == recipe.train.steps
             if last or (recipe.train.save_every and (step + 1) % recipe.train.save_every == 0):
-                save(folder, policy, optimizer, named, state, step + 1, recipe.train.keep_checkpoints)
+                save(
+                    folder, policy, optimizer, named, state, step + 1, recipe.train.keep_checkpoints
+                )
     return finish(policy, recipe, questions, before, folder, state["seconds"], console)
 
 
 def rl_step(
-    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], optimizer: Any, state: dict[str, float], step: int
+    policy: Policy,
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    optimizer: Any,
+    state: dict[str, float],
+    step: int,
 ) -> tuple[dict[str, Any], Batch]:
     """One step of reinforcement learning. state: the constraint's multiplier and running gap, changed here."""
     clock = [time.monotonic()]
@@ -119,7 +139,11 @@ def supervised_step(
     policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], optimizer: Any, step: int
 ) -> dict[str, Any]:
     """One step of cross-entropy on answers."""
-    batch = supervised.rows(policy, recipe, prompts, step) if prompts else supervised.lesson(policy, recipe, step)
+    batch = (
+        supervised.rows(policy, recipe, prompts, step)
+        if prompts
+        else supervised.lesson(policy, recipe, step)
+    )
     policy.core.train()
     loss, right = supervised.loss(policy, batch)
     if not bool(torch.isfinite(loss)):
@@ -130,7 +154,7 @@ def supervised_step(
     norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.max_grad_norm)
     optimizer.step()
     policy.core.eval()
-    return {"loss": float(loss), "accuracy": right, "grad_norm": float(norm)}
+    return {"loss": float(loss.detach()), "accuracy": right, "grad_norm": float(norm)}
 
 
 def draw(prompts: Sequence[Prompt], recipe: Recipe, step: int) -> list[Prompt]:
@@ -144,7 +168,13 @@ def draw(prompts: Sequence[Prompt], recipe: Recipe, step: int) -> list[Prompt]:
 
 
 def save(
-    folder: RunDir, policy: Policy, optimizer: Any, named: Any, state: dict[str, float], step: int, keep: int
+    folder: RunDir,
+    policy: Policy,
+    optimizer: Any,
+    named: Any,
+    state: dict[str, float],
+    step: int,
+    keep: int,
 ) -> None:
     """A checkpoint: a model folder, and the optimiser and constraint beside it."""
 
@@ -161,7 +191,9 @@ def check(recipe: Recipe) -> None:
     find(recipe.rewards.correct)
     if recipe.train.stage == "rl":
         if recipe.model.path == "scratch":
-            raise InputError("train.stage rl needs a trained model and model.path is scratch; name a model")
+            raise InputError(
+                "train.stage rl needs a trained model and model.path is scratch; name a model"
+            )
         if methods & {"cut", "pathwise"} and recipe.sparse.rule != "top_p":
             raise InputError(
                 f"efficiency.method {recipe.efficiency.method} differentiates top_p and sparse.rule is "

@@ -54,12 +54,19 @@ def flatten(batch: Batch, recipe: Recipe, weight: float) -> Rows:
         cut_old=None if batch.cut_logprobs is None else torch.cat(batch.cut_logprobs),
         cut_advantage=advantages.advantages(worth, settings.baseline, settings.scale).flatten(),
         opened=advantages.gate(correct > 0).repeat_interleave(count),
-        lengths=[len(batch.encoded[i]) + len(r.tokens) for i, r in zip(prompt, rollouts, strict=True)],
+        lengths=[
+            len(batch.encoded[i]) + len(r.tokens) for i, r in zip(prompt, rollouts, strict=True)
+        ],
     )
 
 
 def update(
-    policy: Policy, recipe: Recipe, batch: Batch, optimizer: Any, weight: float, order: torch.Generator
+    policy: Policy,
+    recipe: Recipe,
+    batch: Batch,
+    optimizer: Any,
+    weight: float,
+    order: torch.Generator,
 ) -> dict[str, float]:
     """All epochs and minibatches of one step. weight: of the expected token ratio, after the constraint.
 
@@ -78,7 +85,9 @@ def update(
             micro = by_length([rows.lengths[b] for b in mini], recipe.train.micro_batch)
             for places in micro:
                 chosen = [mini[i] for i in places]
-                parts = backward(policy, recipe, batch, rows, chosen, weight, share=len(chosen) / len(mini))
+                parts = backward(
+                    policy, recipe, batch, rows, chosen, weight, share=len(chosen) / len(mini)
+                )
                 for name, value in parts.items():
                     if name == "ratio_max":
                         said[name] = max(said[name], value)
@@ -92,14 +101,22 @@ def update(
             parameters = [p for _, p in policy.trainable()]
             norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.max_grad_norm)
             if not bool(torch.isfinite(norm)):
-                raise RunError("a gradient is not finite; resume from the last checkpoint with a lower optim.lr")
+                raise RunError(
+                    "a gradient is not finite; resume from the last checkpoint with a lower optim.lr"
+                )
             said["grad_norm"] += float(norm) / steps
             optimizer.step()
     return dict(said)
 
 
 def backward(
-    policy: Policy, recipe: Recipe, batch: Batch, rows: Rows, chosen: Sequence[int], weight: float, share: float
+    policy: Policy,
+    recipe: Recipe,
+    batch: Batch,
+    rows: Rows,
+    chosen: Sequence[int],
+    weight: float,
+    share: float,
 ) -> dict[str, float]:
     """Loss of some rows, its gradient times `share` added to the parameters'. Returns the parts."""
     methods = efficiency.parse(recipe.efficiency.method)
@@ -133,7 +150,9 @@ def backward(
                 each = torch.zeros(mask.shape, device=policy.device)
                 each[mask] = losses.kl_full(logits[mask] / scale, reference[mask] / scale)
             else:
-                each = losses.kl_k2(new, losses.token_logprobs(reference, padded, recipe.train.temperature))
+                each = losses.kl_k2(
+                    new, losses.token_logprobs(reference, padded, recipe.train.temperature)
+                )
                 each = each.masked_fill(~mask, 0)
             kl = (each.sum(1) / mask.sum(1)).mean()
             loss = loss + settings.kl * kl
@@ -142,7 +161,9 @@ def backward(
         if "pathwise" in methods:
             prompt = request.prompt
             assert prompt is not None
-            each = torch.stack([efficiency.expected_ratio(c, budgets.low, budgets.high, prompt) for c in cuts])
+            each = torch.stack(
+                [efficiency.expected_ratio(c, budgets.low, budgets.high, prompt) for c in cuts]
+            )
             # An all-wrong group is not paid for saving, here as in the reward.
             expected = (each.mean(0) * rows.opened[chosen].to(policy.device)).mean()
             loss = loss + weight * expected

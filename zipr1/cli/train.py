@@ -10,14 +10,18 @@ import typer
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file such as recipes/tiny.yaml.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="A YAML file such as recipes/tiny.yaml.")
+    ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Recipe values to change: train.steps=50"),
+        typer.Argument(metavar="KEY=VALUE", help="Recipe values to change: train.steps=50"),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The run's folder. [default: a new one under runs/]"),
+        typer.Option(
+            "--output", "-o", help="The run's folder (without it, a new one under runs/)."
+        ),
     ] = None,
     resume: Annotated[
         str,
@@ -28,7 +32,7 @@ def train(
     ] = "auto",
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda, cuda:1. [default: cuda where there is one]"),
+        typer.Option(help="cpu, cuda, cuda:1 (without it, cuda where there is one)."),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Same as model.dtype=...: auto, float32, bfloat16, float16.")

@@ -22,7 +22,14 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from zipr1_kernels import cut_points, kv_compact, pack_indices, probe_scores, sparse_decode, sparse_prefill
+from zipr1_kernels import (
+    cut_points,
+    kv_compact,
+    pack_indices,
+    probe_scores,
+    sparse_decode,
+    sparse_prefill,
+)
 
 from zipr1.errors import InputError
 from zipr1.models.cache import PrunedCache
@@ -91,7 +98,9 @@ class Pass:
         short = torch.tensor([n < settings.dense_below for n in self.lengths], device=p.device)
         return p.masked_fill(short, 1.0)
 
-    def choose(self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    def choose(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         """Kept slots `(B, L)` bool of `layer`, answer tokens included. query `(B, HQ, L, D)`, key `(B, H, L, D)`."""
         request = self.request
         replay = None if request.replay is None else request.replay[layer]
@@ -108,9 +117,15 @@ class Pass:
         if replay is not None:
             keep = replay
         else:
-            base = scores.detach() if scores is not None else torch.zeros(self.prompt.shape, device=key.device)
+            base = (
+                scores.detach()
+                if scores is not None
+                else torch.zeros(self.prompt.shape, device=key.device)
+            )
             draw = Draw(request.seed, layer)
-            keep = select(request.settings.rule, base, self.threshold(layer), self.prompt, always, draw)
+            keep = select(
+                request.settings.rule, base, self.threshold(layer), self.prompt, always, draw
+            )
         if layer == len(self.record.layers):
             # A recomputed layer (gradient checkpointing) finds its record already there.
             heldout = self.heldout(layer, query, key, scale, keep) if request.audit else None
@@ -118,13 +133,27 @@ class Pass:
         return keep | (self.valid & ~self.prompt)
 
     def score(
-        self, layer: int, seed: int, probes: Probes, query: torch.Tensor, key: torch.Tensor, scale: float
+        self,
+        layer: int,
+        seed: int,
+        probes: Probes,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        scale: float,
     ) -> torch.Tensor:
-        slots, real = probe_slots(self.lengths, self.offsets, layer, seed, probes, device=query.device)
+        slots, real = probe_slots(
+            self.lengths, self.offsets, layer, seed, probes, device=query.device
+        )
         index = slots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
         picked = query.gather(2, index)
         return probe_scores(
-            picked, key, slots, real, self.prompt, scale=scale, normalise=self.request.settings.normalise
+            picked,
+            key,
+            slots,
+            real,
+            self.prompt,
+            scale=scale,
+            normalise=self.request.settings.normalise,
         )
 
     @torch.no_grad()
@@ -163,7 +192,9 @@ def zipr1_attention(
     if zip_pass is not None:
         keep = zip_pass.choose(layer, query, key, scale)
         if zip_pass.request.settings.skip == "layer":
-            module.zip_rows = KeptRows(keep.flatten().nonzero()[:, 0], (keep.shape[0], keep.shape[1]))  # type: ignore[assignment]
+            module.zip_rows = KeptRows(
+                keep.flatten().nonzero()[:, 0], (keep.shape[0], keep.shape[1])
+            )  # type: ignore[assignment]
         out = sparse_prefill(query, key, value, keep, scale=scale)
         if zip_cache is not None:
             index, counts = pack_indices(keep)
@@ -186,7 +217,9 @@ AttentionInterface.register(ATTENTION, zipr1_attention)
 AttentionMaskInterface.register(ATTENTION, zipr1_mask)
 
 
-def _before_decoder(request: Request | None, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+def _before_decoder(
+    request: Request | None, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]
+) -> Any:
     """Pre-hook of the text decoder: decide between prefill, decode and dense; swap in a pruned cache."""
     cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
     if embeds is None:
@@ -210,7 +243,11 @@ def _before_decoder(request: Request | None, module: torch.nn.Module, args: Any,
         )
     valid = request.valid
     if valid is None or valid.shape != (batch, new):
-        valid = real if real is not None else torch.ones(batch, new, dtype=torch.bool, device=embeds.device)
+        valid = (
+            real
+            if real is not None
+            else torch.ones(batch, new, dtype=torch.bool, device=embeds.device)
+        )
     current = Pass.start(request, valid)
     request.record = current.record
     return args, {**kwargs, "past_key_values": cache, "zip_pass": current, "zip_cache": cache}
@@ -224,7 +261,9 @@ def _gather_rows(attention: torch.nn.Module, module: torch.nn.Module, args: Any)
     return (flat[rows.index][None], *args[1:])
 
 
-def _scatter_rows(attention: torch.nn.Module, last: bool, module: torch.nn.Module, args: Any, output: Any) -> Any:
+def _scatter_rows(
+    attention: torch.nn.Module, last: bool, module: torch.nn.Module, args: Any, output: Any
+) -> Any:
     rows: KeptRows | None = getattr(attention, "zip_rows", None)
     if rows is None:
         return None

@@ -25,7 +25,9 @@ class PrunedLayer(DynamicLayer):
         self.pruned = False
         self.prompt_counts: torch.Tensor | None = None
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         """Append `(B, H, q, D)`; slots are valid unless `incoming` `(B, q)` says that they are padding."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         batch, _, new, _ = key_states.shape
@@ -59,14 +61,20 @@ class PrunedLayer(DynamicLayer):
             return
         keep = self.keys.shape[2] + tokens_to_remove
         if self.prompt_counts is not None and keep < int(self.prompt_counts.max()):
-            raise RuntimeError("crop() reached the pruned prompt; assisted decoding does not work with a pruned cache")
+            raise RuntimeError(
+                "crop() reached the pruned prompt; assisted decoding does not work with a pruned cache"
+            )
         self.keys, self.values = self.keys[:, :, :keep], self.values[:, :, :keep]
         self.valid = self.valid[:, :keep]
         self.cumulative_length += tokens_to_remove
 
     def _each(self, change: Any) -> None:
         if self.valid is not None:
-            self.keys, self.values, self.valid = change(self.keys), change(self.values), change(self.valid)
+            self.keys, self.values, self.valid = (
+                change(self.keys),
+                change(self.values),
+                change(self.valid),
+            )
             if self.prompt_counts is not None:
                 self.prompt_counts = change(self.prompt_counts)
 
@@ -108,4 +116,8 @@ class PrunedCache(Cache):
 
     def kv_bytes(self) -> int:
         """Bytes of keys and values held now, batch padding included."""
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in (layer.keys, layer.values))
+        return sum(
+            t.numel() * t.element_size()
+            for layer in self.layers
+            for t in (layer.keys, layer.values)
+        )

@@ -9,6 +9,7 @@ import copy
 import importlib.resources
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,19 @@ def resolve(path: str) -> str:
     if (folder / "last").exists():
         return str((folder / "last" / "model").resolve())
     if (folder / "run.json").exists():
-        raise InputError(f"model.path: the run {path} has no complete checkpoint yet; resume it or name another")
+        raise InputError(
+            f"model.path: the run {path} has no complete checkpoint yet; resume it or name another"
+        )
     if folder.is_dir():
         if not (folder / "config.json").exists():
-            raise InputError(f"model.path: {path} has no config.json; give a model folder, a run, a hub id or 'tiny'")
+            raise InputError(
+                f"model.path: {path} has no config.json; give a model folder, a run, a hub id or 'tiny'"
+            )
         return str(folder)
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise InputError(f"model.path: {path} does not exist; give a model folder, a run, a hub id or 'tiny'")
+        raise InputError(
+            f"model.path: {path} does not exist; give a model folder, a run, a hub id or 'tiny'"
+        )
     return path
 
 
@@ -63,7 +70,9 @@ def choose_device(device: str | None) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device}: not usable here ({reason}); use cpu, or leave it out") from None
+        raise InputError(
+            f"--device {device}: not usable here ({reason}); use cpu, or leave it out"
+        ) from None
     return chosen
 
 
@@ -74,13 +83,18 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return WEIGHT_DTYPES[name]
 
 
-def load_parts(settings: Model, device: torch.device, seed: int) -> tuple[torch.nn.Module, Any, Processor]:
-    """Model in `settings.dtype` on `device`, tokenizer and processor. Raises InputError where nothing loads."""
+def load_parts(
+    settings: Model, device: torch.device, seed: int, words: Sequence[str] = ()
+) -> tuple[Any, Processor]:
+    """Model in `settings.dtype` on `device`, and its processor. Raises InputError where nothing loads."""
     dtype = choose_dtype(settings.dtype, device)
+    model: Any
     if settings.path == "scratch":
         if not settings.config:
-            raise InputError("model.path is scratch and model.config is missing; see recipes/tiny_base.yaml")
-        tokenizer = build_tokenizer(settings.config["words"])
+            raise InputError(
+                "model.path is scratch and model.config is missing; see recipes/tiny_base.yaml"
+            )
+        tokenizer = build_tokenizer(settings.config.get("words") or words)
         model = build_model(tokenizer, settings.config, seed)
         folder = ""
     else:
@@ -88,8 +102,10 @@ def load_parts(settings: Model, device: torch.device, seed: int) -> tuple[torch.
         model, tokenizer = _from_pretrained(folder, settings, dtype)
     vision = model.config.vision_config
     pixels = PixelSettings.read(folder, vision, settings.min_pixels, settings.max_pixels)
-    processor = Processor(tokenizer, pixels, model.config.image_token_id, model.config.video_token_id)
-    return model.to(device=device, dtype=dtype).eval(), tokenizer, processor
+    processor = Processor(
+        tokenizer, pixels, model.config.image_token_id, model.config.video_token_id
+    )
+    return model.to(device=device, dtype=dtype).eval(), processor
 
 
 def _from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -112,22 +128,29 @@ def _from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[
         if not Path(folder).is_dir():
             hint = f"download it first (hf download {folder}) or unset HF_HUB_OFFLINE"
             if not os.environ.get("HF_HUB_OFFLINE"):
-                hint = f"check the name and the network, or download it first (hf download {folder})"
+                hint = (
+                    f"check the name and the network, or download it first (hf download {folder})"
+                )
         raise InputError(f"model.path: {settings.path} does not load ({reason}); {hint}") from None
     return model, tokenizer
 
 
-def add_lora(model: torch.nn.Module, lora: Lora) -> Any:
+def add_lora(model: Any, lora: Lora) -> Any:
     """Adapters on the language model's projections; everything else frozen."""
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(
         model,
-        LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=LORA_TARGETS),
+        LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=LORA_TARGETS,
+        ),
     )
 
 
-def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
+def frozen_copy(model: Any) -> Any:
     """A copy whose weights never change, for the dense reference; the vision tower is shared, not copied."""
     visual = model.model.visual
     twin = copy.deepcopy(model, memo={id(visual): visual})
@@ -137,7 +160,7 @@ def frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
     return twin.eval()
 
 
-def save_folder(model: torch.nn.Module, tokenizer: Any, settings: PixelSettings, folder: Path) -> None:
+def save_folder(model: Any, tokenizer: Any, settings: PixelSettings, folder: Path) -> None:
     """A model folder that stock transformers loads: weights, config, tokenizer, chat template, pixel settings."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

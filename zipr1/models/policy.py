@@ -58,7 +58,7 @@ class Answers:
 class Policy:
     """A loaded model with its processor. `vision_calls` counts pictures that went through the tower."""
 
-    def __init__(self, model: torch.nn.Module, processor: Processor, name: str, settings: Model) -> None:
+    def __init__(self, model: Any, processor: Processor, name: str, settings: Model) -> None:
         self.settings = settings
         self.name = name
         self.processor = processor
@@ -81,7 +81,9 @@ class Policy:
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Names and parameters that the recipe trains."""
-        return [(n, p) for n, p in (self.adapted or self.core).named_parameters() if p.requires_grad]
+        return [
+            (n, p) for n, p in (self.adapted or self.core).named_parameters() if p.requires_grad
+        ]
 
     def keep_reference(self) -> None:
         """Remember the model as it is now as the dense reference (a frozen copy, unless adapters can be off)."""
@@ -144,28 +146,37 @@ class Policy:
         """
         features: Features = dict(known or {})
         todo = {e.picture: e for e in encoded if e.picture not in features}
-        parts: dict[str, list[torch.Tensor | None]] = {k: [None] * len(e.visuals) for k, e in todo.items()}
+        parts: dict[tuple[str, int], torch.Tensor] = {}
         with torch.set_grad_enabled(self.settings.train_vision and torch.is_grad_enabled()):
-            for kind in ("image", "video"):
-                places = [(k, i) for k, e in todo.items() for i, v in enumerate(e.visuals) if v.kind == kind]
+            for kind, run in (
+                ("image", self.core.model.get_image_features),
+                ("video", self.core.model.get_video_features),
+            ):
+                places = [
+                    (k, i)
+                    for k, e in todo.items()
+                    for i, v in enumerate(e.visuals)
+                    if v.kind == kind
+                ]
                 if not places:
                     continue
                 visuals = [todo[k].visuals[i] for k, i in places]
                 patches = torch.cat([v.patches for v in visuals]).to(self.device)
-                grid = torch.tensor([v.grid for v in visuals], device=self.device)
-                run = self.core.model.get_image_features if kind == "image" else self.core.model.get_video_features
-                out = run(patches, grid)
+                out = run(patches, torch.tensor([v.grid for v in visuals], device=self.device))
                 split = out.pooler_output if hasattr(out, "pooler_output") else out
                 self.vision_calls += len(visuals)
-                for (k, i), part in zip(places, split, strict=True):
-                    parts[k][i] = part
-        hidden = self.decoder.config.hidden_size
-        empty = torch.zeros(0, hidden, device=self.device)
-        features.update({k: torch.cat([empty.to(p[0].dtype) if p else empty, *p]) for k, p in parts.items()})  # type: ignore[union-attr, list-item]
+                parts.update(zip(places, split, strict=True))
+        for k, e in todo.items():
+            if e.visuals:
+                features[k] = torch.cat([parts[k, i] for i in range(len(e.visuals))])
         return features
 
     def rows(
-        self, encoded: Sequence[Encoded], features: Features, answers: Sequence[torch.Tensor] | None, left: bool
+        self,
+        encoded: Sequence[Encoded],
+        features: Features,
+        answers: Sequence[torch.Tensor] | None,
+        left: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Padded inputs: embeddings `(B, L, hidden)`, positions `(3, B, L)`, valid `(B, L)` bool."""
         tails = answers if answers is not None else [encoded[0].ids[:0]] * len(encoded)
@@ -215,7 +226,9 @@ class Policy:
                 prompt[b, : len(e)] = True
             request.valid, request.prompt = valid, prompt
         core = model or self.core
-        hidden = core.model(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+        hidden = core.model(
+            inputs_embeds=embeds, position_ids=positions, use_cache=False
+        ).last_hidden_state
         longest = max(len(a) for a in answers)
         steps = torch.arange(longest, device=hidden.device)
         starts = torch.tensor([len(e) - 1 for e in encoded], device=hidden.device)
@@ -276,7 +289,9 @@ class Policy:
                 hidden = core.model(
                     inputs_embeds=self.decoder_embed(core, choice[:, None]),
                     position_ids=(following + step)[None, :, None].expand(3, -1, -1),
-                    attention_mask=valid.long() if cache is None and not bool(valid.all()) else None,
+                    attention_mask=valid.long()
+                    if cache is None and not bool(valid.all())
+                    else None,
                     past_key_values=state,
                     use_cache=True,
                 ).last_hidden_state[:, -1]
@@ -312,12 +327,14 @@ class Policy:
             restore_weights(self.adapted if self.adapted is not None else self.core, path)
         except (OSError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{folder}: holds no weights of this model ({reason}); resume another run") from None
+            raise InputError(
+                f"{folder}: holds no weights of this model ({reason}); resume another run"
+            ) from None
 
 
 def load_policy(settings: Model, device: str | None = None, seed: int = 0) -> Policy:
     """The model a recipe names. Raises InputError if it cannot be loaded or is of an unknown family."""
-    model, _, processor = load_parts(settings, choose_device(device), seed)
+    model, processor = load_parts(settings, choose_device(device), seed)
     return Policy(model, processor, settings.path, settings)
 
 
@@ -333,7 +350,9 @@ def _choose(logprobs: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tens
 
 
 def _dense_bytes(cache: Any) -> int:
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    return sum(
+        t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
+    )
 
 
 def _heldout(record: Record) -> torch.Tensor | None:
@@ -341,7 +360,9 @@ def _heldout(record: Record) -> torch.Tensor | None:
     return None if any(m is None for m in masses) else torch.stack(masses).mean(0).cpu()  # type: ignore[arg-type]
 
 
-def replay_masks(kept: Sequence[list[torch.Tensor]], length: int, device: torch.device) -> list[torch.Tensor]:
+def replay_masks(
+    kept: Sequence[list[torch.Tensor]], length: int, device: torch.device
+) -> list[torch.Tensor]:
     """Kept positions by row and layer, of right-padded prompts -> per layer a `(B, length)` bool mask."""
     masks = torch.zeros(len(kept[0]), len(kept), length, dtype=torch.bool)
     for b, layers in enumerate(kept):

@@ -41,7 +41,9 @@ class PixelSettings:
         return self.patch * self.merge
 
     @classmethod
-    def read(cls, folder: str | Path, vision: Any, low: int | None, high: int | None) -> PixelSettings:
+    def read(
+        cls, folder: str | Path, vision: Any, low: int | None, high: int | None
+    ) -> PixelSettings:
         """Settings saved beside the weights in `folder`; patch sizes from the vision config; recipe's bounds win."""
         saved: dict[str, Any] = {}
         for name in ("processor_config.json", "preprocessor_config.json"):
@@ -56,8 +58,14 @@ class PixelSettings:
             patch=vision.patch_size,
             merge=vision.spatial_merge_size,
             temporal=vision.temporal_patch_size,
-            min_pixels=low or size.get("shortest_edge") or saved.get("min_pixels") or default.min_pixels,
-            max_pixels=high or size.get("longest_edge") or saved.get("max_pixels") or default.max_pixels,
+            min_pixels=low
+            or size.get("shortest_edge")
+            or saved.get("min_pixels")
+            or default.min_pixels,
+            max_pixels=high
+            or size.get("longest_edge")
+            or saved.get("max_pixels")
+            or default.max_pixels,
             mean=tuple(saved.get("image_mean") or CLIP_MEAN),
             std=tuple(saved.get("image_std") or CLIP_STD),
         )
@@ -70,18 +78,24 @@ def fit_size(height: int, width: int, settings: PixelSettings) -> tuple[int, int
     """
     factor, low, high = settings.factor, settings.min_pixels, settings.max_pixels
     if max(height, width) > 200 * min(height, width):
-        raise InputError(f"a picture of {width} x {height} pixels: the longer side may be at most 200 times the other")
+        raise InputError(
+            f"a picture of {width} x {height} pixels: the longer side may be at most 200 times the other"
+        )
     h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
     if h * w > high:
         shrink = math.sqrt(height * width / high)
-        h, w = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+        h, w = (
+            max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)
+        )
     elif h * w < low:
         grow = math.sqrt(low / (height * width))
         h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
     return h, w
 
 
-def patchify(frames: np.ndarray, settings: PixelSettings) -> tuple[torch.Tensor, tuple[int, int, int]]:
+def patchify(
+    frames: np.ndarray, settings: PixelSettings
+) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """uint8 `(F, H, W, 3)` -> float32 patches `(t * h * w, 3 * temporal * patch * patch)` and the grid `(t, h, w)`.
 
     A missing last frame of a temporal patch repeats the one before it, so an image is a clip of one frame.
@@ -89,7 +103,9 @@ def patchify(frames: np.ndarray, settings: PixelSettings) -> tuple[torch.Tensor,
     """
     height, width = fit_size(frames.shape[1], frames.shape[2], settings)
     if (height, width) != frames.shape[1:3]:
-        resized = [Image.fromarray(f).resize((width, height), Image.Resampling.BICUBIC) for f in frames]
+        resized = [
+            Image.fromarray(f).resize((width, height), Image.Resampling.BICUBIC) for f in frames
+        ]
         frames = np.stack([np.asarray(f) for f in resized])
     if short := -len(frames) % settings.temporal:
         frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)])
@@ -133,7 +149,9 @@ class Encoded:
 class Processor:
     """Chat messages and decoded media -> ids with one placeholder per visual token, and patches."""
 
-    def __init__(self, tokenizer: Any, settings: PixelSettings, image_token: int, video_token: int) -> None:
+    def __init__(
+        self, tokenizer: Any, settings: PixelSettings, image_token: int, video_token: int
+    ) -> None:
         self.tokenizer = tokenizer
         self.settings = settings
         self.placeholder = {"image": image_token, "video": video_token}
@@ -153,7 +171,9 @@ class Processor:
     def text(self, messages: Sequence[Mapping[str, Any]], generation: bool = True) -> str:
         """The chat as the model's template writes it, placeholders not yet expanded."""
         return str(
-            self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
+            self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generation
+            )
         )
 
     def ids(self, text: str, visuals: Sequence[Visual]) -> torch.Tensor:
@@ -203,4 +223,3 @@ class Processor:
             elif values[max(0, i + 1 - len(header)) : i + 1] == header:
                 inside = True
         return mask
-

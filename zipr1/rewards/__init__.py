@@ -27,5 +27,7 @@ def find(name: str) -> Reward:
     if name not in REWARDS:
         near = difflib.get_close_matches(name, REWARDS, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
-        raise InputError(f"rewards.correct '{name}': no such reward; {hint}allowed: {', '.join(REWARDS)}")
+        raise InputError(
+            f"rewards.correct '{name}': no such reward; {hint}allowed: {', '.join(REWARDS)}"
+        )
     return REWARDS[name]

@@ -6,7 +6,9 @@ import re
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-_NAMED = re.compile(r"\b(?:answer|option|choice)\b[^A-Za-z0-9]*(?:is|:)?\s*[(\[]?([A-Z])\b", re.IGNORECASE)
+_NAMED = re.compile(
+    r"\b(?:answer|option|choice)\b[^A-Za-z0-9]*(?:is|:)?\s*[(\[]?([A-Z])\b", re.IGNORECASE
+)
 _LEADING = re.compile(r"^\s*[(\[]?([A-Za-z])(?:[)\].:,]|\s*$)")
 _ALONE = re.compile(r"(?:^|[\s(\[])([A-Z])(?=[)\].:,\s]|$)")
 

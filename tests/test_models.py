@@ -1,0 +1,412 @@
+"""The policy against transformers' own models: dense equality, pruning, decoding, batches, adapters."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import tinymodels
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoTokenizer, DynamicCache, StaticCache
+
+from zipr1.errors import InputError
+from zipr1.models import Request, load_policy, replay_masks, sparse_attention
+from zipr1.models import attention as bridge
+from zipr1.models.cache import PrunedCache
+from zipr1.models.processors import PixelSettings, patchify
+from zipr1.recipe import Model, Probes, Sparse
+
+PROBES = Probes(recent=3, random=6)
+
+
+def sparse(p: float = 0.8, **changes) -> Sparse:
+    return Sparse(p=p, probes=PROBES, **changes)
+
+
+def stock_inputs(policy, encoded):
+    """What transformers' processor would hand to the model: one sample, unpadded."""
+    ids = encoded.ids[None]
+    image, video = policy.processor.placeholder["image"], policy.processor.placeholder["video"]
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": ((ids == image).int() + 2 * (ids == video).int()),
+    }
+    for visual in encoded.visuals:
+        pixels, grid = ("pixel_values", "image_grid_thw")
+        if visual.kind == "video":
+            pixels, grid = ("pixel_values_videos", "video_grid_thw")
+            if policy.core.config.model_type == "qwen2_5_vl":
+                inputs["second_per_grid_ts"] = torch.tensor([visual.seconds])
+        inputs[pixels], inputs[grid] = visual.patches, torch.tensor([visual.grid])
+    return inputs
+
+
+def stock(policy):
+    """The same weights on transformers' plain SDPA path."""
+    model = copy.deepcopy(policy.core)
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+@pytest.mark.parametrize("family", tinymodels.FAMILIES)
+@pytest.mark.parametrize("forced", [False, True], ids=["bypass", "forced"])
+@torch.no_grad()
+def test_everything_kept_is_the_dense_model(family, forced):
+    policy = tinymodels.shared(family)
+    plain = stock(policy)
+    prompts = tinymodels.mixed()
+    encoded = tinymodels.encode(policy, prompts)
+    features = policy.look(encoded)
+    request = Request(sparse(1.0)) if forced else None
+    ours = policy.generate(encoded, features, request, 8)
+    for b, e in enumerate(encoded):
+        inputs = stock_inputs(policy, e)
+        theirs = plain.generate(
+            **inputs, max_new_tokens=8, do_sample=False, eos_token_id=policy.processor.end_ids,
+            suppress_tokens=list(policy.processor.placeholder.values()),
+        )[0, len(e) :]  # fmt: skip
+        assert ours.tokens[b].tolist() == theirs.tolist()[: len(ours.tokens[b])]
+        one = Request(sparse(1.0)) if forced else None
+        with sparse_attention(policy.core, one):
+            logits, _ = policy.answer_logits([e], features, [ours.tokens[b]], one)
+        longer = torch.cat([e.ids, ours.tokens[b]])[None]
+        inputs |= {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
+        extra = torch.zeros(1, len(ours.tokens[b]), dtype=torch.int)
+        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], extra], dim=1)
+        wanted = plain(**inputs).logits[:, len(e) - 1 : -1].float()
+        blocked = list(policy.processor.placeholder.values())
+        wanted[..., blocked] = logits[..., blocked]
+        torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
+    if forced:
+        assert request.record is not None
+        assert ours.counts.tolist() == [[len(e)] * policy.layers for e in encoded]
+
+
+@pytest.mark.parametrize("family", tinymodels.FAMILIES)
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+@torch.no_grad()
+def test_cached_decoding_is_the_teacher_forced_sparse_forward(family, skip):
+    policy = tinymodels.shared(family)
+    encoded = tinymodels.encode(policy, tinymodels.mixed())
+    features = policy.look(encoded)
+    settings = sparse(0.7, skip=skip)
+    answers = policy.generate(encoded, features, Request(settings), 6)
+    assert (answers.counts < torch.tensor([[len(e)] for e in encoded])).all()
+    width = max(len(e) + len(t) for e, t in zip(encoded, answers.tokens, strict=True))
+    for replay in (None, replay_masks(answers.kept, width, policy.device)):
+        request = Request(settings, replay=replay)
+        with sparse_attention(policy.core, request):
+            logits, mask = policy.answer_logits(encoded, features, answers.tokens, request)
+        for b, tokens in enumerate(answers.tokens):
+            logprobs = logits[b, : len(tokens)].log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+            torch.testing.assert_close(logprobs, answers.logprobs[b], atol=1e-4, rtol=0)
+        assert mask.sum(1).tolist() == [len(t) for t in answers.tokens]
+        kept = request.record.kept_positions(torch.zeros(len(encoded), dtype=torch.long))
+        assert all(
+            torch.equal(a, c) for row, want in zip(kept, answers.kept, strict=True)
+            for a, c in zip(row, want, strict=True)
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+@torch.no_grad()
+def test_a_batch_is_its_samples_one_by_one(skip):
+    policy = tinymodels.shared()
+    encoded = tinymodels.encode(policy, tinymodels.mixed())
+    features = policy.look(encoded)
+    settings = sparse(skip=skip)
+    thresholds = torch.tensor([[0.9, 0.6, 0.7], [0.5, 0.8, 0.9], [0.95, 0.7, 0.6], [1.0, 0.5, 0.7]])
+    uniforms = torch.rand(4, 6, generator=torch.Generator().manual_seed(1))
+    together = policy.generate(encoded, features, Request(settings, thresholds), 6, uniforms)
+    for b, e in enumerate(encoded):
+        request = Request(settings, thresholds[b : b + 1])
+        alone = policy.generate([e], features, request, 6, uniforms[b : b + 1])
+        assert torch.equal(alone.tokens[0], together.tokens[b])
+        assert alone.counts.tolist()[0] == together.counts.tolist()[b]
+        torch.testing.assert_close(alone.logprobs[0], together.logprobs[b], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_dropped_tokens_are_not_read(monkeypatch):
+    policy = tinymodels.shared()
+    encoded = tinymodels.encode(policy, tinymodels.mixed())
+    features = policy.look(encoded)
+    clean = policy.generate(encoded, features, Request(sparse()), 6)
+    attend, compact = bridge.sparse_prefill, bridge.kv_compact
+    poisoned = []
+
+    def poison(q, k, v, keep, scale):
+        gone = ~keep[:, None, :, None]
+        poisoned.append(int(gone.sum()))
+        q, k, v = (x.masked_fill(gone, float("nan")) for x in (q, k, v))
+        poison.kv = k, v
+        return attend(q, k, v, keep, scale=scale)
+
+    monkeypatch.setattr(bridge, "sparse_prefill", poison)
+    monkeypatch.setattr(bridge, "kv_compact", lambda k, v, index: compact(*poison.kv, index))
+    dirty = policy.generate(encoded, features, Request(sparse()), 6)
+    assert len(poisoned) == policy.layers and min(poisoned) > 0
+    for a, b in zip(clean.logprobs, dirty.logprobs, strict=True):
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_skipping_a_layer_does_not_do_the_work():
+    policy = tinymodels.shared()
+    encoded = tinymodels.encode(policy, tinymodels.mixed())
+    features = policy.look(encoded)
+    rows = []
+    hooks = [
+        module.register_forward_pre_hook(lambda m, a: rows.append(a[0].shape[:-1].numel()))
+        for layer in policy.decoder.layers
+        for module in (layer.self_attn.o_proj, layer.mlp.gate_proj)
+    ]
+    try:
+        request = Request(sparse(skip="layer"))
+        embeds, positions, valid = policy.rows(encoded, features, None, left=True)
+        request.valid = request.prompt = valid
+        with sparse_attention(policy.core, request):
+            policy.core.model(inputs_embeds=embeds, position_ids=positions, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    kept = [int(layer.keep.sum()) for layer in request.record.layers]
+    # The MLP's own projections run on the kept rows alone, whatever hooks stand around the MLP.
+    assert rows[1::2] == kept
+    assert max(kept) < valid.numel()
+
+
+@torch.no_grad()
+def test_nothing_stays_behind_on_exit():
+    policy = tinymodels.make()
+    before = {
+        n: (len(m._forward_hooks), len(m._forward_pre_hooks))
+        for n, m in policy.core.named_modules()
+    }
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        sparse_attention(policy.core, Request(sparse(skip="layer"))),
+    ):
+        raise RuntimeError("stop")
+    after = {
+        n: (len(m._forward_hooks), len(m._forward_pre_hooks))
+        for n, m in policy.core.named_modules()
+    }
+    assert before == after
+
+
+@torch.no_grad()
+def test_transformers_generate_prunes_its_cache():
+    policy = tinymodels.shared()
+    prompts = [tinymodels.prompt(0, "image"), tinymodels.prompt(2, "image", 4)]
+    encoded = tinymodels.encode(policy, prompts)
+    ours = policy.generate(encoded, policy.look(encoded), Request(sparse()), 6)
+    longest = max(len(e) for e in encoded)
+    ids = torch.zeros(2, longest, dtype=torch.long)
+    mask = torch.zeros(2, longest, dtype=torch.long)
+    for b, e in enumerate(encoded):
+        ids[b, longest - len(e) :], mask[b, longest - len(e) :] = e.ids, 1
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "mm_token_type_ids": (ids == policy.processor.placeholder["image"]).int(),
+        "pixel_values": torch.cat([e.visuals[0].patches for e in encoded]),
+        "image_grid_thw": torch.tensor([e.visuals[0].grid for e in encoded]),
+    }
+    with sparse_attention(policy.core, Request(sparse())):
+        out = policy.core.generate(
+            **inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True,
+            eos_token_id=policy.processor.end_ids,
+            suppress_tokens=list(policy.processor.placeholder.values()),
+        )  # fmt: skip
+    cache = out.past_key_values
+    assert isinstance(cache, PrunedCache)
+    assert cache.prompt_counts().tolist() == ours.counts.tolist()
+    assert all(layer.keys.shape[2] < longest for layer in cache.layers)
+    for b, tokens in enumerate(ours.tokens):
+        assert out.sequences[b, longest:].tolist()[: len(tokens)] == tokens.tolist()
+
+
+@torch.no_grad()
+def test_positions_stay_those_of_the_whole_prompt():
+    """Decoding by hand without position_ids: transformers derives them from the cache's logical length."""
+    policy = tinymodels.shared()
+    (encoded,) = tinymodels.encode(policy, [tinymodels.prompt(1, "video", 3)])
+    ours = policy.generate([encoded], policy.look([encoded]), Request(sparse(0.6)), 4)
+    assert len(ours.tokens[0]) > 1
+    with sparse_attention(policy.core, Request(sparse(0.6))):
+        out = policy.core(**stock_inputs(policy, encoded), use_cache=True)
+        cache = out.past_key_values
+        assert cache.get_seq_length() == len(encoded)
+        assert cache.layers[0].keys.shape[2] < len(encoded)
+        for step, token in enumerate(ours.tokens[0][:-1]):
+            out = policy.core(input_ids=token[None, None], past_key_values=cache, use_cache=True)
+            logprobs = out.logits[0, -1]
+            blocked = list(policy.processor.placeholder.values())
+            logprobs[blocked] = -1e9
+            got = logprobs.float().log_softmax(-1)[ours.tokens[0][step + 1]]
+            torch.testing.assert_close(got, ours.logprobs[0][step + 1], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_other_caches_are_refused():
+    policy = tinymodels.shared()
+    (encoded,) = tinymodels.encode(policy, [tinymodels.prompt(0, "image")])
+    inputs = stock_inputs(policy, encoded)
+    used = DynamicCache(config=policy.decoder.config)
+    policy.core(**inputs, past_key_values=used, use_cache=True)
+    for cache in (used, StaticCache(config=policy.decoder.config, max_cache_len=200)):
+        with (
+            pytest.raises(InputError, match="KV cache"),
+            sparse_attention(policy.core, Request(sparse())),
+        ):
+            policy.core(**inputs, past_key_values=cache, use_cache=True)
+
+
+def test_the_vision_tower_runs_once_per_picture():
+    policy = tinymodels.make()
+    encoded = tinymodels.encode(policy, tinymodels.mixed())
+    calls = []
+    policy.core.model.visual.register_forward_hook(
+        lambda m, a, k, o: calls.append(1), with_kwargs=True
+    )
+    features = policy.look([*encoded, *encoded])
+    assert (
+        policy.vision_calls == 4 and len(calls) == 2
+    )  # one call for the images, one for the videos
+    policy.look(encoded, known=features)
+    assert policy.vision_calls == 4 and len(calls) == 2
+
+
+def test_adapter_off_is_the_base_and_starts_as_it():
+    policy = tinymodels.make(lora=True)
+    base = tinymodels.shared()
+    encoded = tinymodels.encode(policy, tinymodels.mixed())
+    answers = [torch.tensor([40, 41])] * 4
+    wanted, _ = base.answer_logits(encoded, base.look(encoded), answers)
+    features = policy.look(encoded)
+    start, _ = policy.answer_logits(encoded, features, answers)
+    torch.testing.assert_close(start, wanted, atol=1e-5, rtol=1e-5)
+    assert all("language_model" in n and "lora_" in n for n, _ in policy.trainable())
+    for _, parameter in policy.trainable():
+        parameter.data += 0.1
+    moved, _ = policy.answer_logits(encoded, features, answers)
+    assert (moved - wanted).abs().max() > 0.1
+    with policy.reference() as model:
+        back, _ = policy.answer_logits(encoded, features, answers, None, model)
+    torch.testing.assert_close(back, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+def test_gradient_checkpointing_changes_no_gradient(skip):
+    grads = []
+    for checkpointing in (False, True):
+        policy = tinymodels.make(checkpointing=checkpointing)
+        policy.core.train()
+        encoded = tinymodels.encode(policy, tinymodels.mixed())
+        features = policy.look(encoded)
+        request = Request(sparse(skip=skip), scores=True)
+        with sparse_attention(policy.core, request):
+            logits, _ = policy.answer_logits(
+                encoded, features, [torch.tensor([40, 41])] * 4, request
+            )
+            cuts = sum(layer.cut.clamp(max=1).sum() for layer in request.record.layers)
+            (logits.log_softmax(-1)[..., 7].sum() + cuts).backward()
+        assert len(request.record.layers) == policy.layers
+        grads.append({n: p.grad for n, p in policy.trainable()})
+    assert grads[0].keys() == grads[1].keys()
+    for name, gradient in grads[0].items():
+        assert gradient is not None and torch.equal(gradient, grads[1][name]), name
+
+
+def test_saved_folder_loads_in_stock_transformers(tmp_path):
+    policy = tinymodels.make()
+    policy.save(tmp_path / "model")
+    assert not list((tmp_path / "model").glob("*.bin"))
+    assert "zipr1" not in (tmp_path / "model" / "config.json").read_text()
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    for (name, a), (_, b) in zip(
+        model.state_dict().items(), policy.core.state_dict().items(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    text = policy.processor.text(tinymodels.prompt(0, "image").messages)
+    assert tokenizer(text)["input_ids"] == policy.processor.tokenizer(text)["input_ids"]
+    again = load_policy(Model(path=str(tmp_path / "model")), "cpu")
+    assert again.processor.settings == policy.processor.settings
+
+
+def test_short_prompts_stay_dense():
+    policy = tinymodels.shared()
+    encoded = tinymodels.encode(policy, tinymodels.mixed())
+    features = policy.look(encoded)
+    limit = sorted(len(e) for e in encoded)[2]
+    answers = policy.generate(encoded, features, Request(sparse(dense_below=limit)), 2)
+    for e, counts in zip(encoded, answers.counts.tolist(), strict=True):
+        assert (counts == [len(e)] * policy.layers) == (len(e) < limit)
+
+
+def test_patches_are_those_of_transformers():
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    rng = np.random.default_rng(0)
+    for height, width in ((56, 56), (70, 97), (300, 33)):
+        settings = PixelSettings(min_pixels=56 * 56, max_pixels=28 * 28 * 64)
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        ours, grid = patchify(pixels[None], settings)
+        size = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
+        theirs = Qwen2VLImageProcessorPil(size=size)(Image.fromarray(pixels), return_tensors="pt")
+        assert theirs["image_grid_thw"][0].tolist() == list(grid)
+        torch.testing.assert_close(ours, theirs["pixel_values"], atol=1e-5, rtol=1e-5)
+
+
+def test_placeholders_must_match_the_media():
+    policy = tinymodels.shared()
+    good = tinymodels.prompt(0, "image")
+    bad = copy.deepcopy(good)
+    bad.messages[0]["content"].insert(0, {"type": "video"})
+    with pytest.raises(InputError, match=r"image/0: .*placeholders"):
+        policy.encode(bad, [(np.asarray(m.source), m.fps) for m in good.media], 1000)
+    with pytest.raises(InputError, match=r"image/0: .*max_prompt_tokens"):
+        policy.encode(good, [(np.asarray(m.source), m.fps) for m in good.media], 10)
+
+
+def test_answer_mask_finds_what_the_assistant_says():
+    policy = tinymodels.shared()
+    messages = [
+        *tinymodels.prompt(0, "image", turns=2).messages,
+        {"role": "assistant", "content": "red"},
+    ]
+    text = policy.processor.text(messages, generation=False).replace(
+        "<|vision_start|><|image_pad|><|vision_end|>", ""
+    )
+    ids = policy.processor.ids(text, [])
+    mask = policy.processor.answer_mask(ids)
+    said = policy.processor.tokenizer.decode(ids[mask])
+    assert said == "two<|im_end|>red<|im_end|>"
+
+
+def test_models_that_cannot_be_loaded(tmp_path, monkeypatch):
+    def problem(path):
+        with pytest.raises(InputError) as caught:
+            load_policy(Model(path=str(path)), "cpu")
+        message = str(caught.value)
+        assert str(path) in message and "\n" not in message
+        return message
+
+    assert "does not exist" in problem(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in problem(tmp_path / "empty")
+    tinymodels.shared().save(tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
+    problem(tmp_path / "pickled")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    assert "llava" in problem(tmp_path / "other")
+    with pytest.raises(InputError, match="--device cuda:97: not usable"):
+        load_policy(tinymodels.settings(), "cuda:97")

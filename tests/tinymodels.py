@@ -1,0 +1,111 @@
+"""Small random models and prompts that the tests share. Attention is sharpened, or every token scores the same."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from zipr1.data.digits import vocabulary
+from zipr1.episode import Media, Prompt
+from zipr1.models import Encoded, Policy, load_policy
+from zipr1.recipe import Lora, Model
+
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+}
+VISION: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"embed_dim": 32, "mlp_ratio": 2},
+    "qwen2_5_vl": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "window_size": 32,
+        "fullatt_block_indexes": [1],
+        "tokens_per_second": 2,
+    },
+}
+FAMILIES = tuple(VISION)
+
+
+def settings(family: str = "qwen2_5_vl", lora: bool = False, checkpointing: bool = False) -> Model:
+    """A `scratch` model of two vision and three decoder layers."""
+    vision = {
+        "depth": 2,
+        "num_heads": 2,
+        "patch_size": 8,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    config = {
+        "family": family,
+        "words": vocabulary(),
+        "text": TEXT,
+        "vision": {**vision, **VISION[family]},
+    }
+    return Model(
+        path="scratch",
+        config=config,
+        min_pixels=256,
+        lora=Lora(rank=4, alpha=8) if lora else None,
+        gradient_checkpointing=checkpointing,
+    )
+
+
+def make(family: str = "qwen2_5_vl", sharp: float = 8.0, **options: bool) -> Policy:
+    """A fresh policy whose queries and keys are `sharp` times as large as initialised."""
+    policy = load_policy(settings(family, **options), "cpu", seed=0)
+    for name, parameter in policy.core.named_parameters():
+        if (
+            "language_model" in name
+            and ("q_proj" in name or "k_proj" in name)
+            and "lora" not in name
+        ):
+            parameter.data *= sharp
+    return policy
+
+
+@lru_cache
+def shared(family: str = "qwen2_5_vl") -> Policy:
+    """A policy that no test may change."""
+    return make(family)
+
+
+def prompt(index: int, kind: str, words: int = 0, turns: int = 1) -> Prompt:
+    """A question of its own length about noise."""
+    rng = np.random.default_rng(index)
+    shape = (48, 48 + 16 * index, 3) if kind == "image" else (5, 48, 32, 3)
+    pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+    media = Media(kind, pixels, 4.0 if kind == "video" else None)  # type: ignore[arg-type]
+    text = "which digit is green?" + " red" * words
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": kind}, {"type": "text", "text": text}]}
+    ]
+    for _ in range(turns - 1):
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": "two"}]})
+        messages.append(
+            {"role": "user", "content": [{"type": "text", "text": "what color is the two?"}]}
+        )
+    return Prompt(f"{kind}/{index}", messages, (media,), "two", picture=f"{kind}/{index}")
+
+
+def mixed() -> list[Prompt]:
+    """Two images and two videos, four different lengths."""
+    return [
+        prompt(0, "image"),
+        prompt(1, "video", 3),
+        prompt(2, "image", 1, turns=2),
+        prompt(3, "video", 6),
+    ]
+
+
+def encode(policy: Policy, prompts: list[Prompt]) -> list[Encoded]:
+    return [
+        policy.encode(p, [(np.asarray(m.source), m.fps) for m in p.media], 10_000) for p in prompts
+    ]
