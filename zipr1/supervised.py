@@ -1,13 +1,15 @@
 """The supervised stage: cross-entropy on the assistant's turns, dense attention.
 
-It makes the embedded base model (recipes/tiny_base.yaml). Embedded lessons put several questions about one picture
-into one conversation, with more digits a picture as steps go by: without that curriculum naming and colour are not
-bound (shared notes, docs/log.md). Files of rows are taken as they are, one answer each.
+It makes the embedded base model (recipes/tiny_base.yaml). Embedded lessons put several questions behind one picture,
+each blind to the others and placed where it would stand alone: seen one after another, an answer could be copied from
+the questions before it, and a model trained so never looked at the picture (docs/log.md). Files of rows are taken as
+they are, one answer each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,9 +21,24 @@ from zipr1.episode import Prompt
 from zipr1.models import Encoded, Policy
 from zipr1.recipe import Recipe
 
+VISION_END = "<|vision_end|>"
 
-def lesson(policy: Policy, recipe: Recipe, step: int) -> list[Encoded]:
-    """Conversations of embedded scenes for one step, a pure function of the recipe and the step."""
+
+@dataclass(frozen=True)
+class Lesson:
+    """A conversation. segments `(l,)` int64: 0 for what all questions see, then the number of the question; a token
+    attends to segment 0 and to its own. None: one conversation, plainly causal."""
+
+    encoded: Encoded
+    segments: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+
+def lesson(policy: Policy, recipe: Recipe, step: int) -> list[Lesson]:
+    """Embedded scenes for one step, a pure function of the recipe and the step. One question in four has a second
+    turn."""
     plan = recipe.supervised
     most = max(count for start, count in plan.curriculum if start <= step)
     scenes = digits.lesson(
@@ -36,19 +53,41 @@ def lesson(policy: Policy, recipe: Recipe, step: int) -> list[Encoded]:
     batch = []
     for index, (scene, pairs) in enumerate(scenes):
         visual = policy.processor.visual(scene.kind, scene.pixels, scene.fps)
-        messages = []
-        for turn, (question, answer) in enumerate(pairs):
-            media = [{"type": scene.kind}] if turn == 0 else []
-            messages.append(
-                {"role": "user", "content": [*media, {"type": "text", "text": question}]}
-            )
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        ids = policy.processor.ids(policy.processor.text(messages, generation=False), [visual])
-        batch.append(policy.place(ids, [visual], f"{step}/{index}"))
+        parts, segments, places = [], [], []
+        for number, turns in enumerate(_conversations(pairs), start=1):
+            messages = []
+            for question, answer in turns:
+                messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+                messages.append({"role": "assistant", "content": answer})
+            messages[0]["content"].insert(0, {"type": scene.kind})
+            text = policy.processor.text(messages, generation=False).rstrip()
+            first, rest = text.split(VISION_END, 1)
+            if number == 1:
+                shown = policy.processor.ids(first + VISION_END, [visual])
+                prefix = policy.place(shown, [visual], f"{step}/{index}")
+                parts, segments, places = [shown], [torch.zeros_like(shown)], [prefix.positions]
+            ids = policy.processor.ids(rest, [])
+            parts.append(ids)
+            segments.append(torch.full_like(ids, number))
+            places.append((prefix.next_position + torch.arange(len(ids))).expand(3, -1))
+        encoded = Encoded(
+            torch.cat(parts), torch.cat(places, dim=1), 0, prefix.visuals, prefix.picture
+        )
+        batch.append(Lesson(encoded, torch.cat(segments)))
     return batch
 
 
-def rows(policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], step: int) -> list[Encoded]:
+def _conversations(pairs: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:
+    """Questions and answers in conversations of one turn, every fourth of two."""
+    waiting, out = list(pairs), []
+    while waiting:
+        turns = 2 if len(out) % 4 == 3 else 1
+        out.append(waiting[:turns])
+        waiting = waiting[turns:]
+    return out
+
+
+def rows(policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], step: int) -> list[Lesson]:
     """Prompts with their right answers appended, drawn without replacement in epochs."""
     count, per_step = len(prompts), recipe.train.prompts
     batch = []
@@ -58,11 +97,11 @@ def rows(policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], step: int) -
         media = [load_media(m, recipe.data.max_frames, recipe.data.fps) for m in prompt.media]
         encoded = policy.encode(prompt, media, recipe.data.max_prompt_tokens)
         ids = torch.cat([encoded.ids, policy.processor.answer_ids(prompt.answer)])
-        batch.append(policy.place(ids, encoded.visuals, f"{place}/{prompt.id}"))
+        batch.append(Lesson(policy.place(ids, encoded.visuals, f"{place}/{prompt.id}")))
     return batch
 
 
-def loss(policy: Policy, batch: Sequence[Encoded]) -> tuple[torch.Tensor, float]:
+def loss(policy: Policy, batch: Sequence[Lesson]) -> tuple[torch.Tensor, float]:
     """Mean cross-entropy over answer tokens, and the share of them predicted right.
 
     Long and short conversations run apart: padding pictures to the length of clips cost a third of the time.
@@ -79,16 +118,32 @@ def loss(policy: Policy, batch: Sequence[Encoded]) -> tuple[torch.Tensor, float]
     return total / count, right / count
 
 
-def _predictions(policy: Policy, batch: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+def _predictions(policy: Policy, batch: Sequence[Lesson]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits `(M, V)` of all answer tokens of a batch, and the tokens `(M,)`."""
-    embeds, positions, _ = policy.rows(batch, policy.look(batch), None, left=False)
+    encoded = [lesson.encoded for lesson in batch]
+    embeds, positions, _ = policy.rows(encoded, policy.look(encoded), None, left=False)
     hidden = policy.core.model(
-        inputs_embeds=embeds, position_ids=positions, use_cache=False
+        inputs_embeds=embeds,
+        position_ids=positions,
+        attention_mask=_mask(batch, embeds.shape[1], policy.device),
+        use_cache=False,
     ).last_hidden_state
     target = torch.zeros(embeds.shape[:2], dtype=torch.long)
     said = torch.zeros(embeds.shape[:2], dtype=torch.bool)
-    for b, e in enumerate(batch):
+    for b, e in enumerate(encoded):
         target[b, : len(e)] = e.ids
         said[b, : len(e)] = policy.processor.answer_mask(e.ids)
     logits = policy.head(hidden[:, :-1][said[:, 1:].to(hidden.device)])
     return logits, target[:, 1:][said[:, 1:]].to(logits.device)
+
+
+def _mask(batch: Sequence[Lesson], width: int, device: torch.device) -> torch.Tensor | None:
+    """Who attends to whom, `(B, 1, width, width)` bool, or None where causality says it all."""
+    if all(lesson.segments is None for lesson in batch):
+        return None
+    segments = torch.zeros(len(batch), width, dtype=torch.long)
+    for b, lesson in enumerate(batch):
+        if lesson.segments is not None:
+            segments[b, : len(lesson)] = lesson.segments
+    shared = (segments == 0)[:, None, :] | (segments[:, :, None] == segments[:, None, :])
+    return (shared & torch.ones(width, width, dtype=torch.bool).tril())[:, None].to(device)

@@ -1,0 +1,122 @@
+"""Rollouts: the same whatever the batch, vision once, rewards and the gate."""
+
+from __future__ import annotations
+
+import pytest
+import tinymodels
+import torch
+
+from zipr1 import heldout
+from zipr1.episode import Group, Rollout
+from zipr1.errors import InputError
+from zipr1.recipe import Budgets, Efficiency, Probes, Recipe, Rewards, Sparse, Train
+from zipr1.rollout import by_length, probe_seed, roll_out, score
+
+
+def recipe(**changes) -> Recipe:
+    values = {
+        "sparse": Sparse(probes=Probes(recent=3, random=6)),
+        "budgets": Budgets(low=0.6, high=0.9, count=4),
+        "train": Train(prompts=4, max_new_tokens=5),
+    }
+    return Recipe(**(values | changes))
+
+
+def roll(settings: Recipe, prompts, step: int = 3):
+    policy = tinymodels.make()
+    policy.keep_reference()
+    encoded = heldout.encode(policy, settings, prompts)
+    features = policy.look(encoded)
+    return policy, roll_out(policy, settings, prompts, encoded, features, step)
+
+
+def said(batch):
+    return [
+        (r.tokens.tolist(), [k.tolist() for k in r.kept], r.token_ratio)
+        for g in batch.groups
+        for r in g.rollouts
+    ]
+
+
+def test_rollouts_do_not_depend_on_the_batch():
+    prompts = tinymodels.mixed()
+    wide, narrow = (recipe(train=Train(prompts=4, max_new_tokens=5, micro_batch=n)) for n in (64, 3))
+    _, one = roll(wide, prompts)
+    _, other = roll(narrow, prompts)
+    assert said(one) == said(other)
+    # The first two prompts alone: places in the step decide the noise, not what else is rolled out.
+    _, part = roll(wide, prompts[:2])
+    assert said(part) == said(one)[:8]
+    _, later = roll(wide, prompts, step=4)
+    assert said(later) != said(one)
+
+
+def test_token_ratio_is_of_the_physical_cache():
+    _, batch = roll(recipe(), tinymodels.mixed())
+    for group in batch.groups:
+        for rollout in group.rollouts:
+            kept = [len(k) for k in rollout.kept]
+            assert rollout.token_ratio == pytest.approx(sum(kept) / len(kept) / rollout.prompt_length)
+            assert rollout.layer_ratios == [k / rollout.prompt_length for k in kept]
+            assert 0 < rollout.token_ratio < 1
+
+
+def test_vision_runs_once_per_question():
+    policy, _ = roll(recipe(), tinymodels.mixed())
+    assert policy.vision_calls == 4
+
+
+def test_thresholds_cover_every_cell_in_each_layer():
+    settings = recipe()
+    _, batch = roll(settings, tinymodels.mixed())
+    low, high = settings.budgets.low, settings.budgets.high
+    for group in batch.groups:
+        p = torch.stack([r.thresholds for r in group.rollouts])
+        cells = ((p - low) / (high - low) * 4).long()
+        assert all(sorted(column) == [0, 1, 2, 3] for column in cells.T.tolist())
+
+
+def test_constraint_compares_greedy_answers():
+    settings = recipe(efficiency=Efficiency(max_accuracy_drop=0.0))
+    policy, batch = roll(settings, tinymodels.mixed())
+    assert len(batch.groups[0].rollouts) == 4  # the greedy row is not a rollout
+    assert batch.gap == batch.accuracy["dense"] - batch.accuracy["sparse"]
+    _, free = roll(recipe(efficiency=Efficiency(max_accuracy_drop=None)), tinymodels.mixed())
+    assert free.gap is None
+    assert said(free) == said(batch)
+
+
+def test_probe_seeds_differ_by_step_and_from_inference():
+    seeds = {probe_seed(Recipe(seed=s), step) for s in range(3) for step in range(100)}
+    assert len(seeds) == 300 and 0 not in seeds
+
+
+def fake_group(correct: list[float], ratios: list[float]) -> Group:
+    rollouts = [
+        Rollout(torch.ones(2), torch.tensor([1]), torch.zeros(1), [], 10, ratio, "", {"correct": c})
+        for c, ratio in zip(correct, ratios, strict=True)
+    ]
+    return Group(tinymodels.prompt(0, "image"), rollouts)
+
+
+def test_reward_by_hand_and_no_pay_for_a_group_all_wrong():
+    settings = recipe(
+        efficiency=Efficiency(method="answers"), rewards=Rewards(weight=1.0, reduction=2.0)
+    )
+    groups = [fake_group([1.0, 0.0], [0.5, 0.25]), fake_group([0.0, 0.0], [0.5, 0.25])]
+    total = score(groups, settings)
+    assert total.tolist() == [[1 + 2 * 0.5, 2 * 0.75], [0.0, 0.0]]
+    assert groups[1].rollouts[1].rewards == {"correct": 0.0, "reduction": 0.0, "total": 0.0}
+    # A method that lowers tokens by itself leaves answers paid for being right alone.
+    alone = score(groups, recipe(efficiency=Efficiency(method="pathwise")))
+    assert alone.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+
+
+def test_batches_are_alike_in_length_and_complete():
+    batches = by_length([5, 9, 1, 7, 3], 2)
+    assert batches == [[1, 3], [0, 4], [2]]
+
+
+def test_unknown_reward_names_the_nearest():
+    with pytest.raises(InputError, match=r"'exakt'.*'exact'"):
+        roll(recipe(rewards=Rewards(correct="exakt")), tinymodels.mixed())

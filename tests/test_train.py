@@ -1,0 +1,190 @@
+"""Whole runs on a tiny random model: files, resume after SIGKILL, repeatability, what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tinymodels
+import torch
+import yaml
+from rich.console import Console
+
+from zipr1 import train
+from zipr1.errors import InputError, RunError
+from zipr1.recipe import load
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tinymodels.make().save(folder)
+    return folder
+
+
+def write(path: Path, model: Path, **sections) -> Path:
+    values = {
+        "model": {"path": str(model)},
+        "data": {"prompts": 16, "heldout_prompts": 4},
+        "sparse": {"probes": {"recent": 3, "random": 6}},
+        "budgets": {"low": 0.6, "high": 0.9, "count": 3},
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 3, "prompts": 3, "max_new_tokens": 4, "save_every": 1},
+    }
+    for name, changes in sections.items():
+        values[name] = {**values.get(name, {}), **changes}
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def start(path: Path, output: Path, *overrides: str, resume: str = "auto"):
+    return train.run(load(path, overrides), output, resume, "cpu", ["zipr1"], QUIET)
+
+
+def steps(folder: Path) -> list[dict]:
+    """metrics.jsonl without the times."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("seconds", None)
+    return rows
+
+
+def test_a_run_leaves_what_the_contract_names(tmp_path, model):
+    out = tmp_path / "run"
+    summary = start(write(tmp_path / "r.yaml", model), out)
+    names = {p.name for p in out.iterdir()}
+    wanted = "recipe.yaml run.json metrics.jsonl rollouts.jsonl summary.json checkpoints last curves.png"
+    assert set(wanted.split()) <= names
+    assert {"kept-digits.png", "kept-moving_digits.png", "kept-hard_digits.png"} <= names
+    assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    for block in (summary, *summary["by_task"].values()):
+        for moment in ("before", "after"):
+            assert set(block[moment]) >= {"accuracy", "accuracy_ci", "token_ratio", "n"}
+        assert {"dense_accuracy", "dense_accuracy_ci", "difference_ci"} <= set(block)
+    assert summary["rollouts"] == 3 * 3 * 3 and summary["steps"] == 3 and summary["p"] == 0.975
+    assert summary["recipe_sha256"] == load(out / "recipe.yaml").sha256()
+    assert [row["step"] for row in steps(out)] == [0, 1, 2]
+    row = steps(out)[0]
+    assert len(row["token_ratio_by_budget"]) == 3 and len(row["token_ratio_by_layer"]) == 3
+    for key in (
+        "reward rewards reward_std gate token_ratio kl clip_fraction lr efficiency_weight multiplier "
+        "heldout_mass accuracy dense_accuracy"
+    ).split():
+        assert key in row, key
+    rollout = json.loads((out / "rollouts.jsonl").read_text().splitlines()[0])
+    assert set(rollout) >= {"step", "question", "answer", "budgets", "texts", "rewards", "kept"}
+    assert len(rollout["texts"]) == len(rollout["budgets"]) == 3
+    assert not list(out.rglob("*.bin")) and not list(out.rglob("*.pt")) and not list(out.rglob("*.pkl"))
+
+
+def test_the_same_seed_gives_the_same_numbers(tmp_path, model):
+    recipe = write(tmp_path / "r.yaml", model, efficiency={"method": "cut+pathwise"})
+    one, two, other = (tmp_path / n for n in "abc")
+    start(recipe, one)
+    start(recipe, two)
+    start(recipe, other, "seed=1")
+    assert steps(one) == steps(two)
+    assert steps(one) != steps(other)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_happened(tmp_path, model):
+    recipe = write(tmp_path / "r.yaml", model, train={"steps": 6, "save_every": 2})
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    summary = start(recipe, whole)
+    command = [sys.executable, "-c", "from zipr1.cli import main; main()", "train", str(recipe), "--output", str(broken), "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    try:
+        limit = time.monotonic() + 120
+        metrics = broken / "metrics.jsonl"
+        while time.monotonic() < limit and process.poll() is None:
+            if metrics.is_file() and len(metrics.read_text().splitlines()) >= 3:
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (broken / "summary.json").exists()
+    resumed = start(recipe, broken)
+    assert steps(broken) == steps(whole)
+    assert {**resumed, "seconds": 0} == {**summary, "seconds": 0}
+    assert json.loads((broken / "run.json").read_text())["resumed"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "layer", "answers", "cut", "supervised", "top_k", "rollout"])
+def test_variants_run(tmp_path, model, kind):
+    changes = {
+        "lora": {"model": {"lora": {"rank": 4, "alpha": 8}}},
+        "layer": {"sparse": {"skip": "layer"}, "model": {"gradient_checkpointing": True}},
+        "answers": {"efficiency": {"method": "answers"}, "ppo": {"baseline": "mean", "scale": "std"}},
+        "cut": {"efficiency": {"method": "cut"}, "budgets": {"sampling": "independent"}},
+        "supervised": {"train": {"stage": "supervised"}, "supervised": {"questions": 3}},
+        "top_k": {"sparse": {"rule": "top_k", "p": 0.5}, "efficiency": {"method": "answers"}},
+        "rollout": {"budgets": {"per": "rollout"}, "ppo": {"kl_estimator": "k2"}, "data": {"mix": {"digits": 1.0}}},
+    }[kind]
+    changes["train"] = {"steps": 2, **changes.get("train", {})}
+    out = tmp_path / "run"
+    recipe = write(tmp_path / "r.yaml", model, **changes)
+    summary = start(recipe, out)
+    assert summary["steps"] == 2 and len(steps(out)) == 2
+    assert 0 < summary["after"]["token_ratio"] <= 1
+    # Going on with a finished run trains nothing and measures the same.
+    again = start(recipe, out)
+    assert len(steps(out)) == 2 and again["after"] == summary["after"]
+
+
+def test_dry_run_writes_nothing(tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load(write(tmp_path / "r.yaml", model))
+    console = Console(record=True, width=80, file=open(os.devnull, "w"))  # noqa: SIM115
+    plan = train.dry_run(recipe, "cpu", console)
+    text = console.export_text()
+    assert text.count("<|im_start|>assistant") >= 2 and "visual" in text and "memory, peak" in text
+    assert plan["visual_tokens"]["min"] >= 64 and plan["rollout_rows"] == 9
+    policy = tinymodels.shared()
+    trainable = sum(p.numel() for n, p in policy.trainable())
+    assert plan["memory"]["optimizer"] == 2 * 4 * trainable
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_what_a_run_refuses(tmp_path, model, monkeypatch):
+    recipe = write(tmp_path / "r.yaml", model)
+    with pytest.raises(InputError, match=r"rl needs a trained model"):
+        start(recipe, tmp_path / "a", "model.path=scratch")
+    with pytest.raises(InputError, match=r"differentiates top_p"):
+        start(recipe, tmp_path / "b", "sparse.rule=random")
+    with pytest.raises(InputError, match=r"'pathwize'.*'pathwise'"):
+        start(recipe, tmp_path / "c", "efficiency.method=pathwize")
+    out = tmp_path / "d"
+    start(recipe, out)
+    with pytest.raises(InputError, match=r"optim.lr"):
+        start(recipe, out, "optim.lr=0.5")
+    # Another model's weights in the checkpoint: refused, not half-loaded.
+    config = tinymodels.settings()
+    from safetensors.torch import save_file
+
+    weights = next((out / "last").resolve().glob("model/*.safetensors"))
+    size = weights.stat().st_size
+    save_file({"strange": torch.zeros(1)}, weights)
+    weights.write_bytes(weights.read_bytes().ljust(size, b"\0")[:size])
+    with pytest.raises((InputError, RunError)):
+        start(recipe, out)
+    assert config.path == "scratch"
+    for name in "abc":
+        assert not (tmp_path / name).exists()
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path, model):
+    recipe = write(tmp_path / "r.yaml", model, train={"stage": "supervised", "steps": 30, "save_every": 1})
+    with pytest.raises(RunError, match=r"optim.lr"):
+        start(recipe, tmp_path / "run", "optim.lr=1e30", "optim.max_grad_norm=1e30")
+    assert not (tmp_path / "run" / "summary.json").exists()

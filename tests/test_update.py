@@ -1,0 +1,169 @@
+"""One PPO update: ratios of 1, replayed sets, gradients that lower what they should, the reference."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tinymodels
+import torch
+from test_rollout import recipe, roll
+
+from zipr1 import optim
+from zipr1.errors import RunError
+from zipr1.models import Request, replay_masks, sparse_attention
+from zipr1.recipe import Budgets, Efficiency, Optim, Ppo, Probes, Sparse
+from zipr1.update import backward, flatten, reference_logits, update
+
+METHODS = ["answers", "cut", "pathwise", "cut+pathwise"]
+
+
+def one_update(settings, batch, policy, weight=1.0):
+    optimizer = optim.build(policy.trainable(), settings.optim)
+    return update(policy, settings, batch, optimizer, weight, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+def test_first_ratio_is_one_against_the_sampler(method, skip):
+    sparse = Sparse(probes=Probes(recent=3, random=6), skip=skip)
+    settings = recipe(efficiency=Efficiency(method=method), sparse=sparse, ppo=Ppo(kl=0.0))
+    policy, batch = roll(settings, tinymodels.mixed())
+    said = one_update(settings, batch, policy)
+    assert said["ratio_mean"] == pytest.approx(1, abs=1e-4)
+    assert said["ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert said["clip_fraction"] == 0
+
+
+def test_first_ratio_is_exactly_one_against_the_same_forward():
+    settings = recipe()
+    policy, batch = roll(settings, tinymodels.mixed())
+    rows = flatten(batch, settings, 1.0)
+    chosen = list(range(len(rows.tokens)))
+    encoded = [batch.encoded[i] for i in rows.prompt]
+    request = Request(settings.sparse, seed=batch.probe_seed, scores=True)
+    request.replay = replay_masks(rows.kept, max(rows.lengths), policy.device)
+    with sparse_attention(policy.core, request):
+        logits, mask = policy.answer_logits(encoded, batch.features, rows.tokens, request)
+    padded = torch.zeros(mask.shape, dtype=torch.long)
+    for b, tokens in enumerate(rows.tokens):
+        padded[b, : len(tokens)] = tokens
+    from zipr1.losses import token_logprobs
+
+    exact = token_logprobs(logits.detach(), padded)
+    rows.old = [exact[b, : len(t)] for b, t in enumerate(rows.tokens)]
+    said = backward(policy, settings, batch, rows, chosen, 1.0, share=1.0)
+    assert said["ratio_mean"] == 1.0 and said["ratio_max"] == 1.0
+
+
+def test_micro_batches_do_not_change_the_gradient():
+    grads = []
+    for size in (64, 3):
+        settings = recipe(efficiency=Efficiency(method="cut+pathwise"))
+        policy, batch = roll(settings, tinymodels.mixed())
+        small = settings.model_copy(update={"train": settings.train.model_copy(update={"micro_batch": size})})
+        optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
+        update(policy, small, batch, optimizer, 1.0, torch.Generator().manual_seed(0))
+        grads.append({n: p.grad.clone() for n, p in policy.trainable()})
+    for name, gradient in grads[0].items():
+        torch.testing.assert_close(gradient, grads[1][name], atol=1e-5, rtol=1e-3)
+
+
+def test_pathwise_lowers_the_token_ratio_and_answers_alone_do_not():
+    ratios = {}
+    for method in ("pathwise", "answers"):
+        settings = recipe(
+            efficiency=Efficiency(method=method, max_accuracy_drop=None),
+            optim=Optim(lr=3e-3),
+            ppo=Ppo(kl=0.0),
+            budgets=Budgets(low=0.6, high=0.9, count=4),
+        )
+        policy, batch = roll(settings, tinymodels.mixed())
+        for group in batch.groups:
+            group.rollouts[0].rewards["correct"] = 1.0  # opens the gate
+        optimizer = optim.build(policy.trainable(), settings.optim)
+        for _ in range(5):
+            update(policy, settings, batch, optimizer, 3.0, torch.Generator().manual_seed(0))
+        from zipr1.rollout import roll_out
+
+        after = roll_out(policy, settings, [g.prompt for g in batch.groups], batch.encoded, batch.features, 3)
+        ratios[method] = [
+            sum(r.token_ratio for g in b.groups for r in g.rollouts) / 16 for b in (batch, after)
+        ]
+    assert ratios["pathwise"][1] < ratios["pathwise"][0] - 0.05
+    assert abs(ratios["answers"][1] - ratios["answers"][0]) < 0.03
+
+
+def test_all_wrong_groups_get_no_efficiency_gradient():
+    for method in METHODS:
+        settings = recipe(efficiency=Efficiency(method=method), ppo=Ppo(kl=0.0))
+        policy, batch = roll(settings, tinymodels.mixed())
+        for group in batch.groups:
+            for rollout in group.rollouts:
+                rollout.rewards["correct"] = 0.0
+        optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
+        update(policy, settings, batch, optimizer, 3.0, torch.Generator().manual_seed(0))
+        assert all(p.grad is None or not p.grad.any() for _, p in policy.trainable()), method
+
+
+def test_reference_scores_each_distinct_answer_once(monkeypatch):
+    settings = recipe()
+    policy, batch = roll(settings, tinymodels.mixed())
+    rows = flatten(batch, settings, 1.0)
+    rows.tokens = [torch.tensor([40, 41])] * 8 + rows.tokens[8:]
+    chosen = list(range(12))
+    seen = []
+    original = policy.answer_logits
+
+    def spy(encoded, features, answers, request=None, model=None):
+        seen.append(len(answers))
+        return original(encoded, features, answers, request, model)
+
+    monkeypatch.setattr(policy, "answer_logits", spy)
+    width = max(len(rows.tokens[b]) for b in chosen)
+    logits = reference_logits(policy, batch, rows, chosen, width)
+    distinct = 2 + len({tuple(rows.tokens[b].tolist()) for b in range(8, 12)})
+    assert seen == [distinct]
+    for b in chosen:
+        alone, _ = original([batch.encoded[rows.prompt[b]]], batch.features, [rows.tokens[b]])
+        torch.testing.assert_close(logits[b, : len(rows.tokens[b])], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_kl_is_to_the_dense_reference_not_to_the_sparse_start():
+    settings = recipe(ppo=Ppo(kl=1.0))
+    policy, batch = roll(settings, tinymodels.mixed())
+    said = one_update(settings, batch, policy)
+    assert said["kl"] > 1e-4  # untrained, the sparse policy already differs from the dense model
+    dense = recipe(sparse=Sparse(probes=Probes(recent=3, random=6), dense_below=10_000), ppo=Ppo(kl=1.0))
+    policy, batch = roll(dense, tinymodels.mixed())
+    assert one_update(dense, batch, policy)["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_reference_never_moves():
+    settings = recipe(optim=Optim(lr=1e-2))
+    policy, batch = roll(settings, tinymodels.mixed())
+    before = copy.deepcopy(policy.twin.state_dict())
+    start = {n: p.detach().clone() for n, p in policy.trainable()}
+    one_update(settings, batch, policy)
+    assert all(torch.equal(v, before[k]) for k, v in policy.twin.state_dict().items())
+    assert any(not torch.equal(p, start[n]) for n, p in policy.trainable())
+
+
+def test_epochs_and_minibatches_move_the_ratio():
+    settings = recipe(optim=Optim(lr=1e-2), ppo=Ppo(epochs=2, minibatches=2, kl=0.0))
+    policy, batch = roll(settings, tinymodels.mixed())
+    calls = policy.vision_calls
+    said = one_update(settings, batch, policy)
+    assert said["ratio_max"] > 1 + 1e-3
+    assert policy.vision_calls == calls  # a frozen tower serves every epoch
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
+    settings = recipe(ppo=Ppo(policy_gradient=1.0))
+    policy, batch = roll(settings, tinymodels.mixed())
+    batch.groups[0].rollouts[0].logprobs += float("nan")
+    batch.groups[0].rollouts[0].rewards["correct"] = 1.0
+    start = {n: p.detach().clone() for n, p in policy.trainable()}
+    with pytest.raises(RunError, match=r"loss is nan"):
+        one_update(settings, batch, policy)
+    assert all(torch.equal(p, start[n]) for n, p in policy.trainable())
