@@ -40,7 +40,9 @@ def said(batch):
 
 def test_rollouts_do_not_depend_on_the_batch():
     prompts = tinymodels.mixed()
-    wide, narrow = (recipe(train=Train(prompts=4, max_new_tokens=5, micro_batch=n)) for n in (64, 3))
+    wide, narrow = (
+        recipe(train=Train(prompts=4, max_new_tokens=5, micro_batch=n)) for n in (64, 3)
+    )
     _, one = roll(wide, prompts)
     _, other = roll(narrow, prompts)
     assert said(one) == said(other)
@@ -56,7 +58,9 @@ def test_token_ratio_is_of_the_physical_cache():
     for group in batch.groups:
         for rollout in group.rollouts:
             kept = [len(k) for k in rollout.kept]
-            assert rollout.token_ratio == pytest.approx(sum(kept) / len(kept) / rollout.prompt_length)
+            assert rollout.token_ratio == pytest.approx(
+                sum(kept) / len(kept) / rollout.prompt_length
+            )
             assert rollout.layer_ratios == [k / rollout.prompt_length for k in kept]
             assert 0 < rollout.token_ratio < 1
 
@@ -78,7 +82,7 @@ def test_thresholds_cover_every_cell_in_each_layer():
 
 def test_constraint_compares_greedy_answers():
     settings = recipe(efficiency=Efficiency(max_accuracy_drop=0.0))
-    policy, batch = roll(settings, tinymodels.mixed())
+    _, batch = roll(settings, tinymodels.mixed())
     assert len(batch.groups[0].rollouts) == 4  # the greedy row is not a rollout
     assert batch.gap == batch.accuracy["dense"] - batch.accuracy["sparse"]
     _, free = roll(recipe(efficiency=Efficiency(max_accuracy_drop=None)), tinymodels.mixed())

@@ -61,7 +61,9 @@ def test_a_run_leaves_what_the_contract_names(tmp_path, model):
     out = tmp_path / "run"
     summary = start(write(tmp_path / "r.yaml", model), out)
     names = {p.name for p in out.iterdir()}
-    wanted = "recipe.yaml run.json metrics.jsonl rollouts.jsonl summary.json checkpoints last curves.png"
+    wanted = (
+        "recipe.yaml run.json metrics.jsonl rollouts.jsonl summary.json checkpoints last curves.png"
+    )
     assert set(wanted.split()) <= names
     assert {"kept-digits.png", "kept-moving_digits.png", "kept-hard_digits.png"} <= names
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
@@ -74,15 +76,16 @@ def test_a_run_leaves_what_the_contract_names(tmp_path, model):
     assert [row["step"] for row in steps(out)] == [0, 1, 2]
     row = steps(out)[0]
     assert len(row["token_ratio_by_budget"]) == 3 and len(row["token_ratio_by_layer"]) == 3
-    for key in (
-        "reward rewards reward_std gate token_ratio kl clip_fraction lr efficiency_weight multiplier "
-        "heldout_mass accuracy dense_accuracy"
-    ).split():
-        assert key in row, key
+    shown = "reward rewards reward_std gate token_ratio kl clip_fraction lr efficiency_weight multiplier"
+    assert {*shown.split(), "heldout_mass", "accuracy", "dense_accuracy"} <= set(row)
     rollout = json.loads((out / "rollouts.jsonl").read_text().splitlines()[0])
     assert set(rollout) >= {"step", "question", "answer", "budgets", "texts", "rewards", "kept"}
     assert len(rollout["texts"]) == len(rollout["budgets"]) == 3
-    assert not list(out.rglob("*.bin")) and not list(out.rglob("*.pt")) and not list(out.rglob("*.pkl"))
+    assert (
+        not list(out.rglob("*.bin"))
+        and not list(out.rglob("*.pt"))
+        and not list(out.rglob("*.pkl"))
+    )
 
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path, model):
@@ -99,8 +102,20 @@ def test_a_killed_run_goes_on_as_if_nothing_happened(tmp_path, model):
     recipe = write(tmp_path / "r.yaml", model, train={"steps": 6, "save_every": 2})
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     summary = start(recipe, whole)
-    command = [sys.executable, "-c", "from zipr1.cli import main; main()", "train", str(recipe), "--output", str(broken), "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    command = [
+        sys.executable,
+        "-c",
+        "from zipr1.cli import main; main()",
+        "train",
+        str(recipe),
+        "--output",
+        str(broken),
+        "--device",
+        "cpu",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
+    )
     try:
         limit = time.monotonic() + 120
         metrics = broken / "metrics.jsonl"
@@ -120,16 +135,25 @@ def test_a_killed_run_goes_on_as_if_nothing_happened(tmp_path, model):
     assert json.loads((broken / "run.json").read_text())["resumed"]
 
 
-@pytest.mark.parametrize("kind", ["lora", "layer", "answers", "cut", "supervised", "top_k", "rollout"])
+@pytest.mark.parametrize(
+    "kind", ["lora", "layer", "answers", "cut", "supervised", "top_k", "rollout"]
+)
 def test_variants_run(tmp_path, model, kind):
     changes = {
         "lora": {"model": {"lora": {"rank": 4, "alpha": 8}}},
         "layer": {"sparse": {"skip": "layer"}, "model": {"gradient_checkpointing": True}},
-        "answers": {"efficiency": {"method": "answers"}, "ppo": {"baseline": "mean", "scale": "std"}},
+        "answers": {
+            "efficiency": {"method": "answers"},
+            "ppo": {"baseline": "mean", "scale": "std"},
+        },
         "cut": {"efficiency": {"method": "cut"}, "budgets": {"sampling": "independent"}},
         "supervised": {"train": {"stage": "supervised"}, "supervised": {"questions": 3}},
         "top_k": {"sparse": {"rule": "top_k", "p": 0.5}, "efficiency": {"method": "answers"}},
-        "rollout": {"budgets": {"per": "rollout"}, "ppo": {"kl_estimator": "k2"}, "data": {"mix": {"digits": 1.0}}},
+        "rollout": {
+            "budgets": {"per": "rollout"},
+            "ppo": {"kl_estimator": "k2"},
+            "data": {"mix": {"digits": 1.0}},
+        },
     }[kind]
     changes["train"] = {"steps": 2, **changes.get("train", {})}
     out = tmp_path / "run"
@@ -184,7 +208,9 @@ def test_what_a_run_refuses(tmp_path, model, monkeypatch):
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path, model):
-    recipe = write(tmp_path / "r.yaml", model, train={"stage": "supervised", "steps": 30, "save_every": 1})
+    recipe = write(
+        tmp_path / "r.yaml", model, train={"stage": "supervised", "steps": 30, "save_every": 1}
+    )
     with pytest.raises(RunError, match=r"optim.lr"):
         start(recipe, tmp_path / "run", "optim.lr=1e30", "optim.max_grad_norm=1e30")
     assert not (tmp_path / "run" / "summary.json").exists()

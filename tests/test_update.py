@@ -61,7 +61,9 @@ def test_micro_batches_do_not_change_the_gradient():
     for size in (64, 3):
         settings = recipe(efficiency=Efficiency(method="cut+pathwise"))
         policy, batch = roll(settings, tinymodels.mixed())
-        small = settings.model_copy(update={"train": settings.train.model_copy(update={"micro_batch": size})})
+        small = settings.model_copy(
+            update={"train": settings.train.model_copy(update={"micro_batch": size})}
+        )
         optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
         update(policy, small, batch, optimizer, 1.0, torch.Generator().manual_seed(0))
         grads.append({n: p.grad.clone() for n, p in policy.trainable()})
@@ -86,7 +88,9 @@ def test_pathwise_lowers_the_token_ratio_and_answers_alone_do_not():
             update(policy, settings, batch, optimizer, 3.0, torch.Generator().manual_seed(0))
         from zipr1.rollout import roll_out
 
-        after = roll_out(policy, settings, [g.prompt for g in batch.groups], batch.encoded, batch.features, 3)
+        after = roll_out(
+            policy, settings, [g.prompt for g in batch.groups], batch.encoded, batch.features, 3
+        )
         ratios[method] = [
             sum(r.token_ratio for g in b.groups for r in g.rollouts) / 16 for b in (batch, after)
         ]
@@ -134,7 +138,9 @@ def test_kl_is_to_the_dense_reference_not_to_the_sparse_start():
     policy, batch = roll(settings, tinymodels.mixed())
     said = one_update(settings, batch, policy)
     assert said["kl"] > 1e-4  # untrained, the sparse policy already differs from the dense model
-    dense = recipe(sparse=Sparse(probes=Probes(recent=3, random=6), dense_below=10_000), ppo=Ppo(kl=1.0))
+    dense = recipe(
+        sparse=Sparse(probes=Probes(recent=3, random=6), dense_below=10_000), ppo=Ppo(kl=1.0)
+    )
     policy, batch = roll(dense, tinymodels.mixed())
     assert one_update(dense, batch, policy)["kl"] == pytest.approx(0, abs=1e-6)
 
@@ -153,6 +159,8 @@ def test_epochs_and_minibatches_move_the_ratio():
     settings = recipe(optim=Optim(lr=1e-2), ppo=Ppo(epochs=2, minibatches=2, kl=0.0))
     policy, batch = roll(settings, tinymodels.mixed())
     calls = policy.vision_calls
+    for group in batch.groups:
+        group.rollouts[0].rewards["correct"] = 1.0  # something to learn
     said = one_update(settings, batch, policy)
     assert said["ratio_max"] > 1 + 1e-3
     assert policy.vision_calls == calls  # a frozen tower serves every epoch

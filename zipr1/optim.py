@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -11,19 +12,66 @@ from zipr1.errors import InputError
 from zipr1.recipe import Optim
 
 
-def build(named: Sequence[tuple[str, torch.nn.Parameter]], settings: Optim) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over the trainable parameters; vectors (norms, biases) are not decayed."""
+class Optimizers:
+    """AdamW (arXiv 1711.05101), or with `name: muon` Muon for matrices and AdamW for the rest, as one optimiser."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = list(parts)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def set_rate(self, rate: float) -> None:
+        for group in self.param_groups:
+            group["lr"] = rate
+
+    def state_of(self, parameter: torch.nn.Parameter) -> dict[str, Any]:
+        """The state of a parameter in the optimiser that owns it; to be changed in place."""
+        for part in self.parts:
+            if any(parameter is p for group in part.param_groups for p in group["params"]):
+                state: dict[str, Any] = part.state[parameter]
+                return state
+        raise KeyError("not a parameter of this optimiser")
+
+
+def build(named: Sequence[tuple[str, torch.nn.Parameter]], settings: Optim) -> Optimizers:
+    """Over the trainable parameters; vectors (norms, biases) are not decayed. Raises InputError if there are none.
+
+    Muon orthogonalises the momentum of matrices; its updates are scaled to AdamW's size (arXiv 2502.16982), so one
+    rate serves both. Embeddings and convolutions stay with AdamW.
+    """
     if not named:
         raise InputError(
-            "the recipe trains nothing: every parameter is frozen; set model.lora or another model"
+            "the recipe trains nothing: all is frozen; set model.lora or another model"
         )
-    matrices = [p for _, p in named if p.ndim > 1]
-    vectors = [p for _, p in named if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+    muon = [
+        p for n, p in named if settings.name == "muon" and p.ndim == 2 and "embed_tokens" not in n
     ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98))
+    taken = {id(p) for p in muon}
+    rest = [p for _, p in named if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    parts: list[torch.optim.Optimizer] = []
+    if rest:
+        groups = [g for g in groups if g["params"]]
+        parts.append(torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98)))
+    if muon:
+        decay = settings.weight_decay
+        parts.append(
+            torch.optim.Muon(muon, settings.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return Optimizers(parts)
 
 
 def learning_rate(settings: Optim, step: int, steps: int) -> float:
@@ -38,24 +86,19 @@ def learning_rate(settings: Optim, step: int, steps: int) -> float:
     return settings.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 def state_tensors(
-    optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, torch.nn.Parameter]]
+    optimizer: Optimizers, named: Sequence[tuple[str, torch.nn.Parameter]]
 ) -> dict[str, torch.Tensor]:
     """Moments and step counts by parameter name, to be saved as safetensors."""
     return {
         f"{name}/{key}": torch.as_tensor(value)
         for name, parameter in named
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for key, value in optimizer.state_of(parameter).items()
     }
 
 
 def restore(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     named: Sequence[tuple[str, torch.nn.Parameter]],
     tensors: dict[str, torch.Tensor],
 ) -> None:
@@ -74,4 +117,4 @@ def restore(
                 f"the checkpoint's '{name}' is {tuple(value.shape)}, the model's {tuple(parameter.shape)}"
             )
         where = "cpu" if field == "step" else parameter.device
-        optimizer.state[parameter][field] = value.to(where)
+        optimizer.state_of(parameter)[field] = value.to(where)

@@ -161,6 +161,7 @@ class Ppo(Section):
 class Optim(Section):
     """AdamW. schedule: `one_cycle` rises over `warmup` of the steps and falls to 0 by a cosine."""
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-5
     schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ def lesson(policy: Policy, recipe: Recipe, step: int) -> list[Lesson]:
         visual = policy.processor.visual(scene.kind, scene.pixels, scene.fps)
         parts, segments, places = [], [], []
         for number, turns in enumerate(_conversations(pairs), start=1):
-            messages = []
+            messages: list[dict[str, Any]] = []
             for question, answer in turns:
                 messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
                 messages.append({"role": "assistant", "content": answer})
@@ -79,7 +80,7 @@ def lesson(policy: Policy, recipe: Recipe, step: int) -> list[Lesson]:
 
 def _conversations(pairs: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:
     """Questions and answers in conversations of one turn, every fourth of two."""
-    waiting, out = list(pairs), []
+    waiting, out = list(pairs), list[list[tuple[str, str]]]()
     while waiting:
         turns = 2 if len(out) % 4 == 3 else 1
         out.append(waiting[:turns])

@@ -24,6 +24,7 @@ from zipr1.errors import InputError, RunError
 from zipr1.machine import describe
 from zipr1.metrics import rollout_lines, step_metrics
 from zipr1.models import Policy, load_policy
+from zipr1.optim import Optimizers
 from zipr1.recipe import Recipe
 from zipr1.report import Progress
 from zipr1.rewards import find
@@ -70,7 +71,7 @@ def run(
     ):
         for step in range(folder.start_step, recipe.train.steps):
             began = time.monotonic()
-            optim.set_rate(optimizer, optim.learning_rate(recipe.optim, step, recipe.train.steps))
+            optimizer.set_rate(optim.learning_rate(recipe.optim, step, recipe.train.steps))
             if recipe.train.stage == "supervised":
                 metrics = supervised_step(policy, recipe, prompts, optimizer, step)
             else:
@@ -93,7 +94,7 @@ def rl_step(
     policy: Policy,
     recipe: Recipe,
     prompts: Sequence[Prompt],
-    optimizer: Any,
+    optimizer: Optimizers,
     state: dict[str, float],
     step: int,
 ) -> tuple[dict[str, Any], Batch]:
@@ -136,7 +137,7 @@ def constrain(recipe: Recipe, state: dict[str, float], gap: float | None) -> flo
 
 
 def supervised_step(
-    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], optimizer: Any, step: int
+    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], optimizer: Optimizers, step: int
 ) -> dict[str, Any]:
     """One step of cross-entropy on answers."""
     batch = (
@@ -148,7 +149,7 @@ def supervised_step(
     loss, right = supervised.loss(policy, batch)
     if not bool(torch.isfinite(loss)):
         raise RunError(f"the loss is {float(loss)} at step {step}; resume with a lower optim.lr")
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     loss.backward()
     parameters = [p for _, p in policy.trainable()]
     norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.max_grad_norm)
@@ -170,7 +171,7 @@ def draw(prompts: Sequence[Prompt], recipe: Recipe, step: int) -> list[Prompt]:
 def save(
     folder: RunDir,
     policy: Policy,
-    optimizer: Any,
+    optimizer: Optimizers,
     named: Any,
     state: dict[str, float],
     step: int,

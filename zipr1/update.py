@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from zipr1 import advantages, efficiency, losses
 from zipr1.errors import RunError
 from zipr1.models import Policy, Request, replay_masks, sparse_attention
+from zipr1.optim import Optimizers
 from zipr1.recipe import Recipe
 from zipr1.rollout import Batch, by_length, score
 
@@ -64,7 +64,7 @@ def update(
     policy: Policy,
     recipe: Recipe,
     batch: Batch,
-    optimizer: Any,
+    optimizer: Optimizers,
     weight: float,
     order: torch.Generator,
 ) -> dict[str, float]:
@@ -81,7 +81,7 @@ def update(
         size = -(-len(shuffled) // recipe.ppo.minibatches)
         for start in range(0, len(shuffled), size):
             mini = shuffled[start : start + size]
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             micro = by_length([rows.lengths[b] for b in mini], recipe.train.micro_batch)
             for places in micro:
                 chosen = [mini[i] for i in places]

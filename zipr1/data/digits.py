@@ -69,7 +69,7 @@ def lesson(
     """`pictures` fresh scenes of training digits with `questions` (question, answer) pairs each.
 
     video_share: of the scenes, 0 to 1. hard_share: of an image's questions that are sums. max_digits: most digits in a
-    scene, 1 to 6 (clips show at most 3). Questions of a scene differ as long as it has enough of them.
+    scene, 1 to 6 (clips show at most 3). A scene with few digits has fewer questions.
     """
     rng = np.random.default_rng([seed, 0, _LESSON, step])
     bank = glyphs.bank("train")
@@ -116,21 +116,26 @@ def _draw_with(
 def _many(
     scene: Scene, rng: np.random.Generator, number: int, hard_share: float
 ) -> list[tuple[str, str]]:
+    """Different questions in turn of kind, no more than two of them about counts: most counts are of nothing."""
     found = catalogue(scene)
     easy = [kind for kind in found if kind != "sum"]
+    left = {kind: 2 if kind == "count" else number for kind in easy}
     order: list[str] = []
     used: set[str] = set()
     pairs: list[tuple[str, str]] = []
     while len(pairs) < number:
-        if not order:
-            order = [easy[i] for i in rng.permutation(len(easy))]
         hard = "sum" in found and rng.random() < hard_share
-        question = draw(found, rng, "sum" if hard else order.pop(), used)
+        if not hard and not order:
+            order = [easy[i] for i in rng.permutation(len(easy)) if left[easy[i]]]
+            if not order:
+                break
+        kind = "sum" if hard else order.pop()
+        question = draw(found, rng, kind, used)
         if question is not None:
             used.add(question.text)
             pairs.append((question.text, question.answer))
-        elif all(q.text in used for kind in easy for q in found[kind]):
-            used.clear()
+        if kind != "sum":
+            left[kind] = left[kind] - 1 if question is not None else 0
     return pairs
 
 

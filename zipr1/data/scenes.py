@@ -163,8 +163,8 @@ def _draw_paths(
 
 def _background(rng: np.random.Generator, cells: int) -> np.ndarray:
     """Dark cells of random shade with grain: uint8 `(side, side, 3)`, `_MARGIN` px wider on each side."""
-    shades = rng.integers(18, 56, (cells, cells, 1)) + rng.integers(-6, 7, (cells, cells, 3))
-    # Shades below 62, grain below 16 and frame noise below 8 never leave uint8, so nothing has to be clipped.
+    shades = rng.integers(24, 48, (cells, cells, 1)) + rng.integers(-6, 7, (cells, cells, 3))
+    # Shades below 54, grain below 16 and frame noise below 8 never leave uint8, so nothing has to be clipped.
     canvas = shades.astype(np.uint8).repeat(CELL, axis=0).repeat(CELL, axis=1)
     canvas += _grain(rng, canvas.shape, 16)
     return np.pad(canvas, ((_MARGIN, _MARGIN), (_MARGIN, _MARGIN), (0, 0)))
@@ -188,8 +188,8 @@ def _sprite(rng: np.random.Generator, bank: Bank, sprites: np.ndarray, value: in
 
 
 def _tint(rng: np.random.Generator, colour: str) -> np.ndarray:
-    """The colour with 75 to 100 % of its brightness and a little noise, int64 `(3,)`."""
-    bright = int(rng.integers(75, 101))
+    """The colour with 85 to 100 % of its brightness and a little noise, int64 `(3,)`."""
+    bright = int(rng.integers(85, 101))
     tint = np.array(COLOURS[colour]) * bright // 100 + rng.integers(-10, 11, 3)
     return tint.clip(0, 255)
 

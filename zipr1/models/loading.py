@@ -101,7 +101,8 @@ def load_parts(
         folder = resolve(settings.path)
         model, tokenizer = _from_pretrained(folder, settings, dtype)
     vision = model.config.vision_config
-    pixels = PixelSettings.read(folder, vision, settings.min_pixels, settings.max_pixels)
+    given = (settings.config or {}).get("pixels")
+    pixels = PixelSettings.read(folder, vision, settings.min_pixels, settings.max_pixels, given)
     processor = Processor(
         tokenizer, pixels, model.config.image_token_id, model.config.video_token_id
     )

@@ -42,10 +42,16 @@ class PixelSettings:
 
     @classmethod
     def read(
-        cls, folder: str | Path, vision: Any, low: int | None, high: int | None
+        cls,
+        folder: str | Path,
+        vision: Any,
+        low: int | None,
+        high: int | None,
+        given: Mapping[str, Any] | None = None,
     ) -> PixelSettings:
-        """Settings saved beside the weights in `folder`; patch sizes from the vision config; recipe's bounds win."""
-        saved: dict[str, Any] = {}
+        """Settings saved beside the weights in `folder`, else `given`; patch sizes from the vision config; the
+        recipe's bounds win."""
+        saved: dict[str, Any] = dict(given or {})
         for name in ("processor_config.json", "preprocessor_config.json"):
             path = Path(folder) / name
             if path.is_file():
