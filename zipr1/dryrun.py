@@ -30,7 +30,7 @@ def dry_run(recipe: Recipe, device: str | None, console: Console) -> dict[str, A
     prompts = [] if lessons else data.load(recipe.data, "train", recipe.seed)
     questions = data.load(recipe.data, "heldout", recipe.seed)
     if lessons:
-        encoded = [lesson.encoded for lesson in supervised.lesson(policy, recipe, 10**6)]
+        encoded = [lesson.encoded for lesson in supervised.lesson(policy, recipe, 0, -1)]
     else:
         encoded = heldout.encode(policy, recipe, prompts[:SAMPLED])
     for prompt, sample in zip((prompts or questions)[:2], encoded, strict=False):

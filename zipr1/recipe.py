@@ -187,19 +187,17 @@ class Train(Section):
 
 
 class Supervised(Section):
-    """The supervised stage on embedded lessons. curriculum: pairs (first step, most digits in a scene).
+    """The supervised stage on embedded lessons. curriculum: most digits in a scene, stage by stage; the next stage
+    comes when the running accuracy on answer tokens passes `advance_at`.
 
-    questions: about each picture. video_share: of the pictures; hard_share: of an image's questions.
+    questions: most about each picture. video_share: of the pictures; hard_share: of an image's questions.
     """
 
     questions: Positive = 8
     video_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     hard_share: Annotated[float, Field(ge=0, le=1)] = 0.1
-    curriculum: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = [
-        [0, 1],
-        [200, 3],
-        [500, 6],
-    ]
+    curriculum: Annotated[list[Positive], Field(min_length=1)] = [1, 2, 3, 6]
+    advance_at: Share = 0.92
 
 
 class Evaluation(Section):

@@ -153,7 +153,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
             *(_with_interval(s.get("accuracy"), s.get("accuracy_ci")) for s in (before, after)),
         )
         table.add_row(
-            Text("  tokens kept", style="dim"),
+            Text(" tokens kept", style="dim"),
             "",
             _written(1.0, "share"),
             _written(before.get("token_ratio"), "share"),
@@ -216,4 +216,4 @@ def _with_interval(value: Any, interval: Any) -> str:
     if text == "-" or not interval:
         return text
     low, high = interval
-    return f"{text} ({100 * low:.3g}-{100 * high:.3g})"
+    return f"{text} ({100 * low:.1f}-{100 * high:.1f})"

@@ -37,17 +37,16 @@ class Lesson:
         return len(self.encoded)
 
 
-def lesson(policy: Policy, recipe: Recipe, step: int) -> list[Lesson]:
-    """Embedded scenes for one step, a pure function of the recipe and the step. One question in four has a second
-    turn."""
+def lesson(policy: Policy, recipe: Recipe, step: int, stage: int) -> list[Lesson]:
+    """Embedded scenes for one step, a pure function of the arguments. stage: index into the curriculum. One question
+    in four has a second turn."""
     plan = recipe.supervised
-    most = max(count for start, count in plan.curriculum if start <= step)
     scenes = digits.lesson(
         recipe.seed,
         step,
         recipe.train.prompts,
         plan.video_share,
-        most,
+        plan.curriculum[stage],
         plan.hard_share,
         plan.questions,
     )

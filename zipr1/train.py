@@ -6,6 +6,7 @@ unbroken one. The mathematics lives in update.py, losses.py, efficiency.py and a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ def run(
     named = policy.trainable()
     optimizer = optim.build(named, recipe.optim)
     before = measure_before(policy, recipe, questions, folder, console)
-    state = {"multiplier": 0.0, "gap": 0.0, "seconds": 0.0}
+    state = {"multiplier": 0.0, "gap": 0.0, "stage": 0, "skill": 0.0, "seconds": 0.0}
     if folder.checkpoint is not None:
         tensors, state = load_state(folder.checkpoint)
         policy.load_weights(folder.checkpoint / "model")
@@ -73,7 +74,7 @@ def run(
             began = time.monotonic()
             optimizer.set_rate(optim.learning_rate(recipe.optim, step, recipe.train.steps))
             if recipe.train.stage == "supervised":
-                metrics = supervised_step(policy, recipe, prompts, optimizer, step)
+                metrics = supervised_step(policy, recipe, prompts, optimizer, state, step)
             else:
                 metrics, batch = rl_step(policy, recipe, prompts, optimizer, state, step)
                 folder.append_rollouts(rollout_lines(step, batch))
@@ -137,25 +138,36 @@ def constrain(recipe: Recipe, state: dict[str, float], gap: float | None) -> flo
 
 
 def supervised_step(
-    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], optimizer: Optimizers, step: int
+    policy: Policy,
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    optimizer: Optimizers,
+    state: dict[str, float],
+    step: int,
 ) -> dict[str, Any]:
-    """One step of cross-entropy on answers."""
-    batch = (
-        supervised.rows(policy, recipe, prompts, step)
-        if prompts
-        else supervised.lesson(policy, recipe, step)
-    )
+    """One step of cross-entropy on answers. state: stage of the curriculum and running accuracy, changed here."""
+    stage = int(state["stage"])
+    if prompts:
+        batch = supervised.rows(policy, recipe, prompts, step)
+    else:
+        batch = supervised.lesson(policy, recipe, step, stage)
     policy.core.train()
     loss, right = supervised.loss(policy, batch)
-    if not bool(torch.isfinite(loss)):
-        raise RunError(f"the loss is {float(loss)} at step {step}; resume with a lower optim.lr")
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise RunError(f"the loss is {value} at step {step}; resume with a lower optim.lr")
     optimizer.zero_grad()
     loss.backward()
     parameters = [p for _, p in policy.trainable()]
     norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.max_grad_norm)
     optimizer.step()
     policy.core.eval()
-    return {"loss": float(loss.detach()), "accuracy": right, "grad_norm": float(norm)}
+    state["skill"] += 0.05 * (right - state["skill"])
+    if state["skill"] > recipe.supervised.advance_at and stage + 1 < len(
+        recipe.supervised.curriculum
+    ):
+        state["stage"], state["skill"] = stage + 1, 0.0
+    return {"loss": value, "accuracy": right, "grad_norm": float(norm), "stage": stage}
 
 
 def draw(prompts: Sequence[Prompt], recipe: Recipe, step: int) -> list[Prompt]:

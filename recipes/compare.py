@@ -1,0 +1,270 @@
+"""The comparison in docs/results.md: methods x seeds on recipes/tiny.yaml, and the training-free controls.
+
+    python recipes/compare.py [--seeds 0 1 2] [--jobs 2] [--out runs/compare]
+
+Each run is a `zipr1 train recipes/tiny.yaml seed=S KEY=VALUE...` into OUT/<method>-<seed>; finished ones are kept, so
+the command goes on where it stopped. Afterwards the base and the trained models answer held-out questions at other
+thresholds and by other rules, and OUT/results.json, docs/results.md and docs/pareto.png are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "recipes" / "tiny.yaml"
+
+# Each with the settings that did best on validation digits (recipes/README.md says what was tried).
+METHODS: dict[str, list[str]] = {
+    "ours": [],
+    "no-policy-gradient": ["ppo.policy_gradient=0"],
+    "cut": ["efficiency.method=cut", "budgets.sampling=independent"],
+    "answers": [
+        "efficiency.method=answers",
+        "ppo.baseline=mean",
+        "ppo.scale=std",
+        "budgets.per=rollout",
+    ],
+    "skip-layer": ["sparse.skip=layer"],
+}
+TITLES = {
+    "ours": "ours (pathwise + policy gradient)",
+    "no-policy-gradient": "ours, policy gradient off",
+    "cut": "`cut`",
+    "answers": "`answers` (the paper as described)",
+    "skip-layer": "ours, `skip: layer`",
+}
+TASKS = {"digits": "images", "moving_digits": "videos", "hard_digits": "sums (hard)"}
+FRONT = (0.6, 0.75, 0.85, 0.9, 0.94, 0.96, 0.975, 0.985, 0.995)
+FRONT_QUESTIONS = 400  # of each task, for the curves over p
+
+
+def train(method: str, seed: int, out: Path, threads: int) -> dict[str, Any]:
+    folder = out / f"{method}-{seed}"
+    summary = folder / "summary.json"
+    if not summary.is_file():
+        command = [sys.executable, "-c", "from zipr1.cli import main; main()", "train", str(RECIPE)]
+        command += [f"seed={seed}", *METHODS[method], "--output", str(folder), "--device", "cpu"]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        with (out / f"{method}-{seed}.log").open("w") as log:
+            subprocess.run(command, env=environment, stdout=log, stderr=log, check=True)
+        print(f"{method} seed {seed}: done", flush=True)
+    return dict(json.loads(summary.read_text()))
+
+
+def controls(out: Path, ratios: dict[str, float]) -> dict[str, Any]:
+    """The untouched base on all held-out questions: top-p as it comes, and each rule at the ratio ours reached."""
+    path = out / "controls.json"
+    if path.is_file():
+        return dict(json.loads(path.read_text()))
+    from zipr1 import data, heldout
+    from zipr1.models import load_policy
+    from zipr1.recipe import load
+
+    recipe = load(RECIPE)
+    policy = load_policy(recipe.model, "cpu")
+    prompts = data.load(recipe.data, "heldout", 0)
+    found: dict[str, Any] = {}
+    for task in TASKS:
+        asked = [p for p in prompts if p.task == task]
+        p = match_ratio(policy, recipe, task, ratios[task])
+        settings = {
+            "top_p": recipe.sparse.model_copy(update={"p": p}),
+            "top_k": recipe.sparse.model_copy(update={"rule": "top_k", "p": ratios[task]}),
+            "random": recipe.sparse.model_copy(update={"rule": "random", "p": ratios[task]}),
+        }
+        results = heldout.evaluate(policy, recipe, asked, list(settings.values()))
+        found[task] = {
+            name: {"p": s.p, **r.part(range(len(asked)))}
+            for (name, s), r in zip(settings.items(), results, strict=True)
+        }
+    path.write_text(json.dumps(found, indent=2))
+    return found
+
+
+def match_ratio(policy: Any, recipe: Any, task: str, wanted: float) -> float:
+    """The p at which training-free top-p keeps `wanted` of the tokens, by bisection on validation questions."""
+    from zipr1 import heldout
+    from zipr1.data import digits
+
+    prompts = digits.prompts("validation", task, 40, 2, seed=1)
+    low, high = 0.01, 0.999
+    for _ in range(9):
+        middle = (low + high) / 2
+        sparse = recipe.sparse.model_copy(update={"p": middle})
+        (result,) = heldout.evaluate(policy, recipe, prompts, [sparse])
+        low, high = (middle, high) if result.token_ratio.mean() < wanted else (low, middle)
+    return (low + high) / 2
+
+
+def fronts(out: Path, seeds: list[int]) -> dict[str, Any]:
+    """Accuracy and token ratio over p: the base by rule, and each method's model of the first seed."""
+    path = out / "fronts.json"
+    if path.is_file():
+        return dict(json.loads(path.read_text()))
+    from zipr1 import data, heldout
+    from zipr1.models import load_policy
+    from zipr1.recipe import Model, load
+
+    recipe = load(RECIPE)
+    prompts = data.load(recipe.data, "heldout", 0)
+    asked = [
+        p
+        for t in ("digits", "moving_digits")
+        for p in [q for q in prompts if q.task == t][:FRONT_QUESTIONS]
+    ]
+    shares = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
+    plans = {"base, top-p": ("tiny", "top_p", FRONT), "base, top-k": ("tiny", "top_k", shares)}
+    plans["base, random"] = ("tiny", "random", shares)
+    for method in METHODS:
+        plans[method] = (str(out / f"{method}-{seeds[0]}"), "top_p", FRONT)
+    found: dict[str, Any] = {}
+    for name, (model, rule, values) in plans.items():
+        policy = load_policy(Model(path=model), "cpu")
+        skip = "layer" if name == "skip-layer" else "attention"
+        settings = [
+            recipe.sparse.model_copy(update={"rule": rule, "p": p, "skip": skip}) for p in values
+        ]
+        results = heldout.evaluate(policy, recipe, asked, settings)
+        found[name] = [
+            {
+                "p": p,
+                "accuracy": float(r.correct.mean()),
+                "token_ratio": float(r.token_ratio.mean()),
+            }
+            for p, r in zip(values, results, strict=True)
+        ]
+        if name == "base, top-p":
+            (dense,) = heldout.evaluate(policy, recipe, asked, [None])
+            found["dense"] = [
+                {"p": 1.0, "accuracy": float(dense.correct.mean()), "token_ratio": 1.0}
+            ]
+        print(f"front of {name}: done", flush=True)
+    path.write_text(json.dumps(found, indent=2))
+    return found
+
+
+def draw(found: dict[str, Any], out: Path) -> None:
+    """The Pareto figure: accuracy over kept tokens, dense as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    styles = {
+        "ours": ("ours, after RL", "C0", "o-", 2.4),
+        "answers": ("answers only (paper as described)", "C1", "s-", 1.4),
+        "base, top-p": ("no training, top-p", "0.35", "^--", 1.4),
+        "base, top-k": ("no training, top-k", "0.6", "v--", 1.2),
+        "base, random": ("no training, random", "C3", "x:", 1.2),
+    }
+    figure, ax = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
+    dense = found["dense"][0]["accuracy"]
+    ax.axhline(100 * dense, color="C2", lw=1.2, label=f"dense, all tokens ({100 * dense:.1f} %)")
+    for name, (label, colour, style, width) in styles.items():
+        if name in found:
+            x = [100 * r["token_ratio"] for r in found[name]]
+            y = [100 * r["accuracy"] for r in found[name]]
+            ax.plot(x, y, style, color=colour, lw=width, ms=5, label=label)
+    for name in ("ours", "base, top-p"):
+        for row in found.get(name, []):
+            if row["p"] == 0.975:
+                ax.plot(
+                    100 * row["token_ratio"],
+                    100 * row["accuracy"],
+                    "*",
+                    ms=15,
+                    color=styles[name][1],
+                    mec="k",
+                )
+    ax.set_xlabel("prompt tokens kept, mean over layers (%)")
+    ax.set_ylabel("right answers (%)")
+    ax.set_xlim(0, 100)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=9, loc="lower right")
+    ax.set_title(
+        "Embedded model, held-out images and videos; stars: p = 0.975", fontsize=10, loc="left"
+    )
+    figure.savefig(out, dpi=150)
+
+
+def spread(values: list[float], scale: float = 100, sign: bool = False) -> str:
+    mean, deviation = (
+        np.mean(values) * scale,
+        np.std(values, ddof=1) * scale if len(values) > 1 else 0.0,
+    )
+    return f"{mean:+.1f} ± {deviation:.1f}" if sign else f"{mean:.1f} ± {deviation:.1f}"
+
+
+def table(runs: dict[str, list[dict[str, Any]]], found: dict[str, Any]) -> str:
+    """Markdown rows: for each method and task, dense, before, after, and the difference in points."""
+    lines = [
+        "| method | task | dense | tokens before | tokens after | accuracy before | accuracy after | after - dense |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for method, summaries in runs.items():
+        for task, title in TASKS.items():
+            blocks = [s["by_task"][task] for s in summaries]
+            lines.append(
+                f"| {TITLES[method]} | {title} | {blocks[0]['dense_accuracy']:.1%} "
+                f"| {blocks[0]['before']['token_ratio']:.1%} "
+                f"| **{spread([b['after']['token_ratio'] for b in blocks])} %** "
+                f"| {blocks[0]['before']['accuracy']:.1%} "
+                f"| {spread([b['after']['accuracy'] for b in blocks])} % "
+                f"| {spread([b['after']['accuracy'] - b['dense_accuracy'] for b in blocks], sign=True)} |"
+            )
+    lines += [
+        "",
+        "| no training, at the ratio ours reached | " + " | ".join(TASKS.values()) + " |",
+        "|---|---|---|---|",
+    ]
+    for rule in ("top_p", "top_k", "random"):
+        cells = [
+            f"{found[t][rule]['accuracy']:.1%} @ {found[t][rule]['token_ratio']:.1%}" for t in TASKS
+        ]
+        lines.append(f"| {rule} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="runs at a time, each with cores / jobs threads"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "compare")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    jobs = [(method, seed) for seed in arguments.seeds for method in arguments.methods]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        done = list(pool.map(lambda job: train(*job, arguments.out, threads), jobs))
+    runs: dict[str, list[dict[str, Any]]] = {m: [] for m in arguments.methods}
+    for (method, _), summary in zip(jobs, done, strict=True):
+        runs[method].append(summary)
+    ours = runs[arguments.methods[0]]
+    ratios = {
+        t: float(np.mean([s["by_task"][t]["after"]["token_ratio"] for s in ours])) for t in TASKS
+    }
+    found = controls(arguments.out, ratios)
+    draw(fronts(arguments.out, arguments.seeds), ROOT / "docs" / "pareto.png")
+    text = table(runs, found)
+    (arguments.out / "table.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
