@@ -3,8 +3,9 @@
     python recipes/compare.py [--seeds 0 1 2] [--jobs 2] [--out runs/compare]
 
 Each run is a `zipr1 train recipes/tiny.yaml seed=S KEY=VALUE...` into OUT/<method>-<seed>; finished ones are kept, so
-the command goes on where it stopped. Afterwards the base and the trained models answer held-out questions at other
-thresholds and by other rules, and OUT/results.json, docs/results.md and docs/pareto.png are written.
+the command goes on where it stopped (delete OUT/controls.json and OUT/fronts.json to measure those anew). Then the
+base and the trained models answer held-out questions at other thresholds and by other rules. Written are OUT/table.md
+(the tables of docs/results.md) and docs/pareto.png.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,14 @@ def controls(out: Path, ratios: dict[str, float]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for task in TASKS:
         asked = [p for p in prompts if p.task == task]
+        dense, blank = (
+            heldout.evaluate(policy, recipe, some, [None])[0].groups(lambda q: q.kind)
+            for some in (asked, [without_picture(q) for q in asked])
+        )
+        kinds = {
+            k: {"dense": v["accuracy"], "blank": blank[k]["accuracy"], "n": v["n"]}
+            for k, v in dense.items()
+        }
         p = match_ratio(policy, recipe, task, ratios[task])
         settings = {
             "top_p": recipe.sparse.model_copy(update={"p": p}),
@@ -87,8 +97,19 @@ def controls(out: Path, ratios: dict[str, float]) -> dict[str, Any]:
             name: {"p": s.p, **r.part(range(len(asked)))}
             for (name, s), r in zip(settings.items(), results, strict=True)
         }
+        found[task]["kinds"] = kinds
     path.write_text(json.dumps(found, indent=2))
     return found
+
+
+def without_picture(prompt: Any) -> Any:
+    """The same question about a black picture or clip."""
+    from zipr1.episode import Media
+
+    kind = prompt.media[0].kind
+    shape = (128, 128, 3) if kind == "image" else (10, 96, 96, 3)
+    blank = Media(kind, np.zeros(shape, np.uint8), None if kind == "image" else 4.0)
+    return replace(prompt, media=(blank,), picture=f"blank-{kind}")
 
 
 def match_ratio(policy: Any, recipe: Any, task: str, wanted: float) -> float:
@@ -106,7 +127,7 @@ def match_ratio(policy: Any, recipe: Any, task: str, wanted: float) -> float:
     return (low + high) / 2
 
 
-def fronts(out: Path, seeds: list[int]) -> dict[str, Any]:
+def fronts(out: Path, methods: list[str], seeds: list[int]) -> dict[str, Any]:
     """Accuracy and token ratio over p: the base by rule, and each method's model of the first seed."""
     path = out / "fronts.json"
     if path.is_file():
@@ -125,7 +146,7 @@ def fronts(out: Path, seeds: list[int]) -> dict[str, Any]:
     shares = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
     plans = {"base, top-p": ("tiny", "top_p", FRONT), "base, top-k": ("tiny", "top_k", shares)}
     plans["base, random"] = ("tiny", "random", shares)
-    for method in METHODS:
+    for method in methods:
         plans[method] = (str(out / f"{method}-{seeds[0]}"), "top_p", FRONT)
     found: dict[str, Any] = {}
     for name, (model, rule, values) in plans.items():
@@ -233,6 +254,12 @@ def table(runs: dict[str, list[dict[str, Any]]], found: dict[str, Any]) -> str:
             f"{found[t][rule]['accuracy']:.1%} @ {found[t][rule]['token_ratio']:.1%}" for t in TASKS
         ]
         lines.append(f"| {rule} | " + " | ".join(cells) + " |")
+    lines += ["", "| kind of question | n | dense base | black picture |", "|---|---|---|---|"]
+    for task, title in TASKS.items():
+        for kind, row in found[task]["kinds"].items():
+            lines.append(
+                f"| {title}: {kind} | {row['n']} | {row['dense']:.1%} | {row['blank']:.1%} |"
+            )
     return "\n".join(lines)
 
 
@@ -255,12 +282,12 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {m: [] for m in arguments.methods}
     for (method, _), summary in zip(jobs, done, strict=True):
         runs[method].append(summary)
-    ours = runs[arguments.methods[0]]
+    ours = runs["ours"]
     ratios = {
         t: float(np.mean([s["by_task"][t]["after"]["token_ratio"] for s in ours])) for t in TASKS
     }
     found = controls(arguments.out, ratios)
-    draw(fronts(arguments.out, arguments.seeds), ROOT / "docs" / "pareto.png")
+    draw(fronts(arguments.out, arguments.methods, arguments.seeds), ROOT / "docs" / "pareto.png")
     text = table(runs, found)
     (arguments.out / "table.md").write_text(text + "\n")
     print(text)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer, DynamicCache, StaticCache
 
+from zipr1.episode import Prompt
 from zipr1.errors import InputError
 from zipr1.models import Request, load_policy, replay_masks, sparse_attention
 from zipr1.models import attention as bridge
@@ -61,7 +62,7 @@ def test_everything_kept_is_the_dense_model(family, forced):
     prompts = tinymodels.mixed()
     encoded = tinymodels.encode(policy, prompts)
     features = policy.look(encoded)
-    request = Request(sparse(1.0)) if forced else None
+    request = Request(sparse(1.0), force=forced)
     ours = policy.generate(encoded, features, request, 8)
     for b, e in enumerate(encoded):
         inputs = stock_inputs(policy, e)
@@ -70,7 +71,7 @@ def test_everything_kept_is_the_dense_model(family, forced):
             suppress_tokens=list(policy.processor.placeholder.values()),
         )[0, len(e) :]  # fmt: skip
         assert ours.tokens[b].tolist() == theirs.tolist()[: len(ours.tokens[b])]
-        one = Request(sparse(1.0)) if forced else None
+        one = Request(sparse(1.0), force=forced)
         with sparse_attention(policy.core, one):
             logits, _ = policy.answer_logits([e], features, [ours.tokens[b]], one)
         longer = torch.cat([e.ids, ours.tokens[b]])[None]
@@ -81,8 +82,8 @@ def test_everything_kept_is_the_dense_model(family, forced):
         blocked = list(policy.processor.placeholder.values())
         wanted[..., blocked] = logits[..., blocked]
         torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
+    assert (request.record is not None) == forced
     if forced:
-        assert request.record is not None
         assert ours.counts.tolist() == [[len(e)] * policy.layers for e in encoded]
 
 
@@ -410,3 +411,51 @@ def test_models_that_cannot_be_loaded(tmp_path, monkeypatch):
     assert "llava" in problem(tmp_path / "other")
     with pytest.raises(InputError, match="--device cuda:97: not usable"):
         load_policy(tinymodels.settings(), "cuda:97")
+
+
+@torch.no_grad()
+def test_several_pictures_none_and_both_kinds_in_one_batch():
+    policy = tinymodels.shared()
+    image, clip = tinymodels.prompt(0, "image"), tinymodels.prompt(1, "video")
+    two = Prompt(
+        "two",
+        [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "video"},
+                    {"type": "image"},
+                    {"type": "text", "text": "which?"},
+                ],
+            }
+        ],
+        (*clip.media, *image.media),
+        "two",
+    )
+    text = Prompt("text", [{"role": "user", "content": "what color is the two?"}], (), "red")
+    encoded = tinymodels.encode(policy, [text, two, image])
+    features = policy.look(encoded)
+    assert features[encoded[1].picture].shape[0] == sum(v.tokens for v in encoded[1].visuals)
+    together = policy.generate(encoded, features, Request(sparse()), 4)
+    for b, e in enumerate(encoded):
+        alone = policy.generate([e], policy.look([e]), Request(sparse()), 4)
+        assert torch.equal(alone.tokens[0], together.tokens[b])
+        assert alone.counts[0].tolist() == together.counts[b].tolist()
+    plain = stock(policy)
+    inputs = stock_inputs(policy, encoded[1])
+    logits, _ = policy.answer_logits([encoded[1]], features, [torch.tensor([40])])
+    wanted = plain(**inputs).logits[0, -1]
+    free = [i for i in range(len(wanted)) if i not in policy.processor.placeholder.values()]
+    torch.testing.assert_close(logits[0, 0, free], wanted[free], atol=1e-5, rtol=1e-5)
+
+
+def test_misspelt_model_keys_are_named():
+    for change, word in (
+        ({"famly": "qwen2_vl"}, "family"),
+        ({"text": {**tinymodels.TEXT, "hiden_size": 8}}, "hidden_size"),
+        ({"family": "qwen9"}, "qwen2_vl"),
+        ({"vision": None}, "model.config.vision"),
+    ):
+        config = {**tinymodels.settings().config, **change}
+        with pytest.raises(InputError, match=word):
+            load_policy(Model(path="scratch", config=config), "cpu")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tinymodels
 import torch
 
 from zipr1 import heldout
-from zipr1.episode import Group, Rollout
+from zipr1.episode import Group, Media, Rollout
 from zipr1.errors import InputError
-from zipr1.recipe import Budgets, Efficiency, Probes, Recipe, Rewards, Sparse, Train
+from zipr1.recipe import Budgets, Data, Efficiency, Probes, Recipe, Rewards, Sparse, Train
 from zipr1.rollout import by_length, probe_seed, roll_out, score
 
 
@@ -22,12 +24,12 @@ def recipe(**changes) -> Recipe:
     return Recipe(**(values | changes))
 
 
-def roll(settings: Recipe, prompts, step: int = 3):
-    policy = tinymodels.make()
+def roll(settings: Recipe, prompts, step: int = 3, **options: bool):
+    policy = tinymodels.make(**options)
     policy.keep_reference()
     encoded = heldout.encode(policy, settings, prompts)
-    features = policy.look(encoded)
-    return policy, roll_out(policy, settings, prompts, encoded, features, step)
+    seen = heldout.looked(policy, encoded)
+    return policy, roll_out(policy, settings, prompts, encoded, seen.policy, step, seen.reference)
 
 
 def said(batch):
@@ -84,9 +86,10 @@ def test_constraint_compares_greedy_answers():
     settings = recipe(efficiency=Efficiency(max_accuracy_drop=0.0))
     _, batch = roll(settings, tinymodels.mixed())
     assert len(batch.groups[0].rollouts) == 4  # the greedy row is not a rollout
-    assert batch.gap == batch.accuracy["dense"] - batch.accuracy["sparse"]
+    mean = sum(gap for _, gap in batch.gaps) / 4
+    assert mean == pytest.approx(batch.accuracy["dense"] - batch.accuracy["sparse"])
     _, free = roll(recipe(efficiency=Efficiency(max_accuracy_drop=None)), tinymodels.mixed())
-    assert free.gap is None
+    assert free.gaps is None
     assert said(free) == said(batch)
 
 
@@ -124,3 +127,31 @@ def test_batches_are_alike_in_length_and_complete():
 def test_unknown_reward_names_the_nearest():
     with pytest.raises(InputError, match=r"'exakt'.*'exact'"):
         roll(recipe(rewards=Rewards(correct="exakt")), tinymodels.mixed())
+
+
+def test_media_are_shared_by_content_not_by_picture_name():
+    """Rows of one cluster may show different pictures: each must be answered about its own."""
+    policy = tinymodels.shared()
+    one, other = tinymodels.prompt(0, "image"), tinymodels.prompt(2, "image")
+    same = replace(other, picture=one.picture)
+    encoded = heldout.encode(policy, recipe(), [one, same, one])
+    assert encoded[0].picture == encoded[2].picture != encoded[1].picture
+    assert torch.equal(
+        encoded[1].visuals[0].patches, tinymodels.encode(policy, [other])[0].visuals[0].patches
+    )
+
+
+def test_bad_rows_stop_or_are_skipped(tmp_path, caplog):
+    policy = tinymodels.shared()
+    bad = replace(
+        tinymodels.prompt(1, "image"), media=(Media("image", tmp_path / "gone.png"),), id="rows/7"
+    )
+    good = tinymodels.prompt(0, "image")
+    with pytest.raises(InputError, match=r"gone\.png"):
+        heldout.usable(policy, recipe(), [good, bad])
+    skipping = recipe(data=Data(on_bad_row="skip"))
+    prompts, encoded = heldout.usable(policy, skipping, [good, bad])
+    assert prompts == [good] and len(encoded) == 1
+    assert "rows/7" in caplog.text
+    with pytest.raises(InputError, match=r"all of 1 rows"):
+        heldout.usable(policy, skipping, [bad])

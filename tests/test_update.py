@@ -33,6 +33,8 @@ def test_first_ratio_is_one_against_the_sampler(method, skip):
     assert said["ratio_mean"] == pytest.approx(1, abs=1e-4)
     assert said["ratio_max"] == pytest.approx(1, abs=1e-4)
     assert said["clip_fraction"] == 0
+    if "cut" in method:
+        assert said["cut_ratio_mean"] == pytest.approx(1, abs=1e-3)
 
 
 def test_first_ratio_is_exactly_one_against_the_same_forward():
@@ -172,6 +174,67 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
     batch.groups[0].rollouts[0].logprobs += float("nan")
     batch.groups[0].rollouts[0].rewards["correct"] = 1.0
     start = {n: p.detach().clone() for n, p in policy.trainable()}
-    with pytest.raises(RunError, match=r"loss is nan"):
+    with pytest.raises(RunError, match=r"loss is nan.*optim.lr"):
         one_update(settings, batch, policy)
     assert all(torch.equal(p, start[n]) for n, p in policy.trainable())
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_reference_is_dense_and_stays_where_it_was(lora):
+    settings = recipe(optim=Optim(lr=1e-2), efficiency=Efficiency(method="pathwise"))
+    policy, batch = roll(settings, tinymodels.mixed(), lora=lora)
+    for group in batch.groups:
+        group.rollouts[0].rewards["correct"] = 1.0
+        for rollout in group.rollouts[1:]:
+            # The same answer twice: the reference runs fewer rows than the policy.
+            rollout.tokens, rollout.logprobs = group.rollouts[0].tokens, group.rollouts[0].logprobs
+    rows = flatten(batch, settings, 1.0)
+    chosen, width = list(range(16)), max(len(t) for t in rows.tokens)
+    plain = tinymodels.shared()
+    wanted, mask = plain.answer_logits(
+        [batch.encoded[i] for i in rows.prompt], plain.look(batch.encoded), rows.tokens
+    )
+    before = reference_logits(policy, batch, rows, chosen, width)
+    torch.testing.assert_close(before[mask], wanted[mask], atol=1e-4, rtol=1e-4)
+    start = {n: p.detach().clone() for n, p in policy.trainable()}
+    optimizer = optim.build(policy.trainable(), settings.optim)
+    for _ in range(2):
+        said = update(policy, settings, batch, optimizer, 3.0, torch.Generator().manual_seed(0))
+    assert "expected_ratio" in said
+    moved = [n for n, p in policy.trainable() if not torch.equal(p, start[n])]
+    assert any("q_proj" in n or "k_proj" in n for n in moved)
+    after = reference_logits(policy, batch, rows, chosen, width)
+    assert torch.equal(before, after)
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing():
+    grads, runs = [], []
+    for checkpointing in (False, True):
+        settings = recipe(efficiency=Efficiency(method="cut+pathwise"))
+        policy, batch = roll(settings, tinymodels.mixed(), checkpointing=checkpointing)
+        for group in batch.groups:
+            group.rollouts[0].rewards["correct"] = 1.0
+        calls = []
+        policy.decoder.layers[0].mlp.register_forward_hook(lambda *a, calls=calls: calls.append(1))
+        optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
+        update(policy, settings, batch, optimizer, 1.0, torch.Generator().manual_seed(0))
+        grads.append({n: p.grad.clone() for n, p in policy.trainable()})
+        runs.append(len(calls))
+        assert not policy.decoder.layers[0].training
+    assert runs == [1, 2]  # the reference is another model
+    for name, gradient in grads[0].items():
+        torch.testing.assert_close(gradient, grads[1][name], atol=1e-6, rtol=1e-5)
+
+
+def test_a_trained_tower_has_a_reference_of_its_own():
+    settings = recipe(optim=Optim(lr=1e-2))
+    policy, batch = roll(settings, tinymodels.mixed(), vision=True)
+    rows = flatten(batch, settings, 1.0)
+    chosen, width = list(range(16)), max(len(t) for t in rows.tokens)
+    before = reference_logits(policy, batch, rows, chosen, width)
+    one_update(settings, batch, policy)
+    tower = [p for n, p in policy.trainable() if "visual" in n]
+    assert tower and any(p.grad is not None and p.grad.any() for p in tower)
+    again = policy.look(batch.encoded, model=policy.twin)
+    assert all(torch.equal(again[k], batch.reference[k]) for k in again)
+    assert torch.equal(before, reference_logits(policy, batch, rows, chosen, width))

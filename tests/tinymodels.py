@@ -34,9 +34,14 @@ VISION: dict[str, dict[str, Any]] = {
 FAMILIES = tuple(VISION)
 
 
-def settings(family: str = "qwen2_5_vl", lora: bool = False, checkpointing: bool = False) -> Model:
+def settings(
+    family: str = "qwen2_5_vl",
+    lora: bool = False,
+    checkpointing: bool = False,
+    vision: bool = False,
+) -> Model:
     """A `scratch` model of two vision and three decoder layers."""
-    vision = {
+    tower = {
         "depth": 2,
         "num_heads": 2,
         "patch_size": 8,
@@ -47,7 +52,7 @@ def settings(family: str = "qwen2_5_vl", lora: bool = False, checkpointing: bool
         "family": family,
         "words": vocabulary(),
         "text": TEXT,
-        "vision": {**vision, **VISION[family]},
+        "vision": {**tower, **VISION[family]},
     }
     return Model(
         path="scratch",
@@ -55,6 +60,7 @@ def settings(family: str = "qwen2_5_vl", lora: bool = False, checkpointing: bool
         min_pixels=256,
         lora=Lora(rank=4, alpha=8) if lora else None,
         gradient_checkpointing=checkpointing,
+        train_vision=vision,
     )
 
 

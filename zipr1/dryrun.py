@@ -16,6 +16,7 @@ from zipr1.metrics import question
 from zipr1.models import Encoded, Policy, load_policy
 from zipr1.recipe import Recipe
 from zipr1.rollout import roll_out
+from zipr1.validate import check, needs_prompts
 
 SAMPLED = 32  # prompts that are tokenised for the counts
 
@@ -25,16 +26,16 @@ def dry_run(recipe: Recipe, device: str | None, console: Console) -> dict[str, A
 
     Raises the InputErrors that the run itself would.
     """
+    check(recipe)
     policy = load_policy(recipe.model, device, recipe.seed)
-    lessons = recipe.train.stage == "supervised" and recipe.data.source == "digits"
+    lessons = not needs_prompts(recipe)
     prompts = [] if lessons else data.load(recipe.data, "train", recipe.seed)
     questions = data.load(recipe.data, "heldout", recipe.seed)
+    samples, encoded = heldout.usable(policy, recipe, (prompts or questions)[:SAMPLED])
+    for prompt, sample in list(zip(samples, encoded, strict=True))[:2]:
+        _show(policy, prompt, sample, console)
     if lessons:
         encoded = [lesson.encoded for lesson in supervised.lesson(policy, recipe, 0, -1)]
-    else:
-        encoded = heldout.encode(policy, recipe, prompts[:SAMPLED])
-    for prompt, sample in zip((prompts or questions)[:2], encoded, strict=False):
-        _show(policy, prompt, sample, console)
     tokens = np.array([len(e) for e in encoded])
     visual = np.array([sum(v.tokens for v in e.visuals) for e in encoded])
     plan: dict[str, Any] = {
@@ -52,9 +53,8 @@ def dry_run(recipe: Recipe, device: str | None, console: Console) -> dict[str, A
     if recipe.train.stage == "rl":
         policy.keep_reference()
         plan["rollout_rows"] = recipe.train.prompts * recipe.budgets.count
-        asked = prompts[: min(2, len(prompts))]
-        looked = policy.look(encoded[: len(asked)])
-        batch = roll_out(policy, recipe, asked, encoded[: len(asked)], looked, 0)
+        seen = heldout.looked(policy, encoded[:2])
+        batch = roll_out(policy, recipe, samples[:2], encoded[:2], seen.policy, 0, seen.reference)
         plan["sampled"] = [
             {
                 "question": question(g.prompt.messages),
@@ -78,6 +78,8 @@ def memory(policy: Policy, recipe: Recipe, longest: int) -> dict[str, int]:
     config = policy.decoder.config
     size = next(policy.decoder.parameters()).element_size()
     weights = sum(p.numel() * p.element_size() for p in policy.core.parameters())
+    tower = sum(p.numel() * p.element_size() for p in policy.core.model.visual.parameters())
+    copied = weights if recipe.model.train_vision else weights - tower
     trained = sum(p.numel() * p.element_size() for _, p in policy.trainable())
     rows = recipe.train.micro_batch
     tokens = rows * (longest + recipe.train.max_new_tokens)
@@ -91,7 +93,7 @@ def memory(policy: Policy, recipe: Recipe, longest: int) -> dict[str, int]:
     )
     parts = {
         "weights": weights,
-        "reference": weights if recipe.train.stage == "rl" and recipe.model.lora is None else 0,
+        "reference": copied if recipe.train.stage == "rl" and recipe.model.lora is None else 0,
         "gradients": trained,
         "optimizer": 2 * trained,
         "kv_cache": tokens * layers * 2 * config.num_key_value_heads * head * size,

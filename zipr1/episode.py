@@ -5,8 +5,10 @@ Shapes in names: P prompts, N rollouts of one prompt (budgets), D decoder layers
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +29,13 @@ class Media:
     source: str | Path | np.ndarray
     fps: float | None = None
 
+    @cached_property
+    def key(self) -> str:
+        """The same for the same media, so that they are decoded and seen once."""
+        if isinstance(self.source, (str, Path)):
+            return f"{self.kind}:{self.source}"
+        return f"{self.kind}:{self.fps}:{hashlib.sha1(self.source.tobytes()).hexdigest()}"
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -35,7 +44,7 @@ class Prompt:
     messages: chat turns `{"role", "content": [{"type": "image" | "video"} | {"type": "text", "text"}]}`, ending
         with a user turn; each image or video entry takes the next element of `media`.
     task: the benchmark it counts for (`digits`, ...); kind: the kind of question within it.
-    picture: questions with the same value share media: intervals are clustered by it, vision runs once for it.
+    picture: questions with the same value depend on each other: intervals are clustered by it.
     """
 
     id: str

@@ -5,17 +5,19 @@ Not lmms-eval: this is the run's own check on its own kind of questions, greedy,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from zipr1.data.media import load_media
 from zipr1.episode import Prompt
+from zipr1.errors import InputError
 from zipr1.intervals import confidence_interval
-from zipr1.models import Policy, Request
+from zipr1.models import Encoded, Features, Policy, Request
 from zipr1.recipe import Recipe, Sparse
 from zipr1.rollout import by_length, reward_of
 
@@ -59,7 +61,7 @@ def evaluate(
     settings: Sequence[Sparse | None],
     tell: Callable[[int], None] = lambda done: None,
 ) -> list[Result]:
-    """One `Result` for each of `settings` (None: dense), over the same prompts.
+    """One `Result` for each of `settings` (None: the dense reference), over the same prompts.
 
     Prompts go in chunks whose media are decoded and seen once for all settings. tell: called with the number of
     prompts done.
@@ -74,13 +76,20 @@ def evaluate(
     for start in range(0, len(prompts), size):
         chunk = list(range(start, min(start + size, len(prompts))))
         encoded = encode(policy, recipe, [prompts[i] for i in chunk])
-        features = policy.look(encoded)
+        features = looked(policy, encoded)
         for rows in by_length([len(e) for e in encoded], recipe.evaluation.batch):
             for setting, result, mass in zip(settings, results, masses, strict=True):
-                request = None if setting is None else Request(setting, audit=True)
-                answers = policy.generate(
-                    [encoded[b] for b in rows], features, request, recipe.train.max_new_tokens
-                )
+                few = [encoded[b] for b in rows]
+                if setting is None:
+                    with policy.reference() as model:
+                        answers = policy.generate(
+                            few, features.reference, None, recipe.train.max_new_tokens, model=model
+                        )
+                else:
+                    request = Request(setting, audit=True)
+                    answers = policy.generate(
+                        few, features.policy, request, recipe.train.max_new_tokens
+                    )
                 for row, b in enumerate(rows):
                     i = chunk[b]
                     text = policy.processor.decode(answers.tokens[row])
@@ -99,15 +108,53 @@ def evaluate(
     return results
 
 
-def encode(policy: Policy, recipe: Recipe, prompts: Sequence[Prompt]) -> list[Any]:
+class Looked(NamedTuple):
+    """Vision features as the policy and as the reference see them: the same unless the tower is trained."""
+
+    policy: Features
+    reference: Features
+
+
+@torch.no_grad()
+def looked(policy: Policy, encoded: Sequence[Encoded]) -> Looked:
+    """Every distinct picture through the tower once (and once through the reference's, if that is another)."""
+    features = policy.look(encoded)
+    if not policy.settings.train_vision:
+        return Looked(features, features)
+    with policy.reference() as model:
+        return Looked(features, policy.look(encoded, model=model))
+
+
+def usable(
+    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt]
+) -> tuple[list[Prompt], list[Encoded]]:
+    """Prompts that can be decoded and tokenised, with what came of it. A bad one is an InputError, or with
+    `data.on_bad_row: skip` left out with a warning. Raises InputError if none is left."""
+    if recipe.data.on_bad_row == "error":
+        return list(prompts), encode(policy, recipe, prompts)
+    good: list[Prompt] = []
+    encoded: list[Encoded] = []
+    for prompt in prompts:
+        try:
+            encoded += encode(policy, recipe, [prompt])
+            good.append(prompt)
+        except InputError as error:
+            logging.getLogger("zipr1").warning("skipped %s: %s", prompt.id, error)
+    if not good:
+        raise InputError(
+            f"all of {len(prompts)} rows are bad, the first is {prompts[0].id}; mend the data"
+        )
+    return good, encoded
+
+
+def encode(policy: Policy, recipe: Recipe, prompts: Sequence[Prompt]) -> list[Encoded]:
     """Decode media, once for questions about the same picture, and tokenise."""
-    seen: dict[str, list[Any]] = {}
+    seen: dict[str, Any] = {}
     out = []
     for prompt in prompts:
-        key = prompt.picture or prompt.id
-        if key not in seen:
-            seen[key] = [
-                load_media(m, recipe.data.max_frames, recipe.data.fps) for m in prompt.media
-            ]
-        out.append(policy.encode(prompt, seen[key], recipe.data.max_prompt_tokens))
+        for m in prompt.media:
+            if m.key not in seen:
+                seen[m.key] = load_media(m, recipe.data.max_frames, recipe.data.fps)
+        media = [seen[m.key] for m in prompt.media]
+        out.append(policy.encode(prompt, media, recipe.data.max_prompt_tokens))
     return out

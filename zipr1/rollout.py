@@ -21,19 +21,21 @@ from zipr1.rewards import find
 
 @dataclass
 class Batch:
-    """One step's rollouts. `encoded` and `features` belong to the groups' prompts, in their order.
+    """One step's rollouts. `encoded` belongs to the groups' prompts, in their order; `features` and `reference` are
+    the vision features of the policy and of the reference, by picture.
 
     cut_logprobs: per group `(N,)` log-probability of the kept counts when sampled; None unless `cut` is used.
-    gap: share of prompts that the dense reference answers right, minus that of the sparse policy at the
+    gaps: per prompt its task and whether the dense reference is right minus whether the sparse policy is at the
     inference p, both greedy; None where the constraint is off. heldout: mean mass kept for held-out probes.
     """
 
     groups: list[Group]
     encoded: list[Encoded]
     features: Features
+    reference: Features
     probe_seed: int
     cut_logprobs: list[torch.Tensor] | None = None
-    gap: float | None = None
+    gaps: list[tuple[str, float]] | None = None
     heldout: float = 1.0
     accuracy: dict[str, float] = field(default_factory=dict)
 
@@ -56,6 +58,7 @@ def roll_out(
     encoded: Sequence[Encoded],
     features: Features,
     step: int,
+    reference: Features | None = None,
 ) -> Batch:
     """Sample `budgets.count` answers of each prompt; with a constraint, one greedy answer at `sparse.p` more."""
     budgets, settings = recipe.budgets, recipe.train
@@ -102,10 +105,16 @@ def roll_out(
         if wants_cut:
             assert request.record is not None
             layers = [layer for layer in request.record.layers if layer.cut is not None]
-            cuts[rows] = efficiency.cut_log_prob(
+            logp = efficiency.cut_log_prob(
                 [layer.cut for layer in layers if layer.cut is not None],
-                [layer.keep for layer in layers], budgets.low, budgets.high, budgets.per,
-            ).cpu()  # fmt: skip
+                [layer.keep for layer in layers],
+                budgets.low,
+                budgets.high,
+                budgets.per,
+            )
+            # Too short to be pruned: keeping everything was no choice.
+            short = request.record.lengths < recipe.sparse.dense_below
+            cuts[rows] = logp.masked_fill(short, 0.0).cpu()
         for b, row in enumerate(rows):
             length = len(encoded[row // each])
             made[row] = Rollout(
@@ -125,13 +134,22 @@ def roll_out(
             rollout.rewards["correct"] = right(rollout.text, group.prompt.answer)
         group.rollouts = own[: budgets.count]
         greedy.extend(r.rewards["correct"] for r in own[budgets.count :])
-    batch = Batch(groups, list(encoded), features, seed, heldout=float(torch.cat(heldout).mean()))
+    batch = Batch(
+        groups,
+        list(encoded),
+        features,
+        reference or features,
+        seed,
+        heldout=float(torch.cat(heldout).mean()),
+    )
     if wants_cut:
         batch.cut_logprobs = [c[: budgets.count] for c in cuts.split(each)]
     if constrained:
-        dense = dense_right(policy, recipe, prompts, encoded, features)
+        dense = dense_right(policy, recipe, prompts, encoded, batch.reference)
         batch.accuracy = {"dense": float(np.mean(dense)), "sparse": float(np.mean(greedy))}
-        batch.gap = batch.accuracy["dense"] - batch.accuracy["sparse"]
+        batch.gaps = [
+            (prompt.task, d - s) for prompt, d, s in zip(prompts, dense, greedy, strict=True)
+        ]
     return batch
 
 
@@ -160,16 +178,16 @@ def reward_of(prompt: Prompt, recipe: Recipe):  # type: ignore[no-untyped-def]
     return find(prompt.reward or recipe.rewards.correct)
 
 
-def score(groups: Sequence[Group], recipe: Recipe) -> torch.Tensor:
+def score(groups: Sequence[Group], recipe: Recipe, pressure: float = 1.0) -> torch.Tensor:
     """Rewards `(P, N)` that multiply answers' log-probabilities; each rollout's parts are kept in `rewards`.
 
-    The part for saved tokens counts only if the method says that answers are paid for it.
+    The part for saved tokens counts only if the method says that answers are paid for it; pressure: what the
+    constraint leaves of it, in [0, 1].
     """
     correct = torch.tensor([[r.rewards["correct"] for r in g.rollouts] for g in groups])
     ratio = torch.tensor([[r.token_ratio for r in g.rollouts] for g in groups])
-    paid = (
-        recipe.rewards.reduction if "answers" in efficiency.parse(recipe.efficiency.method) else 0.0
-    )
+    methods = efficiency.parse(recipe.efficiency.method)
+    paid = pressure * recipe.rewards.reduction if "answers" in methods else 0.0
     total = advantages.group_reward(correct > 0, ratio, 0.0, paid) + recipe.rewards.weight * correct
     opened = advantages.gate(correct > 0)
     for i, group in enumerate(groups):

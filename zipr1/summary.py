@@ -120,7 +120,7 @@ def pictures(
     """kept-<task>.png: for each task, the first question with one picture, and what each layer kept of it."""
     for task in dict.fromkeys(p.task for p in prompts):
         for i, prompt in enumerate(prompts):
-            if prompt.task != task or len(prompt.media) != 1:
+            if prompt.task != task or len(prompt.media) != 1 or not results["after"].kept[i]:
                 continue
             pixels, fps = load_media(prompt.media[0], recipe.data.max_frames, recipe.data.fps)
             encoded = policy.encode(prompt, [(pixels, fps)], recipe.data.max_prompt_tokens)
@@ -200,7 +200,7 @@ def _packed(result: Result) -> dict[str, Any]:
     return {
         "ids": [p.id for p in result.prompts],
         "correct": result.correct.tolist(),
-        "layer_ratios": np.round(result.layer_ratios, 6).tolist(),
+        "layer_ratios": result.layer_ratios.tolist(),
         "said": result.said,
         "heldout": result.heldout,
     }

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
+from zipr1 import data, heldout
 from zipr1.data import digits
-from zipr1.data.media import load_media
 from zipr1.episode import Prompt
 from zipr1.models import Encoded, Policy
 from zipr1.recipe import Recipe
@@ -88,16 +87,12 @@ def _conversations(pairs: Sequence[tuple[str, str]]) -> list[list[tuple[str, str
 
 
 def rows(policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], step: int) -> list[Lesson]:
-    """Prompts with their right answers appended, drawn without replacement in epochs."""
-    count, per_step = len(prompts), recipe.train.prompts
+    """The step's prompts with their right answers appended."""
+    drawn = data.draw(prompts, recipe.seed, step, recipe.train.prompts)
     batch = []
-    for place in range(step * per_step, (step + 1) * per_step):
-        order = np.random.default_rng([recipe.seed, place // count]).permutation(count)
-        prompt = prompts[int(order[place % count])]
-        media = [load_media(m, recipe.data.max_frames, recipe.data.fps) for m in prompt.media]
-        encoded = policy.encode(prompt, media, recipe.data.max_prompt_tokens)
+    for prompt, encoded in zip(*heldout.usable(policy, recipe, drawn), strict=True):
         ids = torch.cat([encoded.ids, policy.processor.answer_ids(prompt.answer)])
-        batch.append(Lesson(policy.place(ids, encoded.visuals, f"{place}/{prompt.id}")))
+        batch.append(Lesson(policy.place(ids, encoded.visuals, encoded.picture)))
     return batch
 
 

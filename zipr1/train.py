@@ -18,22 +18,28 @@ from rich.console import Console
 
 from zipr1 import data, heldout, optim, supervised
 from zipr1.checkpoint import RunDir, load_state, save_state
+from zipr1.constraint import constrain
 from zipr1.dryrun import dry_run
-from zipr1.efficiency import parse
 from zipr1.episode import Prompt
-from zipr1.errors import InputError, RunError
+from zipr1.errors import RunError
 from zipr1.machine import describe
 from zipr1.metrics import rollout_lines, step_metrics
 from zipr1.models import Policy, load_policy
 from zipr1.optim import Optimizers
 from zipr1.recipe import Recipe
 from zipr1.report import Progress
-from zipr1.rewards import find
 from zipr1.rollout import Batch, roll_out
 from zipr1.summary import board, finish, measure_before
 from zipr1.update import update
+from zipr1.validate import check, needs_prompts
 
 __all__ = ["dry_run", "run"]
+
+
+NOT_FINITE = (
+    "the {what} is {value} at step {step}; start again with a lower optim.lr in another --output "
+    "(model.path=RUN goes on from a run's last checkpoint)"
+)
 
 
 def run(
@@ -50,7 +56,9 @@ def run(
     policy = load_policy(recipe.model, device, recipe.seed)
     prompts = data.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
     questions = data.load(recipe.data, "heldout", recipe.seed)
-    heldout.encode(policy, recipe, [*prompts[:1], *questions[:1]])
+    if recipe.data.on_bad_row == "skip":
+        questions, _ = heldout.usable(policy, recipe, questions)
+    heldout.usable(policy, recipe, prompts[:1])
     folder = RunDir.open(
         recipe, output, resume, info=describe(command, str(policy.device), recipe.seed)
     )
@@ -60,7 +68,7 @@ def run(
     named = policy.trainable()
     optimizer = optim.build(named, recipe.optim)
     before = measure_before(policy, recipe, questions, folder, console)
-    state = {"multiplier": 0.0, "gap": 0.0, "stage": 0, "skill": 0.0, "seconds": 0.0}
+    state = {"multiplier": 0.0, "stage": 0, "skill": 0.0, "seconds": 0.0}
     if folder.checkpoint is not None:
         tensors, state = load_state(folder.checkpoint)
         policy.load_weights(folder.checkpoint / "model")
@@ -72,6 +80,8 @@ def run(
     ):
         for step in range(folder.start_step, recipe.train.steps):
             began = time.monotonic()
+            # Dropout alone uses the global generator; a resumed run must find it as an unbroken one does.
+            torch.manual_seed(recipe.seed * 1_000_003 + step)
             optimizer.set_rate(optim.learning_rate(recipe.optim, step, recipe.train.steps))
             if recipe.train.stage == "supervised":
                 metrics = supervised_step(policy, recipe, prompts, optimizer, state, step)
@@ -99,42 +109,29 @@ def rl_step(
     state: dict[str, float],
     step: int,
 ) -> tuple[dict[str, Any], Batch]:
-    """One step of reinforcement learning. state: the constraint's multiplier and running gap, changed here."""
+    """One step of reinforcement learning. state: the constraint's multiplier and gaps, changed here."""
     clock = [time.monotonic()]
     # 1. take the step's questions and look at their pictures, once
-    asked = draw(prompts, recipe, step)
-    encoded = heldout.encode(policy, recipe, asked)
-    features = policy.look(encoded)
+    asked, encoded = heldout.usable(
+        policy, recipe, data.draw(prompts, recipe.seed, step, recipe.train.prompts)
+    )
+    seen = heldout.looked(policy, encoded)
     clock.append(time.monotonic())
     # 2. roll out every question at every budget
-    batch = roll_out(policy, recipe, asked, encoded, features, step)
+    batch = roll_out(policy, recipe, asked, encoded, seen.policy, step, seen.reference)
     clock.append(time.monotonic())
     # 3. let the constraint move the weight of saved tokens
-    weight = constrain(recipe, state, batch.gap)
+    weight = constrain(recipe.efficiency, state, batch.gaps)
     # 4. rewards, advantages, and the clipped update
     order = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     parts = update(policy, recipe, batch, optimizer, weight, order)
     clock.append(time.monotonic())
     metrics = step_metrics(recipe, batch, parts)
-    metrics |= {"efficiency_weight": weight, "multiplier": state["multiplier"], "gap": state["gap"]}
+    metrics |= {"efficiency_weight": weight, "multiplier": state["multiplier"]}
+    metrics |= {k: v for k, v in state.items() if k.startswith("gap/")}
     names = ("vision", "rollout", "update")
     metrics["seconds"] = dict(zip(names, np.diff(clock).tolist(), strict=True))
     return metrics, batch
-
-
-def constrain(recipe: Recipe, state: dict[str, float], gap: float | None) -> float:
-    """The efficiency weight under the constraint gap <= max_accuracy_drop.
-
-    mu <- clip(mu + step * (gap - allowed), 0, max_multiplier) on a running mean of the paired gap, since a step's
-    own gap is a few questions' worth; the weight is divided by 1 + mu.
-    """
-    settings = recipe.efficiency
-    if settings.max_accuracy_drop is None or gap is None:
-        return settings.weight
-    state["gap"] += 0.05 * (gap - state["gap"])
-    moved = state["multiplier"] + settings.step * (state["gap"] - settings.max_accuracy_drop)
-    state["multiplier"] = min(max(moved, 0.0), settings.max_multiplier)
-    return settings.weight / (1 + state["multiplier"])
 
 
 def supervised_step(
@@ -155,11 +152,13 @@ def supervised_step(
     loss, right = supervised.loss(policy, batch)
     value = float(loss.detach())
     if not math.isfinite(value):
-        raise RunError(f"the loss is {value} at step {step}; resume with a lower optim.lr")
+        raise RunError(NOT_FINITE.format(what="loss", value=value, step=step))
     optimizer.zero_grad()
     loss.backward()
     parameters = [p for _, p in policy.trainable()]
     norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.max_grad_norm)
+    if not bool(torch.isfinite(norm)):
+        raise RunError(NOT_FINITE.format(what="gradient", value=float(norm), step=step))
     optimizer.step()
     policy.core.eval()
     state["skill"] += 0.05 * (right - state["skill"])
@@ -168,16 +167,6 @@ def supervised_step(
     ):
         state["stage"], state["skill"] = stage + 1, 0.0
     return {"loss": value, "accuracy": right, "grad_norm": float(norm), "stage": stage}
-
-
-def draw(prompts: Sequence[Prompt], recipe: Recipe, step: int) -> list[Prompt]:
-    """The questions of a step: epochs without replacement, shuffled by (seed, epoch)."""
-    count, per_step = len(prompts), recipe.train.prompts
-    chosen = []
-    for place in range(step * per_step, (step + 1) * per_step):
-        order = np.random.default_rng([recipe.seed, 1, place // count]).permutation(count)
-        chosen.append(prompts[int(order[place % count])])
-    return chosen
 
 
 def save(
@@ -196,24 +185,3 @@ def save(
         save_state(path, optim.state_tensors(optimizer, named), state)
 
     folder.save_checkpoint(step, write, keep)
-
-
-def check(recipe: Recipe) -> None:
-    """What can be known wrong before anything is loaded. Raises InputError."""
-    methods = parse(recipe.efficiency.method)
-    find(recipe.rewards.correct)
-    if recipe.train.stage == "rl":
-        if recipe.model.path == "scratch":
-            raise InputError(
-                "train.stage rl needs a trained model and model.path is scratch; name a model"
-            )
-        if methods & {"cut", "pathwise"} and recipe.sparse.rule != "top_p":
-            raise InputError(
-                f"efficiency.method {recipe.efficiency.method} differentiates top_p and sparse.rule is "
-                f"{recipe.sparse.rule}; use rule top_p or method answers"
-            )
-
-
-def needs_prompts(recipe: Recipe) -> bool:
-    """Embedded lessons of the supervised stage are made step by step."""
-    return recipe.train.stage == "rl" or recipe.data.source != "digits"

@@ -6,6 +6,7 @@ reference scores each distinct (prompt, answer) once, whatever the number of bud
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ class Rows:
 def flatten(batch: Batch, recipe: Recipe, weight: float) -> Rows:
     """Rewards to advantages, groups to rows. weight: of saved tokens in the reward of the `cut` action."""
     settings = recipe.ppo
-    total = score(batch.groups, recipe)
+    pressure = weight / recipe.efficiency.weight if recipe.efficiency.weight else 1.0
+    total = score(batch.groups, recipe, pressure)
     correct = torch.tensor([[r.rewards["correct"] for r in g.rollouts] for g in batch.groups])
     ratio = torch.tensor([[r.token_ratio for r in g.rollouts] for g in batch.groups])
     worth = advantages.group_reward(correct > 0, ratio, recipe.rewards.weight, weight)
@@ -75,12 +77,12 @@ def update(
     """
     rows = flatten(batch, recipe, weight)
     said: dict[str, float] = defaultdict(float)
-    steps = recipe.ppo.epochs * recipe.ppo.minibatches
+    count = min(recipe.ppo.minibatches, len(rows.tokens))
+    steps = recipe.ppo.epochs * count
     for _ in range(recipe.ppo.epochs):
-        shuffled = torch.randperm(len(rows.tokens), generator=order).tolist()
-        size = -(-len(shuffled) // recipe.ppo.minibatches)
-        for start in range(0, len(shuffled), size):
-            mini = shuffled[start : start + size]
+        shuffled = torch.randperm(len(rows.tokens), generator=order)
+        for part in shuffled.tensor_split(count):
+            mini = part.tolist()
             optimizer.zero_grad()
             micro = by_length([rows.lengths[b] for b in mini], recipe.train.micro_batch)
             for places in micro:
@@ -93,16 +95,12 @@ def update(
                         said[name] = max(said[name], value)
                     else:
                         said[name] += value * len(chosen) / len(mini) / steps
-            if not torch.isfinite(torch.tensor(said["loss"])):
-                raise RunError(
-                    f"the loss is {said['loss']}; nothing was saved from this step: resume from the last checkpoint "
-                    "with a lower optim.lr"
-                )
             parameters = [p for _, p in policy.trainable()]
             norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.max_grad_norm)
-            if not bool(torch.isfinite(norm)):
+            if not (math.isfinite(said["loss"]) and bool(torch.isfinite(norm))):
                 raise RunError(
-                    "a gradient is not finite; resume from the last checkpoint with a lower optim.lr"
+                    f"the loss is {said['loss']} and its gradient's norm {float(norm)}; start again with a lower "
+                    "optim.lr in another --output (model.path=RUN goes on from a run's last checkpoint)"
                 )
             said["grad_norm"] += float(norm) / steps
             optimizer.step()
@@ -125,7 +123,11 @@ def backward(
     tokens = [rows.tokens[b] for b in chosen]
     features = batch.features
     if policy.settings.train_vision:
-        features = policy.look(list({e.picture: e for e in encoded}.values()))
+        features = policy.look(encoded)
+    reference = None
+    if settings.kl > 0:
+        # Before the sparse context: with adapters the reference is this very model.
+        reference = reference_logits(policy, batch, rows, chosen, max(len(t) for t in tokens))
     width = max(rows.lengths[b] for b in chosen)
     request = Request(
         recipe.sparse,
@@ -133,7 +135,7 @@ def backward(
         replay=replay_masks([rows.kept[b] for b in chosen], width, policy.device),
         scores=bool(methods & {"pathwise", "cut"}),
     )
-    with sparse_attention(policy.core, request):
+    with sparse_attention(policy.core, request), policy.recomputing():
         logits, mask = policy.answer_logits(encoded, features, tokens, request)
         padded = pad(tokens, logits.shape[1]).to(policy.device)
         new = losses.token_logprobs(logits, padded, recipe.train.temperature)
@@ -143,41 +145,43 @@ def backward(
         parts = {name: float(value) for name, value in stats.items()}
         loss = settings.policy_gradient * surrogate
         kl = torch.zeros((), device=policy.device)
-        if settings.kl > 0:
-            reference = reference_logits(policy, batch, rows, chosen, logits.shape[1])
+        if reference is not None:
             if settings.kl_estimator == "full":
                 scale = recipe.train.temperature
                 each = torch.zeros(mask.shape, device=policy.device)
                 each[mask] = losses.kl_full(logits[mask] / scale, reference[mask] / scale)
             else:
-                each = losses.kl_k2(
-                    new, losses.token_logprobs(reference, padded, recipe.train.temperature)
-                )
-                each = each.masked_fill(~mask, 0)
+                old_dense = losses.token_logprobs(reference, padded, recipe.train.temperature)
+                each = losses.kl_k2(new, old_dense).masked_fill(~mask, 0)
             kl = (each.sum(1) / mask.sum(1)).mean()
             loss = loss + settings.kl * kl
         layers = request.record.layers if request.record is not None else []
         cuts = [layer.cut for layer in layers if layer.cut is not None]
+        # Prompts too short to be pruned have no choice to learn.
+        short = torch.tensor([len(e) < recipe.sparse.dense_below for e in encoded])
+        short = short.to(policy.device)
         if "pathwise" in methods:
             prompt = request.prompt
             assert prompt is not None
-            each = torch.stack(
-                [efficiency.expected_ratio(c, budgets.low, budgets.high, prompt) for c in cuts]
-            )
+            layered = [
+                efficiency.expected_ratio(c, budgets.low, budgets.high, prompt) for c in cuts
+            ]
+            expected = torch.stack(layered).mean(0).masked_fill(short, 1.0)
             # An all-wrong group is not paid for saving, here as in the reward.
-            expected = (each.mean(0) * rows.opened[chosen].to(policy.device)).mean()
-            loss = loss + weight * expected
-            parts["expected_ratio"] = float(each.detach().mean())
+            loss = loss + weight * (expected * rows.opened[chosen].to(policy.device)).mean()
+            parts["expected_ratio"] = float(expected.detach().mean())
         if "cut" in methods:
             assert rows.cut_old is not None
             kept = [layer.keep for layer in layers]
             logp = efficiency.cut_log_prob(cuts, kept, budgets.low, budgets.high, budgets.per)
+            logp = logp.masked_fill(short, 0.0)
             gain = rows.cut_advantage[chosen].to(policy.device)
             surrogate, stats = losses.clipped_action(
                 logp, rows.cut_old[chosen].to(policy.device), gain, settings.clip
             )
             loss = loss + surrogate
             parts["cut_clip_fraction"] = float(stats["clip_fraction"])
+            parts["cut_ratio_mean"] = float(stats["ratio_mean"])
         (loss * share).backward()
     parts["loss"], parts["kl"] = float(loss.detach()), float(kl.detach())
     return parts
@@ -193,7 +197,7 @@ def reference_logits(
     encoded = [batch.encoded[i] for i, _ in distinct]
     answers = [torch.tensor(t) for _, t in distinct]
     with policy.reference() as model:
-        logits, _ = policy.answer_logits(encoded, batch.features, answers, None, model)
+        logits, _ = policy.answer_logits(encoded, batch.reference, answers, None, model)
     back = {key: place for place, key in enumerate(distinct)}
     return logits[[back[key] for key in keys]][:, :width]
 

@@ -5,7 +5,8 @@ A new embedded source is one file and one line in SOURCES; everything else is a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -53,6 +54,20 @@ def load(data: Data, split: Split, seed: int) -> list[Prompt]:
     )
     chosen = [prompts[i] for i in order]
     return chosen if split == "train" else chosen[: data.heldout_prompts]
+
+
+def draw(prompts: Sequence[Prompt], seed: int, step: int, count: int) -> list[Prompt]:
+    """The `count` questions of a step: epochs without replacement, shuffled by (seed, epoch)."""
+    places = range(step * count, (step + 1) * count)
+    return [
+        prompts[_order(len(prompts), seed, place // len(prompts))[place % len(prompts)]]
+        for place in places
+    ]
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    return [int(i) for i in np.random.default_rng([seed, 1, epoch]).permutation(count)]
 
 
 def _digits(data: Data, split: Split, seed: int) -> list[Prompt]:

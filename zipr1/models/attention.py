@@ -49,7 +49,8 @@ class Request:
     thresholds: `(B, D)`, `(B, 1)` or None for `settings.p`. seed: of the probes. valid, prompt: `(B, L)` bool, real
     tokens and those of the prompt; None: from the attention mask, all of them prompt. replay: kept prompt slots
     per layer, `(B, L)` bool, taken instead of choosing. scores: record cut points with their gradient.
-    audit: record the mass kept for probes that did not choose. record: what the last prefill kept.
+    audit: record the mass kept for probes that did not choose. force: take the sparse path even where it keeps all.
+    record: what the last prefill kept.
     """
 
     settings: Sparse
@@ -60,7 +61,17 @@ class Request:
     replay: list[torch.Tensor] | None = None
     scores: bool = False
     audit: bool = False
+    force: bool = False
     record: Record | None = None
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether p is 1 everywhere and nothing is to be recorded: the dense model, taken as it is."""
+        if self.force or self.scores or self.replay is not None:
+            return False
+        if self.thresholds is None:
+            return self.settings.p >= 1
+        return bool((self.thresholds >= 1).all())
 
 
 @dataclass
@@ -140,21 +151,21 @@ class Pass:
         query: torch.Tensor,
         key: torch.Tensor,
         scale: float,
+        others: bool = False,
     ) -> torch.Tensor:
-        slots, real = probe_slots(
-            self.lengths, self.offsets, layer, seed, probes, device=query.device
-        )
+        """Scores `(B, L)` by probes of `seed`; others: without those that are among the choosing ones."""
+
+        def slots_of(seed: int, probes: Probes) -> tuple[torch.Tensor, torch.Tensor]:
+            return probe_slots(self.lengths, self.offsets, layer, seed, probes, query.device)
+
+        slots, real = slots_of(seed, probes)
+        if others:
+            chosen, _ = slots_of(self.request.seed, self.request.settings.probes)
+            real = real & ~(slots[:, :, None] == chosen[:, None, :]).any(-1)
         index = slots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
         picked = query.gather(2, index)
-        return probe_scores(
-            picked,
-            key,
-            slots,
-            real,
-            self.prompt,
-            scale=scale,
-            normalise=self.request.settings.normalise,
-        )
+        normalise = self.request.settings.normalise
+        return probe_scores(picked, key, slots, real, self.prompt, scale=scale, normalise=normalise)
 
     @torch.no_grad()
     def heldout(
@@ -162,8 +173,10 @@ class Pass:
     ) -> torch.Tensor:
         """`(B,)` share of the score mass of fresh random probes that falls on kept tokens."""
         fresh = Probes(recent=0, random=max(8, self.request.settings.probes.random))
-        scores = self.score(layer, self.request.seed + 7919, fresh, query, key, scale)
-        return (scores * keep).sum(1) / scores.sum(1)
+        scores = self.score(layer, self.request.seed + 7919, fresh, query, key, scale, others=True)
+        total = scores.sum(1)
+        # A prompt so short that every token is a probe has none left to ask.
+        return torch.where(total > 0, (scores * keep).sum(1) / total.clamp_min(1e-12), 1.0)
 
 
 @dataclass(frozen=True)
@@ -279,8 +292,8 @@ def sparse_attention(model: Any, request: Request | None) -> Iterator[Request | 
 
     The model's text config must use the attention named `ATTENTION`. Use one context per model at a time.
     """
-    if request is None:
-        yield None
+    if request is None or request.keeps_all:
+        yield request
         return
     decoder = model.get_decoder()
     attentions = [layer.self_attn for layer in decoder.layers]

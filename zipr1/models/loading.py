@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from zipr1.errors import InputError
@@ -76,18 +77,19 @@ def choose_device(device: str | None) -> torch.device:
     return chosen
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 on a CPU, where low precision is slower, not faster."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return WEIGHT_DTYPES[name]
+def choose_dtype(settings: Model, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 for frozen weights under adapters on a GPU, else float32: AdamW's small steps would round to
+    nothing in bfloat16 weights, and on a CPU low precision is slower."""
+    if settings.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and settings.lora else torch.float32
+    return WEIGHT_DTYPES[settings.dtype]
 
 
 def load_parts(
     settings: Model, device: torch.device, seed: int, words: Sequence[str] = ()
 ) -> tuple[Any, Processor]:
     """Model in `settings.dtype` on `device`, and its processor. Raises InputError where nothing loads."""
-    dtype = choose_dtype(settings.dtype, device)
+    dtype = choose_dtype(settings, device)
     model: Any
     if settings.path == "scratch":
         if not settings.config:
@@ -99,7 +101,9 @@ def load_parts(
         folder = ""
     else:
         folder = resolve(settings.path)
-        model, tokenizer = _from_pretrained(folder, settings, dtype)
+        merged = (Path(folder) / "adapter").is_dir()
+        model, tokenizer = (_merged if merged else _from_pretrained)(folder, settings, dtype)
+        folder = str(model.config._name_or_path or folder)
     vision = model.config.vision_config
     given = (settings.config or {}).get("pixels")
     pixels = PixelSettings.read(folder, vision, settings.min_pixels, settings.max_pixels, given)
@@ -123,7 +127,7 @@ def _from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[
         )
     except InputError:
         raise
-    except (OSError, ValueError, json.JSONDecodeError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         hint = "check the folder"
         if not Path(folder).is_dir():
@@ -152,13 +156,11 @@ def add_lora(model: Any, lora: Lora) -> Any:
 
 
 def frozen_copy(model: Any) -> Any:
-    """A copy whose weights never change, for the dense reference; the vision tower is shared, not copied."""
+    """A copy whose weights never change, for the dense reference; a frozen vision tower is shared, not copied."""
     visual = model.model.visual
-    twin = copy.deepcopy(model, memo={id(visual): visual})
-    for name, parameter in twin.named_parameters():
-        if not name.startswith("model.visual."):
-            parameter.requires_grad_(False)
-    return twin.eval()
+    frozen = not any(p.requires_grad for p in visual.parameters())
+    twin = copy.deepcopy(model, memo={id(visual): visual} if frozen else {})
+    return twin.requires_grad_(False).eval()
 
 
 def save_folder(model: Any, tokenizer: Any, settings: PixelSettings, folder: Path) -> None:
@@ -177,23 +179,28 @@ def save_folder(model: Any, tokenizer: Any, settings: PixelSettings, folder: Pat
     (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n")
 
 
-def restore_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Read the safetensors of a model or adapter folder into `model`, in place. Raises KeyError for a stranger."""
-    from safetensors.torch import load_file
-
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
-    if not tensors:
+def restore_weights(model: Any, folder: Path) -> None:
+    """A model or adapter folder written by `Policy.save`, read into `model`. Raises KeyError for a stranger."""
+    if not list(folder.glob("*.safetensors")):
         raise KeyError(f"no safetensors in {folder}")
     if (folder / "adapter_config.json").exists():
         from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
 
-        known = set_peft_model_state_dict(model, tensors)
+        known = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
         if known.unexpected_keys:
             raise KeyError(f"unknown adapter weight {known.unexpected_keys[0]}")
         return
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    if unexpected or set(missing) - tied:
-        raise KeyError(f"weights do not match: {[*unexpected, *missing][:2]}")
+    # Through from_pretrained: on disk the weights have the names of the hub, not those of the live modules.
+    saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+    model.load_state_dict(saved.state_dict())
+
+
+def _merged(folder: str, settings: Model, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The base that an adapter was trained on, with the adapter merged into it."""
+    from peft import PeftModel
+
+    adapter = Path(folder) / "adapter"
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model, tokenizer = _from_pretrained(base, settings, dtype)
+    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(), tokenizer

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from zipr1.episode import Prompt
 from zipr1.errors import InputError
@@ -37,6 +38,9 @@ from zipr1.sparsity import Record
 # Placeholders are never sampled: an answer with one would ask for a picture that is not there. Finite, so that
 # a KL over the vocabulary has no inf - inf.
 NEVER = -1e9
+
+# Patches in one pass of the vision tower: bounds its memory (65,536 are 16 pictures of 1,792 x 1,792 pixels).
+PATCHES = 65536
 
 Features = dict[str, torch.Tensor]
 
@@ -99,6 +103,19 @@ class Policy:
             with self.adapted.disable_adapter():
                 yield self.core
 
+    @contextlib.contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Inside, decoder layers honour `gradient_checkpointing`, which transformers ties to training mode; their
+        children stay in eval mode, so that dropout does not part the update from the rollout."""
+        layers = list(self.decoder.layers) if self.settings.gradient_checkpointing else []
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
     def encode(
         self, prompt: Prompt, media: Sequence[tuple[np.ndarray, float | None]], max_tokens: int
     ) -> Encoded:
@@ -106,11 +123,11 @@ class Policy:
 
         Raises InputError for placeholders that do not match, or a prompt over max_tokens.
         """
-        visuals = [
-            self.processor.visual(m.kind, pixels, fps)
-            for m, (pixels, fps) in zip(prompt.media, media, strict=True)
-        ]
         try:
+            visuals = [
+                self.processor.visual(m.kind, pixels, fps)
+                for m, (pixels, fps) in zip(prompt.media, media, strict=True)
+            ]
             ids = self.processor.ids(self.processor.text(prompt.messages), visuals)
         except InputError as error:
             raise InputError(f"{prompt.id}: {error}") from None
@@ -119,7 +136,7 @@ class Policy:
                 f"{prompt.id}: the prompt has {len(ids)} tokens and data.max_prompt_tokens is "
                 f"{max_tokens}; raise it, or lower model.max_pixels or data.max_frames"
             )
-        return self.place(ids, visuals, prompt.picture or prompt.id)
+        return self.place(ids, visuals, "|".join(m.key for m in prompt.media))
 
     def place(self, ids: torch.Tensor, visuals: Sequence[Any], picture: str) -> Encoded:
         """Positions of ids `(l,)` by the model's own rule."""
@@ -139,18 +156,22 @@ class Policy:
         )
         return Encoded(ids, positions[:, 0], len(ids) + int(delta.item()), tuple(visuals), picture)
 
-    def look(self, encoded: Sequence[Encoded], known: Features | None = None) -> Features:
+    def look(
+        self, encoded: Sequence[Encoded], known: Features | None = None, model: Any = None
+    ) -> Features:
         """Vision features `(tokens, hidden)` by picture, each distinct picture once; those in `known` not again.
 
-        Differentiable only if the recipe trains the vision tower.
+        model: whose tower, by default the policy's. Differentiable only if the recipe trains the tower. Pictures go
+        through it in groups of at most PATCHES patches.
         """
+        core = (model or self.core).model
         features: Features = dict(known or {})
         todo = {e.picture: e for e in encoded if e.picture not in features}
         parts: dict[tuple[str, int], torch.Tensor] = {}
         with torch.set_grad_enabled(self.settings.train_vision and torch.is_grad_enabled()):
             for kind, run in (
-                ("image", self.core.model.get_image_features),
-                ("video", self.core.model.get_video_features),
+                ("image", core.get_image_features),
+                ("video", core.get_video_features),
             ):
                 places = [
                     (k, i)
@@ -158,14 +179,13 @@ class Policy:
                     for i, v in enumerate(e.visuals)
                     if v.kind == kind
                 ]
-                if not places:
-                    continue
-                visuals = [todo[k].visuals[i] for k, i in places]
-                patches = torch.cat([v.patches for v in visuals]).to(self.device)
-                out = run(patches, torch.tensor([v.grid for v in visuals], device=self.device))
-                split = out.pooler_output if hasattr(out, "pooler_output") else out
-                self.vision_calls += len(visuals)
-                parts.update(zip(places, split, strict=True))
+                for group in _groups(places, [len(todo[k].visuals[i].patches) for k, i in places]):
+                    visuals = [todo[k].visuals[i] for k, i in group]
+                    patches = torch.cat([v.patches for v in visuals]).to(self.device)
+                    out = run(patches, torch.tensor([v.grid for v in visuals], device=self.device))
+                    split = out.pooler_output if hasattr(out, "pooler_output") else out
+                    self.vision_calls += len(visuals)
+                    parts.update(zip(group, split, strict=True))
         for k, e in todo.items():
             if e.visuals:
                 features[k] = torch.cat([parts[k, i] for i in range(len(e.visuals))])
@@ -177,6 +197,7 @@ class Policy:
         features: Features,
         answers: Sequence[torch.Tensor] | None,
         left: bool,
+        model: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Padded inputs: embeddings `(B, L, hidden)`, positions `(3, B, L)`, valid `(B, L)` bool."""
         tails = answers if answers is not None else [encoded[0].ids[:0]] * len(encoded)
@@ -194,7 +215,7 @@ class Policy:
             valid[b, start:stop] = True
         pads = torch.tensor(list(self.processor.placeholder.values()))
         visual = torch.isin(ids, pads).to(self.device)
-        embeds = self.decoder.embed_tokens(ids.to(self.device))
+        embeds = (model or self.core).get_input_embeddings()(ids.to(self.device))
         found = [features[e.picture] for e in encoded if e.visuals]
         if found:
             embeds = embeds.masked_scatter(visual[..., None], torch.cat(found).to(embeds.dtype))
@@ -219,13 +240,13 @@ class Policy:
         request: the sparse forward (its `record` is filled); None for dense. model: the reference's, or None.
         Rows are right-padded, so causality alone hides the padding and no mask is built.
         """
-        embeds, positions, valid = self.rows(encoded, features, answers, left=False)
+        core = model or self.core
+        embeds, positions, valid = self.rows(encoded, features, answers, False, core)
         if request is not None:
             prompt = torch.zeros_like(valid)
             for b, e in enumerate(encoded):
                 prompt[b, : len(e)] = True
             request.valid, request.prompt = valid, prompt
-        core = model or self.core
         hidden = core.model(
             inputs_embeds=embeds, position_ids=positions, use_cache=False
         ).last_hidden_state
@@ -249,14 +270,16 @@ class Policy:
         temperature: float = 1.0,
         model: Any = None,
     ) -> Answers:
-        """Prefill and decode all rows together; sparse under `request`, dense without.
+        """Prefill and decode all rows together; sparse under `request`, dense without or where it keeps all.
 
         uniforms: `(B, >= max_new_tokens)` in [0, 1): row b samples its t-th token by inverse CDF of
         uniforms[b, t]; a row of negative numbers, or None, is greedy. So what a row samples does not depend on
         the batch it is in.
         """
         core = model or self.core
-        embeds, positions, valid = self.rows(encoded, features, None, left=True)
+        if request is not None and request.keeps_all:
+            request = None
+        embeds, positions, valid = self.rows(encoded, features, None, True, core)
         cache = PrunedCache() if request is not None else None
         if request is not None:
             request.valid = request.prompt = valid
@@ -316,7 +339,7 @@ class Policy:
     def save(self, folder: Path) -> None:
         """A model folder in Hugging Face format (adapters stay beside the base they were trained on)."""
         if self.adapted is not None:
-            self.adapted.save_pretrained(folder / "adapter")
+            self.adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
             return
         save_folder(self.core, self.processor.tokenizer, self.processor.settings, folder)
 
@@ -325,7 +348,7 @@ class Policy:
         path = folder / "adapter" if self.adapted is not None else folder
         try:
             restore_weights(self.adapted if self.adapted is not None else self.core, path)
-        except (OSError, RuntimeError, KeyError) as error:
+        except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
                 f"{folder}: holds no weights of this model ({reason}); resume another run"
@@ -347,6 +370,19 @@ def _choose(logprobs: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tens
     u = uniforms.to(logprobs.device).double()
     sampled = torch.searchsorted(cdf, (u.clamp(min=0) * cdf[:, -1])[:, None], right=True)[:, 0]
     return torch.where(u < 0, greedy, sampled.clamp(max=logprobs.shape[-1] - 1))
+
+
+def _groups(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
+    """Consecutive items whose sizes add up to at most PATCHES, or single ones."""
+    groups: list[list[Any]] = []
+    total = 0
+    for item, size in zip(items, sizes, strict=True):
+        if not groups or total + size > PATCHES:
+            groups.append([])
+            total = 0
+        groups[-1].append(item)
+        total += size
+    return groups
 
 
 def _dense_bytes(cache: Any) -> int:

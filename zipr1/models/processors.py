@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 
 from zipr1.errors import InputError
@@ -53,8 +54,8 @@ class PixelSettings:
         recipe's bounds win."""
         saved: dict[str, Any] = dict(given or {})
         for name in ("processor_config.json", "preprocessor_config.json"):
-            path = Path(folder) / name
-            if path.is_file():
+            path = _file(folder, name)
+            if path is not None:
                 saved = json.loads(path.read_text())
                 saved = saved.get("image_processor", saved)
                 break
@@ -75,6 +76,15 @@ class PixelSettings:
             mean=tuple(saved.get("image_mean") or CLIP_MEAN),
             std=tuple(saved.get("image_std") or CLIP_STD),
         )
+
+
+def _file(folder: str | Path, name: str) -> Path | None:
+    """A file of a model folder, or of a hub id's snapshot that has been downloaded."""
+    if Path(folder).is_dir():
+        path = Path(folder) / name
+        return path if path.is_file() else None
+    found = try_to_load_from_cache(str(folder), name) if folder else None
+    return Path(found) if isinstance(found, str) else None
 
 
 def fit_size(height: int, width: int, settings: PixelSettings) -> tuple[int, int]:
@@ -167,11 +177,16 @@ class Processor:
         if self.end_id is None or self.end_id == tokenizer.unk_token_id:
             self.end_id = tokenizer.eos_token_id
 
+    def stop_at(self, tokens: Sequence[int]) -> None:
+        """More end tokens, from the model's generation config."""
+        self.end_ids = sorted({*self.end_ids, *tokens})
+
     def visual(self, kind: str, pixels: np.ndarray, fps: float | None) -> Visual:
         """pixels: uint8 `(H, W, 3)` or `(F, H, W, 3)`; fps of the frames given."""
         frames = pixels[None] if pixels.ndim == 3 else pixels
         patches, grid = patchify(frames, self.settings)
-        seconds = self.settings.temporal / fps if kind == "video" and fps else 0.0
+        # One second where the frames' rate is unknown, as transformers assumes.
+        seconds = (self.settings.temporal / fps if fps else 1.0) if kind == "video" else 0.0
         return Visual(kind, patches, grid, seconds, math.prod(grid) // self.settings.merge**2)
 
     def text(self, messages: Sequence[Mapping[str, Any]], generation: bool = True) -> str:

@@ -6,6 +6,9 @@ are transformers' own, so whatever works on these works on the real ones.
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +21,8 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
+
+from zipr1.errors import InputError
 
 SPECIAL = [
     "<|endoftext|>",
@@ -61,8 +66,6 @@ def build_tokenizer(words: Sequence[str]) -> Any:
         special_tokens=SPECIAL,
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    import json
-
     state = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["merges"]]
     out = Qwen2Tokenizer(
@@ -77,9 +80,28 @@ def build_tokenizer(words: Sequence[str]) -> Any:
     return out
 
 
+def _known(given: dict[str, Any], allowed: set[str], where: str) -> None:
+    for key in given:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, n=1)
+            hint = (
+                f"did you mean '{near[0]}'?" if near else f"allowed: {', '.join(sorted(allowed))}"
+            )
+            raise InputError(f"{where}.{key}: no such key; {hint}")
+
+
 def build_model(tokenizer: Any, config: dict[str, Any], seed: int) -> torch.nn.Module:
     """`config`: `family`, and keyword arguments for the `text` and `vision` configs. Weights from `seed`."""
-    config_class, model_class = FAMILIES[config.get("family", "qwen2_5_vl")]
+    _known(config, {"family", "words", "pixels", "text", "vision"}, "model.config")
+    family = config.get("family", "qwen2_5_vl")
+    if family not in FAMILIES:
+        raise InputError(f"model.config.family {family!r}: unknown; allowed: {', '.join(FAMILIES)}")
+    config_class, model_class = FAMILIES[family]
+    for part in ("text", "vision"):
+        if not isinstance(config.get(part), dict):
+            raise InputError(f"model.config.{part} is missing; see recipes/tiny_base.yaml")
+        fields = dataclasses.fields(config_class.sub_configs[f"{part}_config"])
+        _known(config[part], {f.name for f in fields}, f"model.config.{part}")
     text = {
         "vocab_size": len(tokenizer),
         "tie_word_embeddings": True,
@@ -102,5 +124,9 @@ def build_model(tokenizer: Any, config: dict[str, Any], seed: int) -> torch.nn.M
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: torch.nn.Module = model_class(full)
+        try:
+            model: torch.nn.Module = model_class(full)
+        except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"model.config: no model can be built of it ({reason})") from None
     return model

@@ -16,7 +16,7 @@ from zipr1.recipe import Probes
 from zipr1.sparsity.hashing import mix
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def _positions(length: int, layer: int, seed: int, recent: int, random: int) -> tuple[int, ...]:
     if length <= recent + random:
         return tuple(range(length))

@@ -1,0 +1,37 @@
+"""What can be known wrong with a recipe before anything is loaded."""
+
+from __future__ import annotations
+
+from zipr1.efficiency import parse
+from zipr1.errors import InputError
+from zipr1.recipe import Recipe
+from zipr1.rewards import find
+
+
+def check(recipe: Recipe) -> None:
+    """What can be known wrong before anything is loaded. Raises InputError."""
+    methods = parse(recipe.efficiency.method)
+    find(recipe.rewards.correct)
+    if recipe.model.lora and recipe.model.train_vision:
+        raise InputError(
+            "model.lora trains adapters alone; set model.train_vision false, or leave lora out"
+        )
+    if recipe.model.dtype == "float16" and recipe.model.lora is None:
+        raise InputError(
+            "model.dtype float16 cannot be trained in full; use float32, bfloat16, or model.lora"
+        )
+    if recipe.train.stage == "rl":
+        if recipe.model.path == "scratch":
+            raise InputError(
+                "train.stage rl needs a trained model and model.path is scratch; name a model"
+            )
+        if methods & {"cut", "pathwise"} and recipe.sparse.rule != "top_p":
+            raise InputError(
+                f"efficiency.method {recipe.efficiency.method} differentiates top_p and sparse.rule is "
+                f"{recipe.sparse.rule}; use rule top_p or method answers"
+            )
+
+
+def needs_prompts(recipe: Recipe) -> bool:
+    """Embedded lessons of the supervised stage are made step by step."""
+    return recipe.train.stage == "rl" or recipe.data.source != "digits"
