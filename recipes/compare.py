@@ -276,10 +276,11 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
-    jobs = [(method, seed) for seed in arguments.seeds for method in arguments.methods]
+    jobs = [("ours", seed) for seed in arguments.seeds]
+    jobs += [(m, seed) for seed in arguments.seeds for m in arguments.methods if m != "ours"]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         done = list(pool.map(lambda job: train(*job, arguments.out, threads), jobs))
-    runs: dict[str, list[dict[str, Any]]] = {m: [] for m in arguments.methods}
+    runs: dict[str, list[dict[str, Any]]] = {m: [] for m in ("ours", *arguments.methods)}
     for (method, _), summary in zip(jobs, done, strict=True):
         runs[method].append(summary)
     ours = runs["ours"]

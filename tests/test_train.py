@@ -230,3 +230,13 @@ def test_a_run_can_be_the_model_of_another(tmp_path, model):
         then = write(tmp_path / f"{kind}2.yaml", first, train={"steps": 1})
         before = start(then, tmp_path / f"{kind}-2")["before"]
         assert before["token_ratio"] == pytest.approx(after["token_ratio"], abs=2e-3)
+
+
+def test_tensorboard_is_said_to_be_missing_before_the_first_step(tmp_path, model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    recipe = write(
+        tmp_path / "r.yaml", model, train={"tensorboard": True}, evaluation={"before": False}
+    )
+    with pytest.raises(InputError, match=r"zipr1\[tensorboard\]"):
+        start(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

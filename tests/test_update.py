@@ -215,7 +215,9 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing():
         for group in batch.groups:
             group.rollouts[0].rewards["correct"] = 1.0
         calls = []
-        policy.decoder.layers[0].mlp.register_forward_hook(lambda *a, calls=calls: calls.append(1))
+        policy.decoder.layers[0].mlp.register_forward_pre_hook(
+            lambda *a, calls=calls: calls.append(1)
+        )
         optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
         update(policy, settings, batch, optimizer, 1.0, torch.Generator().manual_seed(0))
         grads.append({n: p.grad.clone() for n, p in policy.trainable()})

@@ -76,7 +76,9 @@ class Policy:
         self.layers = len(self.decoder.layers)
         self.vision_calls = 0
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # The older name is deprecated where the newer one exists.
+            newer = getattr(model, "activation_checkpointing_enable", None)
+            (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     @property
     def device(self) -> torch.device:
