@@ -155,3 +155,14 @@ def test_bad_rows_stop_or_are_skipped(tmp_path, caplog):
     assert "rows/7" in caplog.text
     with pytest.raises(InputError, match=r"all of 1 rows"):
         heldout.usable(policy, skipping, [bad])
+
+
+def test_the_range_of_thresholds_narrows_over_half_of_the_steps():
+    moving = Budgets(low=0.5, low_end=0.7, high=0.9, count=2)
+    assert [round(moving.low_at(step, 8), 3) for step in (0, 2, 4, 7)] == [0.5, 0.6, 0.7, 0.7]
+    settings = recipe(budgets=moving, train=Train(prompts=4, max_new_tokens=5, steps=8))
+    _, batch = roll(settings, tinymodels.mixed(), step=6)
+    assert batch.low == pytest.approx(0.7)
+    assert min(r.thresholds.min() for g in batch.groups for r in g.rollouts) >= 0.7
+    with pytest.raises(ValueError, match="low_end"):
+        Budgets(low=0.5, low_end=0.95, high=0.9)

@@ -13,14 +13,15 @@ from zipr1.rollout import Batch
 
 def step_metrics(recipe: Recipe, batch: Batch, parts: dict[str, float]) -> dict[str, Any]:
     """Means over the step's rollouts. `token_ratio_by_budget[n]`: of layers whose threshold lay in the n-th of
-    `budgets.count` equal cells of [low, high] (None where none did); `gate`: share of questions with a right answer.
+    `budgets.count` equal cells of the step's [low, high] (None where none did); `gate`: share of questions with a
+    right answer.
     """
     rollouts = [r for g in batch.groups for r in g.rollouts]
     budgets = recipe.budgets
     ratio = np.array([r.layer_ratios for r in rollouts])
     p = np.array([r.thresholds.numpy() for r in rollouts])
     cells = np.clip(
-        (p - budgets.low) / (budgets.high - budgets.low) * budgets.count, 0, budgets.count - 1e-3
+        (p - batch.low) / (budgets.high - batch.low) * budgets.count, 0, budgets.count - 1e-3
     )
     total = np.array([[r.rewards["total"] for r in g.rollouts] for g in batch.groups])
     correct = np.array([[r.rewards["correct"] for r in g.rollouts] for g in batch.groups])

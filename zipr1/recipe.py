@@ -101,20 +101,32 @@ class Budgets(Section):
     """Thresholds of the rollouts of one question: `count` values over [low, high].
 
     sampling: `stratified` jitters one value in each of `count` equal cells, `independent` draws each uniformly.
+    low_end: where `low` has moved to, linearly, after half of the steps (None: it stays). A wide range starts diffuse
+        layers moving, a narrow one below the inference p finishes the job.
     per: `layer` draws for each decoder layer, `rollout` shares one value among the layers.
     """
 
     low: Share = 0.9375
     high: Share = 0.9775
+    low_end: Share | None = None
     count: Positive = 8
     per: Literal["layer", "rollout"] = "layer"
     sampling: Literal["stratified", "independent"] = "stratified"
 
     @model_validator(mode="after")
     def _ordered(self) -> Budgets:
-        if self.low >= self.high:
-            raise ValueError(f"budgets.low ({self.low}) must be below budgets.high ({self.high})")
+        for name, value in (("low", self.low), ("low_end", self.low_end)):
+            if value is not None and value >= self.high:
+                raise ValueError(
+                    f"budgets.{name} ({value}) must be below budgets.high ({self.high})"
+                )
         return self
+
+    def low_at(self, step: int, steps: int) -> float:
+        """Lower end of the range in `step` of `steps`."""
+        if self.low_end is None:
+            return self.low
+        return self.low + (self.low_end - self.low) * min(1.0, step / max(1.0, steps / 2))
 
 
 class Rewards(Section):
@@ -132,9 +144,11 @@ class Efficiency(Section):
     max_accuracy_drop: fraction (0.005 = half a point) that answers at `sparse.p` may lose against the dense
         reference on the same prompts; None turns the constraint off. The multiplier mu starts at 0, moves by
         `step` times the violation, is clipped to [0, max_multiplier], and divides the weight by 1 + mu.
+    focus: power of a layer's own ratio by which `pathwise` weighs it (0: all alike).
     """
 
     method: str = "pathwise"
+    focus: Rate = 0.0
     weight: Rate = 3.0
     max_accuracy_drop: Annotated[float, Field(ge=0, le=1)] | None = 0.005
     step: Rate = 1.0

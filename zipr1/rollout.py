@@ -24,9 +24,10 @@ class Batch:
     """One step's rollouts. `encoded` belongs to the groups' prompts, in their order; `features` and `reference` are
     the vision features of the policy and of the reference, by picture.
 
-    cut_logprobs: per group `(N,)` log-probability of the kept counts when sampled; None unless `cut` is used.
-    gaps: per prompt its task and whether the dense reference is right minus whether the sparse policy is at the
-    inference p, both greedy; None where the constraint is off. heldout: mean mass kept for held-out probes.
+    low: lower end of the thresholds' range in this step. cut_logprobs: per group `(N,)` log-probability of the kept
+    counts when sampled; None unless `cut` is used. gaps: per prompt its task and whether the dense reference is right
+    minus whether the sparse policy is at the inference p, both greedy; None where the constraint is off. heldout: mean
+    mass kept for held-out probes.
     """
 
     groups: list[Group]
@@ -34,6 +35,7 @@ class Batch:
     features: Features
     reference: Features
     probe_seed: int
+    low: float
     cut_logprobs: list[torch.Tensor] | None = None
     gaps: list[tuple[str, float]] | None = None
     heldout: float = 1.0
@@ -62,6 +64,7 @@ def roll_out(
 ) -> Batch:
     """Sample `budgets.count` answers of each prompt; with a constraint, one greedy answer at `sparse.p` more."""
     budgets, settings = recipe.budgets, recipe.train
+    low = budgets.low_at(step, settings.steps)
     constrained = recipe.efficiency.max_accuracy_drop is not None
     wants_cut = "cut" in efficiency.parse(recipe.efficiency.method)
     each = budgets.count + constrained
@@ -71,7 +74,7 @@ def roll_out(
         drawn = efficiency.thresholds(
             budgets.count,
             policy.layers,
-            budgets.low,
+            low,
             budgets.high,
             budgets.per,
             budgets.sampling,
@@ -108,7 +111,7 @@ def roll_out(
             logp = efficiency.cut_log_prob(
                 [layer.cut for layer in layers if layer.cut is not None],
                 [layer.keep for layer in layers],
-                budgets.low,
+                low,
                 budgets.high,
                 budgets.per,
             )
@@ -140,6 +143,7 @@ def roll_out(
         features,
         reference or features,
         seed,
+        low,
         heldout=float(torch.cat(heldout).mean()),
     )
     if wants_cut:

@@ -163,17 +163,16 @@ def backward(
         if "pathwise" in methods:
             prompt = request.prompt
             assert prompt is not None
-            layered = [
-                efficiency.expected_ratio(c, budgets.low, budgets.high, prompt) for c in cuts
-            ]
-            expected = torch.stack(layered).mean(0).masked_fill(short, 1.0)
+            layered = [efficiency.expected_ratio(c, batch.low, budgets.high, prompt) for c in cuts]
+            ratios = efficiency.focused(torch.stack(layered), recipe.efficiency.focus)
+            expected = ratios.mean(0).masked_fill(short, 1.0)
             # An all-wrong group is not paid for saving, here as in the reward.
             loss = loss + weight * (expected * rows.opened[chosen].to(policy.device)).mean()
             parts["expected_ratio"] = float(expected.detach().mean())
         if "cut" in methods:
             assert rows.cut_old is not None
             kept = [layer.keep for layer in layers]
-            logp = efficiency.cut_log_prob(cuts, kept, budgets.low, budgets.high, budgets.per)
+            logp = efficiency.cut_log_prob(cuts, kept, batch.low, budgets.high, budgets.per)
             logp = logp.masked_fill(short, 0.0)
             gain = rows.cut_advantage[chosen].to(policy.device)
             surrogate, stats = losses.clipped_action(
