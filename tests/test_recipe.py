@@ -75,7 +75,7 @@ def test_overrides_reach_any_depth(tmp_path):
         ("sparse: {p: 1.5}", [], "sparse.p: got 1.5; 1 or less is allowed"),
         ("sparse: {rule: top}", [], "got 'top'; allowed: 'top_p', 'top_k', 'threshold' or"),
         ("supervised: {curriculum: 3}", [], "supervised.curriculum: got 3; a list is allowed"),
-        ("supervised: {curriculum: [[1, x]]}", [], "supervised.curriculum.0.1: got 'x'; a whole"),
+        ("supervised: {curriculum: [1, x]}", [], "supervised.curriculum.1: got 'x'; a whole"),
         ("train: 3", [], "train: got 3; a mapping of keys is allowed"),
         ("data: {mix: {digits: x}}", [], "data.mix.digits: got 'x'; a number is allowed"),
         (

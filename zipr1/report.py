@@ -133,6 +133,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     """summary.json as a table: for each task and in all, the dense base, then the policy before and after."""
     table = Table(
         pad_edge=False,
+        padding=(0, 1, 0, 0),
         title=_title(summary),
         title_justify="left",
         title_style="bold",
@@ -215,5 +216,5 @@ def _with_interval(value: Any, interval: Any) -> str:
     text = _written(value, "share")
     if text == "-" or not interval:
         return text
-    low, high = interval
-    return f"{text} ({100 * low:.1f}-{100 * high:.1f})"
+    low, high = (f"{100 * x:.1f}" if x < 0.9995 else "100" for x in interval)
+    return f"{text} ({low}-{high})"

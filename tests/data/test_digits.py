@@ -235,10 +235,11 @@ def test_a_second_turn_asks_about_another_object(task):
 def test_lesson_asks_different_questions_within_its_limits():
     for scene, pairs in digits.lesson(0, 0, 12, 0.5, 3, 0.5, questions=8):
         assert 1 <= len(scene.objects) <= 3
-        assert len(pairs) == 8
+        # A scene of few digits has fewer questions, and counts, most of them of nothing, are two at most.
+        assert 3 <= len(pairs) <= 8
+        assert sum(text.startswith("how many") for text, _ in pairs) <= 2
         assert all(answer == _answer(scene, text) for text, answer in pairs)
-        if scene.kind == "image":
-            assert len({text for text, _ in pairs}) == 8
+        assert len({text for text, _ in pairs}) == len(pairs)
     kinds = Counter(s.kind for s, _ in digits.lesson(0, 1, 12, 0.5, 3, 0.5))
     assert kinds["video"] in (6, 7)
     easy = [t for _, pairs in digits.lesson(0, 2, 20, 0.0, 6, 0.0) for t, _ in pairs]

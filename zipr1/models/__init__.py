@@ -1,8 +1,9 @@
 """Models: the only place that knows transformers and peft."""
 
 from zipr1.models.attention import Request, sparse_attention
-from zipr1.models.policy import Answers, Features, Policy, load_policy, replay_masks
+from zipr1.models.policy import Answers, Features, Policy, load_policy
 from zipr1.models.processors import Encoded
+from zipr1.models.rows import replay_masks
 
 __all__ = [
     "Answers",

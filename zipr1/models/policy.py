@@ -32,15 +32,12 @@ from zipr1.models.loading import (
     save_folder,
 )
 from zipr1.models.processors import Encoded, Processor
+from zipr1.models.rows import choose, dense_bytes, groups, heldout_mass
 from zipr1.recipe import Model
-from zipr1.sparsity import Record
 
 # Placeholders are never sampled: an answer with one would ask for a picture that is not there. Finite, so that
 # a KL over the vocabulary has no inf - inf.
 NEVER = -1e9
-
-# Patches in one pass of the vision tower: bounds its memory (65,536 are 16 pictures of 1,792 x 1,792 pixels).
-PATCHES = 65536
 
 Features = dict[str, torch.Tensor]
 
@@ -181,7 +178,7 @@ class Policy:
                     for i, v in enumerate(e.visuals)
                     if v.kind == kind
                 ]
-                for group in _groups(places, [len(todo[k].visuals[i].patches) for k, i in places]):
+                for group in groups(places, [len(todo[k].visuals[i].patches) for k, i in places]):
                     visuals = [todo[k].visuals[i] for k, i in group]
                     patches = torch.cat([v.patches for v in visuals]).to(self.device)
                     out = run(patches, torch.tensor([v.grid for v in visuals], device=self.device))
@@ -295,14 +292,14 @@ class Policy:
             )
             state = out.past_key_values
             counts = cache.prompt_counts() if cache is not None else None
-            kv_bytes = cache.kv_bytes() if cache is not None else _dense_bytes(state)
+            kv_bytes = cache.kv_bytes() if cache is not None else dense_bytes(state)
             following = torch.tensor([e.next_position for e in encoded], device=self.device)
             alive = torch.ones(len(encoded), dtype=torch.bool, device=self.device)
             ends = torch.tensor(self.processor.end_ids, device=self.device)
             hidden, tokens, scores, masks = out.last_hidden_state[:, -1], [], [], []
             for step in range(max_new_tokens):
                 logprobs = (self.head(hidden, core) / temperature).log_softmax(-1)
-                choice = _choose(logprobs, None if uniforms is None else uniforms[:, step])
+                choice = choose(logprobs, None if uniforms is None else uniforms[:, step])
                 tokens.append(choice)
                 scores.append(logprobs.gather(-1, choice[:, None])[:, 0])
                 masks.append(alive)
@@ -329,7 +326,7 @@ class Policy:
             logprobs=[all_scores[b, :n] for b, n in enumerate(lengths)],
             counts=None if counts is None else counts.cpu(),
             kept=None if record is None else record.kept_positions(starts),
-            heldout=None if record is None else _heldout(record),
+            heldout=None if record is None else heldout_mass(record),
             kv_bytes=kv_bytes,
         )
 
@@ -361,49 +358,3 @@ def load_policy(settings: Model, device: str | None = None, seed: int = 0) -> Po
     """The model a recipe names. Raises InputError if it cannot be loaded or is of an unknown family."""
     model, processor = load_parts(settings, choose_device(device), seed)
     return Policy(model, processor, settings.path, settings)
-
-
-def _choose(logprobs: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
-    """Next tokens `(B,)` from logprobs `(B, V)`: inverse CDF of uniforms `(B,)`, the argmax where negative."""
-    greedy = logprobs.argmax(-1)
-    if uniforms is None:
-        return greedy
-    cdf = logprobs.double().exp().cumsum(-1)
-    u = uniforms.to(logprobs.device).double()
-    sampled = torch.searchsorted(cdf, (u.clamp(min=0) * cdf[:, -1])[:, None], right=True)[:, 0]
-    return torch.where(u < 0, greedy, sampled.clamp(max=logprobs.shape[-1] - 1))
-
-
-def _groups(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
-    """Consecutive items whose sizes add up to at most PATCHES, or single ones."""
-    groups: list[list[Any]] = []
-    total = 0
-    for item, size in zip(items, sizes, strict=True):
-        if not groups or total + size > PATCHES:
-            groups.append([])
-            total = 0
-        groups[-1].append(item)
-        total += size
-    return groups
-
-
-def _dense_bytes(cache: Any) -> int:
-    return sum(
-        t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
-    )
-
-
-def _heldout(record: Record) -> torch.Tensor | None:
-    masses = [layer.heldout_mass for layer in record.layers]
-    return None if any(m is None for m in masses) else torch.stack(masses).mean(0).cpu()  # type: ignore[arg-type]
-
-
-def replay_masks(
-    kept: Sequence[list[torch.Tensor]], length: int, device: torch.device
-) -> list[torch.Tensor]:
-    """Kept positions by row and layer, of right-padded prompts -> per layer a `(B, length)` bool mask."""
-    masks = torch.zeros(len(kept[0]), len(kept), length, dtype=torch.bool)
-    for b, layers in enumerate(kept):
-        for d, positions in enumerate(layers):
-            masks[d, b, positions.long()] = True
-    return list(masks.to(device))

@@ -1,0 +1,59 @@
+"""Small tensor work of the policy: choosing tokens, grouping pictures, masks of what was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from zipr1.sparsity import Record
+
+# Patches in one pass of the vision tower: bounds its memory (65,536 are 16 pictures of 1,792 x 1,792 pixels).
+PATCHES = 65536
+
+
+def choose(logprobs: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
+    """Next tokens `(B,)` from logprobs `(B, V)`: inverse CDF of uniforms `(B,)`, the argmax where negative."""
+    greedy = logprobs.argmax(-1)
+    if uniforms is None:
+        return greedy
+    cdf = logprobs.double().exp().cumsum(-1)
+    u = uniforms.to(logprobs.device).double()
+    sampled = torch.searchsorted(cdf, (u.clamp(min=0) * cdf[:, -1])[:, None], right=True)[:, 0]
+    return torch.where(u < 0, greedy, sampled.clamp(max=logprobs.shape[-1] - 1))
+
+
+def groups(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
+    """Consecutive items whose sizes add up to at most PATCHES, or single ones."""
+    groups: list[list[Any]] = []
+    total = 0
+    for item, size in zip(items, sizes, strict=True):
+        if not groups or total + size > PATCHES:
+            groups.append([])
+            total = 0
+        groups[-1].append(item)
+        total += size
+    return groups
+
+
+def dense_bytes(cache: Any) -> int:
+    return sum(
+        t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
+    )
+
+
+def heldout_mass(record: Record) -> torch.Tensor | None:
+    masses = [layer.heldout_mass for layer in record.layers]
+    return None if any(m is None for m in masses) else torch.stack(masses).mean(0).cpu()  # type: ignore[arg-type]
+
+
+def replay_masks(
+    kept: Sequence[list[torch.Tensor]], length: int, device: torch.device
+) -> list[torch.Tensor]:
+    """Kept positions by row and layer, of right-padded prompts -> per layer a `(B, length)` bool mask."""
+    masks = torch.zeros(len(kept[0]), len(kept), length, dtype=torch.bool)
+    for b, layers in enumerate(kept):
+        for d, positions in enumerate(layers):
+            masks[d, b, positions.long()] = True
+    return list(masks.to(device))
