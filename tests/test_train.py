@@ -30,9 +30,9 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-def write(path: Path, model: Path, **sections) -> Path:
+def write(path: Path, base: Path, **sections) -> Path:
     values = {
-        "model": {"path": str(model)},
+        "model": {"path": str(base)},
         "data": {"prompts": 16, "heldout_prompts": 4},
         "sparse": {"probes": {"recent": 3, "random": 6}},
         "budgets": {"low": 0.6, "high": 0.9, "count": 3},

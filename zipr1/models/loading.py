@@ -203,4 +203,6 @@ def _merged(folder: str, settings: Model, dtype: torch.dtype) -> tuple[Any, Any]
     adapter = Path(folder) / "adapter"
     base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     model, tokenizer = _from_pretrained(base, settings, dtype)
-    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(), tokenizer
+    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    # peft froze the base; what trains is the recipe's choice.
+    return merged.requires_grad_(True), tokenizer
