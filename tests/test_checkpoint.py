@@ -234,7 +234,8 @@ def test_run_json_says_what_ran(root):
     info = describe(["zipr1", "train"], device="cpu", seed=4)
     RunDir.open(Recipe(), root, info=info)
     kept = read_json(root / "run.json")
-    assert kept["versions"]["torch"] == torch.__version__
+    # The build (+cpu, +cu130) is in one of the two and may be missing in the other.
+    assert kept["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert {"transformers", "peft", "python", "zipr1"} <= kept["versions"].keys()
     assert kept["hardware"]["cpus"] >= 1
     assert kept["hardware"]["memory_bytes"] > 2**28
