@@ -203,6 +203,8 @@ def test_wrong_input_exits_with_2(cli, recipe, arguments, expected):
 )
 def test_signals_end_with_one_line(recipe, number, code, word):
     program = (
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys, time, types, zipr1; fake = types.ModuleType('zipr1.train')\n"
         "def run(*a): print('ready', flush=True); time.sleep(60)\n"
         "fake.run = run; sys.modules['zipr1.train'] = zipr1.train = fake\n"
