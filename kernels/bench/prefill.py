@@ -29,7 +29,7 @@ def prefill(policy: Policy, rows: tuple[torch.Tensor, ...], mode: str) -> float:
     embeds, positions, valid = rows
     request = None
     if mode != "none":
-        settings = Sparse(probes=Probes(recent=4, random=8), skip=mode)  # type: ignore[arg-type]
+        settings = Sparse(probes=Probes(recent=12, random=4), skip=mode)  # type: ignore[arg-type]
         request = Request(settings, valid=valid, prompt=valid)
     with sparse_attention(policy.core, request):
         policy.core.model(

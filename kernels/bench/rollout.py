@@ -60,7 +60,7 @@ def measure(model: str, questions: int) -> list[dict[str, object]]:
     """Rows of medians and spread in milliseconds, for images and for videos."""
     policy = load_policy(Model(path=model))
     recipe, budgets = Recipe(), Budgets()
-    settings = Sparse(probes=Probes(recent=4, random=8))
+    settings = Sparse(probes=Probes(recent=12, random=4))
     rows: list[dict[str, object]] = []
     for task in ("digits", "moving_digits"):
         prompts = digits.prompts("test", task, questions + 2, 1, seed=0)
