@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zipr1.errors import InputError
+from zipr1.errors import InputError, RunError
 from zipr1.recipe import Optim
 
 
@@ -84,6 +84,26 @@ def learning_rate(settings: Optim, step: int, steps: int) -> float:
     done = (step - warm + 0.5) / max(1, steps - warm)
     floor = 0.1 if settings.schedule == "cosine" else 0.0
     return settings.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def clipped_step(
+    optimizer: Optimizers,
+    named: Sequence[tuple[str, torch.nn.Parameter]],
+    max_norm: float,
+    loss: float,
+) -> float:
+    """Clip the gradient, step, and return its norm before clipping.
+
+    Raises RunError if it or `loss` is not finite; the weights are then as they were.
+    """
+    norm = float(torch.nn.utils.clip_grad_norm_([p for _, p in named], max_norm))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise RunError(
+            f"the loss is {loss} and its gradient's norm {norm}; start again with a lower optim.lr in another "
+            "--output (model.path=RUN goes on from a run's last checkpoint)"
+        )
+    optimizer.step()
+    return norm
 
 
 def state_tensors(

@@ -6,7 +6,6 @@ unbroken one. The mathematics lives in update.py, losses.py, efficiency.py and a
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ from zipr1.checkpoint import RunDir, load_state, save_state
 from zipr1.constraint import constrain
 from zipr1.dryrun import dry_run
 from zipr1.episode import Prompt
-from zipr1.errors import RunError
 from zipr1.machine import describe
 from zipr1.metrics import rollout_lines, step_metrics
 from zipr1.models import Policy, load_policy
@@ -34,12 +32,6 @@ from zipr1.update import update
 from zipr1.validate import check, needs_prompts
 
 __all__ = ["dry_run", "run"]
-
-
-NOT_FINITE = (
-    "the {what} is {value} at step {step}; start again with a lower optim.lr in another --output "
-    "(model.path=RUN goes on from a run's last checkpoint)"
-)
 
 
 def run(
@@ -151,22 +143,16 @@ def supervised_step(
     policy.core.train()
     loss, right = supervised.loss(policy, batch)
     value = float(loss.detach())
-    if not math.isfinite(value):
-        raise RunError(NOT_FINITE.format(what="loss", value=value, step=step))
     optimizer.zero_grad()
     loss.backward()
-    parameters = [p for _, p in policy.trainable()]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.max_grad_norm)
-    if not bool(torch.isfinite(norm)):
-        raise RunError(NOT_FINITE.format(what="gradient", value=float(norm), step=step))
-    optimizer.step()
+    norm = optim.clipped_step(optimizer, policy.trainable(), recipe.optim.max_grad_norm, value)
     policy.core.eval()
     state["skill"] += 0.05 * (right - state["skill"])
     if state["skill"] > recipe.supervised.advance_at and stage + 1 < len(
         recipe.supervised.curriculum
     ):
         state["stage"], state["skill"] = stage + 1, 0.0
-    return {"loss": value, "accuracy": right, "grad_norm": float(norm), "stage": stage}
+    return {"loss": value, "accuracy": right, "grad_norm": norm, "stage": stage}
 
 
 def save(

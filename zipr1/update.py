@@ -6,7 +6,6 @@ reference scores each distinct (prompt, answer) once, whatever the number of bud
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from zipr1 import advantages, efficiency, losses
-from zipr1.errors import RunError
 from zipr1.models import Policy, Request, replay_masks, sparse_attention
-from zipr1.optim import Optimizers
+from zipr1.optim import Optimizers, clipped_step
 from zipr1.recipe import Recipe
 from zipr1.rollout import Batch, by_length, score
 
@@ -95,15 +93,10 @@ def update(
                         said[name] = max(said[name], value)
                     else:
                         said[name] += value * len(chosen) / len(mini) / steps
-            parameters = [p for _, p in policy.trainable()]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.max_grad_norm)
-            if not (math.isfinite(said["loss"]) and bool(torch.isfinite(norm))):
-                raise RunError(
-                    f"the loss is {said['loss']} and its gradient's norm {float(norm)}; start again with a lower "
-                    "optim.lr in another --output (model.path=RUN goes on from a run's last checkpoint)"
-                )
-            said["grad_norm"] += float(norm) / steps
-            optimizer.step()
+            norm = clipped_step(
+                optimizer, policy.trainable(), recipe.optim.max_grad_norm, said["loss"]
+            )
+            said["grad_norm"] += norm / steps
     return dict(said)
 
 

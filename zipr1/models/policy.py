@@ -309,7 +309,7 @@ class Policy:
                 if cache is None:
                     valid = torch.cat([valid, valid.new_ones(len(encoded), 1)], dim=1)
                 hidden = core.model(
-                    inputs_embeds=self.decoder_embed(core, choice[:, None]),
+                    inputs_embeds=core.get_input_embeddings()(choice[:, None]),
                     position_ids=(following + step)[None, :, None].expand(3, -1, -1),
                     attention_mask=valid.long()
                     if cache is None and not bool(valid.all())
@@ -329,11 +329,6 @@ class Policy:
             heldout=None if record is None else heldout_mass(record),
             kv_bytes=kv_bytes,
         )
-
-    @staticmethod
-    def decoder_embed(core: Any, tokens: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = core.get_input_embeddings()(tokens)
-        return out
 
     def save(self, folder: Path) -> None:
         """A model folder in Hugging Face format (adapters stay beside the base they were trained on)."""
