@@ -6,7 +6,6 @@ import pytest
 import torch
 from zipr1_kernels import cut_points, probe_scores, select_top_p
 
-from zipr1 import efficiency
 from zipr1.efficiency import METHODS, cut_log_prob, expected_ratio, parse, thresholds
 from zipr1.errors import InputError
 
@@ -203,13 +202,5 @@ def test_parse():
     assert parse("+".join(METHODS)) == set(METHODS)
     with pytest.raises(InputError, match=r"no method 'pathwize'; did you mean 'pathwise'\?"):
         parse("cut+pathwize")
-    with pytest.raises(InputError, match="Allowed: answers, cut, pathwise"):
+    with pytest.raises(InputError, match="Allowed: answers, cut, pathwise, through"):
         parse("")
-
-
-def test_focus_weighs_layers_by_their_own_ratio():
-    ratios = torch.tensor([[0.6, 0.6], [0.2, 0.2]], requires_grad=True)
-    assert torch.equal(efficiency.focused(ratios, 0.0), ratios)
-    efficiency.focused(ratios, 1.0).sum().backward()
-    # 0.6 and 0.2 divided by their mean 0.4.
-    torch.testing.assert_close(ratios.grad, torch.tensor([[1.5, 1.5], [0.5, 0.5]]))

@@ -75,6 +75,20 @@ def test_kl_full_by_hand_and_its_direction():
     assert kl_full(reference.log(), policy.log()).item() == pytest.approx(backward, abs=1e-6)
 
 
+def test_forward_kl_pulls_where_the_policy_is_sure_of_a_wrong_word():
+    policy, reference = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    ways = [kl_full(policy, reference, forward=f).item() for f in (0.0, 0.5, 1.0)]
+    assert ways[2] == pytest.approx(kl_full(reference, policy).item(), abs=1e-6)
+    assert ways[1] == pytest.approx((ways[0] + ways[2]) / 2, abs=1e-6)
+    wrong = torch.tensor([[9.0, -9.0]], requires_grad=True)
+    right = torch.tensor([[-9.0, 9.0]])
+    pulls = [
+        torch.autograd.grad(kl_full(wrong, right, forward=f).sum(), wrong)[0].abs().max()
+        for f in (0.0, 1.0)
+    ]
+    assert pulls[0] < 1e-5 and pulls[1] == pytest.approx(1.0, abs=1e-5)
+
+
 def test_kl_full_in_chunks_has_the_same_value_and_gradient():
     g = torch.Generator().manual_seed(0)
     new = torch.randn(7, 11, generator=g, requires_grad=True)

@@ -86,10 +86,10 @@ def test_constraint_compares_greedy_answers():
     settings = recipe(efficiency=Efficiency(max_accuracy_drop=0.0))
     _, batch = roll(settings, tinymodels.mixed())
     assert len(batch.groups[0].rollouts) == 4  # the greedy row is not a rollout
-    mean = sum(gap for _, gap in batch.gaps) / 4
+    mean = sum(check.gap for check in batch.checks) / 4
     assert mean == pytest.approx(batch.accuracy["dense"] - batch.accuracy["sparse"])
     _, free = roll(recipe(efficiency=Efficiency(max_accuracy_drop=None)), tinymodels.mixed())
-    assert free.gaps is None
+    assert free.checks is None
     assert said(free) == said(batch)
 
 

@@ -8,19 +8,33 @@ import pytest
 import tinymodels
 import torch
 from test_rollout import recipe, roll
+from zipr1_kernels import sparse_prefill
 
 from zipr1 import optim
 from zipr1.errors import RunError
 from zipr1.models import Request, replay_masks, sparse_attention
+from zipr1.models.attention import gated_prefill
+from zipr1.pressure import Pressure
 from zipr1.recipe import Budgets, Efficiency, Optim, Ppo, Probes, Sparse
 from zipr1.update import backward, flatten, reference_logits, update
 
-METHODS = ["answers", "cut", "pathwise", "cut+pathwise"]
+METHODS = ["answers", "cut", "pathwise", "cut+pathwise", "pathwise+through"]
+
+
+def even(weight: float, layers: int = 4) -> Pressure:
+    return Pressure({}, {}, torch.full((layers,), weight))
 
 
 def one_update(settings, batch, policy, weight=1.0):
     optimizer = optim.build(policy.trainable(), settings.optim)
-    return update(policy, settings, batch, optimizer, weight, torch.Generator().manual_seed(0))
+    return update(
+        policy,
+        settings,
+        batch,
+        optimizer,
+        even(weight, policy.layers),
+        torch.Generator().manual_seed(0),
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -40,7 +54,7 @@ def test_first_ratio_is_one_against_the_sampler(method, skip):
 def test_first_ratio_is_exactly_one_against_the_same_forward():
     settings = recipe()
     policy, batch = roll(settings, tinymodels.mixed())
-    rows = flatten(batch, settings, 1.0)
+    rows = flatten(batch, settings, even(1.0, policy.layers))
     chosen = list(range(len(rows.tokens)))
     encoded = [batch.encoded[i] for i in rows.prompt]
     request = Request(settings.sparse, seed=batch.probe_seed, scores=True)
@@ -54,7 +68,7 @@ def test_first_ratio_is_exactly_one_against_the_same_forward():
 
     exact = token_logprobs(logits.detach(), padded)
     rows.old = [exact[b, : len(t)] for b, t in enumerate(rows.tokens)]
-    said = backward(policy, settings, batch, rows, chosen, 1.0, share=1.0)
+    said = backward(policy, settings, batch, rows, chosen, share=1.0)
     assert said["ratio_mean"] == 1.0 and said["ratio_max"] == 1.0
 
 
@@ -67,7 +81,14 @@ def test_micro_batches_do_not_change_the_gradient():
             update={"train": settings.train.model_copy(update={"micro_batch": size})}
         )
         optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
-        update(policy, small, batch, optimizer, 1.0, torch.Generator().manual_seed(0))
+        update(
+            policy,
+            small,
+            batch,
+            optimizer,
+            even(1.0, policy.layers),
+            torch.Generator().manual_seed(0),
+        )
         grads.append({n: p.grad.clone() for n, p in policy.trainable()})
     for name, gradient in grads[0].items():
         torch.testing.assert_close(gradient, grads[1][name], atol=1e-5, rtol=1e-3)
@@ -87,7 +108,14 @@ def test_pathwise_lowers_the_token_ratio_and_answers_alone_do_not():
             group.rollouts[0].rewards["correct"] = 1.0  # opens the gate
         optimizer = optim.build(policy.trainable(), settings.optim)
         for _ in range(5):
-            update(policy, settings, batch, optimizer, 3.0, torch.Generator().manual_seed(0))
+            update(
+                policy,
+                settings,
+                batch,
+                optimizer,
+                even(3.0, policy.layers),
+                torch.Generator().manual_seed(0),
+            )
         from zipr1.rollout import roll_out
 
         after = roll_out(
@@ -108,14 +136,21 @@ def test_all_wrong_groups_get_no_efficiency_gradient():
             for rollout in group.rollouts:
                 rollout.rewards["correct"] = 0.0
         optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
-        update(policy, settings, batch, optimizer, 3.0, torch.Generator().manual_seed(0))
+        update(
+            policy,
+            settings,
+            batch,
+            optimizer,
+            even(3.0, policy.layers),
+            torch.Generator().manual_seed(0),
+        )
         assert all(p.grad is None or not p.grad.any() for _, p in policy.trainable()), method
 
 
 def test_reference_scores_each_distinct_answer_once(monkeypatch):
     settings = recipe()
     policy, batch = roll(settings, tinymodels.mixed())
-    rows = flatten(batch, settings, 1.0)
+    rows = flatten(batch, settings, even(1.0, policy.layers))
     rows.tokens = [torch.tensor([40, 41])] * 8 + rows.tokens[8:]
     chosen = list(range(12))
     seen = []
@@ -188,7 +223,7 @@ def test_the_reference_is_dense_and_stays_where_it_was(lora):
         for rollout in group.rollouts[1:]:
             # The same answer twice: the reference runs fewer rows than the policy.
             rollout.tokens, rollout.logprobs = group.rollouts[0].tokens, group.rollouts[0].logprobs
-    rows = flatten(batch, settings, 1.0)
+    rows = flatten(batch, settings, even(1.0, policy.layers))
     chosen, width = list(range(16)), max(len(t) for t in rows.tokens)
     plain = tinymodels.shared()
     wanted, mask = plain.answer_logits(
@@ -199,7 +234,14 @@ def test_the_reference_is_dense_and_stays_where_it_was(lora):
     start = {n: p.detach().clone() for n, p in policy.trainable()}
     optimizer = optim.build(policy.trainable(), settings.optim)
     for _ in range(2):
-        said = update(policy, settings, batch, optimizer, 3.0, torch.Generator().manual_seed(0))
+        said = update(
+            policy,
+            settings,
+            batch,
+            optimizer,
+            even(3.0, policy.layers),
+            torch.Generator().manual_seed(0),
+        )
     assert "expected_ratio" in said
     moved = [n for n, p in policy.trainable() if not torch.equal(p, start[n])]
     assert any("q_proj" in n or "k_proj" in n for n in moved)
@@ -219,7 +261,14 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing():
             lambda *a, calls=calls: calls.append(1)
         )
         optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
-        update(policy, settings, batch, optimizer, 1.0, torch.Generator().manual_seed(0))
+        update(
+            policy,
+            settings,
+            batch,
+            optimizer,
+            even(1.0, policy.layers),
+            torch.Generator().manual_seed(0),
+        )
         grads.append({n: p.grad.clone() for n, p in policy.trainable()})
         runs.append(len(calls))
         assert not policy.decoder.layers[0].training
@@ -231,7 +280,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing():
 def test_a_trained_tower_has_a_reference_of_its_own():
     settings = recipe(optim=Optim(lr=1e-2))
     policy, batch = roll(settings, tinymodels.mixed(), vision=True)
-    rows = flatten(batch, settings, 1.0)
+    rows = flatten(batch, settings, even(1.0, policy.layers))
     chosen, width = list(range(16)), max(len(t) for t in rows.tokens)
     before = reference_logits(policy, batch, rows, chosen, width)
     one_update(settings, batch, policy)
@@ -240,3 +289,48 @@ def test_a_trained_tower_has_a_reference_of_its_own():
     again = policy.look(batch.encoded, model=policy.twin)
     assert all(torch.equal(again[k], batch.reference[k]) for k in again)
     assert torch.equal(before, reference_logits(policy, batch, rows, chosen, width))
+
+
+def weighted(q, k, v, keep, factor, scale):
+    """Causal attention whose keys weigh `factor` times as much and whose outputs are multiplied by it, by hand."""
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    logits = (q @ k.transpose(-1, -2) * scale).exp() * factor[:, None, None, :]
+    seen = torch.ones(logits.shape[-2:], dtype=torch.bool).tril() & keep[:, None, None, :]
+    share = logits * seen
+    out = share / share.sum(-1, keepdim=True).clamp_min(1e-30) @ v
+    return out * factor[:, None, :, None] * keep[:, None, :, None]
+
+
+def test_the_gate_is_the_weight_of_a_token_as_key_and_as_output():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 7, 8, generator=generator, dtype=torch.float64) for h in (4, 2, 2))
+    keep = torch.rand(2, 7, generator=generator) < 0.6
+    keep[:, 0] = True
+    gate = torch.zeros(2, 7, dtype=torch.float64, requires_grad=True)
+    out = gated_prefill(q, k, v, keep, gate, 0.3)
+    torch.testing.assert_close(out, sparse_prefill(q, k, v, keep, scale=0.3))
+    toward = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    (got,) = torch.autograd.grad((out * toward).sum(), gate)
+    factor = torch.ones(2, 7, dtype=torch.float64, requires_grad=True)
+    (want,) = torch.autograd.grad((weighted(q, k, v, keep, factor, 0.3) * toward).sum(), factor)
+    torch.testing.assert_close(got, want)
+    assert not got[~keep].any() and got[keep].abs().min() > 0
+
+
+def test_losses_reach_the_scores_only_through_the_gate():
+    # With nothing else to learn from, a model that differs from its dense reference moves what it keeps.
+    grads = {}
+    for method in ("pathwise", "pathwise+through"):
+        settings = recipe(
+            efficiency=Efficiency(method=method), ppo=Ppo(kl=1.0, policy_gradient=0.0)
+        )
+        policy, batch = roll(settings, tinymodels.mixed())
+        optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
+        update(
+            policy, settings, batch, optimizer, even(0.0, policy.layers),
+            torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        grads[method] = {n: p.grad.clone() for n, p in policy.trainable() if p.grad is not None}
+    name = next(n for n in grads["pathwise"] if n.endswith("layers.0.self_attn.q_proj.weight"))
+    difference = (grads["pathwise+through"][name] - grads["pathwise"][name]).abs().max()
+    assert difference > 0.01 * grads["pathwise"][name].abs().max()

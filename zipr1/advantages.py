@@ -38,13 +38,11 @@ def gate(correct: torch.Tensor) -> torch.Tensor:
     return correct.any(1).to(torch.float32)
 
 
-def group_reward(
-    correct: torch.Tensor, token_ratio: torch.Tensor, weight: float, reduction: float
-) -> torch.Tensor:
-    """r = weight * correct + reduction * C * (1 - token ratio), arXiv 2504.18579.
+def group_reward(correct: torch.Tensor, saved: torch.Tensor, weight: float) -> torch.Tensor:
+    """r = weight * correct + C * saved, arXiv 2504.18579.
 
-    correct: `(P, N)` bool; token_ratio: `(P, N)` float in (0, 1]. Returns `(P, N)` float32.
-    Without C the model learns to save tokens on questions it cannot answer.
+    correct: `(P, N)`, 0 for wrong; saved: `(P, N)`, what the saved tokens are worth: 1 - token ratio, times its own
+    weight. Returns `(P, N)` float32. Without C the model learns to save tokens on questions it cannot answer.
     """
-    saved = 1 - token_ratio.to(torch.float32)
-    return weight * correct.to(torch.float32) + reduction * gate(correct)[:, None] * saved
+    saved = gate(correct > 0)[:, None] * saved.to(torch.float32)
+    return weight * correct.to(torch.float32) + saved

@@ -25,6 +25,7 @@ METHODS: dict[str, str] = {
     "answers": "the efficiency reward multiplies the answer's log-probability (arXiv 2504.18579)",
     "cut": "the reward multiplies the log-probability of the kept counts: a score function",
     "pathwise": "the expected token ratio is differentiated through the scores",
+    "through": "the losses are, to first order: what a kept token is worth pulls on its score",
 }
 
 # Least length of an interval of p: a replayed choice that no p leads to any more has probability
@@ -64,19 +65,12 @@ def expected_ratio(
     Averaged over layers: exact for thresholds drawn independently per layer, given the sets that
     earlier layers kept; approximate for one shared p, with which those sets are correlated.
     """
-    chance = ((high - cut) / (high - low)).clamp(0, 1).masked_fill(~candidates, 0)
-    return chance.sum(-1) / candidates.sum(-1)
+    return chance(cut, low, high).masked_fill(~candidates, 0).sum(-1) / candidates.sum(-1)
 
 
-def focused(ratios: torch.Tensor, power: float) -> torch.Tensor:
-    """Expected ratios `(D, B)` with each layer's gradient weighed by its own mean ratio to `power`, mean weight 1.
-
-    Layers whose attention is sharp give up their tokens in tens of steps and lose answers; diffuse ones hardly move.
-    power 0 is the plain mean over layers; 2 presses a layer at 60 % sixteen times as hard as one at 15 %. Values as
-    numbers are weighed too, so their mean is no longer E[token ratio].
-    """
-    weights = ratios.detach().mean(1, keepdim=True) ** power
-    return ratios * (weights / weights.mean())
+def chance(cut: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """P(kept) of each token for p ~ U(low, high): clamp((high - c_k) / (high - low), 0, 1), of the shape of `cut`."""
+    return ((high - cut) / (high - low)).clamp(0, 1)
 
 
 def cut_log_prob(

@@ -61,12 +61,18 @@ def token_logprobs(
     return chosen - scaled.logsumexp(-1)
 
 
-def kl_full(logits_new: torch.Tensor, logits_ref: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
-    """KL(policy || reference) of the next token, summed over the whole vocabulary.
+def kl_full(
+    logits_new: torch.Tensor, logits_ref: torch.Tensor, forward: float = 0.0, chunk: int = 1024
+) -> torch.Tensor:
+    """Divergence of the next token's distributions, summed over the whole vocabulary.
+
+    (1 - forward) * KL(policy || reference) + forward * KL(reference || policy). The first has no gradient where the
+    policy is sure of a wrong word; the second pulls hardest there. forward 0.5 is half of Jeffreys' divergence.
 
     Args:
         logits_new: `(N, V)` finite, with gradient; logits_ref: `(N, V)` finite, used without.
             Divide both by the sampling temperature first if it is not 1.
+        forward: share of the second, in [0, 1].
         chunk: rows whose float32 distributions exist at once; more rows are recomputed in backward.
 
     Returns:
@@ -75,9 +81,9 @@ def kl_full(logits_new: torch.Tensor, logits_ref: torch.Tensor, chunk: int = 102
     """
     reference = logits_ref.detach()
     if len(logits_new) <= chunk:
-        return _kl_rows(logits_new, reference)
+        return _kl_rows(logits_new, reference, forward)
     parts = [
-        checkpoint(_kl_rows, new, ref, use_reentrant=False)
+        checkpoint(_kl_rows, new, ref, forward, use_reentrant=False)
         for new, ref in zip(logits_new.split(chunk), reference.split(chunk), strict=True)
     ]
     return torch.cat(parts)
@@ -106,7 +112,8 @@ def _stats(ratio: torch.Tensor, mask: torch.Tensor, clip: float) -> dict[str, to
     }
 
 
-def _kl_rows(logits_new: torch.Tensor, logits_ref: torch.Tensor) -> torch.Tensor:
+def _kl_rows(logits_new: torch.Tensor, logits_ref: torch.Tensor, forward: float) -> torch.Tensor:
     new = logits_new.float().log_softmax(-1)
     ref = logits_ref.float().log_softmax(-1)
-    return (new.exp() * (new - ref)).sum(-1)
+    # Where both logarithms are -inf the term is 0 by definition; NEVER is finite, so it is.
+    return (((1 - forward) * new.exp() - forward * ref.exp()) * (new - ref)).sum(-1)

@@ -14,7 +14,8 @@ from zipr1.rollout import Batch
 def step_metrics(recipe: Recipe, batch: Batch, parts: dict[str, float]) -> dict[str, Any]:
     """Means over the step's rollouts. `token_ratio_by_budget[n]`: of layers whose threshold lay in the n-th of
     `budgets.count` equal cells of the step's [low, high] (None where none did); `gate`: share of questions with a
-    right answer.
+    right answer; `inference`: by task, of the greedy answers at the inference p, how far they are behind the dense ones
+    and what they kept.
     """
     rollouts = [r for g in batch.groups for r in g.rollouts]
     budgets = recipe.budgets
@@ -25,6 +26,9 @@ def step_metrics(recipe: Recipe, batch: Batch, parts: dict[str, float]) -> dict[
     )
     total = np.array([[r.rewards["total"] for r in g.rollouts] for g in batch.groups])
     correct = np.array([[r.rewards["correct"] for r in g.rollouts] for g in batch.groups])
+    checks = batch.checks or []
+    tasks = sorted({check.task for check in checks})
+    at_inference = {t: [c for c in checks if c.task == t] for t in tasks}
     by_cell = [ratio[cells.astype(int) == n] for n in range(budgets.count)]
     return {
         "reward": float(total.mean()),
@@ -39,6 +43,13 @@ def step_metrics(recipe: Recipe, batch: Batch, parts: dict[str, float]) -> dict[
         "token_ratio": float(np.mean([r.token_ratio for r in rollouts])),
         "token_ratio_by_budget": [float(c.mean()) if c.size else None for c in by_cell],
         "token_ratio_by_layer": ratio.mean(0).tolist(),
+        "inference": {
+            task: {
+                "gap": float(np.mean([c.gap for c in own])),
+                "token_ratio": float(np.mean([c.ratios for c in own])),
+            }
+            for task, own in at_inference.items()
+        },
         "answer_tokens": float(np.mean([len(r.tokens) for r in rollouts])),
         "heldout_mass": batch.heldout,
         **parts,

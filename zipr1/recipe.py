@@ -56,6 +56,8 @@ class Data(Section):
     """source: `digits` (embedded) or a .jsonl / .json / .parquet file; heldout: the same for held-out questions.
 
     mix: shares of the embedded tasks among training prompts. prompts: how many training prompts are made.
+    emphasis: a kind of question is drawn 1 + emphasis * g times as often, g the running share of answers that it loses
+        at `sparse.p` against the dense reference (0: all alike). It needs a target or a constraint.
     on_bad_row: `error` stops with the row's number, `skip` counts them.
     """
 
@@ -63,6 +65,7 @@ class Data(Section):
     heldout: str | None = None
     mix: dict[str, Rate] = {"digits": 0.4, "moving_digits": 0.4, "hard_digits": 0.2}
     prompts: Positive = 2048
+    emphasis: Rate = 0.0
     heldout_prompts: Positive = 500
     media_root: str | None = None
     on_bad_row: Literal["error", "skip"] = "error"
@@ -142,14 +145,16 @@ class Efficiency(Section):
 
     method: a name in `zipr1.efficiency.METHODS`, or a sum such as `cut+pathwise`. weight: of E[token ratio].
     max_accuracy_drop: fraction (0.005 = half a point) that answers at `sparse.p` may lose against the dense
-        reference on the same prompts; None turns the constraint off. The multiplier mu starts at 0, moves by
+        reference on the same prompts; None turns the constraint off. Each task's multiplier mu starts at 0, moves by
         `step` times the violation, is clipped to [0, max_multiplier], and divides the weight by 1 + mu.
-    focus: power of a layer's own ratio by which `pathwise` weighs it (0: all alike).
+    target: token ratio to come down to at `sparse.p`, for each task and layer; None presses with `weight` alone.
+    reach: share of the steps after which the target is to be reached.
     """
 
     method: str = "pathwise"
-    focus: Rate = 0.0
     weight: Rate = 3.0
+    target: Annotated[float, Field(gt=0, le=1)] | None = None
+    reach: Annotated[float, Field(gt=0, le=1)] = 0.5
     max_accuracy_drop: Annotated[float, Field(ge=0, le=1)] | None = 0.005
     step: Rate = 1.0
     max_multiplier: Rate = 10.0
@@ -158,7 +163,8 @@ class Efficiency(Section):
 class Ppo(Section):
     """The clipped surrogate. policy_gradient scales it (0 switches it off). kl: weight of KL(policy || dense).
 
-    kl_estimator: `full` sums over the vocabulary at each answer token, `k2` is half the squared log-ratio.
+    kl_estimator, at each answer token: `full` sums KL(policy || dense) over the vocabulary, `forward` sums
+        KL(dense || policy), `jeffreys` is the mean of the two, `k2` half the squared log-ratio of the sampled word.
     baseline: `leave_one_out` or `mean` of the group; scale: `none` or the group's `std`.
     """
 
@@ -167,7 +173,7 @@ class Ppo(Section):
     epochs: Positive = 1
     minibatches: Positive = 1
     kl: Rate = 0.5
-    kl_estimator: Literal["full", "k2"] = "full"
+    kl_estimator: Literal["full", "forward", "jeffreys", "k2"] = "full"
     baseline: Literal["leave_one_out", "mean"] = "leave_one_out"
     scale: Literal["none", "std"] = "none"
 

@@ -15,6 +15,7 @@ import torch
 from zipr1 import advantages, efficiency
 from zipr1.episode import Group, Prompt, Rollout
 from zipr1.models import Encoded, Features, Policy, Request
+from zipr1.pressure import Check
 from zipr1.recipe import Recipe
 from zipr1.rewards import find
 
@@ -25,9 +26,8 @@ class Batch:
     the vision features of the policy and of the reference, by picture.
 
     low: lower end of the thresholds' range in this step. cut_logprobs: per group `(N,)` log-probability of the kept
-    counts when sampled; None unless `cut` is used. gaps: per prompt its task and whether the dense reference is right
-    minus whether the sparse policy is at the inference p, both greedy; None where the constraint is off. heldout: mean
-    mass kept for held-out probes.
+    counts when sampled; None unless `cut` is used. checks: per prompt the greedy answer at the inference p beside the
+    dense one; None where neither a target nor a constraint asks for it. heldout: mean mass kept for held-out probes.
     """
 
     groups: list[Group]
@@ -37,7 +37,7 @@ class Batch:
     probe_seed: int
     low: float
     cut_logprobs: list[torch.Tensor] | None = None
-    gaps: list[tuple[str, float]] | None = None
+    checks: list[Check] | None = None
     heldout: float = 1.0
     accuracy: dict[str, float] = field(default_factory=dict)
 
@@ -61,13 +61,18 @@ def roll_out(
     features: Features,
     step: int,
     reference: Features | None = None,
+    known: dict[str, float] | None = None,
 ) -> Batch:
-    """Sample `budgets.count` answers of each prompt; with a constraint, one greedy answer at `sparse.p` more."""
+    """Sample `budgets.count` answers of each prompt; for a target or a constraint, one greedy one at `sparse.p` more.
+
+    known: whether the dense reference answers a prompt right, by prompt id; what is missing is added.
+    """
     budgets, settings = recipe.budgets, recipe.train
     low = budgets.low_at(step, settings.steps)
-    constrained = recipe.efficiency.max_accuracy_drop is not None
+    wanted = recipe.efficiency
+    checked = wanted.max_accuracy_drop is not None or wanted.target is not None
     wants_cut = "cut" in efficiency.parse(recipe.efficiency.method)
-    each = budgets.count + constrained
+    each = budgets.count + checked
     limits, uniforms = [], []
     for place in range(len(prompts)):
         generator = torch.Generator().manual_seed(_seed(recipe.seed, step, place))
@@ -81,7 +86,7 @@ def roll_out(
             generator,
         )
         noise = torch.rand(budgets.count, settings.max_new_tokens, generator=generator)
-        if constrained:
+        if checked:
             drawn = torch.cat([drawn, torch.full((1, policy.layers), recipe.sparse.p)])
             noise = torch.cat([noise, torch.full((1, settings.max_new_tokens), -1.0)])
         limits.append(drawn)
@@ -129,14 +134,14 @@ def roll_out(
                 token_ratio=float(answers.counts[b].double().mean() / length),
                 text=policy.processor.decode(answers.tokens[b]),
             )
-    greedy: list[float] = []
+    greedy: list[Rollout] = []
     for place, group in enumerate(groups):
         own = [r for r in made[place * each : (place + 1) * each] if r is not None]
         right = reward_of(group.prompt, recipe)
         for rollout in own:
             rollout.rewards["correct"] = right(rollout.text, group.prompt.answer)
         group.rollouts = own[: budgets.count]
-        greedy.extend(r.rewards["correct"] for r in own[budgets.count :])
+        greedy.extend(own[budgets.count :])
     batch = Batch(
         groups,
         list(encoded),
@@ -148,12 +153,25 @@ def roll_out(
     )
     if wants_cut:
         batch.cut_logprobs = [c[: budgets.count] for c in cuts.split(each)]
-    if constrained:
-        dense = dense_right(policy, recipe, prompts, encoded, batch.reference)
-        batch.accuracy = {"dense": float(np.mean(dense)), "sparse": float(np.mean(greedy))}
-        batch.gaps = [
-            (prompt.task, d - s) for prompt, d, s in zip(prompts, dense, greedy, strict=True)
+    if checked:
+        known = {} if known is None else known
+        new = [i for i, prompt in enumerate(prompts) if prompt.id not in known]
+        answered = dense_right(
+            policy, recipe, [prompts[i] for i in new], [encoded[i] for i in new], batch.reference
+        )
+        known |= {prompts[i].id: right for i, right in zip(new, answered, strict=True)}
+        batch.checks = [
+            Check(
+                prompt.task,
+                known[prompt.id] - rollout.rewards["correct"],
+                tuple(rollout.layer_ratios),
+            )
+            for prompt, rollout in zip(prompts, greedy, strict=True)
         ]
+        batch.accuracy = {
+            "dense": float(np.mean([known[prompt.id] for prompt in prompts])),
+            "sparse": float(np.mean([rollout.rewards["correct"] for rollout in greedy])),
+        }
     return batch
 
 
@@ -182,17 +200,20 @@ def reward_of(prompt: Prompt, recipe: Recipe):  # type: ignore[no-untyped-def]
     return find(prompt.reward or recipe.rewards.correct)
 
 
-def score(groups: Sequence[Group], recipe: Recipe, pressure: float = 1.0) -> torch.Tensor:
+def score(
+    groups: Sequence[Group], recipe: Recipe, relief: dict[str, float] | None = None
+) -> torch.Tensor:
     """Rewards `(P, N)` that multiply answers' log-probabilities; each rollout's parts are kept in `rewards`.
 
-    The part for saved tokens counts only if the method says that answers are paid for it; pressure: what the
-    constraint leaves of it, in [0, 1].
+    The part for saved tokens counts only if the method says that answers are paid for it; relief: what the constraint
+    leaves of it for each task, in (0, 1].
     """
     correct = torch.tensor([[r.rewards["correct"] for r in g.rollouts] for g in groups])
     ratio = torch.tensor([[r.token_ratio for r in g.rollouts] for g in groups])
     methods = efficiency.parse(recipe.efficiency.method)
-    paid = pressure * recipe.rewards.reduction if "answers" in methods else 0.0
-    total = advantages.group_reward(correct > 0, ratio, 0.0, paid) + recipe.rewards.weight * correct
+    paid = recipe.rewards.reduction if "answers" in methods else 0.0
+    left = torch.tensor([[(relief or {}).get(g.prompt.task, 1.0)] for g in groups])
+    total = advantages.group_reward(correct, paid * left * (1 - ratio), recipe.rewards.weight)
     opened = advantages.gate(correct > 0)
     for i, group in enumerate(groups):
         for n, rollout in enumerate(group.rollouts):

@@ -17,13 +17,13 @@ from rich.console import Console
 
 from zipr1 import data, heldout, optim, supervised
 from zipr1.checkpoint import RunDir, load_state, save_state
-from zipr1.constraint import constrain
 from zipr1.dryrun import dry_run
 from zipr1.episode import Prompt
 from zipr1.machine import describe
 from zipr1.metrics import rollout_lines, step_metrics
 from zipr1.models import Policy, load_policy
 from zipr1.optim import Optimizers
+from zipr1.pressure import press
 from zipr1.recipe import Recipe
 from zipr1.report import Progress
 from zipr1.rollout import Batch, roll_out
@@ -60,7 +60,7 @@ def run(
     named = policy.trainable()
     optimizer = optim.build(named, recipe.optim)
     before = measure_before(policy, recipe, questions, folder, console)
-    state = {"multiplier": 0.0, "stage": 0, "skill": 0.0, "seconds": 0.0}
+    state: dict[str, Any] = {"stage": 0, "skill": 0.0, "seconds": 0.0, "pressure": {}, "lost": {}, "right": {}}
     if folder.checkpoint is not None:
         tensors, state = load_state(folder.checkpoint)
         policy.load_weights(folder.checkpoint / "model")
@@ -98,29 +98,43 @@ def rl_step(
     recipe: Recipe,
     prompts: Sequence[Prompt],
     optimizer: Optimizers,
-    state: dict[str, float],
+    state: dict[str, Any],
     step: int,
 ) -> tuple[dict[str, Any], Batch]:
-    """One step of reinforcement learning. state: the constraint's multiplier and gaps, changed here."""
+    """One step of reinforcement learning. state: `pressure`'s memory, and `right`: which questions the frozen
+    reference answers right, as far as it was asked; both changed here.
+    """
     clock = [time.monotonic()]
     # 1. take the step's questions and look at their pictures, once
+    lost: dict[str, float] = state["lost"]
+    weights = {kind: 1 + recipe.data.emphasis * max(gap, 0.0) for kind, gap in lost.items()}
     asked, encoded = heldout.usable(
-        policy, recipe, data.draw(prompts, recipe.seed, step, recipe.train.prompts)
+        policy, recipe, data.draw(prompts, recipe.seed, step, recipe.train.prompts, weights)
     )
     seen = heldout.looked(policy, encoded)
     clock.append(time.monotonic())
     # 2. roll out every question at every budget
-    batch = roll_out(policy, recipe, asked, encoded, seen.policy, step, seen.reference)
+    batch = roll_out(
+        policy, recipe, asked, encoded, seen.policy, step, seen.reference, state["right"]
+    )
     clock.append(time.monotonic())
-    # 3. let the constraint move the weight of saved tokens
-    weight = constrain(recipe.efficiency, state, batch.gaps)
+    if recipe.data.emphasis and batch.checks is not None:
+        for prompt, check in zip(asked, batch.checks, strict=True):
+            kind = data.kind_of(prompt)
+            lost[kind] = lost.get(kind, 0.0) + 0.02 * (check.gap - lost.get(kind, 0.0))
+    # 3. weigh saved tokens: toward the target, within the constraint
+    pressure = press(
+        recipe.efficiency,
+        state["pressure"],
+        batch.checks,
+        policy.layers,
+        step / recipe.train.steps,
+    )
     # 4. rewards, advantages, and the clipped update
     order = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    parts = update(policy, recipe, batch, optimizer, weight, order)
+    parts = update(policy, recipe, batch, optimizer, pressure, order)
     clock.append(time.monotonic())
-    metrics = step_metrics(recipe, batch, parts)
-    metrics |= {"efficiency_weight": weight, "multiplier": state["multiplier"]}
-    metrics |= {k: v for k, v in state.items() if k.startswith("gap/")}
+    metrics = step_metrics(recipe, batch, parts) | pressure.metrics()
     names = ("vision", "rollout", "update")
     metrics["seconds"] = dict(zip(names, np.diff(clock).tolist(), strict=True))
     return metrics, batch

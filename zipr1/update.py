@@ -15,13 +15,14 @@ import torch
 from zipr1 import advantages, efficiency, losses
 from zipr1.models import Policy, Request, replay_masks, sparse_attention
 from zipr1.optim import Optimizers, clipped_step
+from zipr1.pressure import Pressure
 from zipr1.recipe import Recipe
 from zipr1.rollout import Batch, by_length, score
 
 
 @dataclass
 class Rows:
-    """The rollouts of a step, flat: row b is rollout `b % N` of prompt `b // N`."""
+    """The rollouts of a step, flat: row b is rollout `b % N` of prompt `b // N`. weights: `(D, B)`."""
 
     prompt: list[int]
     tokens: list[torch.Tensor]
@@ -31,20 +32,22 @@ class Rows:
     cut_old: torch.Tensor | None
     cut_advantage: torch.Tensor
     opened: torch.Tensor
+    weights: torch.Tensor
     lengths: list[int]
 
 
-def flatten(batch: Batch, recipe: Recipe, weight: float) -> Rows:
-    """Rewards to advantages, groups to rows. weight: of saved tokens in the reward of the `cut` action."""
+def flatten(batch: Batch, recipe: Recipe, pressure: Pressure) -> Rows:
+    """Rewards to advantages, groups to rows. pressure: of saved tokens in the reward of the `cut` action."""
     settings = recipe.ppo
-    pressure = weight / recipe.efficiency.weight if recipe.efficiency.weight else 1.0
-    total = score(batch.groups, recipe, pressure)
+    total = score(batch.groups, recipe, pressure.relief)
     correct = torch.tensor([[r.rewards["correct"] for r in g.rollouts] for g in batch.groups])
-    ratio = torch.tensor([[r.token_ratio for r in g.rollouts] for g in batch.groups])
-    worth = advantages.group_reward(correct > 0, ratio, recipe.rewards.weight, weight)
     count = total.shape[1]
     rollouts = [r for g in batch.groups for r in g.rollouts]
     prompt = [i for i in range(len(batch.groups)) for _ in range(count)]
+    weights = pressure.rows(batch.groups[i].prompt.task for i in prompt)
+    ratios = torch.tensor([r.layer_ratios for r in rollouts])
+    saved = (weights.T * (1 - ratios)).mean(1).reshape(total.shape)
+    worth = advantages.group_reward(correct, saved, recipe.rewards.weight)
     return Rows(
         prompt=prompt,
         tokens=[r.tokens for r in rollouts],
@@ -54,6 +57,7 @@ def flatten(batch: Batch, recipe: Recipe, weight: float) -> Rows:
         cut_old=None if batch.cut_logprobs is None else torch.cat(batch.cut_logprobs),
         cut_advantage=advantages.advantages(worth, settings.baseline, settings.scale).flatten(),
         opened=advantages.gate(correct > 0).repeat_interleave(count),
+        weights=weights,
         lengths=[
             len(batch.encoded[i]) + len(r.tokens) for i, r in zip(prompt, rollouts, strict=True)
         ],
@@ -65,29 +69,28 @@ def update(
     recipe: Recipe,
     batch: Batch,
     optimizer: Optimizers,
-    weight: float,
+    pressure: Pressure,
     order: torch.Generator,
 ) -> dict[str, float]:
-    """All epochs and minibatches of one step. weight: of the expected token ratio, after the constraint.
+    """All epochs and minibatches of one step. pressure: weights of the expected token ratio, by task and layer.
 
     order: shuffles rows into minibatches. Returns means over rows of what metrics.jsonl logs.
     Raises RunError if the loss is not finite; weights are then those of before the failing minibatch.
     """
-    rows = flatten(batch, recipe, weight)
+    rows = flatten(batch, recipe, pressure)
     said: dict[str, float] = defaultdict(float)
     count = min(recipe.ppo.minibatches, len(rows.tokens))
     steps = recipe.ppo.epochs * count
     for _ in range(recipe.ppo.epochs):
         shuffled = torch.randperm(len(rows.tokens), generator=order)
         for part in shuffled.tensor_split(count):
-            mini = part.tolist()
+            # In order, so that rollouts of one prompt meet in a micro-batch and share their reference.
+            mini = sorted(part.tolist())
             optimizer.zero_grad()
             micro = by_length([rows.lengths[b] for b in mini], recipe.train.micro_batch)
             for places in micro:
                 chosen = [mini[i] for i in places]
-                parts = backward(
-                    policy, recipe, batch, rows, chosen, weight, share=len(chosen) / len(mini)
-                )
+                parts = backward(policy, recipe, batch, rows, chosen, share=len(chosen) / len(mini))
                 for name, value in parts.items():
                     if name == "ratio_max":
                         said[name] = max(said[name], value)
@@ -106,7 +109,6 @@ def backward(
     batch: Batch,
     rows: Rows,
     chosen: Sequence[int],
-    weight: float,
     share: float,
 ) -> dict[str, float]:
     """Loss of some rows, its gradient times `share` added to the parameters'. Returns the parts."""
@@ -126,7 +128,8 @@ def backward(
         recipe.sparse,
         seed=batch.probe_seed,
         replay=replay_masks([rows.kept[b] for b in chosen], width, policy.device),
-        scores=bool(methods & {"pathwise", "cut"}),
+        scores=bool(methods & {"pathwise", "cut", "through"}),
+        through=(batch.low, budgets.high) if "through" in methods else None,
     )
     with sparse_attention(policy.core, request), policy.recomputing():
         logits, mask = policy.answer_logits(encoded, features, tokens, request)
@@ -139,10 +142,11 @@ def backward(
         loss = settings.policy_gradient * surrogate
         kl = torch.zeros((), device=policy.device)
         if reference is not None:
-            if settings.kl_estimator == "full":
+            forward = {"full": 0.0, "jeffreys": 0.5, "forward": 1.0}.get(settings.kl_estimator)
+            if forward is not None:
                 scale = recipe.train.temperature
                 each = torch.zeros(mask.shape, device=policy.device)
-                each[mask] = losses.kl_full(logits[mask] / scale, reference[mask] / scale)
+                each[mask] = losses.kl_full(logits[mask] / scale, reference[mask] / scale, forward)
             else:
                 old_dense = losses.token_logprobs(reference, padded, recipe.train.temperature)
                 each = losses.kl_k2(new, old_dense).masked_fill(~mask, 0)
@@ -156,11 +160,12 @@ def backward(
         if "pathwise" in methods:
             prompt = request.prompt
             assert prompt is not None
-            layered = [efficiency.expected_ratio(c, batch.low, budgets.high, prompt) for c in cuts]
-            ratios = efficiency.focused(torch.stack(layered), recipe.efficiency.focus)
-            expected = ratios.mean(0).masked_fill(short, 1.0)
+            expected = torch.stack(
+                [efficiency.expected_ratio(c, batch.low, budgets.high, prompt) for c in cuts]
+            ).masked_fill(short, 1.0)
             # An all-wrong group is not paid for saving, here as in the reward.
-            loss = loss + weight * (expected * rows.opened[chosen].to(policy.device)).mean()
+            weights = rows.weights[:, chosen] * rows.opened[chosen]
+            loss = loss + (expected * weights.to(policy.device)).mean()
             parts["expected_ratio"] = float(expected.detach().mean())
         if "cut" in methods:
             assert rows.cut_old is not None

@@ -31,6 +31,7 @@ from zipr1_kernels import (
     sparse_prefill,
 )
 
+from zipr1 import efficiency
 from zipr1.errors import InputError
 from zipr1.models.cache import PrunedCache
 from zipr1.recipe import Probes, Sparse
@@ -49,7 +50,9 @@ class Request:
     thresholds: `(B, D)`, `(B, 1)` or None for `settings.p`. seed: of the probes. valid, prompt: `(B, L)` bool, real
     tokens and those of the prompt; None: from the attention mask, all of them prompt. replay: kept prompt slots
     per layer, `(B, L)` bool, taken instead of choosing. scores: record cut points with their gradient.
-    audit: record the mass kept for probes that did not choose. force: take the sparse path even where it keeps all.
+    audit: record the mass kept for probes that did not choose. through: the range (low, high) of the thresholds; the
+    kept tokens' keys and outputs then carry their chance of being kept as a factor of value 1, so that losses have a
+    gradient in the scores. force: take the sparse path even where it keeps all.
     record: what the last prefill kept.
     """
 
@@ -61,6 +64,7 @@ class Request:
     replay: list[torch.Tensor] | None = None
     scores: bool = False
     audit: bool = False
+    through: tuple[float, float] | None = None
     force: bool = False
     record: Record | None = None
 
@@ -143,6 +147,14 @@ class Pass:
             self.record.layers.append(LayerRecord(keep, scores, cut, heldout))
         return keep | (self.valid & ~self.prompt)
 
+    def gate(self, layer: int) -> torch.Tensor:
+        """`(B, L)`, 0 with the gradient of each token's chance of being kept for p ~ U(low, high)."""
+        low, high = self.request.through or (0.0, 1.0)
+        cut = self.record.layers[layer].cut
+        assert cut is not None, "Request.through needs scores"
+        chance = efficiency.chance(cut, low, high)
+        return chance - chance.detach()
+
     def score(
         self,
         layer: int,
@@ -187,6 +199,24 @@ class KeptRows:
     shape: tuple[int, int]
 
 
+def gated_prefill(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keep: torch.Tensor,
+    gate: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """`sparse_prefill` whose kept tokens weigh exp(gate) as keys and 1 + gate as outputs; gate `(B, L)` is 0.
+
+    One more head dimension adds the gate to the logits, so that the attention itself need not know of it.
+    """
+    bias = (gate / scale).to(key.dtype)[:, None, :, None].expand(-1, key.shape[1], -1, 1)
+    query = torch.cat([query, torch.ones_like(query[..., :1])], -1)
+    out = sparse_prefill(query, torch.cat([key, bias], -1), value, keep, scale=scale)
+    return out * (1 + gate).to(out.dtype)[:, None, :, None]
+
+
 def zipr1_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -208,7 +238,10 @@ def zipr1_attention(
             module.zip_rows = KeptRows(
                 keep.flatten().nonzero()[:, 0], (keep.shape[0], keep.shape[1])
             )  # type: ignore[assignment]
-        out = sparse_prefill(query, key, value, keep, scale=scale)
+        if zip_pass.request.through is None:
+            out = sparse_prefill(query, key, value, keep, scale=scale)
+        else:
+            out = gated_prefill(query, key, value, keep, zip_pass.gate(layer), scale)
         if zip_cache is not None:
             index, counts = pack_indices(keep)
             zip_cache.layers[layer].prune(*kv_compact(key, value, index), counts)

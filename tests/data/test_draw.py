@@ -1,0 +1,34 @@
+"""Which questions a step asks: whole epochs, or more of the kinds that lose answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from zipr1.data import draw
+from zipr1.episode import Prompt
+
+
+def prompts(count: int = 30) -> list[Prompt]:
+    return [
+        Prompt(str(i), [], (), "", task="t", kind="hard" if i % 3 == 0 else "easy")
+        for i in range(count)
+    ]
+
+
+def test_an_epoch_asks_every_question_once():
+    seen = Counter(p.id for step in range(6) for p in draw(prompts(), 0, step, 5))
+    assert seen == {str(i): 1 for i in range(30)}
+    assert draw(prompts(), 0, 3, 5) == draw(prompts(), 0, 3, 5) != draw(prompts(), 1, 3, 5)
+
+
+def test_weights_by_kind():
+    asked = [draw(prompts(), 0, step, 4, {"t/hard": 4.0}) for step in range(500)]
+    assert all(len({p.id for p in one}) == 4 for one in asked)
+    # 10 hard ones of weight 4 and 20 easy ones of weight 1: at first 2/3 are hard, then a little fewer.
+    share = Counter(p.kind for one in asked for p in one)["hard"] / 2000
+    assert 0.6 < share < 0.68
+    assert asked[7] == draw(prompts(), 0, 7, 4, {"t/hard": 4.0})
+
+
+def test_fewer_questions_than_a_step_asks_are_asked_again():
+    assert len(draw(prompts(3), 0, 0, 5, {"t/hard": 4.0})) == 5

@@ -1,0 +1,135 @@
+"""How hard to press for fewer tokens: toward a target, on a pace, and no harder than the answers bear.
+
+Each step's greedy answers at the inference p say what was saved and what it cost. Both are held per task: a task that
+bears sparsity well neither pays for one that does not, nor hides it. With a target each decoder layer has its own
+weight too, for layers differ: those whose attention is sharp give up their tokens within tens of steps, a diffuse
+first layer hardly moves, and one weight for all takes the answers from the former before it reaches the latter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zipr1.recipe import Efficiency
+
+# One question moves the running gap of its task by this share: about the last hundred questions count.
+FORGET = 0.01
+
+# A layer's weight follows its distance from the pace: so much at once, and so much more with every step that it lasts.
+AT_ONCE = 10.0
+EACH_STEP = 0.5
+MOST = 30.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """A question's greedy sparse answer at the inference p beside the dense reference's.
+
+    gap: dense right - sparse right, in {-1, 0, 1} (or between, for graded rewards). ratios: share of prompt tokens in
+    the physical cache, per layer.
+    """
+
+    task: str
+    gap: float
+    ratios: tuple[float, ...]
+
+
+@dataclass
+class Pressure:
+    """weights[task]: `(D,)` float32, of each layer's expected token ratio. relief[task]: 1 / (1 + mu), in (0, 1].
+
+    A task not heard of yet is pressed like an unconstrained one.
+    """
+
+    weights: dict[str, torch.Tensor]
+    relief: dict[str, float]
+    otherwise: torch.Tensor
+
+    def rows(self, tasks: Iterable[str]) -> torch.Tensor:
+        """`(D, B)` weights for rows of these tasks."""
+        return torch.stack([self.weights.get(task, self.otherwise) for task in tasks], 1)
+
+    def metrics(self) -> dict[str, float]:
+        weights = list(self.weights.values()) or [self.otherwise]
+        worst = min(self.relief.values(), default=1.0)
+        return {
+            "efficiency_weight": float(torch.stack(weights).mean()),
+            "multiplier": 1 / worst - 1,
+        }
+
+
+def press(
+    settings: Efficiency,
+    state: dict[str, Any],
+    checks: Sequence[Check] | None,
+    layers: int,
+    progress: float,
+) -> Pressure:
+    """The weights of this step. state: what is remembered between steps, JSON numbers by name, changed here.
+
+    progress: share of the run's steps that are done, in [0, 1). checks: None where neither a target nor a constraint
+    asks for them; every weight is then `settings.weight`.
+
+    The constraint: mu <- clip(mu + step * (gap - max_accuracy_drop), 0, max_multiplier) for each task, gap its running
+    mean; weights are divided by 1 + mu.
+
+    The target: the ratio of layer d wanted at progress t is start_d * (target / start_d) ** min(1, t / reach), a
+    geometric fall from what step 0 found. With e = ratio - wanted, the weight is (sum of e * EACH_STEP / (1 + mu) over
+    steps, clipped to [0, MOST], + AT_ONCE * e), at least 0: a proportional-integral controller.
+    """
+    even = torch.full((layers,), settings.weight)
+    if checks is None:
+        return Pressure({}, {}, even)
+    weights, relief = {}, {}
+    for task in sorted({check.task for check in checks}):
+        own = [check for check in checks if check.task == task]
+        relief[task] = 1 / (1 + multiplier(settings, state, task, [check.gap for check in own]))
+        ratios = torch.tensor([check.ratios for check in own]).mean(0)
+        pull = torch.ones(layers)
+        if settings.target is not None:
+            pull = torch.tensor(
+                pulls(settings, state, task, ratios.tolist(), relief[task], progress)
+            )
+        weights[task] = settings.weight * relief[task] * pull
+    return Pressure(weights, relief, even)
+
+
+def multiplier(
+    settings: Efficiency, state: dict[str, Any], task: str, gaps: Sequence[float]
+) -> float:
+    """mu of a task after this step's gaps; 0 without a constraint."""
+    running = state.setdefault("gap", {})
+    for gap in gaps:
+        running[task] = running.get(task, 0.0) + FORGET * (gap - running.get(task, 0.0))
+    if settings.max_accuracy_drop is None:
+        return 0.0
+    held = state.setdefault("mu", {})
+    moved = held.get(task, 0.0) + settings.step * (running[task] - settings.max_accuracy_drop)
+    held[task] = min(max(moved, 0.0), settings.max_multiplier)
+    return float(held[task])
+
+
+def pulls(
+    settings: Efficiency,
+    state: dict[str, Any],
+    task: str,
+    ratios: Sequence[float],
+    relief: float,
+    progress: float,
+) -> list[float]:
+    """Weight of each layer on its way to the target, before `settings.weight` and the constraint."""
+    assert settings.target is not None
+    start = state.setdefault("start", {}).setdefault(task, list(ratios))
+    sums = state.setdefault("sum", {}).setdefault(task, [0.0] * len(ratios))
+    done = min(1.0, progress / settings.reach)
+    out = []
+    for d, ratio in enumerate(ratios):
+        wanted = start[d] * min(1.0, settings.target / start[d]) ** done
+        error = ratio - wanted
+        sums[d] = min(max(sums[d] + EACH_STEP * relief * error, 0.0), MOST)
+        out.append(max(sums[d] + AT_ONCE * error, 0.0))
+    return out
