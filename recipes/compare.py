@@ -25,12 +25,16 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "tiny.yaml"
 
-# `answers` follows the paper: 8 thresholds of 0.94 to 0.975, group mean and deviation, small KL weight; 72 rollouts a
-# step as for the others.
+# `answers` follows the paper: 8 thresholds of 0.94 to 0.975, group mean and deviation, small KL weight, neither target
+# nor constraint, MLPs on all tokens; 72 rollouts a step as for the others.
 METHODS: dict[str, list[str]] = {
     "ours": [],
     "answers": [
         "efficiency.method=answers",
+        "efficiency.target=null",
+        "efficiency.max_accuracy_drop=null",
+        "data.emphasis=0",
+        "sparse.skip=attention",
         "budgets.low=0.9375",
         "budgets.low_end=null",
         "budgets.count=8",
@@ -38,21 +42,31 @@ METHODS: dict[str, list[str]] = {
         "train.prompts=9",
         "ppo.baseline=mean",
         "ppo.scale=std",
+        "ppo.policy_gradient=1",
         "ppo.kl=0.04",
+        "ppo.kl_estimator=full",
         "optim.lr=2e-4",
     ],
     "no-policy-gradient": ["ppo.policy_gradient=0"],
-    "skip-layer": ["sparse.skip=layer"],
+    "skip-attention": ["sparse.skip=attention"],
     "cut": ["efficiency.method=cut", "budgets.sampling=independent"],
 }
 TITLES = {
-    "ours": "ours (pathwise + policy gradient)",
+    "ours": "ours",
     "no-policy-gradient": "ours, policy gradient off",
     "cut": "`cut`",
     "answers": "`answers` (the paper as described)",
-    "skip-layer": "ours, `skip: layer`",
+    "skip-attention": "ours, `skip: attention`",
 }
 TASKS = {"digits": "images", "moving_digits": "videos", "hard_digits": "sums (hard)"}
+# Curves of the figure: label, colour, style, width.
+STYLES = {
+    "ours": ("ours, after RL", "C0", "o-", 2.4),
+    "answers": ("answers only (paper as described)", "C1", "s-", 1.4),
+    "base, top-p": ("no training, top-p", "0.35", "^--", 1.4),
+    "base, top-k": ("no training, top-k", "0.6", "v--", 1.2),
+    "base, random": ("no training, random", "C3", "x:", 1.2),
+}
 FRONT = (0.6, 0.75, 0.85, 0.9, 0.94, 0.96, 0.975, 0.985, 0.995)
 FRONT_QUESTIONS = 400  # of each task, for the curves over p
 
@@ -95,9 +109,8 @@ def controls(out: Path, ratios: dict[str, float]) -> dict[str, Any]:
         }
         p = match_ratio(policy, recipe, task, ratios[task])
         settings = {
-            "top_p": recipe.sparse.model_copy(update={"p": p}),
-            "top_k": recipe.sparse.model_copy(update={"rule": "top_k", "p": ratios[task]}),
-            "random": recipe.sparse.model_copy(update={"rule": "random", "p": ratios[task]}),
+            rule: untrained(recipe).model_copy(update={"rule": rule, "p": share})
+            for rule, share in (("top_p", p), ("top_k", ratios[task]), ("random", ratios[task]))
         }
         results = heldout.evaluate(policy, recipe, asked, list(settings.values()))
         found[task] = {
@@ -107,6 +120,11 @@ def controls(out: Path, ratios: dict[str, float]) -> dict[str, Any]:
         found[task]["kinds"] = kinds
     path.write_text(json.dumps(found, indent=2))
     return found
+
+
+def untrained(recipe: Any) -> Any:
+    """The sparsity that a model without training bears best: its MLPs see all tokens."""
+    return recipe.sparse.model_copy(update={"skip": "attention"})
 
 
 def without_picture(prompt: Any) -> Any:
@@ -128,7 +146,7 @@ def match_ratio(policy: Any, recipe: Any, task: str, wanted: float) -> float:
     low, high = 0.01, 0.999
     for _ in range(9):
         middle = (low + high) / 2
-        sparse = recipe.sparse.model_copy(update={"p": middle})
+        sparse = untrained(recipe).model_copy(update={"p": middle})
         (result,) = heldout.evaluate(policy, recipe, prompts, [sparse])
         low, high = (middle, high) if result.token_ratio.mean() < wanted else (low, middle)
     return (low + high) / 2
@@ -153,15 +171,15 @@ def fronts(out: Path, methods: list[str], seeds: list[int]) -> dict[str, Any]:
     shares = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
     plans = {"base, top-p": ("tiny", "top_p", FRONT), "base, top-k": ("tiny", "top_k", shares)}
     plans["base, random"] = ("tiny", "random", shares)
-    for method in methods:
+    for method in (m for m in methods if m in STYLES):
         plans[method] = (str(out / f"{method}-{seeds[0]}"), "top_p", FRONT)
     found: dict[str, Any] = {}
     for name, (model, rule, values) in plans.items():
         policy = load_policy(Model(path=model), "cpu")
-        skip = "layer" if name == "skip-layer" else "attention"
-        settings = [
-            recipe.sparse.model_copy(update={"rule": rule, "p": p, "skip": skip}) for p in values
-        ]
+        sparse = untrained(recipe)
+        if name in METHODS:
+            sparse = load(RECIPE, METHODS[name]).sparse
+        settings = [sparse.model_copy(update={"rule": rule, "p": p}) for p in values]
         results = heldout.evaluate(policy, recipe, asked, settings)
         found[name] = [
             {
@@ -188,17 +206,10 @@ def draw(found: dict[str, Any], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    styles = {
-        "ours": ("ours, after RL", "C0", "o-", 2.4),
-        "answers": ("answers only (paper as described)", "C1", "s-", 1.4),
-        "base, top-p": ("no training, top-p", "0.35", "^--", 1.4),
-        "base, top-k": ("no training, top-k", "0.6", "v--", 1.2),
-        "base, random": ("no training, random", "C3", "x:", 1.2),
-    }
     figure, ax = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
     dense = found["dense"][0]["accuracy"]
     ax.axhline(100 * dense, color="C2", lw=1.2, label=f"dense, all tokens ({100 * dense:.1f} %)")
-    for name, (label, colour, style, width) in styles.items():
+    for name, (label, colour, style, width) in STYLES.items():
         if name in found:
             x = [100 * r["token_ratio"] for r in found[name]]
             y = [100 * r["accuracy"] for r in found[name]]
@@ -211,7 +222,7 @@ def draw(found: dict[str, Any], out: Path) -> None:
                     100 * row["accuracy"],
                     "*",
                     ms=15,
-                    color=styles[name][1],
+                    color=STYLES[name][1],
                     mec="k",
                 )
     ax.set_xlabel("prompt tokens kept, mean over layers (%)")

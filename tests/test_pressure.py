@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from zipr1.pressure import AT_ONCE, EACH_STEP, FORGET, MOST, Check, press
+from zipr1.pressure import AT_ONCE, EACH_STEP, FADE, FORGET, MOST, Check, press
 from zipr1.recipe import Efficiency
 
 
@@ -63,7 +63,10 @@ def test_layers_are_pressed_by_their_distance_from_the_pace():
     # Half of the way, in the logarithm: 0.8 -> 0.4 at a quarter of the run, 0.2 from its half on.
     got = press(settings, state, checks("a", 0.0, ratios=(0.7, 0.3)), 2, 0.25)
     assert got.weights["a"].tolist() == pytest.approx([0.3 * (EACH_STEP + AT_ONCE), 0.0], abs=1e-5)
-    got = press(settings, state, checks("a", 0.0, ratios=(0.5, 0.2)), 2, 0.75)
+    # A layer at or ahead of the pace is not pressed, and what had added up fades.
+    state["sum"]["a"][1] = 2.0
+    got = press(settings, state, checks("a", 0.0, ratios=(0.5, 0.19)), 2, 0.75)
+    assert state["sum"]["a"][1] == pytest.approx(2.0 * FADE)
     assert got.weights["a"].tolist() == pytest.approx(
         [0.3 * EACH_STEP + 0.3 * (EACH_STEP + AT_ONCE), 0.0], abs=1e-5
     )

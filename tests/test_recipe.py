@@ -147,3 +147,14 @@ def test_hash_depends_on_values_not_on_spelling(tmp_path):
 def test_every_shipped_recipe_is_valid():
     for path in Path(__file__).parents[1].glob("recipes/*.yaml"):
         load(path)
+
+
+def test_a_target_needs_a_method_that_presses_and_emphasis_needs_greedy_answers():
+    from zipr1.recipe import Data, Efficiency
+    from zipr1.validate import check
+
+    check(Recipe(efficiency=Efficiency(target=0.2), data=Data(emphasis=9.0)))
+    with pytest.raises(InputError, match=r"target 0.2 needs .*method is answers; use pathwise"):
+        check(Recipe(efficiency=Efficiency(method="answers", target=0.2)))
+    with pytest.raises(InputError, match=r"emphasis 9.0 needs .* or data.emphasis=0"):
+        check(Recipe(efficiency=Efficiency(max_accuracy_drop=None), data=Data(emphasis=9.0)))

@@ -3,12 +3,17 @@
 Per layer a prompt token k is kept iff its cut point c_k (share of score mass ahead of it, see
 `zipr1_kernels.cut_points`) is below the threshold p. With p ~ U(low, high) the number of kept
 tokens is an action with a known probability (`cut_log_prob`) and a known expectation
-(`expected_ratio`). Not here: how the terms are weighted (zipr1/train.py).
+(`expected_ratio`). Not here: how the terms are weighted (zipr1/pressure.py).
 
 For one layer, given its input and its probes, the gradient of the expected kept fraction over a
 uniform threshold is computed exactly, with no sampling noise. Across layers it is a partial
 derivative: the kept sets of earlier layers are held fixed, as are the effects of selection on
 correctness and KL. It concerns the training distribution of p, not the fixed p of inference.
+
+`through` adds those effects to first order: a kept token's key and output carry its `chance` of
+being kept as a factor of value 1 (zipr1/models/attention.py), so what the token is worth to the KL
+and to the answer pulls on its score. Dropped tokens are not computed and say nothing: an estimate,
+biased like any straight-through gate (arXiv 1308.3432), not an exact gradient.
 """
 
 from __future__ import annotations

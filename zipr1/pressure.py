@@ -23,6 +23,7 @@ FORGET = 0.01
 AT_ONCE = 10.0
 EACH_STEP = 0.5
 MOST = 30.0
+FADE = 0.9
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,9 @@ def press(
     mean; weights are divided by 1 + mu.
 
     The target: the ratio of layer d wanted at progress t is start_d * (target / start_d) ** min(1, t / reach), a
-    geometric fall from what step 0 found. With e = ratio - wanted, the weight is (sum of e * EACH_STEP / (1 + mu) over
-    steps, clipped to [0, MOST], + AT_ONCE * e), at least 0: a proportional-integral controller.
+    geometric fall from what step 0 found. While e = ratio - wanted > 0, the weight is AT_ONCE * e plus a sum, at most
+    MOST, that grows by EACH_STEP * e / (1 + mu) each step: a proportional-integral controller. Nothing brings tokens
+    back, so a layer that is ahead of the pace is not pressed at all, and its sum fades.
     """
     even = torch.full((layers,), settings.weight)
     if checks is None:
@@ -130,6 +132,10 @@ def pulls(
     for d, ratio in enumerate(ratios):
         wanted = start[d] * min(1.0, settings.target / start[d]) ** done
         error = ratio - wanted
-        sums[d] = min(max(sums[d] + EACH_STEP * relief * error, 0.0), MOST)
-        out.append(max(sums[d] + AT_ONCE * error, 0.0))
+        if error > 0:
+            sums[d] = min(sums[d] + EACH_STEP * relief * error, MOST)
+            out.append(sums[d] + AT_ONCE * error)
+        else:
+            sums[d] *= FADE
+            out.append(0.0)
     return out

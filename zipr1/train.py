@@ -60,7 +60,14 @@ def run(
     named = policy.trainable()
     optimizer = optim.build(named, recipe.optim)
     before = measure_before(policy, recipe, questions, folder, console)
-    state: dict[str, Any] = {"stage": 0, "skill": 0.0, "seconds": 0.0, "pressure": {}, "lost": {}, "right": {}}
+    state: dict[str, Any] = {
+        "stage": 0,
+        "skill": 0.0,
+        "seconds": 0.0,
+        "pressure": {},
+        "lost": {},
+        "right": {},
+    }
     if folder.checkpoint is not None:
         tensors, state = load_state(folder.checkpoint)
         policy.load_weights(folder.checkpoint / "model")

@@ -25,7 +25,18 @@ def check(recipe: Recipe) -> None:
             raise InputError(
                 "train.stage rl needs a trained model and model.path is scratch; name a model"
             )
-        if methods & {"cut", "pathwise"} and recipe.sparse.rule != "top_p":
+        wanted = recipe.efficiency
+        if wanted.target is not None and not methods & {"cut", "pathwise"}:
+            raise InputError(
+                f"efficiency.target {wanted.target} needs a method that presses tokens down and efficiency.method is "
+                f"{wanted.method}; use pathwise or cut, or set efficiency.target=null"
+            )
+        if recipe.data.emphasis and wanted.target is None and wanted.max_accuracy_drop is None:
+            raise InputError(
+                f"data.emphasis {recipe.data.emphasis} needs the greedy answers of a target or a constraint; set "
+                "efficiency.target or efficiency.max_accuracy_drop, or data.emphasis=0"
+            )
+        if methods & {"cut", "pathwise", "through"} and recipe.sparse.rule != "top_p":
             raise InputError(
                 f"efficiency.method {recipe.efficiency.method} differentiates top_p and sparse.rule is "
                 f"{recipe.sparse.rule}; use rule top_p or method answers"
