@@ -1,6 +1,6 @@
 """The comparison in docs/results.md: methods x seeds on recipes/tiny.yaml, and the training-free controls.
 
-    python recipes/compare.py [--seeds 0 1 2] [--jobs 2] [--out runs/compare]
+    python recipes/compare.py [--seeds 0 1 2] [--control-seeds 0] [--jobs 2] [--out runs/compare]
 
 Each run is a `zipr1 train recipes/tiny.yaml seed=S KEY=VALUE...` into OUT/<method>-<seed>; finished ones are kept, so
 the command goes on where it stopped (delete OUT/controls.json and OUT/fronts.json to measure those anew). Then the
@@ -242,20 +242,21 @@ def spread(values: list[float], scale: float = 100, sign: bool = False) -> str:
         np.mean(values) * scale,
         np.std(values, ddof=1) * scale if len(values) > 1 else 0.0,
     )
-    return f"{mean:+.1f} ± {deviation:.1f}" if sign else f"{mean:.1f} ± {deviation:.1f}"
+    plus_minus = f" ± {deviation:.1f}" if len(values) > 1 else ""
+    return f"{mean:+.1f}{plus_minus}" if sign else f"{mean:.1f}{plus_minus}"
 
 
 def table(runs: dict[str, list[dict[str, Any]]], found: dict[str, Any]) -> str:
     """Markdown rows: for each method and task, dense, before, after, and the difference in points."""
     lines = [
-        "| method | task | dense | tokens before | tokens after | accuracy before | accuracy after | after - dense |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | seeds | task | dense | tokens before | tokens after | right before | right after | after - dense |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for method, summaries in runs.items():
         for task, title in TASKS.items():
             blocks = [s["by_task"][task] for s in summaries]
             lines.append(
-                f"| {TITLES[method]} | {title} | {blocks[0]['dense_accuracy']:.1%} "
+                f"| {TITLES[method]} | {len(blocks)} | {title} | {blocks[0]['dense_accuracy']:.1%} "
                 f"| {blocks[0]['before']['token_ratio']:.1%} "
                 f"| **{spread([b['after']['token_ratio'] for b in blocks])} %** "
                 f"| {blocks[0]['before']['accuracy']:.1%} "
@@ -286,6 +287,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--control-seeds", type=int, nargs="+", help="of the other methods; default: the same"
+    )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument(
         "--jobs", type=int, default=2, help="runs at a time, each with cores / jobs threads"
@@ -295,7 +299,8 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     jobs = [("ours", seed) for seed in arguments.seeds]
-    jobs += [(m, seed) for seed in arguments.seeds for m in arguments.methods if m != "ours"]
+    others = [m for m in arguments.methods if m != "ours"]
+    jobs += [(m, seed) for seed in arguments.control_seeds or arguments.seeds for m in others]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         done = list(pool.map(lambda job: train(*job, arguments.out, threads), jobs))
     runs: dict[str, list[dict[str, Any]]] = {m: [] for m in ("ours", *arguments.methods)}

@@ -51,6 +51,11 @@ def test_a_plain_question_gets_its_media_first(folder):
     assert [(m.kind, m.source) for m in p.media] == [("image", folder / "a.png")]
 
 
+def test_an_unknown_reward_is_found_before_the_run(folder):
+    with pytest.raises(InputError, match=r"row 2.*no reward 'exakt'; allowed: exact"):
+        _load(folder, GOOD, {**GOOD, "reward": "exakt"})
+
+
 def test_placeholders_keep_their_places_and_kinds(folder):
     row = {
         "prompt": "<video>compare\nwith <image>and <image>now",

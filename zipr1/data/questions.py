@@ -76,17 +76,6 @@ def catalogue(scene: Scene) -> dict[str, list[Question]]:
     return {kind: questions for kind, questions in found.items() if questions}
 
 
-def kinds(scene: Scene) -> list[str]:
-    """Kinds that can be asked about the scene, without `second`."""
-    return list(catalogue(scene))
-
-
-def ask(scene: Scene, rng: np.random.Generator, kind: str) -> tuple[str, str] | None:
-    """A random (question, answer) of this kind, or None where the scene has none."""
-    question = draw(catalogue(scene), rng, kind)
-    return None if question is None else (question.text, question.answer)
-
-
 def draw(
     found: dict[str, list[Question]],
     rng: np.random.Generator,

@@ -22,6 +22,7 @@ from zipr1.data.media import check_image, read_image
 from zipr1.episode import Media, Prompt
 from zipr1.errors import InputError
 from zipr1.recipe import Data
+from zipr1.rewards import REWARDS
 
 log = logging.getLogger("zipr1")
 
@@ -77,8 +78,15 @@ def _prompt(row: Any, default_id: str, root: Path, checked: set[Path]) -> Prompt
         task=str(row.get("task", "default")),
         kind=str(row.get("kind", "default")),
         picture=str(row.get("picture", shared)),
-        reward=None if "reward" not in row else str(row["reward"]),
+        reward=_reward(row),
     )
+
+
+def _reward(row: dict[str, Any]) -> str | None:
+    name = row.get("reward")
+    if name is not None and name not in REWARDS:
+        raise InputError(f"no reward {name!r}; allowed: {', '.join(REWARDS)}; rename or remove it")
+    return name
 
 
 def _answer(row: dict[str, Any]) -> str:
