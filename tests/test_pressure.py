@@ -7,12 +7,22 @@ import json
 import pytest
 import torch
 
-from zipr1.pressure import AT_ONCE, EACH_STEP, FADE, FORGET, MOST, Check, press
+from zipr1.pressure import (
+    AT_ONCE,
+    EACH_STEP,
+    FADE,
+    FORGET,
+    FORGET_KIND,
+    MOST,
+    Check,
+    draw_weights,
+    press,
+)
 from zipr1.recipe import Efficiency
 
 
 def checks(task: str, *gaps: float, ratios=(0.5, 0.5)) -> list[Check]:
-    return [Check(task, gap, tuple(ratios)) for gap in gaps]
+    return [Check(task, f"{task}/k", gap, tuple(ratios)) for gap in gaps]
 
 
 def test_multiplier_by_hand():
@@ -98,3 +108,12 @@ def test_a_start_below_the_target_is_left_alone():
     press(target(), state, checks("a", 0.0, ratios=(0.1, 0.15)), 2, 0.0)
     got = press(target(), state, checks("a", 0.0, ratios=(0.1, 0.15)), 2, 0.9)
     assert got.weights["a"].tolist() == [0.0, 0.0]
+
+
+def test_kinds_that_lose_are_drawn_more_often():
+    settings, state = Efficiency(max_accuracy_drop=None), {}
+    assert draw_weights(30.0, state) == {}
+    press(settings, state, checks("a", 1.0, 0.0) + checks("b", -1.0), 2, 0.0)
+    gap = FORGET_KIND * (1 - FORGET_KIND)
+    assert draw_weights(30.0, state) == pytest.approx({"a/k": 1 + 30 * gap, "b/k": 1.0})
+    assert draw_weights(0.0, state) == {}

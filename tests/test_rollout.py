@@ -93,6 +93,20 @@ def test_constraint_compares_greedy_answers():
     assert said(free) == said(batch)
 
 
+def test_rows_with_the_same_id_are_not_taken_for_each_other():
+    settings = recipe(efficiency=Efficiency(max_accuracy_drop=0.0))
+    prompts = [replace(prompt, id="same") for prompt in tinymodels.mixed()]
+    policy, batch = roll(settings, prompts)
+    known: dict[str, float] = {}
+    arguments = (policy, settings, prompts, batch.encoded, batch.features, 0, batch.reference)
+    first = roll_out(*arguments, known)
+    assert len(known) == len(prompts)
+    # What is known is believed, so the reference is not asked again.
+    known |= dict.fromkeys(known, 2.0)
+    again = roll_out(*arguments, known)
+    assert again.accuracy == {"dense": 2.0, "sparse": first.accuracy["sparse"]}
+
+
 def test_probe_seeds_differ_by_step_and_from_inference():
     seeds = {probe_seed(Recipe(seed=s), step) for s in range(3) for step in range(100)}
     assert len(seeds) == 300 and 0 not in seeds

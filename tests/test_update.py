@@ -21,20 +21,15 @@ from zipr1.update import backward, flatten, reference_logits, update
 METHODS = ["answers", "cut", "pathwise", "cut+pathwise", "pathwise+through"]
 
 
-def even(weight: float, layers: int = 4) -> Pressure:
+def even(weight: float, layers: int) -> Pressure:
     return Pressure({}, {}, torch.full((layers,), weight))
 
 
-def one_update(settings, batch, policy, weight=1.0):
-    optimizer = optim.build(policy.trainable(), settings.optim)
-    return update(
-        policy,
-        settings,
-        batch,
-        optimizer,
-        even(weight, policy.layers),
-        torch.Generator().manual_seed(0),
-    )
+def one_update(settings, batch, policy, weight=1.0, optimizer=None):
+    """optimizer: one to go on with, or to leave the weights alone; by default the recipe's, new."""
+    optimizer = optimizer or optim.build(policy.trainable(), settings.optim)
+    pressure, order = even(weight, policy.layers), torch.Generator().manual_seed(0)
+    return update(policy, settings, batch, optimizer, pressure, order)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -81,14 +76,7 @@ def test_micro_batches_do_not_change_the_gradient():
             update={"train": settings.train.model_copy(update={"micro_batch": size})}
         )
         optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
-        update(
-            policy,
-            small,
-            batch,
-            optimizer,
-            even(1.0, policy.layers),
-            torch.Generator().manual_seed(0),
-        )
+        one_update(small, batch, policy, 1.0, optimizer)
         grads.append({n: p.grad.clone() for n, p in policy.trainable()})
     for name, gradient in grads[0].items():
         torch.testing.assert_close(gradient, grads[1][name], atol=1e-5, rtol=1e-3)
@@ -108,14 +96,7 @@ def test_pathwise_lowers_the_token_ratio_and_answers_alone_do_not():
             group.rollouts[0].rewards["correct"] = 1.0  # opens the gate
         optimizer = optim.build(policy.trainable(), settings.optim)
         for _ in range(5):
-            update(
-                policy,
-                settings,
-                batch,
-                optimizer,
-                even(3.0, policy.layers),
-                torch.Generator().manual_seed(0),
-            )
+            one_update(settings, batch, policy, 3.0, optimizer)
         from zipr1.rollout import roll_out
 
         after = roll_out(
@@ -136,14 +117,7 @@ def test_all_wrong_groups_get_no_efficiency_gradient():
             for rollout in group.rollouts:
                 rollout.rewards["correct"] = 0.0
         optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
-        update(
-            policy,
-            settings,
-            batch,
-            optimizer,
-            even(3.0, policy.layers),
-            torch.Generator().manual_seed(0),
-        )
+        one_update(settings, batch, policy, 3.0, optimizer)
         assert all(p.grad is None or not p.grad.any() for _, p in policy.trainable()), method
 
 
@@ -234,14 +208,7 @@ def test_the_reference_is_dense_and_stays_where_it_was(lora):
     start = {n: p.detach().clone() for n, p in policy.trainable()}
     optimizer = optim.build(policy.trainable(), settings.optim)
     for _ in range(2):
-        said = update(
-            policy,
-            settings,
-            batch,
-            optimizer,
-            even(3.0, policy.layers),
-            torch.Generator().manual_seed(0),
-        )
+        said = one_update(settings, batch, policy, 3.0, optimizer)
     assert "expected_ratio" in said
     moved = [n for n, p in policy.trainable() if not torch.equal(p, start[n])]
     assert any("q_proj" in n or "k_proj" in n for n in moved)
@@ -261,14 +228,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing():
             lambda *a, calls=calls: calls.append(1)
         )
         optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
-        update(
-            policy,
-            settings,
-            batch,
-            optimizer,
-            even(1.0, policy.layers),
-            torch.Generator().manual_seed(0),
-        )
+        one_update(settings, batch, policy, 1.0, optimizer)
         grads.append({n: p.grad.clone() for n, p in policy.trainable()})
         runs.append(len(calls))
         assert not policy.decoder.layers[0].training
@@ -326,10 +286,7 @@ def test_losses_reach_the_scores_only_through_the_gate():
         )
         policy, batch = roll(settings, tinymodels.mixed())
         optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
-        update(
-            policy, settings, batch, optimizer, even(0.0, policy.layers),
-            torch.Generator().manual_seed(0),
-        )  # fmt: skip
+        one_update(settings, batch, policy, 0.0, optimizer)
         grads[method] = {n: p.grad.clone() for n, p in policy.trainable() if p.grad is not None}
     name = next(n for n in grads["pathwise"] if n.endswith("layers.0.self_attn.q_proj.weight"))
     difference = (grads["pathwise+through"][name] - grads["pathwise"][name]).abs().max()

@@ -56,6 +56,11 @@ class Prompt:
     picture: str = ""
     reward: str | None = None
 
+    @property
+    def task_kind(self) -> str:
+        """The kind of question among all tasks."""
+        return f"{self.task}/{self.kind}"
+
 
 @dataclass
 class Rollout:

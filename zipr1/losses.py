@@ -61,6 +61,10 @@ def token_logprobs(
     return chosen - scaled.logsumexp(-1)
 
 
+# Estimators that sum over the vocabulary, and the share of KL(reference || policy) in them.
+FORWARD = {"full": 0.0, "jeffreys": 0.5, "forward": 1.0}
+
+
 def kl_full(
     logits_new: torch.Tensor, logits_ref: torch.Tensor, forward: float = 0.0, chunk: int = 1024
 ) -> torch.Tensor:

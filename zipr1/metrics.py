@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from zipr1.pressure import by_task
 from zipr1.recipe import Recipe
 from zipr1.rollout import Batch
 
@@ -26,9 +27,6 @@ def step_metrics(recipe: Recipe, batch: Batch, parts: dict[str, float]) -> dict[
     )
     total = np.array([[r.rewards["total"] for r in g.rollouts] for g in batch.groups])
     correct = np.array([[r.rewards["correct"] for r in g.rollouts] for g in batch.groups])
-    checks = batch.checks or []
-    tasks = sorted({check.task for check in checks})
-    at_inference = {t: [c for c in checks if c.task == t] for t in tasks}
     by_cell = [ratio[cells.astype(int) == n] for n in range(budgets.count)]
     return {
         "reward": float(total.mean()),
@@ -48,7 +46,7 @@ def step_metrics(recipe: Recipe, batch: Batch, parts: dict[str, float]) -> dict[
                 "gap": float(np.mean([c.gap for c in own])),
                 "token_ratio": float(np.mean([c.ratios for c in own])),
             }
-            for task, own in at_inference.items()
+            for task, own in by_task(batch.checks or []).items()
         },
         "answer_tokens": float(np.mean([len(r.tokens) for r in rollouts])),
         "heldout_mass": batch.heldout,

@@ -18,6 +18,8 @@ from zipr1.recipe import Efficiency
 
 # One question moves the running gap of its task by this share: about the last hundred questions count.
 FORGET = 0.01
+# A kind of question is rarer than its task: about the last fifty count.
+FORGET_KIND = 0.02
 
 # A layer's weight follows its distance from the pace: so much at once, and so much more with every step that it lasts.
 AT_ONCE = 10.0
@@ -30,11 +32,12 @@ FADE = 0.9
 class Check:
     """A question's greedy sparse answer at the inference p beside the dense reference's.
 
-    gap: dense right - sparse right, in {-1, 0, 1} (or between, for graded rewards). ratios: share of prompt tokens in
-    the physical cache, per layer.
+    kind: `Prompt.task_kind`. gap: dense right - sparse right, in {-1, 0, 1} (or between, for graded rewards). ratios:
+    share of prompt tokens in the physical cache, per layer.
     """
 
     task: str
+    kind: str
     gap: float
     ratios: tuple[float, ...]
 
@@ -86,9 +89,10 @@ def press(
     even = torch.full((layers,), settings.weight)
     if checks is None:
         return Pressure({}, {}, even)
+    for check in checks:
+        follow(state.setdefault("lost", {}), check.kind, check.gap, FORGET_KIND)
     weights, relief = {}, {}
-    for task in sorted({check.task for check in checks}):
-        own = [check for check in checks if check.task == task]
+    for task, own in by_task(checks).items():
         relief[task] = 1 / (1 + multiplier(settings, state, task, [check.gap for check in own]))
         ratios = torch.tensor([check.ratios for check in own]).mean(0)
         pull = torch.ones(layers)
@@ -100,13 +104,31 @@ def press(
     return Pressure(weights, relief, even)
 
 
+def by_task(checks: Sequence[Check]) -> dict[str, list[Check]]:
+    """Tasks in alphabetical order."""
+    tasks = sorted({check.task for check in checks})
+    return {task: [check for check in checks if check.task == task] for task in tasks}
+
+
+def follow(means: dict[str, float], name: str, value: float, share: float) -> None:
+    """Move the running mean of that name by `share` of its distance from the value; it starts at 0."""
+    means[name] = means.get(name, 0.0) + share * (value - means.get(name, 0.0))
+
+
+def draw_weights(emphasis: float, state: dict[str, Any]) -> dict[str, float]:
+    """How often each kind of question is to be drawn, 1 + emphasis * its running gap; empty where all are alike."""
+    if not emphasis:
+        return {}
+    return {kind: 1 + emphasis * max(gap, 0.0) for kind, gap in state.get("lost", {}).items()}
+
+
 def multiplier(
     settings: Efficiency, state: dict[str, Any], task: str, gaps: Sequence[float]
 ) -> float:
     """mu of a task after this step's gaps; 0 without a constraint."""
     running = state.setdefault("gap", {})
     for gap in gaps:
-        running[task] = running.get(task, 0.0) + FORGET * (gap - running.get(task, 0.0))
+        follow(running, task, gap, FORGET)
     if settings.max_accuracy_drop is None:
         return 0.0
     held = state.setdefault("mu", {})

@@ -6,6 +6,7 @@ gives the same rollouts on any number of processes, in any batch, and after a re
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -65,7 +66,7 @@ def roll_out(
 ) -> Batch:
     """Sample `budgets.count` answers of each prompt; for a target or a constraint, one greedy one at `sparse.p` more.
 
-    known: whether the dense reference answers a prompt right, by prompt id; what is missing is added.
+    known: whether the dense reference answers a prompt right, by `fingerprint`; what is missing is added.
     """
     budgets, settings = recipe.budgets, recipe.train
     low = budgets.low_at(step, settings.steps)
@@ -155,24 +156,33 @@ def roll_out(
         batch.cut_logprobs = [c[: budgets.count] for c in cuts.split(each)]
     if checked:
         known = {} if known is None else known
-        new = [i for i, prompt in enumerate(prompts) if prompt.id not in known]
+        names = [fingerprint(prompt, e) for prompt, e in zip(prompts, encoded, strict=True)]
+        new = [i for i, name in enumerate(names) if name not in known]
         answered = dense_right(
             policy, recipe, [prompts[i] for i in new], [encoded[i] for i in new], batch.reference
         )
-        known |= {prompts[i].id: right for i, right in zip(new, answered, strict=True)}
+        known |= {names[i]: right for i, right in zip(new, answered, strict=True)}
+        dense = [known[name] for name in names]
         batch.checks = [
             Check(
                 prompt.task,
-                known[prompt.id] - rollout.rewards["correct"],
+                prompt.task_kind,
+                right - rollout.rewards["correct"],
                 tuple(rollout.layer_ratios),
             )
-            for prompt, rollout in zip(prompts, greedy, strict=True)
+            for prompt, right, rollout in zip(prompts, dense, greedy, strict=True)
         ]
         batch.accuracy = {
-            "dense": float(np.mean([known[prompt.id] for prompt in prompts])),
+            "dense": float(np.mean(dense)),
             "sparse": float(np.mean([rollout.rewards["correct"] for rollout in greedy])),
         }
     return batch
+
+
+def fingerprint(prompt: Prompt, encoded: Encoded) -> str:
+    """What the reference's answer and its check depend on; ids will not do, for a user's rows may repeat them."""
+    said = (encoded.ids.tolist(), encoded.picture, prompt.answer, prompt.reward)
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
 def dense_right(

@@ -86,7 +86,7 @@ def finish(
     summary: dict[str, Any] = {
         **_block(results, range(len(prompts))),
         "by_task": _by(results, prompts, lambda p: p.task),
-        "by_kind": _by(results, prompts, lambda p: f"{p.task}/{p.kind}"),
+        "by_kind": _by(results, prompts, lambda p: p.task_kind),
         "p": recipe.sparse.p,
         "steps": recipe.train.steps,
         "rollouts": rollouts if recipe.train.stage == "rl" else 0,

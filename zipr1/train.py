@@ -23,7 +23,7 @@ from zipr1.machine import describe
 from zipr1.metrics import rollout_lines, step_metrics
 from zipr1.models import Policy, load_policy
 from zipr1.optim import Optimizers
-from zipr1.pressure import press
+from zipr1.pressure import draw_weights, press
 from zipr1.recipe import Recipe
 from zipr1.report import Progress
 from zipr1.rollout import Batch, roll_out
@@ -65,7 +65,6 @@ def run(
         "skill": 0.0,
         "seconds": 0.0,
         "pressure": {},
-        "lost": {},
         "right": {},
     }
     if folder.checkpoint is not None:
@@ -113,8 +112,7 @@ def rl_step(
     """
     clock = [time.monotonic()]
     # 1. take the step's questions and look at their pictures, once
-    lost: dict[str, float] = state["lost"]
-    weights = {kind: 1 + recipe.data.emphasis * max(gap, 0.0) for kind, gap in lost.items()}
+    weights = draw_weights(recipe.data.emphasis, state["pressure"])
     asked, encoded = heldout.usable(
         policy, recipe, data.draw(prompts, recipe.seed, step, recipe.train.prompts, weights)
     )
@@ -125,10 +123,6 @@ def rl_step(
         policy, recipe, asked, encoded, seen.policy, step, seen.reference, state["right"]
     )
     clock.append(time.monotonic())
-    if recipe.data.emphasis and batch.checks is not None:
-        for prompt, check in zip(asked, batch.checks, strict=True):
-            kind = data.kind_of(prompt)
-            lost[kind] = lost.get(kind, 0.0) + 0.02 * (check.gap - lost.get(kind, 0.0))
     # 3. weigh saved tokens: toward the target, within the constraint
     pressure = press(
         recipe.efficiency,

@@ -142,8 +142,8 @@ def backward(
         loss = settings.policy_gradient * surrogate
         kl = torch.zeros((), device=policy.device)
         if reference is not None:
-            forward = {"full": 0.0, "jeffreys": 0.5, "forward": 1.0}.get(settings.kl_estimator)
-            if forward is not None:
+            if settings.kl_estimator in losses.FORWARD:
+                forward = losses.FORWARD[settings.kl_estimator]
                 scale = recipe.train.temperature
                 each = torch.zeros(mask.shape, device=policy.device)
                 each[mask] = losses.kl_full(logits[mask] / scale, reference[mask] / scale, forward)

@@ -54,6 +54,8 @@ def test_a_plain_question_gets_its_media_first(folder):
 def test_an_unknown_reward_is_found_before_the_run(folder):
     with pytest.raises(InputError, match=r"row 2.*no reward 'exakt'; allowed: exact"):
         _load(folder, GOOD, {**GOOD, "reward": "exakt"})
+    with pytest.raises(InputError, match=r"row 1.*no reward .*'exact'.*; allowed: exact"):
+        _load(folder, {**GOOD, "reward": ["exact"]})
 
 
 def test_placeholders_keep_their_places_and_kinds(folder):

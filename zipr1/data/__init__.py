@@ -65,10 +65,11 @@ def draw(
 ) -> list[Prompt]:
     """The `count` questions of a step: epochs without replacement, shuffled by (seed, epoch).
 
-    weights: by `kind_of`, missing ones 1: then each step draws anew by them, without replacement within the step.
+    weights: by `Prompt.task_kind`, missing ones 1: then each step draws anew by them, without replacement within
+    the step.
     """
     if weights and len(prompts) > count:
-        each = np.array([weights.get(kind_of(prompt), 1.0) for prompt in prompts])
+        each = np.array([weights.get(prompt.task_kind, 1.0) for prompt in prompts])
         rng = np.random.default_rng([seed, 2, step])
         chosen = rng.choice(len(prompts), count, replace=False, p=each / each.sum())
         return [prompts[i] for i in chosen]
@@ -77,10 +78,6 @@ def draw(
         prompts[_order(len(prompts), seed, place // len(prompts))[place % len(prompts)]]
         for place in places
     ]
-
-
-def kind_of(prompt: Prompt) -> str:
-    return f"{prompt.task}/{prompt.kind}"
 
 
 @lru_cache(maxsize=4)

@@ -83,8 +83,10 @@ def _prompt(row: Any, default_id: str, root: Path, checked: set[Path]) -> Prompt
 
 
 def _reward(row: dict[str, Any]) -> str | None:
-    name = row.get("reward")
-    if name is not None and name not in REWARDS:
+    if "reward" not in row:
+        return None
+    name = str(row["reward"])
+    if name not in REWARDS:
         raise InputError(f"no reward {name!r}; allowed: {', '.join(REWARDS)}; rename or remove it")
     return name
 

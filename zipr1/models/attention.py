@@ -147,9 +147,8 @@ class Pass:
             self.record.layers.append(LayerRecord(keep, scores, cut, heldout))
         return keep | (self.valid & ~self.prompt)
 
-    def gate(self, layer: int) -> torch.Tensor:
+    def gate(self, layer: int, low: float, high: float) -> torch.Tensor:
         """`(B, L)`, 0 with the gradient of each token's chance of being kept for p ~ U(low, high)."""
-        low, high = self.request.through or (0.0, 1.0)
         cut = self.record.layers[layer].cut
         assert cut is not None, "Request.through needs scores"
         chance = efficiency.chance(cut, low, high)
@@ -238,10 +237,11 @@ def zipr1_attention(
             module.zip_rows = KeptRows(
                 keep.flatten().nonzero()[:, 0], (keep.shape[0], keep.shape[1])
             )  # type: ignore[assignment]
-        if zip_pass.request.through is None:
+        through = zip_pass.request.through
+        if through is None:
             out = sparse_prefill(query, key, value, keep, scale=scale)
         else:
-            out = gated_prefill(query, key, value, keep, zip_pass.gate(layer), scale)
+            out = gated_prefill(query, key, value, keep, zip_pass.gate(layer, *through), scale)
         if zip_cache is not None:
             index, counts = pack_indices(keep)
             zip_cache.layers[layer].prune(*kv_compact(key, value, index), counts)
