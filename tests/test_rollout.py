@@ -8,9 +8,9 @@ import pytest
 import tinymodels
 import torch
 
-from zipr1 import heldout
 from zipr1.episode import Group, Media, Rollout
 from zipr1.errors import InputError
+from zipr1.pictures import Pictures
 from zipr1.recipe import Budgets, Data, Efficiency, Probes, Recipe, Rewards, Sparse, Train
 from zipr1.rollout import by_length, probe_seed, roll_out, score
 
@@ -27,8 +27,9 @@ def recipe(**changes) -> Recipe:
 def roll(settings: Recipe, prompts, step: int = 3, **options: bool):
     policy = tinymodels.make(**options)
     policy.keep_reference()
-    encoded = heldout.encode(policy, settings, prompts)
-    seen = heldout.looked(policy, encoded)
+    pictures = Pictures(policy, settings)
+    encoded = pictures.encode(prompts)
+    seen = pictures.look(encoded)
     return policy, roll_out(policy, settings, prompts, encoded, seen.policy, step, seen.reference)
 
 
@@ -148,7 +149,7 @@ def test_media_are_shared_by_content_not_by_picture_name():
     policy = tinymodels.shared()
     one, other = tinymodels.prompt(0, "image"), tinymodels.prompt(2, "image")
     same = replace(other, picture=one.picture)
-    encoded = heldout.encode(policy, recipe(), [one, same, one])
+    encoded = Pictures(policy, recipe()).encode([one, same, one])
     assert encoded[0].picture == encoded[2].picture != encoded[1].picture
     assert torch.equal(
         encoded[1].visuals[0].patches, tinymodels.encode(policy, [other])[0].visuals[0].patches
@@ -162,13 +163,13 @@ def test_bad_rows_stop_or_are_skipped(tmp_path, caplog):
     )
     good = tinymodels.prompt(0, "image")
     with pytest.raises(InputError, match=r"gone\.png"):
-        heldout.usable(policy, recipe(), [good, bad])
+        Pictures(policy, recipe()).usable([good, bad])
     skipping = recipe(data=Data(on_bad_row="skip"))
-    prompts, encoded = heldout.usable(policy, skipping, [good, bad])
+    prompts, encoded = Pictures(policy, skipping).usable([good, bad])
     assert prompts == [good] and len(encoded) == 1
     assert "rows/7" in caplog.text
     with pytest.raises(InputError, match=r"all of 1 rows"):
-        heldout.usable(policy, skipping, [bad])
+        Pictures(policy, skipping).usable([bad])
 
 
 def test_the_range_of_thresholds_narrows_over_half_of_the_steps():
@@ -180,3 +181,36 @@ def test_the_range_of_thresholds_narrows_over_half_of_the_steps():
     assert min(r.thresholds.min() for g in batch.groups for r in g.rollouts) >= 0.7
     with pytest.raises(ValueError, match="low_end"):
         Budgets(low=0.5, low_end=0.95, high=0.9)
+
+
+def test_pictures_are_seen_once_a_run_within_a_bound():
+    """A remembered picture gives the same features as a fresh one, and what is forgotten is seen again."""
+    policy = tinymodels.make()
+    prompts = tinymodels.mixed()
+    fresh = Pictures(policy, recipe())
+    first = fresh.look(fresh.encode(prompts)).policy
+    assert policy.vision_calls == 4
+    again = fresh.encode(prompts)
+    assert all(len(v.patches) == 0 for e in again for v in e.visuals)
+    assert [e.ids.tolist() for e in again] == [
+        e.ids.tolist() for e in tinymodels.encode(policy, prompts)
+    ]
+    second = fresh.look(again).policy
+    assert policy.vision_calls == 4
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    # Room for the picture seen last alone, asked for in another order: it depends on nothing else.
+    small = Pictures(policy, recipe(), most=max(f.nbytes for f in first.values()))
+    for turn in (prompts, prompts[::-1]):
+        seen = small.look(small.encode(turn)).policy
+        assert all(torch.equal(first[name], seen[name]) for name in first)
+    assert len(small.seen) == len(small.visuals) >= 1 and small.held <= small.most
+    assert policy.vision_calls > 8
+
+
+def test_a_trained_tower_is_asked_every_time():
+    policy = tinymodels.make(vision=True)
+    policy.keep_reference()
+    pictures = Pictures(policy, recipe())
+    for calls in (8, 16):  # the policy's tower and the reference's
+        pictures.look(pictures.encode(tinymodels.mixed()))
+        assert policy.vision_calls == calls

@@ -10,10 +10,11 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from zipr1 import data, heldout, supervised
+from zipr1 import data, supervised
 from zipr1.episode import Prompt
 from zipr1.metrics import question
 from zipr1.models import Encoded, Policy, load_policy
+from zipr1.pictures import Pictures
 from zipr1.recipe import Recipe
 from zipr1.rollout import roll_out
 from zipr1.validate import check, needs_prompts
@@ -31,7 +32,8 @@ def dry_run(recipe: Recipe, device: str | None, console: Console) -> dict[str, A
     lessons = not needs_prompts(recipe)
     prompts = [] if lessons else data.load(recipe.data, "train", recipe.seed)
     questions = data.load(recipe.data, "heldout", recipe.seed)
-    samples, encoded = heldout.usable(policy, recipe, (prompts or questions)[:SAMPLED])
+    pictures = Pictures(policy, recipe)
+    samples, encoded = pictures.usable((prompts or questions)[:SAMPLED])
     for prompt, sample in list(zip(samples, encoded, strict=True))[:2]:
         _show(policy, prompt, sample, console)
     if lessons:
@@ -53,7 +55,7 @@ def dry_run(recipe: Recipe, device: str | None, console: Console) -> dict[str, A
     if recipe.train.stage == "rl":
         policy.keep_reference()
         plan["rollout_rows"] = recipe.train.prompts * recipe.budgets.count
-        seen = heldout.looked(policy, encoded[:2])
+        seen = pictures.look(encoded[:2])
         batch = roll_out(policy, recipe, samples[:2], encoded[:2], seen.policy, 0, seen.reference)
         plan["sampled"] = [
             {

@@ -5,19 +5,17 @@ Not lmms-eval: this is the run's own check on its own kind of questions, greedy,
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from zipr1.data.media import load_media
 from zipr1.episode import Prompt
-from zipr1.errors import InputError
 from zipr1.intervals import confidence_interval
-from zipr1.models import Encoded, Features, Policy, Request
+from zipr1.models import Policy, Request
+from zipr1.pictures import Pictures
 from zipr1.recipe import Recipe, Sparse
 from zipr1.rollout import by_length, reward_of
 
@@ -73,10 +71,11 @@ def evaluate(
     ]  # fmt: skip
     masses: list[list[torch.Tensor]] = [[] for _ in settings]
     size = recipe.evaluation.batch * 4
+    pictures = Pictures(policy, recipe, most=0)
     for start in range(0, len(prompts), size):
         chunk = list(range(start, min(start + size, len(prompts))))
-        encoded = encode(policy, recipe, [prompts[i] for i in chunk])
-        features = looked(policy, encoded)
+        encoded = pictures.encode([prompts[i] for i in chunk])
+        features = pictures.look(encoded)
         for rows in by_length([len(e) for e in encoded], recipe.evaluation.batch):
             for setting, result, mass in zip(settings, results, masses, strict=True):
                 few = [encoded[b] for b in rows]
@@ -106,55 +105,3 @@ def evaluate(
         if mass:
             result.heldout = float(torch.cat(mass).mean())
     return results
-
-
-class Looked(NamedTuple):
-    """Vision features as the policy and as the reference see them: the same unless the tower is trained."""
-
-    policy: Features
-    reference: Features
-
-
-@torch.no_grad()
-def looked(policy: Policy, encoded: Sequence[Encoded]) -> Looked:
-    """Every distinct picture through the tower once (and once through the reference's, if that is another)."""
-    features = policy.look(encoded)
-    if not policy.settings.train_vision:
-        return Looked(features, features)
-    with policy.reference() as model:
-        return Looked(features, policy.look(encoded, model=model))
-
-
-def usable(
-    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt]
-) -> tuple[list[Prompt], list[Encoded]]:
-    """Prompts that can be decoded and tokenised, with what came of it. A bad one is an InputError, or with
-    `data.on_bad_row: skip` left out with a warning. Raises InputError if none is left."""
-    if recipe.data.on_bad_row == "error":
-        return list(prompts), encode(policy, recipe, prompts)
-    good: list[Prompt] = []
-    encoded: list[Encoded] = []
-    for prompt in prompts:
-        try:
-            encoded += encode(policy, recipe, [prompt])
-            good.append(prompt)
-        except InputError as error:
-            logging.getLogger("zipr1").warning("skipped %s: %s", prompt.id, error)
-    if not good:
-        raise InputError(
-            f"all of {len(prompts)} rows are bad, the first is {prompts[0].id}; mend the data"
-        )
-    return good, encoded
-
-
-def encode(policy: Policy, recipe: Recipe, prompts: Sequence[Prompt]) -> list[Encoded]:
-    """Decode media, once for questions about the same picture, and tokenise."""
-    seen: dict[str, Any] = {}
-    out = []
-    for prompt in prompts:
-        for m in prompt.media:
-            if m.key not in seen:
-                seen[m.key] = load_media(m, recipe.data.max_frames, recipe.data.fps)
-        media = [seen[m.key] for m in prompt.media]
-        out.append(policy.encode(prompt, media, recipe.data.max_prompt_tokens))
-    return out

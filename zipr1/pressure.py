@@ -116,7 +116,7 @@ def follow(means: dict[str, float], name: str, value: float, share: float) -> No
 
 
 def draw_weights(emphasis: float, state: dict[str, Any]) -> dict[str, float]:
-    """How often each kind of question is to be drawn, 1 + emphasis * its running gap; empty where all are alike."""
+    """How often each kind is to be drawn within its task, 1 + emphasis * its running gap; empty where all are alike."""
     if not emphasis:
         return {}
     return {kind: 1 + emphasis * max(gap, 0.0) for kind, gap in state.get("lost", {}).items()}

@@ -56,8 +56,9 @@ class Data(Section):
     """source: `digits` (embedded) or a .jsonl / .json / .parquet file; heldout: the same for held-out questions.
 
     mix: shares of the embedded tasks among training prompts. prompts: how many training prompts are made.
-    emphasis: a kind of question is drawn 1 + emphasis * g times as often, g the running share of answers that it loses
-        at `sparse.p` against the dense reference (0: all alike). It needs a target or a constraint.
+    emphasis: within its task, a kind of question is drawn 1 + emphasis * g times as often, g the running share of
+        answers that it loses at `sparse.p` against the dense reference (0: all alike). It needs a target or a
+        constraint.
     on_bad_row: `error` stops with the row's number, `skip` counts them.
     """
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from zipr1 import data, heldout
+from zipr1 import data
 from zipr1.data import digits
 from zipr1.episode import Prompt
 from zipr1.models import Encoded, Policy
+from zipr1.pictures import Pictures
 from zipr1.recipe import Recipe
 
 VISION_END = "<|vision_end|>"
@@ -90,7 +91,7 @@ def rows(policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], step: int) -
     """The step's prompts with their right answers appended."""
     drawn = data.draw(prompts, recipe.seed, step, recipe.train.prompts)
     batch = []
-    for prompt, encoded in zip(*heldout.usable(policy, recipe, drawn), strict=True):
+    for prompt, encoded in zip(*Pictures(policy, recipe).usable(drawn), strict=True):
         ids = torch.cat([encoded.ids, policy.processor.answer_ids(prompt.answer)])
         batch.append(Lesson(policy.place(ids, encoded.visuals, encoded.picture)))
     return batch

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from zipr1 import data, heldout, optim, supervised
+from zipr1 import data, optim, supervised
 from zipr1.checkpoint import RunDir, load_state, save_state
 from zipr1.dryrun import dry_run
 from zipr1.episode import Prompt
@@ -23,6 +23,7 @@ from zipr1.machine import describe
 from zipr1.metrics import rollout_lines, step_metrics
 from zipr1.models import Policy, load_policy
 from zipr1.optim import Optimizers
+from zipr1.pictures import Pictures
 from zipr1.pressure import draw_weights, press
 from zipr1.recipe import Recipe
 from zipr1.report import Progress
@@ -48,9 +49,10 @@ def run(
     policy = load_policy(recipe.model, device, recipe.seed)
     prompts = data.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
     questions = data.load(recipe.data, "heldout", recipe.seed)
+    pictures = Pictures(policy, recipe)
     if recipe.data.on_bad_row == "skip":
-        questions, _ = heldout.usable(policy, recipe, questions)
-    heldout.usable(policy, recipe, prompts[:1])
+        questions, _ = pictures.usable(questions)
+    pictures.usable(prompts[:1])
     folder = RunDir.open(
         recipe, output, resume, info=describe(command, str(policy.device), recipe.seed)
     )
@@ -84,7 +86,7 @@ def run(
             if recipe.train.stage == "supervised":
                 metrics = supervised_step(policy, recipe, prompts, optimizer, state, step)
             else:
-                metrics, batch = rl_step(policy, recipe, prompts, optimizer, state, step)
+                metrics, batch = rl_step(policy, recipe, pictures, prompts, optimizer, state, step)
                 folder.append_rollouts(rollout_lines(step, batch))
             metrics["lr"] = optimizer.param_groups[0]["lr"]
             state["seconds"] += time.monotonic() - began
@@ -102,6 +104,7 @@ def run(
 def rl_step(
     policy: Policy,
     recipe: Recipe,
+    pictures: Pictures,
     prompts: Sequence[Prompt],
     optimizer: Optimizers,
     state: dict[str, Any],
@@ -111,12 +114,11 @@ def rl_step(
     reference answers right, as far as it was asked; both changed here.
     """
     clock = [time.monotonic()]
-    # 1. take the step's questions and look at their pictures, once
+    # 1. take the step's questions and look at their pictures, once in the run
     weights = draw_weights(recipe.data.emphasis, state["pressure"])
-    asked, encoded = heldout.usable(
-        policy, recipe, data.draw(prompts, recipe.seed, step, recipe.train.prompts, weights)
-    )
-    seen = heldout.looked(policy, encoded)
+    drawn = data.draw(prompts, recipe.seed, step, recipe.train.prompts, weights)
+    asked, encoded = pictures.usable(drawn)
+    seen = pictures.look(encoded)
     clock.append(time.monotonic())
     # 2. roll out every question at every budget
     batch = roll_out(

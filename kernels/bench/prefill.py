@@ -2,8 +2,9 @@
 
     python kernels/bench/prefill.py [--model RUN] [--batch 1 8 32] [--repeats 30] [--json]
 
-The model's own kept sets at p = 0.975 are used, vision is done beforehand, and the three take turns in one process.
-`kept` is the token ratio; at some hundred tokens the overhead of selection and gathers is a large part of the time.
+The model's own kept sets are used, with the probes and p of recipes/tiny.yaml; vision is done beforehand, and the
+three take turns in one process. `kept` is the token ratio; at some hundred tokens the overhead of selection and gathers
+is a large part of the time.
 """
 
 from __future__ import annotations
@@ -11,26 +12,27 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from zipr1 import heldout
 from zipr1.data import digits
 from zipr1.models import Policy, Request, load_policy, sparse_attention
 from zipr1.models.cache import PrunedCache
-from zipr1.recipe import Model, Probes, Recipe, Sparse
+from zipr1.pictures import Pictures
+from zipr1.recipe import Model, Sparse, load
 
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny.yaml"
 MODES = ("none", "attention", "layer")
 
 
-def prefill(policy: Policy, rows: tuple[torch.Tensor, ...], mode: str) -> float:
+def prefill(policy: Policy, sparse: Sparse, rows: tuple[torch.Tensor, ...], mode: str) -> float:
     """Run the decoder once over padded rows; returns the token ratio."""
     embeds, positions, valid = rows
     request = None
     if mode != "none":
-        settings = Sparse(probes=Probes(recent=12, random=4), skip=mode)  # type: ignore[arg-type]
-        request = Request(settings, valid=valid, prompt=valid)
+        request = Request(sparse.model_copy(update={"skip": mode}), valid=valid, prompt=valid)
     with sparse_attention(policy.core, request):
         policy.core.model(
             inputs_embeds=embeds,
@@ -44,9 +46,9 @@ def prefill(policy: Policy, rows: tuple[torch.Tensor, ...], mode: str) -> float:
 
 
 def measure(model: str, batches: list[int], repeats: int) -> list[dict[str, object]]:
-    policy = load_policy(Model(path=model))
+    policy, recipe = load_policy(Model(path=model)), load(RECIPE)
     prompts = digits.prompts("test", "moving_digits", 40, 1, seed=0)
-    encoded = heldout.encode(policy, Recipe(), prompts)
+    encoded = Pictures(policy, recipe).encode(prompts)
     longest = max(encoded, key=len)
     features = policy.look([longest])
     rows = []
@@ -57,7 +59,7 @@ def measure(model: str, batches: list[int], repeats: int) -> list[dict[str, obje
         for turn in range(repeats + 3):
             for mode in MODES:
                 start = time.perf_counter()
-                kept[mode] = prefill(policy, inputs, mode)
+                kept[mode] = prefill(policy, recipe.sparse, inputs, mode)
                 if policy.device.type == "cuda":
                     torch.cuda.synchronize()
                 if turn >= 3:

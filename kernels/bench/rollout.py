@@ -12,16 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from zipr1 import efficiency, heldout
+from zipr1 import efficiency
 from zipr1.data import digits
 from zipr1.models import Encoded, Policy, Request, load_policy, sparse_attention
-from zipr1.recipe import Budgets, Model, Probes, Recipe, Sparse
+from zipr1.pictures import Pictures
+from zipr1.recipe import Budgets, Model, Sparse, load
 
 NEW_TOKENS = 6
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny.yaml"
 
 
 def batched(policy: Policy, encoded: Encoded, settings: Sparse, p: torch.Tensor) -> None:
@@ -59,13 +62,13 @@ def singles(policy: Policy, encoded: Encoded, settings: Sparse, p: torch.Tensor)
 def measure(model: str, questions: int) -> list[dict[str, object]]:
     """Rows of medians and spread in milliseconds, for images and for videos."""
     policy = load_policy(Model(path=model))
-    recipe, budgets = Recipe(), Budgets()
-    settings = Sparse(probes=Probes(recent=12, random=4))
+    # What `make demo` trains with, at the paper's number of budgets.
+    recipe, budgets = load(RECIPE), Budgets()
     rows: list[dict[str, object]] = []
     for task in ("digits", "moving_digits"):
         prompts = digits.prompts("test", task, questions + 2, 1, seed=0)
         times = []
-        for place, encoded in enumerate(heldout.encode(policy, recipe, prompts)):
+        for place, encoded in enumerate(Pictures(policy, recipe).encode(prompts)):
             generator = torch.Generator().manual_seed(place)
             p = efficiency.thresholds(
                 budgets.count,
@@ -78,7 +81,7 @@ def measure(model: str, questions: int) -> list[dict[str, object]]:
             )
             clock = [time.perf_counter()]
             for run in (batched, singles):
-                run(policy, encoded, settings, p)
+                run(policy, encoded, recipe.sparse, p)
                 if policy.device.type == "cuda":
                     torch.cuda.synchronize()
                 clock.append(time.perf_counter())

@@ -32,3 +32,12 @@ def test_weights_by_kind():
 
 def test_fewer_questions_than_a_step_asks_are_asked_again():
     assert len(draw(prompts(3), 0, 0, 5, {"t/hard": 4.0})) == 5
+
+
+def test_weights_leave_the_tasks_their_shares():
+    both = prompts() + [Prompt(f"s{i}", [], (), "", task="sums", kind="sum") for i in range(10)]
+    asked = [draw(both, 0, step, 4, {"t/hard": 4.0, "sums/sum": 16.0}) for step in range(1000)]
+    share = Counter(p.kind for one in asked for p in one)
+    # A task of one kind gains nothing from its weight; drawing without replacement costs it next to nothing.
+    assert abs(share["sum"] / 4000 - 1 / 4) < 0.02
+    assert 0.6 < share["hard"] / (share["hard"] + share["easy"]) < 0.68

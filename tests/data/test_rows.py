@@ -52,9 +52,11 @@ def test_a_plain_question_gets_its_media_first(folder):
 
 
 def test_an_unknown_reward_is_found_before_the_run(folder):
-    with pytest.raises(InputError, match=r"row 2.*no reward 'exakt'; allowed: exact"):
+    with pytest.raises(
+        InputError, match=r"row 2.*reward 'exakt': no such reward; did you mean 'exact'"
+    ):
         _load(folder, GOOD, {**GOOD, "reward": "exakt"})
-    with pytest.raises(InputError, match=r"row 1.*no reward .*'exact'.*; allowed: exact"):
+    with pytest.raises(InputError, match=r"row 1.*no such reward.*allowed: exact"):
         _load(folder, {**GOOD, "reward": ["exact"]})
 
 

@@ -66,10 +66,12 @@ def draw(
     """The `count` questions of a step: epochs without replacement, shuffled by (seed, epoch).
 
     weights: by `Prompt.task_kind`, missing ones 1: then each step draws anew by them, without replacement within
-    the step.
+    the step. They move draws between the kinds of a task, never between tasks, whose shares stay those of `prompts`.
     """
     if weights and len(prompts) > count:
         each = np.array([weights.get(prompt.task_kind, 1.0) for prompt in prompts])
+        _, task = np.unique([prompt.task for prompt in prompts], return_inverse=True)
+        each /= (np.bincount(task, each) / np.bincount(task))[task]
         rng = np.random.default_rng([seed, 2, step])
         chosen = rng.choice(len(prompts), count, replace=False, p=each / each.sum())
         return [prompts[i] for i in chosen]
@@ -86,14 +88,14 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def _digits(data: Data, split: Split, seed: int) -> list[Prompt]:
-    """The embedded tasks. train: `data.prompts` in the proportions of `data.mix`, 2 questions a picture.
+    """The embedded tasks. train: `data.prompts` in the proportions of `data.mix`, 4 questions a picture.
 
     heldout: `data.heldout_prompts` questions of each task, 4 a picture; a quarter of that (but 40 at least) for
     `hard_digits`. The same questions for every mix and seed.
     """
     if split == "train":
         numbers = _shares(data.mix, data.prompts)
-        drawn_from, per_picture = "train", 2
+        drawn_from, per_picture = "train", 4
     else:
         seed, per_picture = HELDOUT_SEED, 4
         drawn_from = "validation" if data.heldout == "validation" else "test"

@@ -22,7 +22,7 @@ from zipr1.data.media import check_image, read_image
 from zipr1.episode import Media, Prompt
 from zipr1.errors import InputError
 from zipr1.recipe import Data
-from zipr1.rewards import REWARDS
+from zipr1.rewards import find
 
 log = logging.getLogger("zipr1")
 
@@ -86,8 +86,7 @@ def _reward(row: dict[str, Any]) -> str | None:
     if "reward" not in row:
         return None
     name = str(row["reward"])
-    if name not in REWARDS:
-        raise InputError(f"no reward {name!r}; allowed: {', '.join(REWARDS)}; rename or remove it")
+    find(name, where="reward")
     return name
 
 

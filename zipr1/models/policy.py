@@ -31,7 +31,7 @@ from zipr1.models.loading import (
     restore_weights,
     save_folder,
 )
-from zipr1.models.processors import Encoded, Processor
+from zipr1.models.processors import Encoded, Processor, Visual
 from zipr1.models.rows import choose, dense_bytes, groups, heldout_mass
 from zipr1.recipe import Model
 
@@ -116,16 +116,20 @@ class Policy:
                 layer.training = False
 
     def encode(
-        self, prompt: Prompt, media: Sequence[tuple[np.ndarray, float | None]], max_tokens: int
+        self,
+        prompt: Prompt,
+        media: Sequence[tuple[np.ndarray, float | None] | Visual],
+        max_tokens: int,
     ) -> Encoded:
-        """Tokenise `prompt`; media: its decoded pixels (uint8) and their frames per second, in order.
+        """Tokenise `prompt`; media: its decoded pixels (uint8) and their frames per second, in order; or
+        what was made of them before.
 
         Raises InputError for placeholders that do not match, or a prompt over max_tokens.
         """
         try:
             visuals = [
-                self.processor.visual(m.kind, pixels, fps)
-                for m, (pixels, fps) in zip(prompt.media, media, strict=True)
+                one if isinstance(one, Visual) else self.processor.visual(m.kind, *one)
+                for m, one in zip(prompt.media, media, strict=True)
             ]
             ids = self.processor.ids(self.processor.text(prompt.messages), visuals)
         except InputError as error:

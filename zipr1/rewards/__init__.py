@@ -22,12 +22,12 @@ REWARDS: dict[str, Reward] = {
 }
 
 
-def find(name: str) -> Reward:
-    """The reward of that name. Raises InputError naming the nearest one."""
+def find(name: str, where: str = "rewards.correct") -> Reward:
+    """The reward of that name. Raises InputError naming the nearest one; where: what named it."""
     if name not in REWARDS:
         near = difflib.get_close_matches(name, REWARDS, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise InputError(
-            f"rewards.correct '{name}': no such reward; {hint}allowed: {', '.join(REWARDS)}"
+            f"{where} '{name}': no such reward; {hint}allowed: {', '.join(REWARDS)}; rename or remove it"
         )
     return REWARDS[name]
