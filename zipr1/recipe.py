@@ -148,6 +148,7 @@ class Efficiency(Section):
     max_accuracy_drop: fraction (0.005 = half a point) that answers at `sparse.p` may lose against the dense
         reference on the same prompts; None turns the constraint off. Each task's multiplier mu starts at 0, moves by
         `step` times the violation, is clipped to [0, max_multiplier], and divides the weight by 1 + mu.
+        Kinds that `data.emphasis` draws more often count more often too: with it the constraint errs on the safe side.
     target: token ratio to come down to at `sparse.p`, for each task and layer; None presses with `weight` alone.
     reach: share of the steps after which the target is to be reached.
     """
