@@ -237,13 +237,11 @@ def draw(found: dict[str, Any], out: Path) -> None:
     figure.savefig(out, dpi=150)
 
 
-def spread(values: list[float], scale: float = 100, sign: bool = False) -> str:
-    mean, deviation = (
-        np.mean(values) * scale,
-        np.std(values, ddof=1) * scale if len(values) > 1 else 0.0,
-    )
-    plus_minus = f" ± {deviation:.1f}" if len(values) > 1 else ""
-    return f"{mean:+.1f}{plus_minus}" if sign else f"{mean:.1f}{plus_minus}"
+def spread(values: list[float], decimals: int = 1, sign: bool = False) -> str:
+    """Fractions as percent: the mean, and with several values their standard deviation."""
+    style = f"{'+' if sign else ''}.{decimals}f"
+    deviation = f" ± {100 * np.std(values, ddof=1):.{decimals}f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):{style}}{deviation}"
 
 
 def table(runs: dict[str, list[dict[str, Any]]], found: dict[str, Any]) -> str:
@@ -260,8 +258,8 @@ def table(runs: dict[str, list[dict[str, Any]]], found: dict[str, Any]) -> str:
                 f"| {blocks[0]['before']['token_ratio']:.1%} "
                 f"| **{spread([b['after']['token_ratio'] for b in blocks])} %** "
                 f"| {blocks[0]['before']['accuracy']:.1%} "
-                f"| {spread([b['after']['accuracy'] for b in blocks])} % "
-                f"| {spread([b['after']['accuracy'] - b['dense_accuracy'] for b in blocks], sign=True)} |"
+                f"| {spread([b['after']['accuracy'] for b in blocks], 2)} % "
+                f"| {spread([b['after']['accuracy'] - b['dense_accuracy'] for b in blocks], 2, True)} |"
             )
     lines += [
         "",
