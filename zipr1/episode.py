@@ -57,6 +57,11 @@ class Prompt:
     reward: str | None = None
 
     @property
+    def media_key(self) -> str:
+        """The same for the same media in the same order: vision features may be shared under it."""
+        return "|".join(m.key for m in self.media)
+
+    @property
     def task_kind(self) -> str:
         """The kind of question among all tasks."""
         return f"{self.task}/{self.kind}"

@@ -50,7 +50,7 @@ class Pictures:
         decoded: dict[str, Any] = {}
         out = []
         for prompt in prompts:
-            media: Sequence[Any] = self.visuals.get("|".join(m.key for m in prompt.media), ())
+            media: Sequence[Any] = self.visuals.get(prompt.media_key, ())
             if not media:
                 for m in prompt.media:
                     if m.key not in decoded:

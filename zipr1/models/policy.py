@@ -139,7 +139,7 @@ class Policy:
                 f"{prompt.id}: the prompt has {len(ids)} tokens and data.max_prompt_tokens is "
                 f"{max_tokens}; raise it, or lower model.max_pixels or data.max_frames"
             )
-        return self.place(ids, visuals, "|".join(m.key for m in prompt.media))
+        return self.place(ids, visuals, prompt.media_key)
 
     def place(self, ids: torch.Tensor, visuals: Sequence[Any], picture: str) -> Encoded:
         """Positions of ids `(l,)` by the model's own rule."""
