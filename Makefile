@@ -52,6 +52,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python kernels/bench/rollout.py
 	HF_HUB_OFFLINE=1 $(BIN)/python kernels/bench/prefill.py
+	$(BIN)/python kernels/bench/run.py --backward
 
 # lmms-eval without its dependencies: they would bring a torchvision that breaks a CPU build of torch.
 eval-extra: $(STAMP)

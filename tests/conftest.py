@@ -10,7 +10,12 @@ import socket
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
+
+# Before any kernel is decorated: without a GPU they run in Triton's interpreter, where a test asks for them.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Shared machines are slow at times: no test may fail for that.
 settings.register_profile("zipr1", deadline=None, max_examples=50, derandomize=True)
@@ -19,8 +24,6 @@ settings.load_profile("zipr1")
 
 @pytest.fixture(autouse=True)
 def seeded():
-    import torch
-
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -44,8 +47,6 @@ def offline(request, monkeypatch):
 def pytest_collection_modifyitems(items):
     if not any(item.get_closest_marker("gpu") for item in items):
         return
-    import torch
-
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="no CUDA device")
         for item in items:

@@ -136,15 +136,15 @@ def test_dropped_tokens_are_not_read(monkeypatch):
     attend, compact = bridge.sparse_prefill, bridge.kv_compact
     poisoned = []
 
-    def poison(q, k, v, keep, scale):
-        gone = ~keep[:, None, :, None]
+    def poison(q, k, v, kept, scale):
+        gone = ~kept.keep[:, None, :, None]
         poisoned.append(int(gone.sum()))
         q, k, v = (x.masked_fill(gone, float("nan")) for x in (q, k, v))
         poison.kv = k, v
-        return attend(q, k, v, keep, scale=scale)
+        return attend(q, k, v, kept, scale=scale)
 
     monkeypatch.setattr(bridge, "sparse_prefill", poison)
-    monkeypatch.setattr(bridge, "kv_compact", lambda k, v, index: compact(*poison.kv, index))
+    monkeypatch.setattr(bridge, "kv_compact", lambda k, v, kept: compact(*poison.kv, kept))
     dirty = policy.generate(encoded, features, Request(sparse()), 6)
     assert len(poisoned) == policy.layers and min(poisoned) > 0
     for a, b in zip(clean.logprobs, dirty.logprobs, strict=True):

@@ -8,7 +8,7 @@ import pytest
 import tinymodels
 import torch
 from test_rollout import recipe, roll
-from zipr1_kernels import sparse_prefill
+from zipr1_kernels import pack_indices, sparse_prefill
 
 from zipr1 import optim
 from zipr1.errors import RunError
@@ -267,8 +267,9 @@ def test_the_gate_is_the_weight_of_a_token_as_key_and_as_output():
     keep = torch.rand(2, 7, generator=generator) < 0.6
     keep[:, 0] = True
     gate = torch.zeros(2, 7, dtype=torch.float64, requires_grad=True)
-    out = gated_prefill(q, k, v, keep, gate, 0.3)
-    torch.testing.assert_close(out, sparse_prefill(q, k, v, keep, scale=0.3))
+    kept = pack_indices(keep)
+    out = gated_prefill(q, k, v, kept, gate, 0.3)
+    torch.testing.assert_close(out, sparse_prefill(q, k, v, kept, scale=0.3))
     toward = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     (got,) = torch.autograd.grad((out * toward).sum(), gate)
     factor = torch.ones(2, 7, dtype=torch.float64, requires_grad=True)

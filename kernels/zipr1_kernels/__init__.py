@@ -6,11 +6,19 @@ definition that any faster version is tested against, and the path taken on a CP
 head-first, `(B, H, L, D)`, as transformers hands them over. See kernels/README.md.
 """
 
-from zipr1_kernels.kv_compact import kv_compact, pack_indices
+from zipr1_kernels.dispatch import ran, use
+from zipr1_kernels.kept import Kept
+from zipr1_kernels.kv_compact import kv_compact
 from zipr1_kernels.kv_compact.reference import kv_compact as kv_compact_reference
 from zipr1_kernels.probe_scores import probe_scores
 from zipr1_kernels.probe_scores.reference import probe_scores as probe_scores_reference
-from zipr1_kernels.select_top_p import cut_points, select_threshold, select_top_k, select_top_p
+from zipr1_kernels.select_top_p import (
+    cut_points,
+    pack_indices,
+    select_threshold,
+    select_top_k,
+    select_top_p,
+)
 from zipr1_kernels.select_top_p.reference import select_top_p as select_top_p_reference
 from zipr1_kernels.sparse_decode import sparse_decode
 from zipr1_kernels.sparse_decode.reference import sparse_decode as sparse_decode_reference
@@ -18,12 +26,14 @@ from zipr1_kernels.sparse_prefill import sparse_prefill
 from zipr1_kernels.sparse_prefill.reference import sparse_prefill as sparse_prefill_reference
 
 __all__ = [
+    "Kept",
     "cut_points",
     "kv_compact",
     "kv_compact_reference",
     "pack_indices",
     "probe_scores",
     "probe_scores_reference",
+    "ran",
     "select_threshold",
     "select_top_k",
     "select_top_p",
@@ -32,4 +42,5 @@ __all__ = [
     "sparse_decode_reference",
     "sparse_prefill",
     "sparse_prefill_reference",
+    "use",
 ]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from zipr1_kernels.kept import Kept
+
 
 def shape(name: str, tensor: torch.Tensor, want: tuple[int | None, ...], spelt: str) -> None:
     """ValueError unless `tensor` has shape `want` (None: any size), written `spelt` for people."""
@@ -28,4 +30,31 @@ def heads(q: torch.Tensor, k: torch.Tensor) -> None:
         raise ValueError(
             f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads; "
             "the first must be a multiple of the second"
+        )
+
+
+def same_dtype(**tensors: torch.Tensor) -> None:
+    """ValueError unless all are of one floating dtype."""
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    if len(set(dtypes.values())) > 1 or not next(iter(dtypes.values())).is_floating_point:
+        said = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise ValueError(f"{said}; expected one floating dtype for all")
+
+
+def integer(name: str, tensor: torch.Tensor) -> None:
+    """ValueError unless `tensor` holds integers."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; expected an integer")
+
+
+def kept(tokens: Kept, batch: int, length: int) -> None:
+    """ValueError unless `tokens` were chosen among `length` slots of `batch` rows."""
+    if not isinstance(tokens, Kept):
+        raise ValueError(
+            f"kept is a {type(tokens).__name__}; make it with pack_indices(mask) or Kept.of(index, count, length)"
+        )
+    if len(tokens.index) != batch or tokens.length != length:
+        raise ValueError(
+            f"kept was chosen among {tokens.length} slots of {len(tokens.index)} rows; "
+            f"expected {length} slots of {batch} rows"
         )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from zipr1_kernels import kv_compact, pack_indices, sparse_decode, sparse_prefill
+from zipr1_kernels import Kept, kv_compact, pack_indices, sparse_decode, sparse_prefill
 
 KEEP = torch.tensor([[0, 1, 0, 1, 1, 0], [0, 0, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
 
@@ -12,19 +12,20 @@ def normal(*shape, seed=0):
 
 
 def test_pack_indices_by_hand():
-    index, count = pack_indices(KEEP)
+    kept = pack_indices(KEEP)
+    index, count = kept.index, kept.count
     assert count.tolist() == [3, 1, 6]
     assert index.tolist() == [[1, 3, 4, 4, 4, 4], [2] * 6, [0, 1, 2, 3, 4, 5]]
-    index, _ = pack_indices(KEEP[:2])
-    assert index.tolist() == [[1, 3, 4], [2, 2, 2]]
+    assert pack_indices(KEEP[:2]).index.tolist() == [[1, 3, 4], [2, 2, 2]]
 
 
 def test_kv_compact_reads_only_what_is_named():
     k, v = normal(3, 2, 6, 4), normal(3, 2, 6, 5, seed=1)
     k.transpose(1, 2)[~KEEP] = torch.nan
-    index, count = pack_indices(KEEP)
+    kept = pack_indices(KEEP)
+    count = kept.count
     k.requires_grad_()
-    small_k, small_v = kv_compact(k, v, index)
+    small_k, small_v = kv_compact(k, v, kept)
     assert small_k.isfinite().all()
     for b in range(3):
         slots = KEEP[b].nonzero()[:, 0]
@@ -74,10 +75,9 @@ def test_decoding_token_by_token_equals_prefill_of_the_kept_and_the_new():
     """The cache pruned to T and two new tokens is attention over T and those tokens."""
     q, k, v = normal(3, 4, 8, 4), normal(3, 2, 8, 4, seed=1), normal(3, 2, 8, 4, seed=2)
     keep = torch.cat([KEEP, torch.ones(3, 2, dtype=torch.bool)], -1)
-    want = sparse_prefill(q, k, v, keep)[:, :, 6:]
-    index, count = pack_indices(KEEP)
-    cache = kv_compact(k, v, index)
-    valid = torch.arange(index.shape[1]) < count[:, None]
+    want = sparse_prefill(q, k, v, pack_indices(keep))[:, :, 6:]
+    kept = pack_indices(KEEP)
+    cache, valid = kv_compact(k[:, :, :6], v[:, :, :6], kept), kept.real
     new = torch.ones(3, 2, dtype=torch.bool)
     both = [torch.cat([old, x[:, :, 6:]], 2) for old, x in zip(cache, (k, v))]
     got = sparse_decode(q[:, :, 6:], *both, torch.cat([valid, new], -1))
@@ -90,3 +90,45 @@ def test_decoding_token_by_token_equals_prefill_of_the_kept_and_the_new():
 def test_more_queries_than_slots_is_refused():
     with pytest.raises(ValueError, match="append the queries' own k and v first"):
         sparse_decode(normal(1, 2, 3, 4), normal(1, 2, 2, 4), normal(1, 2, 2, 4))
+
+
+def test_indices_of_ones_own_are_checked():
+    index, count = torch.tensor([[0, 2, 9], [1, 5, 4]]), torch.tensor([2, 2])
+    kept = Kept.of(index, count, 6)  # what stands beyond the counts is not looked at
+    assert kept.index.tolist() == [[0, 2], [1, 5]] and kept.index.dtype == torch.int64
+    assert kept.keep.int().tolist() == [[1, 0, 1, 0, 0, 0], [0, 1, 0, 0, 0, 1]]
+    assert kept.flat.tolist() == [0, 2, 7, 11]
+    assert not kept.ragged and not kept.everything
+    ragged = Kept.of(index, torch.tensor([1, 2]), 6)
+    assert ragged.index.tolist() == [[0, 0], [1, 5]] and ragged.flat.tolist() == [0, 7, 11]
+    for bad, counts, said in [
+        ([[0, 2], [1, 6]], [2, 2], "row 1 of index has an index outside 0..5"),
+        ([[-1, 2], [1, 5]], [2, 2], "row 0 of index has an index outside"),
+        ([[0, 2], [5, 1]], [2, 2], "row 1 of index has indices that do not ascend"),
+        ([[2, 2], [1, 5]], [2, 2], "row 0 of index has indices that do not ascend"),
+        ([[0, 2], [1, 5]], [2, 3], "row 1 of index has a count outside 1..2"),
+        ([[0, 2], [1, 5]], [0, 2], "row 0 of index has a count outside"),
+    ]:
+        with pytest.raises(ValueError, match=said.replace(".", r"\.")):
+            Kept.of(torch.tensor(bad), torch.tensor(counts), 6)
+    with pytest.raises(ValueError, match=r"index has dtype torch\.float32; expected an integer"):
+        Kept.of(index.float(), count, 6)
+    with pytest.raises(ValueError, match=r"count \(3,\); expected"):
+        Kept.of(index, torch.ones(3).long(), 6)
+
+
+def test_operations_refuse_what_was_chosen_elsewhere():
+    q, k = normal(3, 4, 2, 4), normal(3, 2, 6, 4)
+    kept = pack_indices(KEEP)
+    with pytest.raises(ValueError, match="among 6 slots of 3 rows; expected 5 slots of 3 rows"):
+        kv_compact(k[:, :, :5], k[:, :, :5], kept)
+    with pytest.raises(ValueError, match="kept is a Tensor; make it with pack_indices"):
+        sparse_prefill(normal(3, 4, 6, 4), k, k, KEEP)
+    with pytest.raises(ValueError, match="kept alone says what counts"):
+        sparse_decode(q[:, :, :1], k, k, KEEP, kept=kept)
+    with pytest.raises(ValueError, match="2 queries but 1 cache slots"):
+        sparse_decode(q, k, k, kept=kept)
+    with pytest.raises(ValueError, match=r"k torch\.float64, v torch\.float32"):
+        kv_compact(k, k.float(), kept)
+    with pytest.raises(ValueError, match="at least one row and slot"):
+        pack_indices(torch.zeros(0, 4, dtype=torch.bool))

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from zipr1_kernels import probe_scores
-from zipr1_kernels.probe_scores import reference
+from zipr1_kernels import probe_scores, ran
+from zipr1_kernels.probe_scores import blocked, reference
 
 CASES = [(4, 4, True), (4, 2, True), (4, 2, False), (6, 1, False)]
 
@@ -111,3 +111,25 @@ def test_wrong_arguments_say_what_came():
         probe_scores(q, k, probes, valid, candidates.long())
     with pytest.raises(ValueError, match="3 query heads cannot share 2"):
         probe_scores(q[:, :3], k, probes, valid, candidates)
+
+
+@pytest.mark.parametrize(("q_heads", "heads", "normalise"), CASES)
+@pytest.mark.parametrize("block", [1, 40, 2**19])
+def test_blocks_of_probes_give_the_same(q_heads, heads, normalise, block, monkeypatch):
+    """The version for long prompts on a CPU: every size of block, poisoned where nothing may be read."""
+    q, k, probes, valid, candidates = example(heads, q_heads)
+    probes[0, 0] = 1  # sees no candidate
+    probes[1] = torch.tensor([8, 0, 8, 3])  # in no order
+    want = brute(q, k, probes, valid, candidates, normalise)
+    q.transpose(1, 2)[~valid] = torch.nan
+    k.transpose(1, 2)[~candidates] = torch.nan
+    monkeypatch.setattr(blocked, "BLOCK", block)
+    with torch.no_grad():
+        got = probe_scores(q, k, probes, valid, candidates, normalise=normalise)
+    small = blocked.pays(q_heads, 4, 9)
+    assert small == (q_heads * 4 * 9 > 4 * block)
+    said = "torch: blocked, for a long prompt on a CPU" if small else "torch: not on a GPU"
+    assert ran("probe_scores") == said
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    probe_scores(q.requires_grad_(), k, probes, valid, candidates)
+    assert ran("probe_scores") == "torch: not on a GPU", "a gradient needs the plain version"

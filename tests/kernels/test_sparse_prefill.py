@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from zipr1_kernels import sparse_prefill
+from zipr1_kernels import pack_indices, ran, sparse_prefill, use
+from zipr1_kernels.sparse_prefill import blocked
 
 LENGTH = 11
 
@@ -43,7 +44,7 @@ def brute(q, k, v, keep, scale):
 def test_equals_masked_dense_attention_and_its_gradients(name, heads, scale):
     keep = masks()[name]
     inputs = [x.requires_grad_() for x in example(heads=heads)]
-    got = sparse_prefill(*inputs, keep, scale=scale)
+    got = sparse_prefill(*inputs, pack_indices(keep), scale=scale)
     want = brute(*inputs, keep, scale or 8**-0.5)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     assert (got.transpose(1, 2)[~keep] == 0).all()
@@ -59,12 +60,12 @@ def test_equals_masked_dense_attention_and_its_gradients(name, heads, scale):
 @pytest.mark.parametrize("name", ["ragged", "equal", "padding", "single"])
 def test_dropped_rows_are_never_read(name):
     keep = masks()[name]
-    clean = sparse_prefill(*example(), keep)
+    clean = sparse_prefill(*example(), pack_indices(keep))
     inputs = [x.clone() for x in example()]
     for x in inputs:
         x.transpose(1, 2)[~keep] = torch.nan
         x.requires_grad_()
-    out = sparse_prefill(*inputs, keep)
+    out = sparse_prefill(*inputs, pack_indices(keep))
     assert torch.equal(out, clean)
     out.square().sum().backward()
     for x in inputs:
@@ -77,14 +78,38 @@ def test_bfloat16_is_within_twice_the_error_of_dense():
     exact = brute(*example(), keep, 8**-0.5)
     low = [x.bfloat16() for x in example()]
     dense = (brute(*low, keep, 8**-0.5).double() - exact).abs().max()
-    sparse = sparse_prefill(*low, keep)
+    sparse = sparse_prefill(*low, pack_indices(keep))
     assert sparse.dtype == torch.bfloat16
     assert (sparse.double() - exact).abs().max() <= 2 * dense
 
 
 def test_wrong_arguments_say_what_came():
     q, k, v = example()
-    with pytest.raises(ValueError, match=r"keep has shape \(3, 10\)"):
-        sparse_prefill(q, k, v, masks()["all"][:, 1:])
+    with pytest.raises(ValueError, match="among 10 slots of 3 rows; expected 11 slots"):
+        sparse_prefill(q, k, v, pack_indices(masks()["all"][:, 1:]))
     with pytest.raises(ValueError, match=r"v has shape"):
-        sparse_prefill(q, k, v[:, :1], masks()["all"])
+        sparse_prefill(q, k, v[:, :1], pack_indices(masks()["all"]))
+
+
+@pytest.mark.parametrize("name", ["ragged", "equal", "padding", "single"])
+@pytest.mark.parametrize("block", [1, 3, 64])
+@pytest.mark.parametrize("lazy", [1, 2**25])
+def test_blocks_of_queries_give_the_same(name, block, lazy, monkeypatch):
+    """The version for long prompts on a CPU, poisoned where nothing may be read."""
+    keep = masks()[name]
+    want = brute(*example(), keep, 8**-0.5)
+    inputs = [x.clone() for x in example()]
+    for x in inputs:
+        x.transpose(1, 2)[~keep] = torch.nan
+    for key, value in (("LEAST", 1), ("BLOCK", block), ("LAZY", lazy)):
+        monkeypatch.setattr(blocked, key, value)
+    with torch.no_grad():
+        got = sparse_prefill(*inputs, pack_indices(keep))
+    assert ran("sparse_prefill") == "torch: blocked, for a long prompt on a CPU"
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    assert got.stride() == sparse_prefill(*inputs, pack_indices(keep)).stride()
+    with use("torch"), torch.no_grad():
+        sparse_prefill(*inputs, pack_indices(keep))
+        assert ran("sparse_prefill") == "torch: forced"
+    sparse_prefill(*(x.requires_grad_() for x in inputs), pack_indices(keep))
+    assert ran("sparse_prefill") == "torch: not on a GPU", "a gradient needs the plain version"

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from zipr1_kernels import (
+    Kept,
     cut_points,
     kv_compact,
     pack_indices,
@@ -202,7 +203,7 @@ def gated_prefill(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    keep: torch.Tensor,
+    kept: Kept,
     gate: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
@@ -212,7 +213,7 @@ def gated_prefill(
     """
     bias = (gate / scale).to(key.dtype)[:, None, :, None].expand(-1, key.shape[1], -1, 1)
     query = torch.cat([query, torch.ones_like(query[..., :1])], -1)
-    out = sparse_prefill(query, torch.cat([key, bias], -1), value, keep, scale=scale)
+    out = sparse_prefill(query, torch.cat([key, bias], -1), value, kept, scale=scale)
     return out * (1 + gate).to(out.dtype)[:, None, :, None]
 
 
@@ -233,18 +234,16 @@ def zipr1_attention(
     layer = int(module.layer_idx) if hasattr(module, "layer_idx") else 0  # type: ignore[arg-type]
     if zip_pass is not None:
         keep = zip_pass.choose(layer, query, key, scale)
+        kept = pack_indices(keep)
         if zip_pass.request.settings.skip == "layer":
-            module.zip_rows = KeptRows(
-                keep.flatten().nonzero()[:, 0], (keep.shape[0], keep.shape[1])
-            )  # type: ignore[assignment]
+            module.zip_rows = KeptRows(kept.flat, (keep.shape[0], keep.shape[1]))  # type: ignore[assignment]
         through = zip_pass.request.through
         if through is None:
-            out = sparse_prefill(query, key, value, keep, scale=scale)
+            out = sparse_prefill(query, key, value, kept, scale=scale)
         else:
-            out = gated_prefill(query, key, value, keep, zip_pass.gate(layer, *through), scale)
+            out = gated_prefill(query, key, value, kept, zip_pass.gate(layer, *through), scale)
         if zip_cache is not None:
-            index, counts = pack_indices(keep)
-            zip_cache.layers[layer].prune(*kv_compact(key, value, index), counts)
+            zip_cache.layers[layer].prune(*kv_compact(key, value, kept), kept.count)
         return out.transpose(1, 2), None
     if zip_cache is not None:
         out = sparse_decode(query, key, value, zip_cache.layers[layer].valid, scale=scale)

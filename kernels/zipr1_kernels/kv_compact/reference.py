@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from zipr1_kernels.kept import Kept
 
-def pack_indices(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+
+def kv_compact(k: torch.Tensor, v: torch.Tensor, kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
     """See the public function."""
-    count = keep.sum(-1)
-    width = max(int(count.max()), 1)
-    rows, slots = keep.nonzero(as_tuple=True)
-    rank = keep.cumsum(-1)[rows, slots] - 1
-    index = torch.zeros(len(keep), width, dtype=torch.int64, device=keep.device)
-    index[rows, rank] = slots
-    # Slots ascend and padding is 0, so a running maximum repeats the last kept slot.
-    return index.cummax(-1).values, count
-
-
-def kv_compact(
-    k: torch.Tensor, v: torch.Tensor, index: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the public function."""
-    return gather_tokens(k, index), gather_tokens(v, index)
+    return gather_tokens(k, kept.index), gather_tokens(v, kept.index)
 
 
 def gather_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

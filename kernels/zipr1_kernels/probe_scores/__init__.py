@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from zipr1_kernels import checks
-from zipr1_kernels.probe_scores import reference
+from zipr1_kernels import checks, dispatch
+from zipr1_kernels.probe_scores import blocked, reference
 
 
 def probe_scores(
@@ -38,7 +38,9 @@ def probe_scores(
         that no probe sees. Without `normalise` a row sums to HQ * (valid probes).
 
     Differentiable in `q_probe` and `k`. NaN at invalid probes or non-candidate keys never leaks,
-    nor does it into gradients. Memory: O(B HQ R L) floats, never L x L.
+    nor does it into gradients. Memory:
+    never L x L; O(B HQ R L) floats in plain torch, O(B L) and 2 MB in the blocked version (a CPU, many probes, no
+    gradient) and O(B (L + HQ R)) in the kernel.
     """
     checks.shape("q_probe", q_probe, (None, None, None, None), "(B, HQ, R, D)")
     batch, _, count, dim = q_probe.shape
@@ -49,6 +51,18 @@ def probe_scores(
     checks.boolean("probe_valid", probe_valid)
     checks.boolean("candidates", candidates)
     checks.heads(q_probe, k)
-    return reference.probe_scores(
-        q_probe, k, probes, probe_valid, candidates, scale=scale, normalise=normalise
-    )
+    checks.same_dtype(q_probe=q_probe, k=k)
+    checks.integer("probes", probes)
+    tensors = (q_probe, k, probes, probe_valid, candidates)
+    run = reference.probe_scores
+    if dispatch.plan("probe_scores", *tensors, cannot=dispatch.unfit(k.dtype, dim)):
+        from zipr1_kernels.probe_scores import kernel
+
+        run = kernel.probe_scores
+    else:
+        graded = torch.is_grad_enabled() and (q_probe.requires_grad or k.requires_grad)
+        pays = blocked.pays(q_probe.shape[1], count, k.shape[2])
+        if k.device.type == "cpu" and pays and not graded and dispatch.free():
+            run = blocked.probe_scores
+            dispatch.note("probe_scores", "torch: blocked, for a long prompt on a CPU")
+    return run(*tensors, scale=scale, normalise=normalise)

@@ -1,13 +1,17 @@
-"""Choose which tokens stay, given their scores: by share of mass, by count, by threshold.
+"""Choose which tokens stay, given their scores: by share of mass, by count, by threshold; then list them.
 
-All functions take one row per sample, padding included, and return a bool mask of what is kept.
+Choosing takes one row per sample, padding included, and returns a bool mask of what is kept, to which a caller may add
+(answer tokens, say); `pack_indices` turns the mask into ascending indices and counts. On a GPU neither sorts.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
-from zipr1_kernels import checks
+from zipr1_kernels import checks, dispatch
+from zipr1_kernels.kept import Kept
 from zipr1_kernels.select_top_p import reference
 
 
@@ -40,11 +44,13 @@ def select_top_p(
 
     Args: as `cut_points`; p: `(B,)` float in (0, 1]. At p >= 1 every candidate is kept by
     definition (cumulative sums of underflowing scores reach 1 early). Source: arXiv 2410.08584,
-    counted and chosen on the same score so that the kept mass is guaranteed.
+    counted and chosen on the same score so that the kept mass is guaranteed, to 1e-6 of the whole.
     """
     _check(scores, candidates, always)
     checks.shape("p", p, (scores.shape[0],), "(B,)")
-    return reference.select_top_p(scores, p, candidates, always)
+    return _module("select_top_p", scores, p, candidates, always).select_top_p(
+        scores, p, candidates, always
+    )
 
 
 def select_top_k(
@@ -57,7 +63,10 @@ def select_top_k(
     """
     _check(scores, candidates, always)
     checks.shape("k", k, (scores.shape[0],), "(B,)")
-    return reference.select_top_k(scores, k, candidates, always)
+    checks.integer("k", k)
+    return _module("select_top_k", scores, k, candidates, always).select_top_k(
+        scores, k, candidates, always
+    )
 
 
 def select_threshold(
@@ -70,7 +79,35 @@ def select_threshold(
     """
     _check(scores, candidates, always)
     checks.shape("t", t, (scores.shape[0],), "(B,)")
-    return reference.select_threshold(scores, t, candidates, always)
+    return _module("select_threshold", scores, t, candidates, always).select_threshold(
+        scores, t, candidates, always
+    )
+
+
+def pack_indices(keep: torch.Tensor) -> Kept:
+    """Kept slots in ascending order, each row padded to the longest by repeating its last kept slot.
+
+    Args:
+        keep: `(B, L)` bool with at least one True in each row (a row without any has count 0 and points at slot 0).
+
+    A GPU waits for the host once, to learn how much memory the longest row takes.
+    """
+    checks.shape("keep", keep, (None, None), "(B, L)")
+    checks.boolean("keep", keep)
+    if not keep.numel():
+        raise ValueError(f"keep has shape {tuple(keep.shape)}; expected at least one row and slot")
+    return _module("pack_indices", keep).pack_indices(keep)
+
+
+def _module(op: str, *tensors: torch.Tensor) -> ModuleType:
+    """`reference` or `kernel`, for these tensors."""
+    scores = tensors[0]
+    cannot = "no kernel for torch.float64" if scores.dtype == torch.float64 else None
+    if not dispatch.plan(op, *tensors, cannot=cannot):
+        return reference
+    from zipr1_kernels.select_top_p import kernel
+
+    return kernel
 
 
 def _check(scores: torch.Tensor, candidates: torch.Tensor, always: torch.Tensor) -> None:

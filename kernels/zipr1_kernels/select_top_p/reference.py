@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from zipr1_kernels.kept import Kept
+
 # The cut point of padding: above every p, so never kept.
 NEVER = 2.0
 
@@ -53,6 +55,18 @@ def select_threshold(
     with torch.no_grad():
         relative = _shares(scores, candidates) * candidates.sum(-1, keepdim=True)
         return candidates & (always | (relative >= t[:, None]))
+
+
+def pack_indices(keep: torch.Tensor) -> Kept:
+    """See the public function."""
+    count = keep.sum(-1)
+    most, least = torch.stack([count.max(), count.min()]).tolist()
+    rows, slots = keep.nonzero(as_tuple=True)
+    rank = keep.cumsum(-1)[rows, slots] - 1
+    index = torch.zeros(len(keep), max(most, 1), dtype=torch.int64, device=keep.device)
+    index[rows, rank] = slots
+    # Slots ascend and padding is 0, so a running maximum repeats the last kept slot.
+    return Kept(index.cummax(-1).values, count, least, keep.shape[1])
 
 
 def _shares(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:

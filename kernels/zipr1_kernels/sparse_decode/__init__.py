@@ -1,11 +1,15 @@
-"""A few new queries against a pruned key/value cache."""
+"""A few new queries against a pruned key/value cache, or against the kept slots of a full one."""
 
 from __future__ import annotations
 
 import torch
 
-from zipr1_kernels import checks
+from zipr1_kernels import checks, dispatch
+from zipr1_kernels.kept import Kept
 from zipr1_kernels.sparse_decode import reference
+
+# Queries that share a key head, all rows of one block of the kernel.
+MOST_ROWS = 64
 
 
 def sparse_decode(
@@ -14,6 +18,7 @@ def sparse_decode(
     v: torch.Tensor,
     valid: torch.Tensor | None = None,
     *,
+    kept: Kept | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
     """Attention of the last Lq appended tokens to the cache, causal among themselves.
@@ -23,10 +28,12 @@ def sparse_decode(
         k: `(B, H, n, D)`; v: `(B, H, n, DV)`: pruned prompt, then response; HQ is a multiple of H.
         valid: `(B, n)` bool; False slots (padding of ragged prompts) get weight exactly 0. None:
             all count. Each query must see at least one valid slot.
+        kept: of a cache that was not pruned, the slots that are attended to, those of the new tokens last; the
+            queries are then the last Lq of each row's list. Takes the place of `valid`.
         scale: factor of the logits; default 1 / sqrt(D).
 
     Returns:
-        `(B, HQ, Lq, DV)`, differentiable.
+        `(B, HQ, Lq, DV)`, differentiable (with a gradient, plain torch runs).
 
     What False slots hold is of no effect as long as it is finite: 0 * NaN is NaN. `kv_compact` pads
     by repeating a kept token, which keeps this promise at no cost.
@@ -36,11 +43,30 @@ def sparse_decode(
     checks.shape("k", k, (batch, None, None, dim), "(B, H, n, D)")
     checks.shape("v", v, (*k.shape[:3], None), "(B, H, n, DV)")
     checks.heads(q, k)
-    if queries > k.shape[2]:
+    checks.same_dtype(q=q, k=k, v=v)
+    slots = k.shape[2]
+    if kept is not None:
+        checks.kept(kept, batch, slots)
+        slots = kept.least
+        if valid is not None:
+            raise ValueError("valid and kept were both given; kept alone says what counts")
+    if queries > slots:
         raise ValueError(
-            f"{queries} queries but {k.shape[2]} cache slots; append the queries' own k and v first"
+            f"{queries} queries but {slots} cache slots; append the queries' own k and v first"
         )
     if valid is not None:
         checks.shape("valid", valid, (batch, k.shape[2]), "(B, n)")
         checks.boolean("valid", valid)
-    return reference.sparse_decode(q, k, v, valid, scale=scale)
+    index = None if kept is None else kept.index
+    tensors = [x for x in (q, k, v, valid, index) if x is not None]
+    cannot = dispatch.unfit(q.dtype, dim, v.shape[3])
+    rows = q.shape[1] // k.shape[1] * queries
+    if rows > MOST_ROWS:
+        cannot = f"{rows} queries a key head are more than {MOST_ROWS}"
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        cannot = "a gradient is wanted"
+    if not dispatch.plan("sparse_decode", *tensors, cannot=cannot):
+        return reference.sparse_decode(q, k, v, valid, kept=kept, scale=scale)
+    from zipr1_kernels.sparse_decode import kernel
+
+    return kernel.sparse_decode(q, k, v, valid, kept=kept, scale=scale)

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import torch
 
-from zipr1_kernels import checks
-from zipr1_kernels.sparse_prefill import reference
+from zipr1_kernels import checks, dispatch
+from zipr1_kernels.kept import Kept
+from zipr1_kernels.sparse_prefill import blocked, reference
 
 
 def sparse_prefill(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    keep: torch.Tensor,
+    kept: Kept,
     *,
     scale: float | None = None,
 ) -> torch.Tensor:
     """O[T] = causal attention among the kept tokens T, O = 0 elsewhere (arXiv 2410.08584).
 
     Exact: T is shared by the heads and stays in order, so gather, attend, scatter is the same as
-    attention with dropped keys masked. Cost: O(n^2) for the largest kept count n of the batch.
+    attention with dropped keys masked. Cost: O(n^2), n the largest kept count of the batch in torch
+    and each row's own in the kernel.
 
     Args:
         q: `(B, HQ, L, D)`; k: `(B, H, L, D)`; v: `(B, H, L, DV)`; HQ is a multiple of H.
-        keep: `(B, L)` bool, at least one True in each row; padding (on either side) is False.
+        kept: of L slots, at least one in each row; padding (on either side) is not kept.
         scale: factor of the logits; default 1 / sqrt(D).
 
     Returns:
@@ -34,7 +36,20 @@ def sparse_prefill(
     batch, _, length, dim = q.shape
     checks.shape("k", k, (batch, None, length, dim), "(B, H, L, D)")
     checks.shape("v", v, (batch, k.shape[1], length, None), "(B, H, L, DV)")
-    checks.shape("keep", keep, (batch, length), "(B, L)")
-    checks.boolean("keep", keep)
+    checks.kept(kept, batch, length)
     checks.heads(q, k)
-    return reference.sparse_prefill(q, k, v, keep, scale=scale)
+    checks.same_dtype(q=q, k=k, v=v)
+    # One sample, or samples of one length, leave nothing to skip: torch's fused attention on gathered rows is then hard
+    # to beat, and the gather is linear where attention is quadratic.
+    slower = None if kept.ragged else "rows are equally long: gather, then torch's fused attention"
+    cannot = dispatch.unfit(q.dtype, dim, v.shape[3])
+    if dispatch.plan("sparse_prefill", q, k, v, kept.index, cannot=cannot, slower=slower):
+        from zipr1_kernels.sparse_prefill import kernel
+
+        return kernel.sparse_prefill(q, k, v, kept, scale=scale)
+    graded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    sparse = kept.index.shape[1] >= blocked.LEAST and not kept.everything
+    if q.device.type == "cpu" and sparse and not graded and dispatch.free():
+        dispatch.note("sparse_prefill", "torch: blocked, for a long prompt on a CPU")
+        return blocked.sparse_prefill(q, k, v, kept, scale=scale)
+    return reference.sparse_prefill(q, k, v, kept, scale=scale)

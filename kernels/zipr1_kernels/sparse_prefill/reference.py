@@ -5,30 +5,24 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from zipr1_kernels.kv_compact.reference import gather_tokens, pack_indices
+from zipr1_kernels.kept import Kept
+from zipr1_kernels.kv_compact.reference import gather_tokens
 
 
 def sparse_prefill(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    keep: torch.Tensor,
-    *,
-    scale: float | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: Kept, *, scale: float | None = None
 ) -> torch.Tensor:
     """See the public function."""
-    if bool(keep.all()):
+    if kept.everything:
         return _causal(q, k, v, scale)
-    index, count = pack_indices(keep)
     # Padding sits on the right, so the causal mask alone hides it from every kept token; what
     # padding itself computes is thrown away below.
-    packed = _causal(
-        gather_tokens(q, index), gather_tokens(k, index), gather_tokens(v, index), scale
-    ).transpose(1, 2)  # (B, n, HQ, DV)
-    real = torch.arange(index.shape[1], device=keep.device) < count[:, None]  # (B, n)
-    out = packed.new_zeros(len(q), q.shape[2], q.shape[1], v.shape[3])  # (B, L, HQ, DV)
-    # Both masks list rows, then ascending slots: the m-th True of one is the m-th of the other.
-    return out.index_put(keep.nonzero(as_tuple=True), packed[real]).transpose(1, 2)
+    small_q, small_k, small_v = (gather_tokens(x, kept.index) for x in (q, k, v))
+    packed = _causal(small_q, small_k, small_v, scale).transpose(1, 2)  # (B, n, HQ, DV)
+    rows = packed[kept.real] if kept.ragged else packed.flatten(0, 1)  # (sum of counts, HQ, DV)
+    out = rows.new_zeros(len(q) * q.shape[2], q.shape[1], v.shape[3])
+    out.index_copy_(0, kept.flat, rows)
+    return out.view(len(q), q.shape[2], *out.shape[1:]).transpose(1, 2)
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:

@@ -1,0 +1,118 @@
+"""Which code runs an operation: plain torch, or a Triton kernel.
+
+`auto`, the default, takes Triton for tensors on a GPU and torch otherwise, and torch too where an operation says so (a
+head dimension without a shipped configuration, or torch's own fused attention being the faster). `use("torch")` and
+`use("triton")` force one for a block of code, the environment variable ZIPR1_KERNELS for a process.
+
+Triton compiles for GPUs; on a CPU its kernels run in Triton's interpreter, slowly, if TRITON_INTERPRET=1 was set before
+they were imported. The interpreter shows that the logic is right, not what low precision does on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator
+
+import torch
+
+PATHS = ("auto", "torch", "triton")
+
+# Head dimensions with a shipped configuration, up to the next power of two.
+MOST_DIM = 128
+
+
+class _State(threading.local):
+    def __init__(self) -> None:
+        self.path = os.environ.get("ZIPR1_KERNELS", "auto")
+        self.ran: dict[str, str] = {}
+
+
+_state = _State()
+
+
+@contextlib.contextmanager
+def use(path: str) -> Iterator[None]:
+    """Force a path, one of `PATHS`, for this thread within the block."""
+    before, _state.path = _state.path, path
+    try:
+        _check()
+        yield
+    finally:
+        _state.path = before
+
+
+def ran(op: str) -> str | None:
+    """What `op` took last in this thread: `triton`, or `torch: ` and the reason; None before its first call."""
+    return _state.ran.get(op)
+
+
+def note(op: str, path: str) -> None:
+    """Remember the path taken."""
+    _state.ran[op] = path
+
+
+def plan(
+    op: str, *tensors: torch.Tensor, cannot: str | None = None, slower: str | None = None
+) -> bool:
+    """Whether the Triton kernel of `op` is to run on these tensors; the choice is remembered for `ran`.
+
+    cannot: why there is no kernel for them; None: there is one. slower: why `auto` should take torch all the same.
+    RuntimeError if Triton was forced and cannot run at all, ValueError if the tensors are on different devices.
+    """
+    _check()
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        said = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"{op}: tensors are on {said}; move them to one device")
+    on_gpu = next(iter(devices)).type == "cuda"
+    if _state.path == "torch":
+        reason = "forced"
+    elif _state.path == "auto" and not on_gpu:
+        reason = "not on a GPU"
+    elif _state.path == "auto" and not has_triton():
+        reason = "Triton is not installed"
+    elif _state.path == "auto" and slower:
+        reason = slower
+    else:
+        reason = cannot or ""
+    if not reason and not has_triton():
+        raise RuntimeError("Triton was asked for and is not installed: pip install triton")
+    if not reason and not on_gpu and not interpreted():
+        raise RuntimeError(
+            "Triton was asked for on a CPU; set TRITON_INTERPRET=1 before Python starts, or use a GPU"
+        )
+    note(op, f"torch: {reason}" if reason else "triton")
+    return not reason
+
+
+def free() -> bool:
+    """Whether nothing is forced: `use("torch")` is the plain version, not a faster one."""
+    return _state.path == "auto"
+
+
+def unfit(dtype: torch.dtype, *dims: int) -> str | None:
+    """`cannot` of attention and scoring: dtypes and head dimensions without a shipped configuration."""
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"no kernel for {dtype}"
+    return None if max(dims) <= MOST_DIM else f"head dimension {max(dims)} is above {MOST_DIM}"
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in the interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def _check() -> None:
+    if _state.path not in PATHS:
+        raise ValueError(
+            f"kernels path '{_state.path}' (ZIPR1_KERNELS or use()); allowed: {', '.join(PATHS)}"
+        )

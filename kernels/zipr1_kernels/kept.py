@@ -1,0 +1,94 @@
+"""Which tokens stay, as indices: the argument that attention and compaction share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The kept slots of each sample, ascending. Made by `pack_indices` from a mask, or by `Kept.of` from indices.
+
+    index: `(B, n)` int64, n the largest count; entries from count[b] on are padding, which repeats the row's last
+    kept slot. count: `(B,)` int64, at least 1. least: the smallest count. length: slots that were chosen among.
+
+    Both makers vouch for what is inside, so that the operations need not look at values, for which a GPU would wait.
+    """
+
+    index: torch.Tensor
+    count: torch.Tensor
+    least: int
+    length: int
+
+    @classmethod
+    def of(cls, index: torch.Tensor, count: torch.Tensor, length: int) -> Kept:
+        """Checked indices of one's own; whatever stands from count[b] on is replaced by padding.
+
+        Args:
+            index: `(B, n)` integer, its first count[b] entries strictly ascending in 0..length-1.
+            count: `(B,)` integer in 1..n.
+
+        Raises ValueError that names the first bad row. A GPU waits for the host once.
+        """
+        if index.ndim != 2 or count.shape != index.shape[:1] or not index.shape[1]:
+            raise ValueError(
+                f"index has shape {tuple(index.shape)} and count {tuple(count.shape)}; expected (B, n) and (B,)"
+            )
+        for name, tensor in (("index", index), ("count", count)):
+            if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+                raise ValueError(f"{name} has dtype {tensor.dtype}; expected an integer")
+        if index.device != count.device:
+            raise ValueError(f"index is on {index.device} and count on {count.device}; move one")
+        index, count = index.long(), count.long()
+        width = index.shape[1]
+        place = torch.arange(width, device=index.device)
+        real = place < count[:, None]
+        outside = (real & ((index < 0) | (index >= length))).any(1)
+        unordered = (real[:, 1:] & (index[:, 1:] <= index[:, :-1])).any(1)
+        miscounted = (count < 1) | (count > width)
+        bad, most, least = torch.stack(
+            [(outside | unordered | miscounted).any().long(), count.max(), count.min()]
+        ).tolist()
+        if bad:
+            for flaw, rows in (
+                (f"a count outside 1..{width}", miscounted),
+                (f"an index outside 0..{length - 1}", outside),
+                ("indices that do not ascend; sort them and drop repeated ones", unordered),
+            ):
+                if bool(rows.any()):
+                    raise ValueError(f"row {int(rows.int().argmax())} of index has {flaw}")
+        return cls(
+            index.masked_fill(~real, 0).cummax(1).values[:, :most].contiguous(),
+            count,
+            least,
+            length,
+        )
+
+    @property
+    def everything(self) -> bool:
+        """Whether every slot of every row is kept."""
+        return self.least == self.length
+
+    @property
+    def ragged(self) -> bool:
+        return self.least < self.index.shape[1]
+
+    @cached_property
+    def real(self) -> torch.Tensor:
+        """`(B, n)` bool: True but for padding."""
+        return torch.arange(self.index.shape[1], device=self.index.device) < self.count[:, None]
+
+    @cached_property
+    def flat(self) -> torch.Tensor:
+        """`(sum of counts,)` int64: the kept slots of all rows among the `B * length` of the flattened batch."""
+        start = torch.arange(len(self.index), device=self.index.device)[:, None] * self.length
+        return (self.index + start)[self.real] if self.ragged else (self.index + start).flatten()
+
+    @cached_property
+    def keep(self) -> torch.Tensor:
+        """`(B, length)` bool."""
+        mask = torch.zeros(len(self.index), self.length, dtype=torch.bool, device=self.index.device)
+        return mask.scatter_(1, self.index, True)

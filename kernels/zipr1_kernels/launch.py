@@ -1,0 +1,42 @@
+"""What the Triton wrappers share. Imported by kernel.py files alone, for it needs Triton."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+# Read when the kernels are decorated, hence once: the interpreter computes in numpy, which has no bfloat16.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+LOG2E = 1.4426950408889634
+
+
+class Config(NamedTuple):
+    """Block sizes (rows of queries, columns of keys) and how Triton is to compile for them."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+def padded(dim: int) -> int:
+    """A head dimension as kernels see it: the next power of two, at least 16, the least that tensor cores take."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """`x` itself where its last dimension is contiguous and no two elements share memory, else a copy."""
+    shared = any(not step and size > 1 for step, size in zip(x.stride(), x.shape, strict=True))
+    return x.contiguous() if shared or x.stride(-1) != 1 else x
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of products: fp32 inputs are multiplied as such and not as tf32, which the tests' tolerances do not allow."""
+    return "ieee" if dtype == torch.float32 else "tf32"

@@ -1,0 +1,48 @@
+"""The benchmark runs, checks its results first, and reports the fields that others read."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+BENCH = Path(__file__).resolve().parents[2] / "kernels" / "bench"
+sys.path.insert(0, str(BENCH))
+
+
+def test_a_short_run_on_the_cpu():
+    command = [sys.executable, BENCH / "run.py", "--device", "cpu", "--json", "--backward"]
+    command += ["--length", "160", "--dtype", "float32", "--repeats", "1", "--seconds", "0.01"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    ours = {(row["op"], row["mode"]): row for row in rows if row["provider"] == "ours"}
+    ops = ["probe_scores", "select_top_p", "sparse_prefill", "kv_compact", "sparse_decode", "total"]
+    assert set(ours) == {(op, "forward") for op in ops} | {("sparse_prefill", "backward")}
+    total = ours["total", "forward"]
+    assert (total["length"], total["keep"]) == (160, 0.25)
+    assert total["p20_ms"] <= total["p50_ms"] <= total["p80_ms"]
+    assert abs(total["speedup"] * total["p50_ms"] / total["dense_p50_ms"] - 1) < 0.01
+    assert total["path"] == "torch: not on a GPU"
+
+
+def test_nothing_is_timed_that_is_wrong(monkeypatch):
+    import run
+
+    right = run.sparse_prefill
+    assert run.gate("cpu") == []
+    monkeypatch.setattr(run, "sparse_prefill", lambda *x: right(*x) * 1.01)
+    wrong = run.gate("cpu")
+    assert any(line.startswith("float32 output: off by") for line in wrong)
+    assert any("float32 dq" in line for line in wrong)
+
+
+def test_the_share_kept_is_the_one_asked_for():
+    from cases import SHAPES, Problem
+
+    problem = Problem(SHAPES["3b"], 300, 0.25, torch.float32, "cpu")
+    assert problem.kept.count.tolist() == [75]
+    gaps = problem.kept.index[0].diff()
+    assert int(gaps.max()) > 5 and int(gaps.min()) == 1, "scattered, not a prefix"
+    assert torch.equal(problem.by_sort()[:, 1], problem.kept.index[0])

@@ -1,0 +1,334 @@
+"""The Triton kernels against plain torch: on a GPU where there is one, else in Triton's interpreter.
+
+The interpreter proves the logic: masks, indices, raggedness, gradients. It computes bfloat16 in float32, so what low
+precision does to the numbers is proven on a GPU only.
+"""
+
+import functools
+
+import pytest
+import torch
+from zipr1_kernels import (
+    kv_compact,
+    pack_indices,
+    probe_scores,
+    ran,
+    select_threshold,
+    select_top_k,
+    select_top_p,
+    sparse_decode,
+    sparse_prefill,
+    use,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    """`(B, L, H, D)` numbers seen as `(B, H, L, D)`, as projections lay them out."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, heads, length, dim = shape
+    x = torch.randn(batch, length, heads, dim, generator=generator, dtype=torch.float64)
+    return x.to(DEVICE, dtype).transpose(1, 2)
+
+
+def mask(rows, length, share=0.5, seed=0):
+    keep = torch.rand(rows, length, generator=torch.Generator().manual_seed(seed)) < share
+    keep[:, length // 2] = True
+    return keep.to(DEVICE)
+
+
+def both(op, function, tensors, grad=None):
+    """Outputs and gradients by (torch in float64, torch in the tensors' own dtype, Triton); asserts which path ran."""
+    results = []
+    for path, dtype in (("torch", torch.float64), ("torch", None), ("triton", None)):
+        inputs = [x.detach().to(dtype or x.dtype).requires_grad_(grad is not None) for x in tensors]
+        with use(path):
+            out = function(*inputs)
+        assert ran(op) == ("triton" if path == "triton" else "torch: forced")
+        outs = [out] if isinstance(out, torch.Tensor) else list(out)
+        if grad is not None:
+            outs += torch.autograd.grad(outs[0], inputs, grad.to(outs[0]))
+        results.append([x.detach() for x in outs])
+    return results
+
+
+def as_good(results, floor):
+    """Triton is off by at most twice what torch in the same arithmetic is off by (or by the floor, of the largest)."""
+    for exact, plain, ours in zip(*results, strict=True):
+        assert ours.isfinite().all()
+        allowed = 2 * (plain.double() - exact).abs().max() + floor * exact.abs().max()
+        assert (ours.double() - exact).abs().max() <= allowed
+
+
+FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# rows, query heads, key heads, length, head dimension, of values
+SHAPES = [
+    (1, 1, 1, 1, 16, 16),
+    (2, 4, 2, 37, 32, 32),
+    (3, 6, 2, 70, 17, 24),
+    (1, 4, 1, 130, 64, 64),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("share", [0.3, 1.1])
+def test_prefill_and_its_gradients(shape, share):
+    rows, q_heads, heads, length, dim, values = shape
+    kept = pack_indices(mask(rows, length, share))
+    tensors = [normal(rows, q_heads, length, dim), normal(rows, heads, length, dim, seed=1)]
+    tensors.append(normal(rows, heads, length, values, seed=2))
+    grad = normal(rows, q_heads, length, values, seed=3)
+    results = both("sparse_prefill", lambda *x: sparse_prefill(*x, kept, scale=0.3), tensors, grad)
+    as_good(results, FLOOR[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_in_each_dtype(dtype):
+    kept = pack_indices(mask(2, 45))
+    tensors = [normal(2, h, 45, 32, seed=h, dtype=dtype) for h in (4, 2, 2)]
+    results = both(
+        "sparse_prefill", lambda *x: sparse_prefill(*x, kept), tensors, normal(2, 4, 45, 32)
+    )
+    assert results[2][0].dtype == dtype
+    as_good(results, FLOOR[dtype])
+
+
+def test_prefill_of_very_unequal_rows():
+    keep = mask(3, 200, 0.5)
+    keep[0] = torch.arange(200, device=DEVICE) == 7
+    keep[1] = True
+    tensors = [normal(3, h, 200, 16, seed=h) for h in (2, 1, 1)]
+    kept = pack_indices(keep)
+    assert kept.count.tolist()[:2] == [1, 200]
+    results = both(
+        "sparse_prefill", lambda *x: sparse_prefill(*x, kept), tensors, normal(3, 2, 200, 16)
+    )
+    as_good(results, FLOOR[torch.float32])
+
+
+def test_prefill_reads_and_writes_nothing_but_kept_rows():
+    keep = mask(2, 50, 0.4)
+    kept = pack_indices(keep)
+    clean = [normal(2, h, 50, 16, seed=h) for h in (4, 2, 2)]
+    grad = normal(2, 4, 50, 16, seed=9)
+    for x in [*clean, grad]:
+        x.transpose(1, 2)[~keep] = torch.nan
+    with use("triton"):
+        inputs = [x.clone().requires_grad_() for x in clean]
+        out = sparse_prefill(*inputs, kept)
+        found = torch.autograd.grad(out, inputs, grad)
+    assert ran("sparse_prefill") == "triton"
+    for x in (out, *found):
+        assert x.isfinite().all()
+        assert (x.transpose(1, 2)[~keep] == 0).all()
+        assert (x.transpose(1, 2)[keep] != 0).any()
+
+
+def test_gradients_of_keys_shared_by_heads_through_a_view():
+    """`expand` makes heads share memory: gradients must not be written over each other."""
+    kept = pack_indices(mask(2, 20))
+    tensors = [normal(2, 4, 20, 16), normal(2, 1, 20, 16, seed=1), normal(2, 1, 20, 16, seed=2)]
+
+    def wide(q, k, v):
+        return sparse_prefill(q, k.expand(-1, 4, -1, -1), v.expand(-1, 4, -1, -1), kept)
+
+    as_good(both("sparse_prefill", wide, tensors, normal(2, 4, 20, 16)), FLOOR[torch.float32])
+
+
+# rows, query heads, key heads, probes, length, head dimension
+SCORES = [(1, 1, 1, 1, 1, 16), (2, 4, 2, 5, 40, 32), (3, 6, 2, 33, 70, 17), (1, 8, 1, 12, 150, 64)]
+
+
+def probing(rows, count, length):
+    generator = torch.Generator().manual_seed(5)
+    probes = torch.randint(0, length, (rows, count), generator=generator)
+    probes[:, -1] = length - 1
+    valid = torch.rand(rows, count, generator=generator) < 0.8
+    valid[:, -1] = True
+    candidates = torch.rand(rows, length, generator=generator) < 0.9
+    candidates[:, -1] = True
+    return probes.to(DEVICE), valid.to(DEVICE), candidates.to(DEVICE)
+
+
+@pytest.mark.parametrize("shape", SCORES)
+@pytest.mark.parametrize("normalise", [True, False])
+def test_scores_and_their_gradients(shape, normalise):
+    rows, q_heads, heads, count, length, dim = shape
+    slots = probing(rows, count, length)
+    tensors = [normal(rows, q_heads, count, dim), normal(rows, heads, length, dim, seed=1)]
+    grad = normal(1, 1, rows, length, seed=2)[0, 0]
+    results = both(
+        "probe_scores",
+        lambda q, k: probe_scores(q, k, *slots, scale=0.4, normalise=normalise),
+        tensors,
+        grad,
+    )
+    as_good(results, FLOOR[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_in_each_dtype(dtype):
+    slots = probing(2, 9, 45)
+    tensors = [normal(2, 4, 9, 32, dtype=dtype), normal(2, 2, 45, 32, seed=1, dtype=dtype)]
+    grad = normal(1, 1, 2, 45, seed=2)[0, 0]
+    as_good(
+        both("probe_scores", lambda q, k: probe_scores(q, k, *slots), tensors, grad), FLOOR[dtype]
+    )
+
+
+def test_scores_never_read_what_does_not_count():
+    probes, valid, candidates = probing(2, 9, 45)
+    valid[1, 0] = False
+    probes[0, 1], valid[0, 1] = 0, True  # a probe that sees no candidate
+    candidates[0, :3] = False
+    q, k = normal(2, 4, 9, 16), normal(2, 2, 45, 16, seed=1)
+    q.transpose(1, 2)[~valid] = torch.nan
+    k.transpose(1, 2)[~candidates] = torch.nan
+    inputs = [x.requires_grad_() for x in (q, k)]
+    with use("triton"):
+        scores = probe_scores(*inputs, probes, valid, candidates)
+        grads = torch.autograd.grad(scores.square().sum(), inputs)
+    assert ran("probe_scores") == "triton"
+    assert scores.isfinite().all() and (scores[~candidates] == 0).all()
+    assert all(x.isfinite().all() for x in grads)
+    assert (grads[1].transpose(1, 2)[~candidates] == 0).all()
+    with use("torch"):
+        torch.testing.assert_close(scores, probe_scores(*inputs, probes, valid, candidates))
+
+
+@pytest.mark.parametrize("length", [1, 7, 100, 2500])
+@pytest.mark.parametrize("budget", [0.05, 0.5, 0.975, 1.0])
+def test_selection_is_that_of_the_sort(length, budget):
+    generator = torch.Generator().manual_seed(length)
+    scores = torch.rand(3, length, generator=generator).square().to(DEVICE)
+    candidates = (torch.rand(3, length, generator=generator) < 0.9).to(DEVICE)
+    candidates[:, -1] = True
+    always = (torch.rand(3, length, generator=generator) < 0.02).to(DEVICE)
+    p = torch.tensor([budget, budget * 0.9, 1.0], device=DEVICE)
+    k = (p * length).ceil().long()
+    scores[~candidates] = torch.nan
+    for choose, amount in ((select_top_p, p), (select_top_k, k), (select_threshold, 2 * p)):
+        with use("torch"):
+            want = choose(scores, amount, candidates, always)
+        with use("triton"):
+            got = choose(scores, amount, candidates, always)
+            packed = pack_indices(got)
+        assert ran(choose.__name__) == ran("pack_indices") == "triton"
+        assert torch.equal(got, want)
+        assert torch.equal(packed.keep, want) or not want.any(1).all()
+        for row, listed, count in zip(want, packed.index, packed.count, strict=True):
+            assert listed[:count].tolist() == row.nonzero()[:, 0].tolist()
+            assert (listed[count:] == (listed[count - 1] if count else 0)).all()
+
+
+@pytest.mark.parametrize("choose", [select_top_p, select_top_k])
+def test_ties_go_to_the_lower_index(choose):
+    scores = torch.tensor([[4.0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0], [2, 2, 2, 2, 2, 2]])
+    candidates = torch.ones(3, 6, dtype=torch.bool)
+    always = torch.zeros_like(candidates)
+    always[2, 5] = True
+    # Of 8: 4 + 1 + 1 reach 0.7. Nothing has mass: all stay. Of 12: the kept-in-any-case one and two others reach 0.45.
+    amount = torch.tensor([0.7, 0.3, 0.45] if choose is select_top_p else [3, 2, 3])
+    with use("triton"):
+        keep = choose(*(x.to(DEVICE) for x in (scores, amount, candidates, always))).int().tolist()
+    assert ran(choose.__name__) == "triton"
+    assert keep[0] == [1, 1, 1, 0, 0, 0]
+    assert keep[1] == ([1] * 6 if choose is select_top_p else [1, 1, 0, 0, 0, 0])
+    assert keep[2] == [1, 1, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_decode(queries, shape):
+    rows, q_heads, heads, n, dim, values = shape
+    valid = mask(rows, n, 0.8)
+    valid[:, n - queries :] = True
+    tensors = [normal(rows, q_heads, queries, dim), normal(rows, heads, n, dim, seed=1)]
+    tensors.append(normal(rows, heads, n, values, seed=2))
+    for seen in (valid, None):
+        decode = functools.partial(sparse_decode, valid=seen, scale=0.3)
+        as_good(both("sparse_decode", decode, tensors), FLOOR[torch.float32])
+    poisoned = [tensors[0], *(x.clone() for x in tensors[1:])]
+    for x in poisoned[1:]:
+        x.transpose(1, 2)[~valid] = torch.nan
+    with use("triton"):
+        got = sparse_decode(*poisoned, valid, scale=0.3)
+        assert torch.equal(got, sparse_decode(*tensors, valid, scale=0.3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queries", [1, 2])
+def test_decode_over_the_kept_slots_of_a_full_cache(dtype, queries):
+    keep = mask(3, 90, 0.4)
+    keep[1] = torch.arange(90, device=DEVICE) >= 90 - queries
+    keep[:, 90 - queries :] = True
+    kept = pack_indices(keep)
+    tensors = [normal(3, 4, queries, 32, dtype=dtype)]
+    tensors += [normal(3, 2, 90, 32, seed=s, dtype=dtype) for s in (1, 2)]
+    results = both("sparse_decode", lambda *x: sparse_decode(*x, kept=kept), tensors)
+    as_good(results, FLOOR[dtype])
+    # The same as a causal prefill of all of them, at its last rows.
+    q = torch.cat([normal(3, 4, 90 - queries, 32, seed=7, dtype=dtype), tensors[0]], 2)
+    want = sparse_prefill(q, *tensors[1:], kept)[:, :, -queries:]
+    torch.testing.assert_close(results[2][0], want, atol=3 * FLOOR[dtype], rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compaction_copies_to_the_bit(dtype):
+    keep = mask(3, 77, 0.4)
+    kept = pack_indices(keep)
+    k, v = normal(3, 2, 77, 17, dtype=dtype), normal(3, 2, 77, 24, seed=1, dtype=dtype)
+    for x in (k, v):
+        x.transpose(1, 2)[~keep] = torch.nan
+    with use("torch"):
+        want = kv_compact(k, v, kept)
+    with use("triton"):
+        got = kv_compact(k, v, kept)
+    assert ran("kv_compact") == "triton"
+    for a, b in zip(got, want, strict=True):
+        assert a.stride() == b.stride() and torch.equal(a, b)
+
+
+def test_what_a_kernel_cannot_do_is_done_by_torch_and_said():
+    q, k, v = (normal(1, h, 9, 160) for h in (2, 1, 1))
+    kept = pack_indices(mask(1, 9))
+    with use("triton"):
+        sparse_prefill(q, k, v, kept)
+        assert ran("sparse_prefill") == "torch: head dimension 160 is above 128"
+        kv_compact(k.requires_grad_(), v, kept)
+        assert ran("kv_compact") == "torch: a gradient is wanted"
+        sparse_prefill(*(x.double() for x in (q, k, v)), kept)
+        assert ran("sparse_prefill") == "torch: no kernel for torch.float64"
+
+
+def test_what_auto_leaves_to_torch(monkeypatch):
+    """The choices, on made-up devices; `plan` looks at nothing but the device."""
+    from zipr1_kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+
+    class Somewhere:
+        def __init__(self, kind):
+            self.device = torch.device(kind)
+
+    gpu = Somewhere("cuda:0")
+    assert dispatch.plan("op", gpu) and ran("op") == "triton"
+    assert not dispatch.plan("op", gpu, slower="equal rows") and ran("op") == "torch: equal rows"
+    assert not dispatch.plan("op", gpu, cannot="too wide") and ran("op") == "torch: too wide"
+    assert not dispatch.plan("op", Somewhere("cpu")) and ran("op") == "torch: not on a GPU"
+    with use("triton"):
+        assert dispatch.plan("op", gpu, slower="equal rows")
+        assert not dispatch.plan("op", gpu, cannot="too wide")
+    with use("torch"):
+        assert not dispatch.plan("op", gpu)
+    with pytest.raises(ValueError, match="op: tensors are on cpu, cuda:0; move them to one device"):
+        dispatch.plan("op", gpu, Somewhere("cpu"))
+    with pytest.raises(ValueError, match="kernels path 'fast'"), use("fast"):
+        pass
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), use("triton"):
+        dispatch.plan("op", Somewhere("cpu"))
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    assert not dispatch.plan("op", gpu) and ran("op") == "torch: Triton is not installed"
