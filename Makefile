@@ -53,6 +53,7 @@ bench: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python kernels/bench/rollout.py
 	HF_HUB_OFFLINE=1 $(BIN)/python kernels/bench/prefill.py
 	$(BIN)/python kernels/bench/run.py --backward
+	$(BIN)/python kernels/bench/run.py --length 256 320 384 448 512 1024 --seconds 1
 
 # lmms-eval without its dependencies: they would bring a torchvision that breaks a CPU build of torch.
 eval-extra: $(STAMP)

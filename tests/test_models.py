@@ -20,7 +20,7 @@ PROBES = Probes(recent=3, random=6)
 
 
 def sparse(p: float = 0.8, **changes) -> Sparse:
-    return Sparse(p=p, probes=PROBES, **changes)
+    return Sparse(**{"p": p, "probes": PROBES, "dense_below": 0} | changes)
 
 
 def stock_inputs(policy, encoded):

@@ -17,7 +17,7 @@ from zipr1.rollout import by_length, probe_seed, roll_out, score
 
 def recipe(**changes) -> Recipe:
     values = {
-        "sparse": Sparse(probes=Probes(recent=3, random=6)),
+        "sparse": Sparse(probes=Probes(recent=3, random=6), dense_below=0),
         "budgets": Budgets(low=0.6, high=0.9, count=4),
         "train": Train(prompts=4, max_new_tokens=5),
     }

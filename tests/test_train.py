@@ -34,7 +34,7 @@ def write(path: Path, base: Path, **sections) -> Path:
     values = {
         "model": {"path": str(base)},
         "data": {"prompts": 16, "heldout_prompts": 4},
-        "sparse": {"probes": {"recent": 3, "random": 6}},
+        "sparse": {"probes": {"recent": 3, "random": 6}, "dense_below": 0},
         "budgets": {"low": 0.6, "high": 0.9, "count": 3},
         "optim": {"lr": 1e-3},
         "train": {"steps": 3, "prompts": 3, "max_new_tokens": 4, "save_every": 1},
@@ -141,6 +141,15 @@ def test_a_killed_run_goes_on_as_if_nothing_happened(tmp_path, model, kind):
     assert steps(broken) == steps(whole)
     assert {**resumed, "seconds": 0} == {**summary, "seconds": 0}
     assert json.loads((broken / "run.json").read_text())["resumed"]
+
+
+def test_prompts_too_short_to_be_sparse_are_refused(tmp_path, model):
+    path = write(tmp_path / "r.yaml", model, sparse={"dense_below": 5000})
+    with pytest.raises(InputError, match=r"the first 16 prompts have \d+ tokens at most .* = 5000"):
+        start(path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match=r"set sparse\.dense_below=0"):
+        train.dry_run(load(path, []), "cpu", QUIET)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def one_update(settings, batch, policy, weight=1.0, optimizer=None):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("skip", ["attention", "layer"])
 def test_first_ratio_is_one_against_the_sampler(method, skip):
-    sparse = Sparse(probes=Probes(recent=3, random=6), skip=skip)
+    sparse = Sparse(probes=Probes(recent=3, random=6), skip=skip, dense_below=0)
     settings = recipe(efficiency=Efficiency(method=method), sparse=sparse, ppo=Ppo(kl=0.0))
     policy, batch = roll(settings, tinymodels.mixed())
     said = one_update(settings, batch, policy)

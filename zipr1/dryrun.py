@@ -17,7 +17,7 @@ from zipr1.models import Encoded, Policy, load_policy
 from zipr1.pictures import Pictures
 from zipr1.recipe import Recipe
 from zipr1.rollout import roll_out
-from zipr1.validate import check, needs_prompts
+from zipr1.validate import check, check_lengths, needs_prompts
 
 SAMPLED = 32  # prompts that are tokenised for the counts
 
@@ -34,6 +34,7 @@ def dry_run(recipe: Recipe, device: str | None, console: Console) -> dict[str, A
     questions = data.load(recipe.data, "heldout", recipe.seed)
     pictures = Pictures(policy, recipe)
     samples, encoded = pictures.usable((prompts or questions)[:SAMPLED])
+    check_lengths(recipe, [len(sample) for sample in encoded])
     for prompt, sample in list(zip(samples, encoded, strict=True))[:2]:
         _show(policy, prompt, sample, console)
     if lessons:

@@ -30,7 +30,7 @@ from zipr1.report import Progress
 from zipr1.rollout import Batch, roll_out
 from zipr1.summary import board, finish, measure_before
 from zipr1.update import update
-from zipr1.validate import check, needs_prompts
+from zipr1.validate import FIRST, check, check_lengths, needs_prompts
 
 __all__ = ["dry_run", "run"]
 
@@ -52,7 +52,8 @@ def run(
     pictures = Pictures(policy, recipe)
     if recipe.data.on_bad_row == "skip":
         questions, _ = pictures.usable(questions)
-    pictures.usable(prompts[:1])
+    _, first = pictures.usable(prompts[: FIRST if recipe.sparse.dense_below else 1])
+    check_lengths(recipe, [len(encoded) for encoded in first])
     folder = RunDir.open(
         recipe, output, resume, info=describe(command, str(policy.device), recipe.seed)
     )

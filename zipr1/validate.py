@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from zipr1.efficiency import parse
 from zipr1.errors import InputError
 from zipr1.recipe import Recipe
@@ -41,6 +43,20 @@ def check(recipe: Recipe) -> None:
                 f"efficiency.method {recipe.efficiency.method} differentiates top_p and sparse.rule is "
                 f"{recipe.sparse.rule}; use rule top_p or method answers"
             )
+
+
+# Prompts that are encoded before anything starts.
+FIRST = 16
+
+
+def check_lengths(recipe: Recipe, lengths: Sequence[int]) -> None:
+    """InputError if not one of the first prompts is long enough to be sparse: nothing could be learned."""
+    limit = recipe.sparse.dense_below
+    if recipe.train.stage == "rl" and lengths and max(lengths) < limit:
+        raise InputError(
+            f"the first {len(lengths)} prompts have {max(lengths)} tokens at most and stay dense below "
+            f"sparse.dense_below = {limit}; use larger pictures, or set sparse.dense_below=0 to prune short prompts too"
+        )
 
 
 def needs_prompts(recipe: Recipe) -> bool:

@@ -329,6 +329,22 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
+def break_even(rows: list[dict[str, Any]]) -> list[str]:
+    """From which of the measured lengths on the whole sparse attention takes less time than dense attention."""
+    found: dict[tuple[Any, ...], dict[int, float]] = {}
+    for row in rows:
+        if row["op"] == "total":
+            place = row["shape"], row["dtype"], row["keep"]
+            found.setdefault(place, {})[row["length"]] = row["speedup"]
+    said = []
+    for (shape, dtype, keep), speed in found.items():
+        slow = [length for length, times in speed.items() if times <= 1]
+        pays = [length for length in sorted(speed) if length > max(slow, default=0)]
+        where = f"from {pays[0]} tokens on" if pays else "at none of these lengths"
+        said.append(f"{shape}, {dtype}, {keep:.0%} kept: sparsity pays {where}")
+    return said
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -365,6 +381,8 @@ def main() -> None:
     known = provenance(arguments.device)
     rows = [{c: {**row, **known}.get(c) for c in COLUMNS} for row in rows]
     show(rows)
+    if len(arguments.length) > 1:
+        print(*break_even(rows), sep="\n")
     if arguments.append:
         append(rows)
     if arguments.json:

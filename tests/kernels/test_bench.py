@@ -38,6 +38,20 @@ def test_nothing_is_timed_that_is_wrong(monkeypatch):
     assert any("float32 dq" in line for line in wrong)
 
 
+def test_break_even_by_hand():
+    import run
+
+    speeds = {64: 0.2, 128: 1.1, 256: 0.9, 512: 1.5, 1024: 2.0}
+    rows = [
+        {"op": "total", "shape": "3b", "dtype": "float32", "keep": 0.25, "length": n, "speedup": s}
+        for n, s in speeds.items()
+    ]
+    assert run.break_even(rows) == ["3b, float32, 25% kept: sparsity pays from 512 tokens on"]
+    assert run.break_even(rows[:1]) == [
+        "3b, float32, 25% kept: sparsity pays at none of these lengths"
+    ]
+
+
 def test_the_share_kept_is_the_one_asked_for():
     from cases import SHAPES, Problem
 
