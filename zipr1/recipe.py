@@ -98,7 +98,7 @@ class Sparse(Section):
     keep_last: Positive = 4
     probes: Probes = Probes()
     normalise: bool = True
-    dense_below: Count = 448
+    dense_below: Count = 384
 
 
 class Budgets(Section):

@@ -12,10 +12,17 @@ NONE = torch.zeros(1, 4, dtype=torch.bool)
 LAST = torch.tensor([[False, False, False, True]])
 
 
+@pytest.fixture(params=["torch", "triton"])
+def each_path(request):
+    with use(request.param):
+        yield
+
+
 def kept(mask):
     return mask[0].nonzero()[:, 0].tolist()
 
 
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize(
     ("p", "always", "want"),
     [
@@ -44,6 +51,7 @@ def test_cut_points_by_hand():
     )
 
 
+@pytest.mark.usefixtures("each_path")
 def test_padding_is_never_read_and_never_kept():
     scores = torch.tensor([[torch.nan, 4, 1, 3, 2, torch.nan]])
     candidates = ~scores.isnan()
@@ -56,6 +64,7 @@ def test_padding_is_never_read_and_never_kept():
     assert kept(select_threshold(scores, one * 0, candidates, always)) == [1, 2, 3, 4]
 
 
+@pytest.mark.usefixtures("each_path")
 def test_ties_go_to_the_lower_index():
     flat = torch.ones(1, 40)
     every = torch.ones(1, 40, dtype=torch.bool)
@@ -64,6 +73,7 @@ def test_ties_go_to_the_lower_index():
     assert kept(select_top_k(flat, torch.tensor([7]), every, ~every)) == list(range(7))
 
 
+@pytest.mark.usefixtures("each_path")
 def test_p_of_one_keeps_all_even_where_scores_underflow():
     scores = torch.tensor([[1.0, 1e-30, 0.0, 1e-12]])
     assert kept(select_top_p(scores, torch.tensor([1.0]), ALL, NONE)) == [0, 1, 2, 3]
@@ -77,6 +87,7 @@ def test_scores_of_zero_keep_all_and_have_finite_gradients():
     assert scores.grad.isfinite().all()
 
 
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize(
     ("k", "always", "want"),
     [(1, NONE, [0]), (3, NONE, [0, 2, 3]), (1, LAST, [3]), (2, LAST, [0, 3]), (0, LAST, [3])],
@@ -85,6 +96,7 @@ def test_top_k_by_hand(k, always, want):
     assert kept(select_top_k(SCORES, torch.tensor([k]), ALL, always)) == want
 
 
+@pytest.mark.usefixtures("each_path")
 def test_threshold_by_hand():
     # Relative to uniform: 1.6, 0.4, 1.2, 0.8.
     for t, want in [(1.0, [0, 2]), (0.7, [0, 2, 3]), (1.5, [0]), (0.0, [0, 1, 2, 3])]:
@@ -137,6 +149,7 @@ def test_cut_points_gradient():
     assert torch.autograd.gradcheck(lambda s: cut_points(s, candidates, always), scores)
 
 
+@pytest.mark.usefixtures("each_path")
 def test_samples_do_not_mix():
     g = torch.Generator().manual_seed(0)
     scores = torch.rand(5, 12, generator=g)

@@ -13,8 +13,8 @@ BLOCK = 2**19
 
 
 def pays(q_heads: int, count: int, length: int) -> bool:
-    """Whether one sample's weights are more than a few blocks; below that the plain version is as fast."""
-    return q_heads * count * length > 4 * BLOCK
+    """Whether one sample's weights are more than one block; below that the plain version is as fast."""
+    return q_heads * count * length > BLOCK
 
 
 def probe_scores(

@@ -17,7 +17,7 @@ from zipr1_kernels.kept import Kept
 # Kept queries in a block; with the heads that share a key head they are the rows of one product.
 BLOCK = 64
 # Kept tokens from which this is the faster.
-LEAST = 256
+LEAST = 384
 # Bytes from which the allocator asks the system for fresh pages anyway (glibc's largest threshold).
 LAZY = 2**25
 
