@@ -16,6 +16,7 @@ import argparse
 import csv
 import datetime
 import json
+import math
 import subprocess
 import sys
 import time
@@ -298,12 +299,13 @@ def draw(path: Path) -> None:
     for label, points in sorted(curves.items()):
         axes.plot(*zip(*sorted(points.items()), strict=True), "o-", label=label)
     axes.axhline(1, color="0.6", linewidth=1)
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="prompt tokens",
-        ylabel="times as fast as dense attention",
-    )
+    lengths = [n for points in curves.values() for n in points]
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    powers = range(math.floor(math.log2(min(lengths))), math.ceil(math.log2(max(lengths))) + 1)
+    axes.set_xticks([2**n for n in powers], [f"{2**n:,}" for n in powers])
+    axes.yaxis.set_major_formatter("{x:g}x")
+    axes.set(xlabel="prompt tokens", ylabel="as fast as dense attention")
     axes.set_title("Scoring, selection and attention together, forward")
     axes.legend(fontsize=7)
     figure.tight_layout()
