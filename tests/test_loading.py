@@ -107,3 +107,15 @@ def test_misspelt_model_keys_are_named():
         config = {**tinymodels.settings().config, **change}
         with pytest.raises(InputError, match=word):
             load_policy(Model(path="scratch", config=config), "cpu")
+
+
+def test_kernels_that_cannot_run_are_refused_before_anything_loads(monkeypatch):
+    from zipr1_kernels import dispatch
+
+    monkeypatch.setattr(dispatch._state, "path", "fast")
+    with pytest.raises(InputError, match="ZIPR1_KERNELS is 'fast'; allowed: auto, torch, triton"):
+        load_policy(Model(path="tiny"), "cpu")
+    monkeypatch.setattr(dispatch._state, "path", "triton")
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    with pytest.raises(InputError, match="Triton was asked for on a CPU"):
+        load_policy(Model(path="tiny"), "cpu")

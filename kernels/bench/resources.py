@@ -1,8 +1,8 @@
 """Registers, spills and shared memory of every kernel at every shipped configuration, compiled here without a GPU.
 
-    python kernels/bench/resources.py [--arch 80 90] [--dims 64 128] [--json]
+    python kernels/bench/resources.py [--arch 80 90] [--dims 64 128] [--dtype bf16] [--json]
 
-Read from the cubin that Triton's own assembler makes for bfloat16. Spilled registers go to slow local memory; shared
+Read from the cubin that Triton's own assembler makes. Spilled registers go to slow local memory; shared
 memory above the chip's limit compiles and fails when launched: both are to be seen here first.
 """
 
@@ -32,6 +32,7 @@ REALS = {"scale", "factor"}
 KERNELS: list[tuple[str, str, str, bool, dict[str, str], dict[str, Any]]] = [
     ("probe_scores", "FORWARD", "lse_kernel", False, {}, {}),
     ("probe_scores", "FORWARD", "columns_kernel", False, {"Out": "*fp32", "Count": "*fp32"}, {"NORM": True}),
+    ("probe_scores", "FORWARD", "columns_kernel", False, {"Out": "*fp32", "Count": "*fp32"}, {"NORM": False}),
     ("probe_scores", "BACKWARD", "queries_grad_kernel", True, {"Grad": "*fp32"}, {}),
     ("probe_scores", "BACKWARD", "keys_grad_kernel", True, {"Grad": "*fp32"}, {}),
     ("select_top_p", "SELECT", "select_kernel", False, {}, {"MODE": 0}),
@@ -43,12 +44,14 @@ KERNELS: list[tuple[str, str, str, bool, dict[str, str], dict[str, Any]]] = [
     ("sparse_prefill", "BACKWARD", "keys_grad_kernel", True, {}, {}),
     ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": True, "INDEXED": False}),
     ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": False, "INDEXED": True}),
+    ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": False, "INDEXED": False}),
+    ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": True, "INDEXED": False, "BM": 64}),
     ("sparse_decode", "FORWARD", "join_kernel", False, {}, {}),
     ("kv_compact", "FORWARD", "compact_kernel", False, {}, {}),
 ]  # fmt: skip
 
 
-def signature(kernel: Any, special: dict[str, str]) -> dict[str, str]:
+def signature(kernel: Any, special: dict[str, str], dtype: str) -> dict[str, str]:
     """Triton's type of each argument, in order."""
     constants = {kernel.arg_names[i] for i in kernel.constexprs}
     kinds = {}
@@ -68,7 +71,7 @@ def signature(kernel: Any, special: dict[str, str]) -> dict[str, str]:
         elif name in REALS:
             kind = "fp32"
         elif name[0].isupper() and name not in ("H", "HQ", "G", "R", "GR", "L"):
-            kind = "*bf16"
+            kind = f"*{dtype}"
         else:
             kind = "i32"
         kinds[name] = kind
@@ -76,16 +79,22 @@ def signature(kernel: Any, special: dict[str, str]) -> dict[str, str]:
 
 
 def compiled(
-    kernel: Any, config: Any, dim: int, special: dict[str, str], more: dict[str, Any], arch: int
+    kernel: Any,
+    config: Any,
+    dim: int,
+    special: dict[str, str],
+    more: dict[str, Any],
+    arch: int,
+    dtype: str,
 ) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kinds = signature(kernel, special)
+    kinds = signature(kernel, special, dtype)
     values = {
         "D": dim, "BD": dim, "DV": dim, "BV": dim, "BM": config.rows, "BN": config.columns, "BLOCK": config.columns,
-        "PREC": "tf32", "UP": False, **more,
+        "PREC": "ieee" if dtype == "fp32" else "tf32", "UP": False, **more,
     }  # fmt: skip
     # What the launcher finds out by itself: pointers and strides are multiples of 16.
     even = {
@@ -118,7 +127,7 @@ def resources(binary: bytes) -> dict[str, int]:
     return {"registers": found["REG"], "spilled_bytes": found["STACK"] + found["LOCAL"]}
 
 
-def measure(archs: list[int], dims: list[int]) -> list[dict[str, Any]]:
+def measure(archs: list[int], dims: list[int], dtype: str) -> list[dict[str, Any]]:
     rows = []
     for op, table, name, backward, special, more in KERNELS:
         module = importlib.import_module(f"zipr1_kernels.{op}.kernel")
@@ -127,10 +136,8 @@ def measure(archs: list[int], dims: list[int]) -> list[dict[str, Any]]:
         for dim in dims if isinstance(configs, dict) or "D" in kernel.arg_names else [0]:
             config = configs[dim] if isinstance(configs, dict) else configs
             constants = dict(more)
-            if op == "sparse_decode":
-                constants["BM"] = config.rows
             for arch in archs:
-                result = compiled(kernel, config, dim, special, constants, arch)
+                result = compiled(kernel, config, dim, special, constants, arch, dtype)
                 rows.append(
                     {
                         "op": op,
@@ -153,9 +160,10 @@ def main() -> None:
     )
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     arguments = parser.parse_args()
-    rows = measure(arguments.arch, arguments.dims)
+    rows = measure(arguments.arch, arguments.dims, arguments.dtype)
     print(
         f"{'op':15} {'kernel':20} {'variant':26} {'dim':>4} {'sm':>4} {'regs':>5} "
         f"{'spilled B':>9} {'shared B':>9}"

@@ -6,7 +6,7 @@ definition that any faster version is tested against, and the path taken on a CP
 head-first, `(B, H, L, D)`, as transformers hands them over. See kernels/README.md.
 """
 
-from zipr1_kernels.dispatch import ran, use
+from zipr1_kernels.dispatch import ran, unusable, use
 from zipr1_kernels.kept import Kept
 from zipr1_kernels.kv_compact import kv_compact
 from zipr1_kernels.kv_compact.reference import kv_compact as kv_compact_reference
@@ -42,5 +42,6 @@ __all__ = [
     "sparse_decode_reference",
     "sparse_prefill",
     "sparse_prefill_reference",
+    "unusable",
     "use",
 ]

@@ -37,9 +37,10 @@ _state = _State()
 @contextlib.contextmanager
 def use(path: str) -> Iterator[None]:
     """Force a path, one of `PATHS`, for this thread within the block."""
+    if path not in PATHS:
+        raise ValueError(f"kernels path '{path}'; allowed: {', '.join(PATHS)}")
     before, _state.path = _state.path, path
     try:
-        _check()
         yield
     finally:
         _state.path = before
@@ -63,7 +64,6 @@ def plan(
     cannot: why there is no kernel for them; None: there is one. slower: why `auto` should take torch all the same.
     RuntimeError if Triton was forced and cannot run at all, ValueError if the tensors are on different devices.
     """
-    _check()
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
         said = ", ".join(sorted(map(str, devices)))
@@ -77,16 +77,26 @@ def plan(
         reason = "Triton is not installed"
     elif _state.path == "auto" and slower:
         reason = slower
-    else:
+    else:  # forced, or the way things are on a GPU
         reason = cannot or ""
-    if not reason and not has_triton():
-        raise RuntimeError("Triton was asked for and is not installed: pip install triton")
-    if not reason and not on_gpu and not interpreted():
-        raise RuntimeError(
-            "Triton was asked for on a CPU; set TRITON_INTERPRET=1 before Python starts, or use a GPU"
-        )
+    trouble = None if reason else unusable(on_gpu)
+    if trouble:
+        raise RuntimeError(trouble)
     note(op, f"torch: {reason}" if reason else "triton")
     return not reason
+
+
+def unusable(on_gpu: bool) -> str | None:
+    """Why the path that was asked for cannot be taken on such a device, and the way out; None if it can."""
+    if _state.path not in PATHS:
+        return f"ZIPR1_KERNELS is '{_state.path}'; allowed: {', '.join(PATHS)}"
+    if _state.path != "triton":
+        return None
+    if not has_triton():
+        return "Triton was asked for and is not installed: pip install triton"
+    if not on_gpu and not interpreted():
+        return "Triton was asked for on a CPU; use a GPU, or set TRITON_INTERPRET=1 before Python starts"
+    return None
 
 
 def free() -> bool:
@@ -101,6 +111,13 @@ def unfit(dtype: torch.dtype, *dims: int) -> str | None:
     return None if max(dims) <= MOST_DIM else f"head dimension {max(dims)} is above {MOST_DIM}"
 
 
+def slow(dtype: torch.dtype) -> str | None:
+    """`slower` of attention and scoring: the kernels' block sizes are for 16-bit inputs. In float32 they are right, and
+    spill kilobytes of registers (kernels/bench/resources.py --dtype fp32).
+    """
+    return "float32 is faster in torch" if dtype == torch.float32 else None
+
+
 @functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -109,10 +126,3 @@ def has_triton() -> bool:
 def interpreted() -> bool:
     """Whether Triton kernels run in the interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
-
-
-def _check() -> None:
-    if _state.path not in PATHS:
-        raise ValueError(
-            f"kernels path '{_state.path}' (ZIPR1_KERNELS or use()); allowed: {', '.join(PATHS)}"
-        )

@@ -301,6 +301,13 @@ def test_what_a_kernel_cannot_do_is_done_by_torch_and_said():
         assert ran("kv_compact") == "torch: a gradient is wanted"
         sparse_prefill(*(x.double() for x in (q, k, v)), kept)
         assert ran("sparse_prefill") == "torch: no kernel for torch.float64"
+        for dtype, most in ((torch.float32, 16), (torch.bfloat16, 64)):
+            x = normal(1, 1, 2 * most, 16, dtype=dtype)
+            sparse_decode(normal(1, 1, most, 16, dtype=dtype), x, x)
+            assert ran("sparse_decode") == "triton"
+            sparse_decode(normal(1, 1, most + 1, 16, dtype=dtype), x, x)
+            said = f"torch: {most + 1} queries a key head are more than {most}"
+            assert ran("sparse_decode") == said
 
 
 def test_what_auto_leaves_to_torch(monkeypatch):
@@ -325,8 +332,12 @@ def test_what_auto_leaves_to_torch(monkeypatch):
         assert not dispatch.plan("op", gpu)
     with pytest.raises(ValueError, match="op: tensors are on cpu, cuda:0; move them to one device"):
         dispatch.plan("op", gpu, Somewhere("cpu"))
-    with pytest.raises(ValueError, match="kernels path 'fast'"), use("fast"):
+    with pytest.raises(ValueError, match="kernels path 'fast'; allowed: auto, torch"), use("fast"):
         pass
+    monkeypatch.setattr(dispatch._state, "path", "fast")
+    with pytest.raises(RuntimeError, match="ZIPR1_KERNELS is 'fast'; allowed: auto, torch, triton"):
+        dispatch.plan("op", gpu)
+    monkeypatch.setattr(dispatch._state, "path", "auto")
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), use("triton"):
         dispatch.plan("op", Somewhere("cpu"))

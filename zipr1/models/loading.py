@@ -17,6 +17,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from zipr1_kernels import unusable
 
 from zipr1.errors import InputError
 from zipr1.models.processors import PixelSettings, Processor
@@ -63,7 +64,18 @@ def resolve(path: str) -> str:
 
 
 def choose_device(device: str | None) -> torch.device:
-    """The device asked for, else CUDA where there is one, else the CPU. Raises InputError if it is not there."""
+    """The device asked for, else CUDA where there is one, else the CPU.
+
+    Raises InputError if it is not there, or if the kernels that ZIPR1_KERNELS asks for cannot run on it.
+    """
+    chosen = find_device(device)
+    trouble = unusable(chosen.type == "cuda")
+    if trouble:
+        raise InputError(trouble)
+    return chosen
+
+
+def find_device(device: str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

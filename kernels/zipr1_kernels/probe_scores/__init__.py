@@ -55,7 +55,8 @@ def probe_scores(
     checks.integer("probes", probes)
     tensors = (q_probe, k, probes, probe_valid, candidates)
     run = reference.probe_scores
-    if dispatch.plan("probe_scores", *tensors, cannot=dispatch.unfit(k.dtype, dim)):
+    cannot, slower = dispatch.unfit(k.dtype, dim), dispatch.slow(k.dtype)
+    if dispatch.plan("probe_scores", *tensors, cannot=cannot, slower=slower):
         from zipr1_kernels.probe_scores import kernel
 
         run = kernel.probe_scores

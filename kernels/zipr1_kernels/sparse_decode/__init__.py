@@ -61,11 +61,13 @@ def sparse_decode(
     tensors = [x for x in (q, k, v, valid, index) if x is not None]
     cannot = dispatch.unfit(q.dtype, dim, v.shape[3])
     rows = q.shape[1] // k.shape[1] * queries
-    if rows > MOST_ROWS:
-        cannot = f"{rows} queries a key head are more than {MOST_ROWS}"
+    most = MOST_ROWS if q.element_size() == 2 else MOST_ROWS // 4  # what fits in shared memory
+    if rows > most:
+        cannot = f"{rows} queries a key head are more than {most}"
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         cannot = "a gradient is wanted"
-    if not dispatch.plan("sparse_decode", *tensors, cannot=cannot):
+    slower = dispatch.slow(q.dtype)
+    if not dispatch.plan("sparse_decode", *tensors, cannot=cannot, slower=slower):
         return reference.sparse_decode(q, k, v, valid, kept=kept, scale=scale)
     from zipr1_kernels.sparse_decode import kernel
 

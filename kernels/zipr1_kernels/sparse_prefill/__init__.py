@@ -41,7 +41,9 @@ def sparse_prefill(
     checks.same_dtype(q=q, k=k, v=v)
     # One sample, or samples of one length, leave nothing to skip: torch's fused attention on gathered rows is then hard
     # to beat, and the gather is linear where attention is quadratic.
-    slower = None if kept.ragged else "rows are equally long: gather, then torch's fused attention"
+    slower = dispatch.slow(q.dtype)
+    if not kept.ragged:
+        slower = "rows are equally long: gather, then torch's fused attention"
     cannot = dispatch.unfit(q.dtype, dim, v.shape[3])
     if dispatch.plan("sparse_prefill", q, k, v, kept.index, cannot=cannot, slower=slower):
         from zipr1_kernels.sparse_prefill import kernel
