@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import zipr1
+from zipr1.cli.profile import profile
 from zipr1.cli.train import train
 from zipr1.errors import ZipError
 
@@ -30,6 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
+app.command()(profile)
 
 # What a disk or a file's owner can refuse; any other OSError is ours to explain, with a traceback.
 REFUSED = {
