@@ -45,10 +45,9 @@ def offline(request, monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    if not any(item.get_closest_marker("gpu") for item in items):
-        return
-    if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="no CUDA device")
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(skip)
+    mark, why = "gpu", "no CUDA device"
+    if torch.cuda.is_available():
+        mark, why = "interpreted", "kernels are not interpreted where there is a GPU"
+    for item in items:
+        if item.get_closest_marker(mark):
+            item.add_marker(pytest.mark.skip(reason=why))

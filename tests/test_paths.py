@@ -6,6 +6,7 @@ from zipr1_kernels import ran, use
 
 
 @pytest.mark.slow
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("name", "arguments", "graded"),
     [

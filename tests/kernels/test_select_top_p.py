@@ -12,7 +12,10 @@ NONE = torch.zeros(1, 4, dtype=torch.bool)
 LAST = torch.tensor([[False, False, False, True]])
 
 
-@pytest.fixture(params=["torch", "triton"])
+PATHS = ["torch", pytest.param("triton", marks=pytest.mark.interpreted)]
+
+
+@pytest.fixture(params=PATHS)
 def each_path(request):
     with use(request.param):
         yield
@@ -104,7 +107,7 @@ def test_threshold_by_hand():
     assert kept(select_threshold(SCORES, torch.tensor([1.5]), ALL, LAST)) == [0, 3]
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(st.integers(1, 10**6), min_size=1, max_size=30, unique=True),

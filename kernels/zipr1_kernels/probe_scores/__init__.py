@@ -38,9 +38,8 @@ def probe_scores(
         that no probe sees. Without `normalise` a row sums to HQ * (valid probes).
 
     Differentiable in `q_probe` and `k`. NaN at invalid probes or non-candidate keys never leaks,
-    nor does it into gradients. Memory:
-    never L x L; O(B HQ R L) floats in plain torch, O(B L) and 2 MB in the blocked version (a CPU, many probes, no
-    gradient) and O(B (L + HQ R)) in the kernel.
+    nor does it into gradients. Memory, never L x L: O(B HQ R L) floats in plain torch, O(B L) and 4 MB in the
+    blocked version (a CPU, many probes, no gradient), O(B (L + HQ R)) in the kernel.
     """
     checks.shape("q_probe", q_probe, (None, None, None, None), "(B, HQ, R, D)")
     batch, _, count, dim = q_probe.shape
