@@ -4,7 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zipr1_kernels import cut_points, ran, select_threshold, select_top_k, select_top_p, use
+from zipr1_kernels import (
+    cut_points,
+    dispatch,
+    ran,
+    select_threshold,
+    select_top_k,
+    select_top_p,
+    use,
+)
 
 SCORES = torch.tensor([[4.0, 1.0, 3.0, 2.0]])  # shares .4 .1 .3 .2
 ALL = torch.ones(1, 4, dtype=torch.bool)
@@ -17,8 +25,11 @@ PATHS = ["torch", pytest.param("triton", marks=pytest.mark.interpreted)]
 
 @pytest.fixture(params=PATHS)
 def each_path(request):
+    dispatch._state.ran.clear()
     with use(request.param):
         yield
+    taken = "triton" if request.param == "triton" else "torch: forced"
+    assert set(dispatch._state.ran.values()) == {taken}
 
 
 def kept(mask):
