@@ -96,10 +96,9 @@ class Problem:
             cut = cut_points(scores, self.every, self.none).sort(1).values
             # Above the last cut point wanted, below the next.
             n = self.kept_count
-            after = cut[:, n] if n < length else torch.ones_like(cut[:, 0])
-            self.p = ((cut[:, n - 1] + after) / 2).clamp(max=1.0)
-            if n == length:
-                self.p = torch.ones_like(self.p)
+            self.p = torch.ones_like(cut[:, 0])
+            if n < length:
+                self.p = (cut[:, n - 1] + cut[:, n]) / 2
             self.scores = scores
             self.kept = pack_indices(self.choose())
             found = self.kept.count.tolist()
@@ -166,10 +165,8 @@ class Problem:
         )
         return {f"sdpa {kind.name.lower()}": backend(kind, expanded) for kind in kinds}
 
-    def flex(self) -> Run | None:
-        """torch's flex_attention with the kept set as a block mask; a GPU alone has it compiled."""
-        if self.q.device.type == "cpu":
-            return None
+    def flex(self) -> Run:
+        """torch's flex_attention with the kept set as a block mask, compiled: for a GPU."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         keep = self.kept.keep
@@ -208,9 +205,7 @@ class Problem:
         }
         if self.q.device.type == "cuda":
             prefill["triton"] = self.forced("triton", self.q, self.k, self.v)
-            flex = self.flex()
-            if flex is not None:
-                prefill["flex_attention"] = flex
+            prefill["flex_attention"] = self.flex()
         wide = [x.repeat_interleave(s.q_heads // s.heads, 1) for x in self.cache]
         return [
             Case("probe_scores", "forward", scoring, {"ours": self.score}),

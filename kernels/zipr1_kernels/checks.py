@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import torch
 
-from zipr1_kernels.kept import Kept
-
 
 def shape(name: str, tensor: torch.Tensor, want: tuple[int | None, ...], spelt: str) -> None:
     """ValueError unless `tensor` has shape `want` (None: any size), written `spelt` for people."""
@@ -45,16 +43,3 @@ def integer(name: str, tensor: torch.Tensor) -> None:
     """ValueError unless `tensor` holds integers."""
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"{name} has dtype {tensor.dtype}; expected an integer")
-
-
-def kept(tokens: Kept, batch: int, length: int) -> None:
-    """ValueError unless `tokens` were chosen among `length` slots of `batch` rows."""
-    if not isinstance(tokens, Kept):
-        raise ValueError(
-            f"kept is a {type(tokens).__name__}; make it with pack_indices(mask) or Kept.of(index, count, length)"
-        )
-    if len(tokens.index) != batch or tokens.length != length:
-        raise ValueError(
-            f"kept was chosen among {tokens.length} slots of {len(tokens.index)} rows; "
-            f"expected {length} slots of {batch} rows"
-        )

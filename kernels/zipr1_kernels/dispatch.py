@@ -51,11 +51,6 @@ def ran(op: str) -> str | None:
     return _state.ran.get(op)
 
 
-def note(op: str, path: str) -> None:
-    """Remember the path taken."""
-    _state.ran[op] = path
-
-
 def plan(
     op: str, *tensors: torch.Tensor, cannot: str | None = None, slower: str | None = None
 ) -> bool:
@@ -82,7 +77,7 @@ def plan(
     trouble = None if reason else unusable(on_gpu)
     if trouble:
         raise RuntimeError(trouble)
-    note(op, f"torch: {reason}" if reason else "triton")
+    _state.ran[op] = f"torch: {reason}" if reason else "triton"
     return not reason
 
 
@@ -99,9 +94,21 @@ def unusable(on_gpu: bool) -> str | None:
     return None
 
 
-def free() -> bool:
-    """Whether nothing is forced: `use("torch")` is the plain version, not a faster one."""
-    return _state.path == "auto"
+def blocked(op: str, *tensors: torch.Tensor, pays: bool) -> bool:
+    """Whether the blocked version of `op` is to run instead of the plain one; remembered for `ran`.
+
+    It is for a CPU, has no gradient, and is not what `use("torch")` forces. pays: the problem is large enough.
+    """
+    on_cpu = tensors[0].device.type == "cpu"
+    taken = pays and on_cpu and _state.path == "auto" and not graded(*tensors)
+    if taken:
+        _state.ran[op] = "torch: blocked, for a long prompt on a CPU"
+    return taken
+
+
+def graded(*tensors: torch.Tensor) -> bool:
+    """Whether a gradient of any of them is wanted."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def unfit(dtype: torch.dtype, *dims: int) -> str | None:

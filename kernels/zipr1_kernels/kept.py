@@ -7,13 +7,16 @@ from functools import cached_property
 
 import torch
 
+from zipr1_kernels import checks
+
 
 @dataclass(frozen=True)
 class Kept:
     """The kept slots of each sample, ascending. Made by `pack_indices` from a mask, or by `Kept.of` from indices.
 
     index: `(B, n)` int64, n the largest count; entries from count[b] on are padding, which repeats the row's last
-    kept slot. count: `(B,)` int64, at least 1. least: the smallest count. length: slots that were chosen among.
+    kept slot. count: `(B,)` int64, at least 1 (0 for an empty row of a mask). least: the smallest count. length: slots
+    that were chosen among.
 
     Both makers vouch for what is inside, so that the operations need not look at values, for which a GPU would wait.
     """
@@ -37,9 +40,8 @@ class Kept:
             raise ValueError(
                 f"index has shape {tuple(index.shape)} and count {tuple(count.shape)}; expected (B, n) and (B,)"
             )
-        for name, tensor in (("index", index), ("count", count)):
-            if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-                raise ValueError(f"{name} has dtype {tensor.dtype}; expected an integer")
+        checks.integer("index", index)
+        checks.integer("count", count)
         if index.device != count.device:
             raise ValueError(f"index is on {index.device} and count on {count.device}; move one")
         index, count = index.long(), count.long()
@@ -92,3 +94,16 @@ class Kept:
         """`(B, length)` bool."""
         mask = torch.zeros(len(self.index), self.length, dtype=torch.bool, device=self.index.device)
         return mask.scatter_(1, self.index, True)
+
+
+def check(tokens: Kept, batch: int, length: int) -> None:
+    """ValueError unless `tokens` were chosen among `length` slots of `batch` rows."""
+    if not isinstance(tokens, Kept):
+        raise ValueError(
+            f"kept is a {type(tokens).__name__}; make it with pack_indices(mask) or Kept.of(index, count, length)"
+        )
+    if len(tokens.index) != batch or tokens.length != length:
+        raise ValueError(
+            f"kept was chosen among {tokens.length} slots of {len(tokens.index)} rows; "
+            f"expected {length} slots of {batch} rows"
+        )

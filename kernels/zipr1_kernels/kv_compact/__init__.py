@@ -6,6 +6,7 @@ import torch
 
 from zipr1_kernels import checks, dispatch
 from zipr1_kernels.kept import Kept
+from zipr1_kernels.kept import check as check_kept
 from zipr1_kernels.kv_compact import reference
 
 
@@ -23,10 +24,9 @@ def kv_compact(k: torch.Tensor, v: torch.Tensor, kept: Kept) -> tuple[torch.Tens
     """
     checks.shape("k", k, (None, None, None, None), "(B, H, L, D)")
     checks.shape("v", v, (*k.shape[:3], None), "(B, H, L, DV)")
-    checks.kept(kept, k.shape[0], k.shape[2])
+    check_kept(kept, k.shape[0], k.shape[2])
     checks.same_dtype(k=k, v=v)
-    graded = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
-    cannot = "a gradient is wanted" if graded else None
+    cannot = "a gradient is wanted" if dispatch.graded(k, v) else None
     if not dispatch.plan("kv_compact", k, v, kept.index, cannot=cannot):
         return reference.kv_compact(k, v, kept)
     from zipr1_kernels.kv_compact import kernel

@@ -59,10 +59,8 @@ def probe_scores(
         from zipr1_kernels.probe_scores import kernel
 
         run = kernel.probe_scores
-    else:
-        graded = torch.is_grad_enabled() and (q_probe.requires_grad or k.requires_grad)
-        pays = blocked.pays(q_probe.shape[1], count, k.shape[2])
-        if k.device.type == "cpu" and pays and not graded and dispatch.free():
-            run = blocked.probe_scores
-            dispatch.note("probe_scores", "torch: blocked, for a long prompt on a CPU")
+    elif dispatch.blocked(
+        "probe_scores", q_probe, k, pays=blocked.pays(q_probe.shape[1], count, k.shape[2])
+    ):
+        run = blocked.probe_scores
     return run(*tensors, scale=scale, normalise=normalise)

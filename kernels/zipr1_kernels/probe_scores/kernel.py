@@ -67,6 +67,14 @@ def _keys(
 
 
 @triton.jit
+def _weights(q, k, cols, cand, slot, lse, scale, PREC: tl.constexpr):
+    """Attention weights `(BM, BN)` of rows whose normaliser is known; 0 where a row does not see a column."""
+    x = tl.dot(q, tl.trans(k), input_precision=PREC) * scale
+    seen = cand[None, :] & (cols[None, :] <= slot[:, None])
+    return tl.where(seen, tl.exp2(x - lse[:, None]), 0.0)
+
+
+@triton.jit
 def lse_kernel(
     Q, K, Probe, Valid, Cand, Lse, H, R, GR, L, scale, skb, skh, skl,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
@@ -106,9 +114,7 @@ def columns_kernel(
             q, slot = _rows(Q, Probe, Valid, b, h, m0, H, R, GR, D, BD, BM, UP)
             rows = m0 + tl.arange(0, BM)
             lse = tl.load(Lse + (b * H + h) * GR + rows, mask=rows < GR, other=float("inf"))
-            x = tl.dot(q, tl.trans(k), input_precision=PREC) * scale
-            seen = cand[None, :] & (cols[None, :] <= slot[:, None])
-            total += tl.sum(tl.where(seen, tl.exp2(x - lse[:, None]), 0.0), 0)
+            total += tl.sum(_weights(q, k, cols, cand, slot, lse, scale, PREC), 0)
     if NORM:
         count = tl.zeros([BN], tl.float32)
         for r0 in range(0, R, BM):
@@ -138,18 +144,14 @@ def queries_grad_kernel(
     for n0 in range(0, end, BN):
         k, cols, cand = _keys(K, Cand, b, h, n0, L, skb, skh, skl, D, BD, BN, UP)
         grad = tl.load(Grad + b * L + cols, mask=cols < L, other=0.0)
-        x = tl.dot(q, tl.trans(k), input_precision=PREC) * scale
-        seen = cand[None, :] & (cols[None, :] <= slot[:, None])
-        w = tl.where(seen, tl.exp2(x - lse[:, None]), 0.0)
+        w = _weights(q, k, cols, cand, slot, lse, scale, PREC)
         delta += tl.sum(w * grad[None, :], 1)
     tl.store(Delta + at, delta, mask=rows < GR)
     dq = tl.zeros([BM, BD], tl.float32)
     for n0 in range(0, end, BN):
         k, cols, cand = _keys(K, Cand, b, h, n0, L, skb, skh, skl, D, BD, BN, UP)
         grad = tl.load(Grad + b * L + cols, mask=cols < L, other=0.0)
-        x = tl.dot(q, tl.trans(k), input_precision=PREC) * scale
-        seen = cand[None, :] & (cols[None, :] <= slot[:, None])
-        dx = tl.where(seen, tl.exp2(x - lse[:, None]), 0.0) * (grad[None, :] - delta[:, None])
+        dx = _weights(q, k, cols, cand, slot, lse, scale, PREC) * (grad[None, :] - delta[:, None])
         dq += tl.dot(dx.to(k.dtype), k, input_precision=PREC)
     dims = tl.arange(0, BD)
     there = (rows < GR)[:, None] & (dims < D)
@@ -172,13 +174,19 @@ def keys_grad_kernel(
         at = (b * H + h) * GR + rows
         lse = tl.load(Lse + at, mask=rows < GR, other=float("inf"))
         delta = tl.load(Delta + at, mask=rows < GR, other=0.0)
-        x = tl.dot(q, tl.trans(k), input_precision=PREC) * scale
-        seen = cand[None, :] & (cols[None, :] <= slot[:, None])
-        dx = tl.where(seen, tl.exp2(x - lse[:, None]), 0.0) * (grad[None, :] - delta[:, None])
+        dx = _weights(q, k, cols, cand, slot, lse, scale, PREC) * (grad[None, :] - delta[:, None])
         dk += tl.dot(tl.trans(dx.to(q.dtype)), q, input_precision=PREC)
     dims = tl.arange(0, BD)
     at = (((b * H + h) * L).to(tl.int64) + cols[:, None]) * D + dims
     tl.store(DK + at, (dk * factor).to(DK.dtype.element_ty), mask=(cols < L)[:, None] & (dims < D))
+
+
+def _shape(config: Config, k: torch.Tensor) -> dict[str, Any]:
+    dim = k.shape[3]
+    return {
+        "D": dim, "BD": padded(dim), "BM": config.rows, "BN": config.columns,
+        "PREC": precision(k.dtype), "UP": INTERPRETED, **config.options,
+    }  # fmt: skip
 
 
 class _ProbeScores(torch.autograd.Function):
@@ -195,14 +203,11 @@ class _ProbeScores(torch.autograd.Function):
         seen = torch.empty_like(out)
         config = FORWARD[padded(dim)]
         sizes = (heads, count, rows, length, scale * LOG2E, *k.stride()[:3])
-        shape = {"D": dim, "BD": padded(dim), "BM": config.rows, "BN": config.columns}
-        shape |= {"PREC": precision(k.dtype), "UP": INTERPRETED}
+        shape = _shape(config, k)
         inputs = (q, k, probes, valid, candidates, lse)
-        lse_kernel[(triton.cdiv(rows, config.rows), heads, batch)](
-            *inputs, *sizes, **shape, **config.options
-        )
+        lse_kernel[(triton.cdiv(rows, config.rows), heads, batch)](*inputs, *sizes, **shape)
         columns_kernel[(triton.cdiv(length, config.columns), batch)](
-            *inputs, out, seen, *sizes, NORM=normalise, **shape, **config.options
+            *inputs, out, seen, *sizes, NORM=normalise, **shape
         )
         ctx.save_for_backward(*inputs, seen)
         ctx.scale, ctx.normalise = scale, normalise
@@ -220,17 +225,16 @@ class _ProbeScores(torch.autograd.Function):
         delta, dq = torch.empty_like(lse), torch.empty_like(q)
         dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
         config = BACKWARD[padded(dim)]
-        shape = {"D": dim, "BD": padded(dim), "BM": config.rows, "BN": config.columns}
-        shape |= {"PREC": precision(k.dtype), "UP": INTERPRETED}
+        shape = _shape(config, k)
         inputs = (q, k, probes, valid, candidates, lse, grad, delta)
         sizes = (heads, count, rows, length)
         scales = {"scale": ctx.scale * LOG2E, "factor": ctx.scale}
         strides = dict(zip(("skb", "skh", "skl"), k.stride()[:3], strict=True))
         queries_grad_kernel[(triton.cdiv(rows, config.rows), heads, batch)](
-            *inputs, dq, *sizes, **scales, **strides, **shape, **config.options
+            *inputs, dq, *sizes, **scales, **strides, **shape
         )
         keys_grad_kernel[(triton.cdiv(length, config.columns), heads, batch)](
-            *inputs, dk, *sizes, **scales, **strides, **shape, **config.options
+            *inputs, dk, *sizes, **scales, **strides, **shape
         )
         return dq, dk, None, None, None, None, None
 

@@ -6,6 +6,7 @@ import torch
 
 from zipr1_kernels import checks, dispatch
 from zipr1_kernels.kept import Kept
+from zipr1_kernels.kept import check as check_kept
 from zipr1_kernels.sparse_decode import reference
 
 # Queries that share a key head, all rows of one block of the kernel.
@@ -46,7 +47,7 @@ def sparse_decode(
     checks.same_dtype(q=q, k=k, v=v)
     slots = k.shape[2]
     if kept is not None:
-        checks.kept(kept, batch, slots)
+        check_kept(kept, batch, slots)
         slots = kept.least
         if valid is not None:
             raise ValueError("valid and kept were both given; kept alone says what counts")
@@ -64,7 +65,7 @@ def sparse_decode(
     most = MOST_ROWS if q.element_size() == 2 else MOST_ROWS // 4  # what fits in shared memory
     if rows > most:
         cannot = f"{rows} queries a key head are more than {most}"
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if dispatch.graded(q, k, v):
         cannot = "a gradient is wanted"
     slower = dispatch.slow(q.dtype)
     if not dispatch.plan("sparse_decode", *tensors, cannot=cannot, slower=slower):

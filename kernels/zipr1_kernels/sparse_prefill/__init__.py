@@ -6,6 +6,7 @@ import torch
 
 from zipr1_kernels import checks, dispatch
 from zipr1_kernels.kept import Kept
+from zipr1_kernels.kept import check as check_kept
 from zipr1_kernels.sparse_prefill import blocked, reference
 
 
@@ -36,7 +37,7 @@ def sparse_prefill(
     batch, _, length, dim = q.shape
     checks.shape("k", k, (batch, None, length, dim), "(B, H, L, D)")
     checks.shape("v", v, (batch, k.shape[1], length, None), "(B, H, L, DV)")
-    checks.kept(kept, batch, length)
+    check_kept(kept, batch, length)
     checks.heads(q, k)
     checks.same_dtype(q=q, k=k, v=v)
     # One sample, or samples of one length, leave nothing to skip: torch's fused attention on gathered rows is then hard
@@ -49,9 +50,7 @@ def sparse_prefill(
         from zipr1_kernels.sparse_prefill import kernel
 
         return kernel.sparse_prefill(q, k, v, kept, scale=scale)
-    graded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    sparse = kept.index.shape[1] >= blocked.LEAST and not kept.everything
-    if q.device.type == "cpu" and sparse and not graded and dispatch.free():
-        dispatch.note("sparse_prefill", "torch: blocked, for a long prompt on a CPU")
+    pays = kept.index.shape[1] >= blocked.LEAST and not kept.everything
+    if dispatch.blocked("sparse_prefill", q, k, v, pays=pays):
         return blocked.sparse_prefill(q, k, v, kept, scale=scale)
     return reference.sparse_prefill(q, k, v, kept, scale=scale)
