@@ -151,37 +151,102 @@ def test_dropped_tokens_are_not_read(monkeypatch):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("skip", ["attention", "layer"])
 @torch.no_grad()
-def test_skipping_a_layer_does_not_do_the_work():
+def test_skipped_work_is_not_done(skip):
+    """Rows that go through each projection, seen at F.linear's door: the projections' own inputs."""
     policy = tinymodels.shared()
     encoded = tinymodels.encode(policy, tinymodels.mixed())
     features = policy.look(encoded)
-    rows = []
+    rows: dict[str, list[int]] = {}
     hooks = [
-        module.register_forward_pre_hook(lambda m, a: rows.append(a[0].shape[:-1].numel()))
-        for layer in policy.decoder.layers
-        for module in (layer.self_attn.o_proj, layer.mlp.gate_proj)
+        module.register_forward_pre_hook(
+            lambda m, a, name=name: rows.setdefault(name, []).append(a[0].shape[:-1].numel())
+        )
+        for name, module in policy.decoder.layers[1].named_modules()
+        if name.endswith(("_proj", "layernorm"))
     ]
+    if skip == "attention":
+        # A hook stands before whatever narrows the input, so here the product itself is watched.
+        weight = policy.decoder.layers[1].self_attn.o_proj.weight
+        linear = torch.nn.functional.linear
+
+        def watch(x, w, *rest):
+            if w is weight:
+                rows["self_attn.o_proj"] = [x.shape[:-1].numel()]
+            return linear(x, w, *rest)
+
     try:
-        request = Request(sparse(skip="layer"))
+        request = Request(sparse(skip=skip))
         embeds, positions, valid = policy.rows(encoded, features, None, left=True)
         request.valid = request.prompt = valid
-        with sparse_attention(policy.core, request):
+        with pytest.MonkeyPatch.context() as patch, sparse_attention(policy.core, request):
+            if skip == "attention":
+                patch.setattr(torch.nn.functional, "linear", watch)
             policy.core.model(inputs_embeds=embeds, position_ids=positions, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    kept = [int(layer.keep.sum()) for layer in request.record.layers]
-    # The MLP's own projections run on the kept rows alone, whatever hooks stand around the MLP.
-    assert rows[1::2] == kept
-    assert max(kept) < valid.numel()
+    kept = int(request.record.layers[1].keep.sum())
+    probes = valid.shape[0] * (PROBES.recent + PROBES.random)
+    everything = valid.numel()
+    assert kept + probes < everything
+    if skip == "layer":
+        wanted = {
+            "self_attn.q_proj": [probes, kept],
+            "self_attn.k_proj": [everything, kept],
+            "input_layernorm": [everything, kept],
+        }
+        rest = [kept]
+    else:
+        wanted = {"self_attn.o_proj": [kept]}
+        rest = [everything]
+    names = ["q", "k", "v", "o"]
+    names = [f"self_attn.{name}_proj" for name in names]
+    names += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    names += ["input_layernorm", "post_attention_layernorm"]
+    assert rows == {name: wanted.get(name, rest) for name in names}
+
+
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+@torch.no_grad()
+def test_decoding_writes_behind_the_cache(skip):
+    """Steps share one allocation until its room is used up; what was cached before never changes."""
+    policy = tinymodels.shared()
+    encoded = tinymodels.encode(policy, tinymodels.mixed())
+    features = policy.look(encoded)
+    embeds, positions, valid = policy.rows(encoded, features, None, left=True)
+    request = Request(sparse(skip=skip), valid=valid, prompt=valid)
+    cache = PrunedCache()
+    addresses = []
+    with sparse_attention(policy.core, request):
+        policy.core.model(
+            inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        before = [(x.keys.clone(), x.values.clone()) for x in cache.layers]
+        for step in range(12):
+            policy.core.model(
+                inputs_embeds=embeds[:, -1:],
+                position_ids=positions[..., -1:] + step + 1,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            addresses.append([x.keys.data_ptr() for x in cache.layers])
+    assert addresses == [addresses[0]] * 12
+    assert cache.get_seq_length() == valid.shape[1] + 12
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        n = keys.shape[2]
+        assert layer.keys.shape[2] == layer.values.shape[2] == n + 12
+        assert torch.equal(layer.keys[:, :, :n], keys)
+        assert torch.equal(layer.values[:, :, :n], values)
+        assert layer.valid.shape[1] == n + 12 and bool(layer.valid[:, n:].all())
 
 
 @torch.no_grad()
 def test_nothing_stays_behind_on_exit():
     policy = tinymodels.make()
     before = {
-        n: (len(m._forward_hooks), len(m._forward_pre_hooks))
+        n: (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__)
         for n, m in policy.core.named_modules()
     }
     with (
@@ -190,7 +255,7 @@ def test_nothing_stays_behind_on_exit():
     ):
         raise RuntimeError("stop")
     after = {
-        n: (len(m._forward_hooks), len(m._forward_pre_hooks))
+        n: (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__)
         for n, m in policy.core.named_modules()
     }
     assert before == after

@@ -90,6 +90,13 @@ class Kept:
         return (self.index + start)[self.real] if self.ragged else (self.index + start).flatten()
 
     @cached_property
+    def packed(self) -> Kept:
+        """The same tokens where `kv_compact` puts them: the first count[b] of n slots."""
+        n = self.index.shape[1]
+        place = torch.arange(n, device=self.index.device)
+        return Kept(place.minimum(self.count[:, None] - 1), self.count, self.least, n)
+
+    @cached_property
     def keep(self) -> torch.Tensor:
         """`(B, length)` bool."""
         mask = torch.zeros(len(self.index), self.length, dtype=torch.bool, device=self.index.device)

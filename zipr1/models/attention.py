@@ -1,10 +1,10 @@
 """The bridge between transformers' decoders and the sparse operations.
 
 Nothing of transformers is forked: `ATTENTION` is registered with its `AttentionInterface`, a pre-hook on the text
-decoder hands each forward pass its `Pass`, and with `skip: layer` a pair of hooks around the output projection
-and the MLP gathers the kept rows, lets the module run on them alone, and scatters the result. All hooks are the
-instance's own and are gone when `sparse_attention` exits; outside of it, and at p = 1 without a request, the
-model is transformers' SDPA path unchanged.
+decoder hands each forward pass its `Pass`; with `skip: layer` each layer's forward chooses before it runs
+(`zipr1.models.skipping`), with `skip: attention` hooks let the output projection run on the kept rows alone. All of
+it is the instance's own and is gone when `sparse_attention` exits; outside of it, and at p = 1 without a request,
+the model is transformers' SDPA path unchanged.
 
 A prefill selects among prompt tokens and prunes the cache; later tokens are appended and attend to what is left.
 With gradient checkpointing, run backward inside the context: layers are computed again there.
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from zipr1_kernels import (
 from zipr1 import efficiency
 from zipr1.errors import InputError
 from zipr1.models.cache import PrunedCache
+from zipr1.models.skipping import Heads, Rows, skipping
 from zipr1.recipe import Probes, Sparse
 from zipr1.sparsity import Draw, LayerRecord, Record, probe_slots, select
 
@@ -89,7 +90,6 @@ class Pass:
     lengths: list[int]
     offsets: list[int]
     record: Record
-    kept: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def start(cls, request: Request, valid: torch.Tensor) -> Pass:
@@ -114,10 +114,8 @@ class Pass:
         short = torch.tensor([n < settings.dense_below for n in self.lengths], device=p.device)
         return p.masked_fill(short, 1.0)
 
-    def choose(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Kept slots `(B, L)` bool of `layer`, answer tokens included. query `(B, HQ, L, D)`, key `(B, H, L, D)`."""
+    def choose(self, layer: int, heads: Heads) -> torch.Tensor:
+        """Kept slots `(B, L)` bool of `layer`, answer tokens included."""
         request = self.request
         replay = None if request.replay is None else request.replay[layer]
         scored = request.scores or (replay is None and request.settings.rule != "random")
@@ -126,7 +124,7 @@ class Pass:
         scores = cut = None
         with torch.set_grad_enabled(request.scores and torch.is_grad_enabled()):
             if scored:
-                scores = self.score(layer, request.seed, request.settings.probes, query, key, scale)
+                scores = self.score(layer, request.seed, request.settings.probes, heads)
             if request.scores:
                 assert scores is not None
                 cut = cut_points(scores, self.prompt, always)
@@ -136,7 +134,7 @@ class Pass:
             base = (
                 scores.detach()
                 if scores is not None
-                else torch.zeros(self.prompt.shape, device=key.device)
+                else torch.zeros(self.prompt.shape, device=self.prompt.device)
             )
             draw = Draw(request.seed, layer)
             keep = select(
@@ -144,7 +142,7 @@ class Pass:
             )
         if layer == len(self.record.layers):
             # A recomputed layer (gradient checkpointing) finds its record already there.
-            heldout = self.heldout(layer, query, key, scale, keep) if request.audit else None
+            heldout = self.heldout(layer, heads, keep) if request.audit else None
             self.record.layers.append(LayerRecord(keep, scores, cut, heldout))
         return keep | (self.valid & ~self.prompt)
 
@@ -160,43 +158,36 @@ class Pass:
         layer: int,
         seed: int,
         probes: Probes,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        scale: float,
+        heads: Heads,
         others: bool = False,
     ) -> torch.Tensor:
         """Scores `(B, L)` by probes of `seed`; others: without those that are among the choosing ones."""
 
         def slots_of(seed: int, probes: Probes) -> tuple[torch.Tensor, torch.Tensor]:
-            return probe_slots(self.lengths, self.offsets, layer, seed, probes, query.device)
+            return probe_slots(self.lengths, self.offsets, layer, seed, probes, self.prompt.device)
 
         slots, real = slots_of(seed, probes)
         if others:
             chosen, _ = slots_of(self.request.seed, self.request.settings.probes)
             real = real & ~(slots[:, :, None] == chosen[:, None, :]).any(-1)
-        index = slots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-        picked = query.gather(2, index)
-        normalise = self.request.settings.normalise
-        return probe_scores(picked, key, slots, real, self.prompt, scale=scale, normalise=normalise)
+        return probe_scores(
+            heads.queries(slots),
+            heads.keys(),
+            slots,
+            real,
+            self.prompt,
+            scale=heads.scale,
+            normalise=self.request.settings.normalise,
+        )
 
     @torch.no_grad()
-    def heldout(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float, keep: torch.Tensor
-    ) -> torch.Tensor:
+    def heldout(self, layer: int, heads: Heads, keep: torch.Tensor) -> torch.Tensor:
         """`(B,)` share of the score mass of fresh random probes that falls on kept tokens."""
         fresh = Probes(recent=0, random=max(8, self.request.settings.probes.random))
-        scores = self.score(layer, self.request.seed + 7919, fresh, query, key, scale, others=True)
+        scores = self.score(layer, self.request.seed + 7919, fresh, heads, others=True)
         total = scores.sum(1)
         # A prompt so short that every token is a probe has none left to ask.
         return torch.where(total > 0, (scores * keep).sum(1) / total.clamp_min(1e-12), 1.0)
-
-
-@dataclass(frozen=True)
-class KeptRows:
-    """Rows of the flattened `(B * L)` batch that a layer computes. index `(n,)` int64."""
-
-    index: torch.Tensor
-    shape: tuple[int, int]
 
 
 def gated_prefill(
@@ -227,24 +218,33 @@ def zipr1_attention(
     dropout: float = 0.0,
     zip_pass: Pass | None = None,
     zip_cache: PrunedCache | None = None,
+    zip_rows: Rows | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' attention signature; query `(B, HQ, Lq, D)`, key and value `(B, H, Lk, D)` -> `(B, Lq, HQ, D)`."""
+    """transformers' attention signature; query `(B, HQ, Lq, D)`, key and value `(B, H, Lk, D)` -> `(B, Lq, HQ, D)`.
+
+    zip_rows: the tensors hold only the kept tokens, flattened to one row.
+    """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer = int(module.layer_idx) if hasattr(module, "layer_idx") else 0  # type: ignore[arg-type]
     if zip_pass is not None:
-        keep = zip_pass.choose(layer, query, key, scale)
-        kept = pack_indices(keep)
-        if zip_pass.request.settings.skip == "layer":
-            module.zip_rows = KeptRows(kept.flat, (keep.shape[0], keep.shape[1]))  # type: ignore[assignment]
+        if zip_rows is None:
+            kept = among = pack_indices(zip_pass.choose(layer, Heads.given(query, key, scale)))
+            _state.rows = Rows(kept)
+        else:
+            kept, among = zip_rows.kept, zip_rows.kept.packed
+            query, key, value = (zip_rows.pad(x) for x in (query, key, value))
         through = zip_pass.request.through
         if through is None:
-            out = sparse_prefill(query, key, value, kept, scale=scale)
+            out = sparse_prefill(query, key, value, among, scale=scale)
         else:
-            out = gated_prefill(query, key, value, kept, zip_pass.gate(layer, *through), scale)
+            gate = zip_pass.gate(layer, *through)
+            gate = gate if zip_rows is None else gate.gather(1, kept.index)
+            out = gated_prefill(query, key, value, among, gate, scale)
         if zip_cache is not None:
-            zip_cache.layers[layer].prune(*kv_compact(key, value, kept), kept.count)
-        return out.transpose(1, 2), None
+            small = (key, value) if zip_rows is not None else kv_compact(key, value, kept)
+            zip_cache.put(layer, *small, kept)
+        return (out.transpose(1, 2) if zip_rows is None else zip_rows.strip(out)), None
     if zip_cache is not None:
         out = sparse_decode(query, key, value, zip_cache.layers[layer].valid, scale=scale)
         return out.transpose(1, 2), None
@@ -298,24 +298,33 @@ def _before_decoder(
     return args, {**kwargs, "past_key_values": cache, "zip_pass": current, "zip_cache": cache}
 
 
-def _gather_rows(attention: torch.nn.Module, module: torch.nn.Module, args: Any) -> Any:
-    rows: KeptRows | None = getattr(attention, "zip_rows", None)
-    if rows is None:
-        return None
-    flat = args[0].reshape(rows.shape[0] * rows.shape[1], -1)
-    return (flat[rows.index][None], *args[1:])
+def _projecting(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The output projection's forward: after a sparse attention on the kept rows alone, 0 for the others."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        rows: Rows | None = getattr(_state, "rows", None)
+        if rows is None:
+            return stock(x)
+        _state.rows = None
+        out = stock(rows.flatten(x))
+        return rows.spread(out, out.new_zeros(*x.shape[:2], out.shape[-1]))
+
+    return forward
 
 
-def _scatter_rows(
-    attention: torch.nn.Module, last: bool, module: torch.nn.Module, args: Any, output: Any
-) -> Any:
-    rows: KeptRows | None = getattr(attention, "zip_rows", None)
-    if rows is None:
-        return None
-    if last:
-        attention.zip_rows = None  # type: ignore[assignment]
-    full = output.new_zeros(rows.shape[0] * rows.shape[1], output.shape[-1])
-    return full.index_copy(0, rows.index, output[0]).view(*rows.shape, -1)
+@contextlib.contextmanager
+def _forwards(swaps: list[tuple[Any, Any]]) -> Iterator[None]:
+    """Inside, modules have these forwards of their own instead of their class's (or whoever's it was)."""
+    before = [module.__dict__.get("forward") for module, _ in swaps]
+    for module, forward in swaps:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for (module, _), own in zip(swaps, before, strict=True):
+            del module.forward
+            if own is not None:
+                module.forward = own
 
 
 @contextlib.contextmanager
@@ -328,26 +337,18 @@ def sparse_attention(model: Any, request: Request | None) -> Iterator[Request | 
         yield request
         return
     decoder = model.get_decoder()
-    attentions = [layer.self_attn for layer in decoder.layers]
 
     def before(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         return _before_decoder(request, module, args, kwargs)
 
-    handles = [decoder.register_forward_pre_hook(before, with_kwargs=True)]
-    if request.settings.skip == "layer":
-        for layer, attention in zip(decoder.layers, attentions, strict=True):
-            for module, last in ((attention.o_proj, False), (layer.mlp, True)):
-                handles.append(module.register_forward_pre_hook(_bind(_gather_rows, attention)))
-                handles.append(module.register_forward_hook(_bind(_scatter_rows, attention, last)))
+    swaps = [(layer, skipping(layer, layer.forward)) for layer in decoder.layers]
+    if request.settings.skip != "layer":
+        outputs = [layer.self_attn.o_proj for layer in decoder.layers]
+        swaps = [(module, _projecting(module.forward)) for module in outputs]
+    handle = decoder.register_forward_pre_hook(before, with_kwargs=True)
     try:
-        yield request
+        with _forwards(swaps):
+            yield request
     finally:
-        _state.sparse = False
-        for handle in handles:
-            handle.remove()
-        for attention in attentions:
-            attention.zip_rows = None
-
-
-def _bind(hook: Any, *bound: Any) -> Any:
-    return lambda *args: hook(*bound, *args)
+        _state.sparse, _state.rows = False, None
+        handle.remove()

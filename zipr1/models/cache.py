@@ -12,10 +12,18 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from zipr1_kernels import Kept
 
 
 class PrunedLayer(DynamicLayer):
-    """keys, values `(B, H, n, D)`; valid `(B, n)` bool; cumulative_length: tokens seen, kept or not."""
+    """keys, values `(B, H, n, D)`; valid `(B, n)` bool or None: all are; cumulative_length: tokens seen, kept or not.
+
+    New tokens are written behind the old ones into room kept free for them, a ninth of what is held (at least 16
+    tokens): a decoding step copies nothing but now and then.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -24,27 +32,48 @@ class PrunedLayer(DynamicLayer):
         self.incoming: torch.Tensor | None = None
         self.pruned = False
         self.prompt_counts: torch.Tensor | None = None
+        self.room: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         """Append `(B, H, q, D)`; slots are valid unless `incoming` `(B, q)` says that they are padding."""
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
         batch, _, new, _ = key_states.shape
-        fresh = self.incoming
-        if fresh is None or fresh.shape != (batch, new):
-            fresh = torch.ones(batch, new, dtype=torch.bool, device=keys.device)
-        self.incoming = None
-        self.valid = fresh if self.valid is None else torch.cat([self.valid, fresh], dim=1)
+        held = self.keys.shape[2] if self.is_initialized and self.keys.ndim == 4 else 0
+        if held and not key_states.requires_grad:
+            self._write(held, key_states, value_states)
+        else:
+            super().update(key_states, value_states, *args, **kwargs)
+        fresh, self.incoming = self.incoming, None
+        if fresh is not None and fresh.shape != (batch, new):
+            fresh = None
+        if self.valid is not None or fresh is not None:
+            device = self.keys.device
+            old = self.valid
+            if old is None:
+                old = torch.ones(batch, held, dtype=torch.bool, device=device)
+            if fresh is None:
+                fresh = torch.ones(batch, new, dtype=torch.bool, device=device)
+            self.valid = torch.cat([old, fresh], dim=1)
         self.cumulative_length += new
-        return keys, values
+        return self.keys, self.values
 
-    def prune(self, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor) -> None:
-        """Put the compacted prompt in place of the whole one. counts `(B,)`: kept tokens of each sample."""
-        self.keys, self.values = keys, values
-        slots = torch.arange(keys.shape[2], device=keys.device)
-        self.valid = slots[None] < counts[:, None]
-        self.prompt_counts = counts
+    def _write(self, held: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        end = held + keys.shape[2]
+        if self.room is None or self.room[0].shape[2] < end:
+            spare = max(16, end // 8)
+            shapes = [(*x.shape[:2], end + spare, x.shape[3]) for x in (self.keys, self.values)]
+            self.room = self.keys.new_empty(shapes[0]), self.values.new_empty(shapes[1])
+            self.room[0][:, :, :held], self.room[1][:, :, :held] = self.keys, self.values
+        self.room[0][:, :, held:end], self.room[1][:, :, held:end] = keys, values
+        self.keys, self.values = (x[:, :, :end] for x in self.room)
+
+    def prune(self, keys: torch.Tensor, values: torch.Tensor, kept: Kept) -> None:
+        """Put the compacted prompt, `(B, H, n, D)`, in place of the whole one."""
+        self.keys, self.values, self.room = keys, values, None
+        self.valid = kept.real if kept.ragged else None
+        self.prompt_counts = kept.count
+        self.cumulative_length = kept.length
         self.pruned = True
 
     def get_seq_length(self) -> int:
@@ -57,7 +86,7 @@ class PrunedLayer(DynamicLayer):
         """Remove the last `-tokens_to_remove` tokens; the pruned prompt itself cannot be cropped."""
         if tokens_to_remove > 0:
             raise ValueError("crop() takes a negative number of tokens to remove")
-        if tokens_to_remove == 0 or self.valid is None:
+        if tokens_to_remove == 0 or not self.is_initialized:
             return
         keep = self.keys.shape[2] + tokens_to_remove
         if self.prompt_counts is not None and keep < int(self.prompt_counts.max()):
@@ -65,18 +94,17 @@ class PrunedLayer(DynamicLayer):
                 "crop() reached the pruned prompt; assisted decoding does not work with a pruned cache"
             )
         self.keys, self.values = self.keys[:, :, :keep], self.values[:, :, :keep]
-        self.valid = self.valid[:, :keep]
+        self.valid = None if self.valid is None else self.valid[:, :keep]
         self.cumulative_length += tokens_to_remove
 
     def _each(self, change: Any) -> None:
+        if not self.is_initialized:
+            return
+        self.keys, self.values, self.room = change(self.keys), change(self.values), None
         if self.valid is not None:
-            self.keys, self.values, self.valid = (
-                change(self.keys),
-                change(self.values),
-                change(self.valid),
-            )
-            if self.prompt_counts is not None:
-                self.prompt_counts = change(self.prompt_counts)
+            self.valid = change(self.valid)
+        if self.prompt_counts is not None:
+            self.prompt_counts = change(self.prompt_counts)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -90,7 +118,7 @@ class PrunedLayer(DynamicLayer):
     def reset(self) -> None:
         super().reset()
         self.cumulative_length = 0
-        self.valid = self.prompt_counts = None
+        self.valid = self.prompt_counts = self.room = None
         self.pruned = False
 
 
@@ -104,6 +132,14 @@ class PrunedCache(Cache):
     def replaces(cache: Any) -> bool:
         """Whether `cache` is an empty default cache that a sparse prefill may swap for a pruned one."""
         return isinstance(cache, DynamicCache) and cache.get_seq_length() == 0
+
+    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor, kept: Kept) -> None:
+        """The pruned prompt of a layer: compacted keys and values `(B, H, n, D)` of the `kept` tokens."""
+        while len(self.layers) <= layer:
+            self.layers.append(PrunedLayer())
+        if not self.layers[layer].is_initialized:
+            self.layers[layer].lazy_initialization(keys, values)
+        self.layers[layer].prune(keys, values, kept)
 
     def expect(self, incoming: torch.Tensor | None) -> None:
         """Say which of the next tokens are padding: `(B, q)` bool, True for real ones."""
