@@ -111,16 +111,20 @@ def bundled() -> list[str]:
     return sorted(Path(str(item)).name.removesuffix(".json") for item in folder.iterdir())
 
 
+def values_of(model: str) -> dict[str, Any]:
+    """The config.json of a bundled model."""
+    folder = importlib.resources.files("zipr1") / "assets" / "configs"
+    values: dict[str, Any] = json.loads((folder / f"{model}.json").read_text())
+    return values
+
+
 def shape_of(model: str) -> Shape:
     """A bundled config by name, or that of a model folder, a run, or `tiny`.
 
     Raises InputError, with the nearest name.
     """
     if model in bundled():
-        text = (
-            importlib.resources.files("zipr1") / "assets" / "configs" / f"{model}.json"
-        ).read_text()
-        return Shape.of(json.loads(text), model)
+        return Shape.of(values_of(model), model)
     folder = Path(model)
     if model == "tiny":
         folder = Path(str(importlib.resources.files("zipr1") / "assets" / "tiny"))

@@ -1,60 +1,157 @@
-"""`zipr1 profile --card`: what a token ratio can be worth, by counting."""
+"""`zipr1 profile`: what a token ratio is worth, counted and measured."""
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 N = TypeVar("N", int, float)
 
 
 def profile(
     model: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="A bundled config such as qwen2.5-vl-7b, a model folder, a run, or tiny."
+            help="A bundled config such as qwen2.5-vl-7b (random weights), a run, a model folder, a hub id or tiny. "
+            "Default: the last run, else tiny.",
+            show_default=False,
         ),
-    ] = "tiny",
+    ] = None,
     lengths: Annotated[
-        list[str] | None, typer.Option(help="Prompt tokens: 4096,16384. Default: four, by model.")
+        list[str] | None,
+        typer.Option(help="Prompt tokens, random ones: 4096,16384.", show_default=False),
     ] = None,
     keep: Annotated[
-        list[str] | None, typer.Option(help="Shares of tokens kept: 0.1,0.25. Default: 0.25.")
+        list[str] | None,
+        typer.Option(
+            help="Shares of tokens kept, exactly: 0.1,0.25. Default: 0.25; with a real prompt what the model keeps.",
+            show_default=False,
+        ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
-    probes: Annotated[int, typer.Option(min=1, help="Queries that score the prompt.")] = 128,
-    visual: Annotated[
-        float, typer.Option(help="Share of the prompt that is visual tokens: counts the tower.")
-    ] = 0.0,
+    batch: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompts at once: 1,8. Default: 1.", show_default=False),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            help="Decoder layers of a bundled config to build and time. Default: 2 on a CPU, on a GPU what fits.",
+            show_default=False,
+        ),
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Profile a question about this picture.")
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="Profile a question about this clip.")] = None,
+    measure_tflops: Annotated[
+        bool,
+        typer.Option("--measure-tflops", help="Count operations too, and give rates in TFLOP/s."),
+    ] = False,
     card: Annotated[
         bool, typer.Option("--card", help="Count operations and bytes; nothing is loaded or run.")
     ] = False,
+    visual: Annotated[
+        float,
+        typer.Option(help="With --card: share of the prompt that is visual tokens, for the tower."),
+    ] = 0.0,
+    probes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Queries that score the prompt. Default: the model's own, else 128.",
+            show_default=False,
+        ),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0.0, help="Time for each row; at least 5 turns are taken.")
+    ] = 3.0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto (float32 on a CPU, else bfloat16), float32, bfloat16, float16."),
+    ] = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for profile.json, report.html and figures. Default: a new one under runs/.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="End stdout with the rows as one line of JSON.")
+        bool, typer.Option("--json", help="End stdout with profile.json as one line.")
     ] = False,
 ) -> None:
-    """Bounds of what sparsity can gain in prefill, decoding and memory, counted from a model's config."""
+    """Prefill, decoding and memory, dense beside sparse: measured, with what could be gained at most."""
     from rich.console import Console
 
-    from zipr1 import card as cards
     from zipr1.errors import InputError
     from zipr1.jsontext import dumps
+    from zipr1.runs import find_model
 
-    if not card:
-        raise InputError(
-            "zipr1 profile counts but does not measure yet: add --card; "
-            "python kernels/bench/run.py measures the attention"
-        )
-    shape = cards.shape_of(model)
-    sizes = numbers("--lengths", lengths, int) or cards.default_lengths(shape)
-    shares = numbers("--keep", keep, float) or [0.25]
-    rows = cards.card(shape, sizes, shares, probes, batch, visual)
     console = Console(stderr=as_json)
-    for table in cards.tables(shape, rows, probes, visual):
-        console.print(table)
+    name, said = find_model(model)
+    if model is None:
+        console.print(said, highlight=False)
+    sizes, shares = numbers("--lengths", lengths, int), numbers("--keep", keep, float)
+    batches = numbers("--batch", batch, int) or [1]
+    if min(batches) < 1:
+        raise InputError(f"--batch {min(batches)}: give 1 or more")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise InputError(f"--dtype {dtype}: allowed: auto, float32, bfloat16, float16")
+    if card:
+        found = count(console, name, sizes, shares, batches, probes or 128, visual)
+    else:
+        from zipr1.checkpoint import new_folder
+        from zipr1.profiling import Wish, report
+        from zipr1.profiling import profile as measure
+
+        wish = Wish(
+            name, sizes, shares, batches, layers, probes, image, video, device, dtype,
+            measure_tflops, seconds,
+        )  # fmt: skip
+        if output is not None and output.exists() and not output.is_dir():
+            raise InputError(f"--output {output}: a file is there; give a folder")
+        with console.status("profile") as status:
+            found = measure(wish, lambda text: status.update(f"profile: {text}"))
+        folder = output or new_folder("profile")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "profile.json").write_text(dumps(found) + "\n", encoding="utf-8")
+        page = report.write(found, folder)
+        for table in report.tables(found):
+            console.print(table)
+        for note in report.notes(found):
+            console.print(note, style="dim", highlight=False)
+        console.print(f"report: {page}", highlight=False, soft_wrap=True)
     if as_json:
-        print(dumps({"model": shape.name, "rows": rows}), flush=True)
+        print(dumps(found), flush=True)
+
+
+def count(
+    console: Console,
+    model: str,
+    lengths: list[int],
+    keeps: list[float],
+    batches: list[int],
+    probes: int,
+    visual: float,
+) -> dict[str, Any]:
+    """The card: no torch, no weights."""
+    from zipr1 import card
+
+    shape = card.shape_of(model)
+    rows: list[dict[str, Any]] = []
+    for batch in batches:
+        sizes = lengths or card.default_lengths(shape)
+        found = card.card(shape, sizes, keeps or [0.25], probes, batch, visual)
+        for table in card.tables(shape, found, probes, visual):
+            console.print(table)
+        rows += found
+    return {"model": shape.name, "rows": rows}
 
 
 def numbers(option: str, given: list[str] | None, kind: type[N]) -> list[N]:

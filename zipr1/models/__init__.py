@@ -1,6 +1,10 @@
 """Models: the only place that knows transformers and peft."""
 
+from zipr1_kernels import use
+
 from zipr1.models.attention import Request, sparse_attention
+from zipr1.models.cache import PrunedCache
+from zipr1.models.loading import choose_device, random_model
 from zipr1.models.policy import Answers, Features, Policy, load_policy
 from zipr1.models.processors import Encoded
 from zipr1.models.rows import replay_masks
@@ -10,8 +14,12 @@ __all__ = [
     "Encoded",
     "Features",
     "Policy",
+    "PrunedCache",
     "Request",
+    "choose_device",
     "load_policy",
+    "random_model",
     "replay_masks",
     "sparse_attention",
+    "use",
 ]

@@ -36,6 +36,7 @@ from zipr1 import efficiency
 from zipr1.errors import InputError
 from zipr1.models.cache import PrunedCache
 from zipr1.models.skipping import Heads, Rows, skipping
+from zipr1.phases import phase
 from zipr1.recipe import Probes, Sparse
 from zipr1.sparsity import Draw, LayerRecord, Record, probe_slots, select
 
@@ -137,9 +138,9 @@ class Pass:
                 else torch.zeros(self.prompt.shape, device=self.prompt.device)
             )
             draw = Draw(request.seed, layer)
-            keep = select(
-                request.settings.rule, base, self.threshold(layer), self.prompt, always, draw
-            )
+            with phase("selection"):
+                p = self.threshold(layer)
+                keep = select(request.settings.rule, base, p, self.prompt, always, draw)
         if layer == len(self.record.layers):
             # A recomputed layer (gradient checkpointing) finds its record already there.
             heldout = self.heldout(layer, heads, keep) if request.audit else None
@@ -170,15 +171,11 @@ class Pass:
         if others:
             chosen, _ = slots_of(self.request.seed, self.request.settings.probes)
             real = real & ~(slots[:, :, None] == chosen[:, None, :]).any(-1)
-        return probe_scores(
-            heads.queries(slots),
-            heads.keys(),
-            slots,
-            real,
-            self.prompt,
-            scale=heads.scale,
-            normalise=self.request.settings.normalise,
-        )
+        query, key, normalise = heads.queries(slots), heads.keys(), self.request.settings.normalise
+        with phase("scoring"):
+            return probe_scores(
+                query, key, slots, real, self.prompt, scale=heads.scale, normalise=normalise
+            )
 
     @torch.no_grad()
     def heldout(self, layer: int, heads: Heads, keep: torch.Tensor) -> torch.Tensor:
@@ -229,28 +226,34 @@ def zipr1_attention(
     layer = int(module.layer_idx) if hasattr(module, "layer_idx") else 0  # type: ignore[arg-type]
     if zip_pass is not None:
         if zip_rows is None:
-            kept = among = pack_indices(zip_pass.choose(layer, Heads.given(query, key, scale)))
+            keep = zip_pass.choose(layer, Heads.given(query, key, scale))
+            with phase("selection"):
+                kept = among = pack_indices(keep)
             _state.rows = Rows(kept)
         else:
             kept, among = zip_rows.kept, zip_rows.kept.packed
             query, key, value = (zip_rows.pad(x) for x in (query, key, value))
         through = zip_pass.request.through
         if through is None:
-            out = sparse_prefill(query, key, value, among, scale=scale)
+            with phase("attention"):
+                out = sparse_prefill(query, key, value, among, scale=scale)
         else:
             gate = zip_pass.gate(layer, *through)
             gate = gate if zip_rows is None else gate.gather(1, kept.index)
             out = gated_prefill(query, key, value, among, gate, scale)
         if zip_cache is not None:
-            small = (key, value) if zip_rows is not None else kv_compact(key, value, kept)
-            zip_cache.put(layer, *small, kept)
+            with phase("gathers"):
+                small = (key, value) if zip_rows is not None else kv_compact(key, value, kept)
+                zip_cache.put(layer, *small, kept)
         return (out.transpose(1, 2) if zip_rows is None else zip_rows.strip(out)), None
-    if zip_cache is not None:
-        out = sparse_decode(query, key, value, zip_cache.layers[layer].valid, scale=scale)
-        return out.transpose(1, 2), None
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )
+    with phase("attention"):
+        if zip_cache is not None:
+            valid = zip_cache.layers[layer].valid
+            out = sparse_decode(query, key, value, valid, scale=scale)
+            return out.transpose(1, 2), None
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
 
 
 def zipr1_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:

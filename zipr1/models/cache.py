@@ -128,6 +128,17 @@ class PrunedCache(Cache):
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=PrunedLayer)
 
+    @classmethod
+    def whole(cls, cache: Any) -> PrunedCache:
+        """One that holds all that a transformers cache of a prompt holds: dense, with room to write into."""
+        out = cls()
+        for i, layer in enumerate(cache.layers):
+            batch, _, length, _ = layer.keys.shape
+            index = torch.arange(length, device=layer.keys.device).expand(batch, -1)
+            count = torch.full((batch,), length, device=index.device)
+            out.put(i, layer.keys, layer.values, Kept(index, count, length, length))
+        return out
+
     @staticmethod
     def replaces(cache: Any) -> bool:
         """Whether `cache` is an empty default cache that a sparse prefill may swap for a pruned one."""

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from zipr1_kernels import unusable
 
 from zipr1.errors import InputError
+from zipr1.models.attention import ATTENTION
 from zipr1.models.processors import PixelSettings, Processor
 from zipr1.models.scratch import build_model, build_tokenizer
 from zipr1.recipe import Lora, Model
@@ -173,6 +174,21 @@ def frozen_copy(model: Any) -> Any:
     frozen = not any(p.requires_grad for p in visual.parameters())
     twin = copy.deepcopy(model, memo={id(visual): visual} if frozen else {})
     return twin.requires_grad_(False).eval()
+
+
+def random_model(values: dict[str, Any], layers: int, device: torch.device, dtype: str) -> Any:
+    """A model of a config.json's `values` with `layers` decoder layers, a tower of one block and random weights."""
+    vision = {**values["vision_config"], "depth": 1}
+    if "fullatt_block_indexes" in vision:
+        vision["fullatt_block_indexes"] = [0]
+    config = AutoConfig.for_model(
+        **{**values, "num_hidden_layers": layers, "vision_config": vision}
+    )
+    with torch.random.fork_rng(), device:
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config, dtype=WEIGHT_DTYPES[dtype])
+    model.set_attn_implementation({"text_config": ATTENTION})
+    return model.eval().requires_grad_(False)
 
 
 def save_folder(model: Any, tokenizer: Any, settings: PixelSettings, folder: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from zipr1_kernels import Kept, pack_indices
 
 from zipr1.errors import InputError
+from zipr1.phases import phase
 
 if TYPE_CHECKING:
     from zipr1.models.attention import Pass
@@ -54,23 +55,27 @@ class Rows:
 
     def flatten(self, x: torch.Tensor) -> torch.Tensor:
         """`(B, L, ...)` -> `(1, n, ...)`, the kept ones."""
-        return x.flatten(0, 1)[self.kept.flat][None]
+        with phase("gathers"):
+            return x.flatten(0, 1)[self.kept.flat][None]
 
     def spread(self, rows: torch.Tensor, over: torch.Tensor) -> torch.Tensor:
         """`over` `(B, L, hidden)` with `rows` `(1, n, hidden)` in their places."""
-        return over.flatten(0, 1).index_copy(0, self.kept.flat, rows[0]).view_as(over)
+        with phase("gathers"):
+            return over.flatten(0, 1).index_copy(0, self.kept.flat, rows[0]).view_as(over)
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """Heads of the rows `(1, H, n, D)` -> `(B, H, longest, D)`; padding repeats a sample's last token."""
         if not self.kept.ragged:
             return x[0].unflatten(1, (len(self.kept.count), -1)).transpose(0, 1)
-        start = self.kept.count.cumsum(0) - self.kept.count
-        return x[0][:, start[:, None] + self.kept.packed.index].transpose(0, 1)
+        with phase("gathers"):
+            start = self.kept.count.cumsum(0) - self.kept.count
+            return x[0][:, start[:, None] + self.kept.packed.index].transpose(0, 1)
 
     def strip(self, x: torch.Tensor) -> torch.Tensor:
         """`(B, H, longest, D)` -> `(1, n, H, D)`, without the padding."""
         x = x.transpose(1, 2)
-        return (x[self.kept.real] if self.kept.ragged else x.flatten(0, 1))[None]
+        with phase("gathers"):
+            return (x[self.kept.real] if self.kept.ragged else x.flatten(0, 1))[None]
 
 
 def projections(layer: Any, hidden: torch.Tensor, place: tuple[torch.Tensor, ...]) -> Heads:
@@ -117,7 +122,8 @@ def skipping(layer: Any, stock: Callable[..., torch.Tensor]) -> Callable[..., to
             keep = zip_pass.choose(
                 int(layer.self_attn.layer_idx), projections(layer, hidden_states, place)
             )
-        rows = Rows(pack_indices(keep))
+        with phase("selection"):
+            rows = Rows(pack_indices(keep))
         kwargs |= {
             "position_embeddings": tuple(
                 rows.flatten(x.expand(len(hidden_states), -1, -1)) for x in place

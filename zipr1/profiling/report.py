@@ -1,0 +1,251 @@
+"""What a profile shows: tables for the terminal, figures, and one page with all of it and its conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from zipr1.card import tera
+from zipr1.page import Page
+from zipr1.profiling import plots
+
+Row = Mapping[str, Any]
+# Order of a layer's phases wherever they are listed.
+PHASES = (
+    "projections", "attention", "mlp", "norms", "scoring", "selection", "gathers", "other",
+)  # fmt: skip
+
+
+def table(title: str, columns: Sequence[str], caption: str = "") -> Table:
+    out = Table(
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for name in columns:
+        left = name in ("skip", "phase")
+        out.add_column(name, justify="left" if left else "right", no_wrap=True)
+    return out
+
+
+def rows_of(found: Mapping[str, Any], phase: str) -> list[Row]:
+    return [row for row in found["rows"] if row["phase"] == phase and "error" not in row]
+
+
+def place(row: Row) -> list[str]:
+    skip = "dense" if row["skip"] == "none" else row["skip"]
+    keep = f"{row['keep']:.0%}" if row["keep"] >= 0.1 else f"{row['keep']:.1%}"
+    tokens = f"{row['length']:,}"
+    return [tokens if row["batch"] == 1 else f"{row['batch']} x {tokens}", keep, skip]
+
+
+def times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def ms(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value >= 0.1 else f"{value:.2f}"
+
+
+def spread(row: Row) -> str:
+    """Half the distance from the 20th to the 80th percentile, of the median."""
+    return f"{(row['ms_p80'] - row['ms_p20']) / 2 / row['ms']:.0%}"
+
+
+def mib(size: float) -> str:
+    return f"{size / 2**20:,.1f}"
+
+
+def tables(found: Mapping[str, Any]) -> list[Table]:
+    """Prefill, decoding and memory, where a layer's time goes, and with counted operations the rates."""
+    model = found["model"]
+    firsts = {_key(r): r for r in rows_of(found, "ttft")}
+    whole = {_key(r): r for r in rows_of(found, "prefill")}
+    guess = any(r["extrapolated"] for r in firsts.values())
+    first = table(
+        "Prefill",
+        ("tokens", "kept", "skip", "layer ms", "±", "faster", "bound", "added", "TTFT ms"),
+        "faster: dense / this; bound: the most that this machine's rates allow; added: selection, moving rows, "
+        f"Python and the rest, of the layer's time; TTFT: all {model['all_layers']} layers and the logits"
+        f"{', extrapolated from ' + str(model['layers']) if guess else ''}; ±: half of p20 to p80",
+    )
+    for row in rows_of(found, "prefill_layer"):
+        sparse = row["skip"] != "none"
+        first.add_row(
+            *place(row),
+            ms(row["ms"]),
+            spread(row),
+            times(row["speedup"]) if sparse else "",
+            times(row["bound"]) if sparse else "",
+            f"{row['overhead']:.1%}" if sparse else "",
+            ms(firsts[_key(row)]["ms"]),
+        )
+    caches = {_key(r): r for r in rows_of(found, "kv_cache")}
+    steps = rows_of(found, "decode")
+    python = {r["batch"]: f"{ms(r['python_ms'])} ms" for r in steps}
+    if len(python) > 1:
+        python = {b: f"{text} at batch {b}" for b, text in python.items()}
+    second = table(
+        "Decoding and memory",
+        (
+            "tokens",
+            "kept",
+            "skip",
+            "step ms",
+            "±",
+            "tok/s",
+            "faster",
+            "bound",
+            "KV MiB",
+            "peak",
+        ),
+        f"a step: {model['layers']} layers and the logits; Python and launches take {', '.join(python.values())} "
+        f"of it; KV: of {model['all_layers']} layers; peak: MiB of tensors alive at once in prefill, without weights",
+    )
+    for row in steps:
+        sparse = row["skip"] != "none"
+        second.add_row(
+            *place(row),
+            ms(row["ms"]),
+            spread(row),
+            f"{row['tokens_per_s']:,.0f}",
+            times(row["speedup"]) if sparse else "",
+            times(row["bound"]) if sparse else "",
+            mib(caches[_key(row)]["kv_bytes"]),
+            mib(whole[_key(row)]["peak_bytes"]),
+        )
+    out = [first, second]
+    parts = phase_table(found)
+    if parts is not None:
+        out.append(parts)
+    if model["counted"]:
+        out.append(rate_table(found))
+    return out
+
+
+def phase_table(found: Mapping[str, Any]) -> Table | None:
+    """Milliseconds of one layer by phase, at the longest length and the least batch and keep ratio."""
+    chosen = longest(found)
+    if not chosen:
+        return None
+    out = table(
+        f"A layer's prefill in ms, {place(chosen[0])[0]} tokens",
+        ("phase", *("dense" if r["skip"] == "none" else f"skip: {r['skip']}" for r in chosen)),
+        "other: rotary embedding, residual sums, Python; norms: with the rotary tables and the last norm",
+    )
+    for phase in PHASES:
+        if any(phase in r["phases"] for r in chosen):
+            out.add_row(
+                phase,
+                *(ms(r["phases"].get(phase, 0.0)) if phase in r["phases"] else "" for r in chosen),
+            )
+    out.add_section()
+    out.add_row("all", *(ms(sum(r["phases"].values())) for r in chosen))
+    return out
+
+
+def rate_table(found: Mapping[str, Any]) -> Table:
+    """Counted operations over time, beside the machine's own rates."""
+    machine = found["machine"]
+    top = machine["matrix_tflops"]
+    out = table(
+        "Operations counted and their rate",
+        (
+            "phase",
+            "tokens",
+            "kept",
+            "skip",
+            "counted",
+            "card",
+            "TFLOP/s",
+            "matrix",
+            "copy",
+        ),
+        f"this machine: {top:.3g} TFLOP/s in the MLP's product, {machine['attention_tflops']:.3g} in dense attention,"
+        f" {machine['copy_gb_s']:.1f} GB/s copied; matrix, copy: shares of the first and last (reading alone can be "
+        "faster than copying); card: the least that the method needs",
+    )
+    for phase, name in (("prefill_layer", "layer"), ("decode", "step")):
+        for row in rows_of(found, phase):
+            rate = row["tflops"] or 0.0
+            out.add_row(
+                name,
+                *place(row),
+                tera(row["counted_flops"]),
+                tera(row["card_flops"]),
+                f"{rate:.3g}",
+                f"{rate / top:.0%}",
+                f"{row['copy_share']:.0%}" if "copy_share" in row else "",
+            )
+    return out
+
+
+def notes(found: Mapping[str, Any]) -> list[str]:
+    """The conditions of every number, what failed and what to beware of."""
+    model, machine = found["model"], found["machine"]
+    hardware = machine["hardware"]
+    device = hardware["device_name"] or f"{hardware['cpu']}, {hardware['threads']} threads"
+    versions = machine["versions"]
+    text = (
+        f"{model['name']}, {model['layers']} of {model['all_layers']} layers, {model['dtype']}, weights: "
+        f"{model['weights']}; {device}; torch {versions['torch']}, transformers {versions['transformers']}; input: "
+        f"{model['input']}; {model['probes']} probes; dense: torch's fastest attention; medians, dense and sparse by "
+        "turns in one process"
+    )
+    out = [text]
+    if model["p"] is not None:
+        out.append(f"kept: what p = {model['p']:g} keeps of this prompt, mean over layers")
+    timed = [r for r in found["rows"] if "turns" in r]
+    if timed:
+        out.append(
+            f"turns a row: {min(r['turns'] for r in timed)} to {max(r['turns'] for r in timed)}"
+        )
+    noisy = [r for r in timed if r["noisy"]]
+    if noisy:
+        out.append(
+            f"the machine was noisy: in {len(noisy)} of {len(timed)} rows the spread is over 10 % or the medians of "
+            "both halves differ by more than it; close other programs and run again"
+        )
+    for row in found["rows"]:
+        if "error" in row:
+            out.append(f"{row['length']:,} tokens, batch {row['batch']}: {row['error']}")
+    return out
+
+
+def longest(found: Mapping[str, Any]) -> list[Row]:
+    """The rows of a layer at the longest length: dense and both ways to skip at the least keep ratio."""
+    layers = rows_of(found, "prefill_layer")
+    if not layers:
+        return []
+    length = max(r["length"] for r in layers)
+    batch = min(r["batch"] for r in layers if r["length"] == length)
+    here = [r for r in layers if (r["length"], r["batch"]) == (length, batch)]
+    out = [r for r in here if r["skip"] == "none"][:1]
+    for skip in ("attention", "layer"):
+        same = [r for r in here if r["skip"] == skip]
+        out += sorted(same, key=lambda r: float(r["keep"]))[:1]
+    return out
+
+
+def write(found: Mapping[str, Any], folder: Path) -> Path:
+    """report.html and the figures beside it. Returns the page's path."""
+    page = Page(f"zipr1 profile: {found['model']['name']}")
+    for note in notes(found):
+        page.text(note)
+    for path, words in plots.draw(found, longest(found), folder):
+        page.picture(path, words)
+    for one in tables(found):
+        page.table(one)
+    return page.write(folder / "report.html")
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return row["length"], row["batch"], row["keep"], row["skip"]

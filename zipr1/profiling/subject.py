@@ -1,0 +1,165 @@
+"""What is profiled: a model, and prompts for it: random ones of any length, or a real picture or clip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zipr1 import card
+from zipr1.data import digits
+from zipr1.data.media import load_media
+from zipr1.episode import Media, Prompt
+from zipr1.errors import InputError
+from zipr1.models import Encoded, Policy, choose_device, load_policy, random_model
+from zipr1.recipe import Model, Recipe, Sparse
+from zipr1.recipe import load as load_recipe
+
+QUESTION = "Describe this."
+# The same budget of frames for whoever names a clip and no recipe.
+FRAMES = 16
+
+
+@dataclass
+class Inputs:
+    """A batch of prompts as a decoder takes them: embeddings `(B, L, hidden)`, positions `(3, B, L)`, valid `(B, L)`.
+
+    visual: visual tokens of a prompt. see: runs the vision tower for one prompt; None without one.
+    """
+
+    embeds: torch.Tensor
+    positions: torch.Tensor
+    valid: torch.Tensor
+    name: str
+    visual: int = 0
+    see: Callable[[], Any] | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.embeds.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.embeds.shape[1]
+
+
+@dataclass
+class Subject:
+    """core: the transformers model, its text attention ours. shape: its sizes, `layers` those that are built.
+    all_layers: those of the model it stands for. sparse: its own settings. real: prompts of its own, by batch."""
+
+    core: Any
+    shape: card.Shape
+    all_layers: int
+    sparse: Sparse
+    weights: str
+    policy: Policy | None = None
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.core.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.core.get_input_embeddings().weight.dtype
+        return dtype
+
+    def random(self, length: int, batch: int) -> Inputs:
+        """Text prompts of random embeddings, of the size that the model's own have."""
+        table = self.core.get_input_embeddings().weight
+        seeded = torch.Generator(self.device).manual_seed(0)
+        ids = torch.randint(len(table), (batch, length), generator=seeded, device=self.device)
+        positions = torch.arange(length, device=self.device).expand(3, batch, -1)
+        valid = torch.ones(batch, length, dtype=torch.bool, device=self.device)
+        return Inputs(table[ids].detach(), positions, valid, "random tokens")
+
+    @torch.no_grad()
+    def real(self, prompt: Prompt, batch: int, frames: int = FRAMES) -> Inputs:
+        """`batch` copies of a real prompt. Raises InputError for media that cannot be read."""
+        policy = self.policy
+        if policy is None:
+            raise InputError(
+                "random weights of a bundled config have no tokenizer for --image or --video; "
+                "give --lengths, or --model with a model folder"
+            )
+        media = [load_media(m, frames) for m in prompt.media]
+        encoded: Encoded = policy.encode(prompt, media, self.shape.limit)
+        features = policy.look([encoded])
+        embeds, positions, valid = policy.rows([encoded] * batch, features, None, left=True)
+        visual = sum(len(x) for x in features.values())
+        names = [Path(m.source).name for m in prompt.media if isinstance(m.source, (str, Path))]
+        return Inputs(
+            embeds, positions, valid, ", ".join(names), visual, lambda: policy.look([encoded])
+        )
+
+
+def load(
+    model: str, layers: int | None, device: str | None, dtype: str, probes: int | None
+) -> Subject:
+    """A bundled config with random weights, or whatever `model.path` of a recipe takes.
+
+    layers: decoder layers to build of a bundled config. probes: of scoring, half recent and half random; None for the
+    model's own. Raises InputError.
+    """
+    chosen = choose_device(device)
+    if dtype == "auto":
+        dtype = "bfloat16" if chosen.type == "cuda" else "float32"
+    if model in card.bundled():
+        shape = card.shape_of(model)
+        built = layers if layers is not None else shape.layers
+        if not 1 <= built <= shape.layers:
+            raise InputError(f"--layers {built} is outside 1..{shape.layers}, what {model} has")
+        core = random_model(card.values_of(model), built, chosen, dtype)
+        subject = Subject(
+            core, replace(shape, layers=built), shape.layers, Sparse(skip="layer"), "random"
+        )
+    else:
+        if layers is not None:
+            raise InputError(
+                f"--layers is for a bundled config with random weights and {model} has weights; leave it out"
+            )
+        if model != "tiny" and "/" not in model and not Path(model).exists():
+            card.shape_of(model)  # which names the nearest bundled config
+        policy = load_policy(Model.model_validate({"path": model, "dtype": dtype}), device)
+        shape = card.Shape.of(policy.core.config.to_dict(), model)
+        recipe = recipe_of(model)
+        sparse = recipe.sparse if recipe else Sparse()
+        subject = Subject(policy.core, shape, shape.layers, sparse, "its own", policy)
+    size = torch.empty(0, dtype=subject.dtype).element_size()
+    subject.shape = replace(subject.shape, size=size)
+    if probes is not None:
+        split = {"recent": probes - probes // 2, "random": probes // 2}
+        subject.sparse = subject.sparse.model_copy(
+            update={"probes": subject.sparse.probes.model_copy(update=split)}
+        )
+    # A profile shows what sparsity costs where it does not pay, too.
+    subject.sparse = subject.sparse.model_copy(update={"dense_below": 0})
+    return subject
+
+
+def recipe_of(model: str) -> Recipe | None:
+    """The resolved recipe of a run directory; None for other models."""
+    path = Path(model) / "recipe.yaml"
+    return load_recipe(path) if path.is_file() else None
+
+
+def given_prompt(image: Path | None, video: Path | None) -> Prompt:
+    """A question about a picture or a clip of the user's."""
+    assert image is not None or video is not None
+    media = Media("image", image) if image is not None else Media("video", str(video))
+    content = [{"type": media.kind}, {"type": "text", "text": QUESTION}]
+    return Prompt("given", [{"role": "user", "content": content}], (media,), "", picture="given")
+
+
+def longest_clip(policy: Policy) -> Prompt:
+    """The embedded test clip with the longest prompt, of 40."""
+    prompts = digits.prompts("test", "moving_digits", 40, 1, seed=0)
+    return max(prompts, key=lambda p: len(_encoded(policy, p)))
+
+
+def _encoded(policy: Policy, prompt: Prompt) -> Encoded:
+    return policy.encode(prompt, [load_media(m, FRAMES) for m in prompt.media], 100_000)
