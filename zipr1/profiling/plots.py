@@ -73,7 +73,8 @@ def _gains(found: Mapping[str, Any], path: Path) -> tuple[Path, str]:
             ax.set_xscale("log", base=2)
         ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
         ax.minorticks_off()
-        ax.set_ylim(bottom=0)
+        most = max((max(r["speedup"], r["bound"]) for r in rows), default=1.0)
+        ax.set_ylim(0, 1.15 * max(1.0, most))
         ax.set_title(title, loc="left", fontsize=10)
         ax.set_xlabel("prompt tokens")
         ax.set_ylabel("dense / sparse time")
@@ -96,7 +97,10 @@ def _memory(found: Mapping[str, Any], path: Path) -> tuple[Path, str]:
         rows = [r for r in found["rows"] if r["phase"] == phase and key in r]
         batch = min(r["batch"] for r in rows)
         rows = [r for r in rows if r["batch"] == batch]
-        for (skip, keep, _), same in _series(rows).items():
+        # The dashed line last: where both ways to skip hold the same, both are seen.
+        for (skip, keep, _), same in sorted(
+            _series(rows).items(), key=lambda s: s[0][0] == "attention"
+        ):
             name = "dense" if skip == "none" else f"{skip}, {keep:.0%} kept"
             ax.plot(
                 [r["length"] for r in same], [r[key] / 2**20 for r in same], marker="o",
