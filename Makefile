@@ -1,7 +1,7 @@
 # Each target starts from nothing but python3 and make.
 #
 #   make install   the environment in .venv
-#   make demo      train the tiny model on this machine, into a new folder under runs/
+#   make demo      train the tiny model on this machine, into a new folder under runs/, and time what came of it
 #   make test      every test that needs neither a GPU nor a network (it uses a GPU where there is one)
 #   make lint      formatting, lint, types, who may import whom
 #   make format    mend what can be mended
@@ -35,6 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/zipr1 train recipes/tiny.yaml
+	HF_HUB_OFFLINE=1 $(BIN)/zipr1 profile --batch 1,8 --seconds 1
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
@@ -51,7 +52,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python kernels/bench/rollout.py
-	HF_HUB_OFFLINE=1 $(BIN)/python kernels/bench/prefill.py
+	HF_HUB_OFFLINE=1 $(BIN)/zipr1 profile --model qwen2.5-vl-3b --measure-tflops
 	$(BIN)/python kernels/bench/run.py --backward
 	$(BIN)/python kernels/bench/run.py --length 256 320 384 448 512 1024 --seconds 1
 

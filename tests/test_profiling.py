@@ -297,6 +297,8 @@ def test_an_allocation_that_fails_is_a_row(monkeypatch):
         (["--lengths", "40", "--keep", "1.01"], "keep 1.01 is not in (0, 1]"),
         (["--lengths", "400000"], "length 400000 is outside 1..4096, what tiny was made for"),
         (["--batch", "0"], "--batch 0: give 1 or more"),
+        (["--card", "--measure-tflops"], "--card counts and runs nothing; leave out --measure-tflops"),
+        (["--visual", "0.5"], "--visual is for --card"),
         (["--dtype", "int8"], "--dtype int8: allowed: auto, float32"),
         (["--layers", "2"], "--layers is for a bundled config"),
         (["--layers", "99", "--model", "qwen2.5-vl-3b"], "--layers 99 is outside 1..36"),

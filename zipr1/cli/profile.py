@@ -103,6 +103,17 @@ def profile(
         raise InputError(f"--batch {min(batches)}: give 1 or more")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"--dtype {dtype}: allowed: auto, float32, bfloat16, float16")
+    measured = {
+        "--measure-tflops": measure_tflops,
+        "--layers": layers,
+        "--image": image,
+        "--video": video,
+    }
+    alone = [option for option, value in measured.items() if value]
+    if card and alone:
+        raise InputError(f"--card counts and runs nothing; leave out {alone[0]}")
+    if visual and not card:
+        raise InputError("--visual is for --card; to measure the tower give --image or --video")
     if card:
         found = count(console, name, sizes, shares, batches, probes or 128, visual)
     else:
