@@ -81,8 +81,9 @@ def _opening(source: Source) -> str:
         told = f"At p = {p:g} it attends to {kept:.1%} of a prompt's tokens on the questions below."
     return (
         f"# {source.base.rstrip('/').rsplit('/', 1)[-1]}-zipr1\n\n"
-        f"A vision-language model post-trained from {_base(source)} to answer as well while attending to fewer of its tokens. {told} Architecture and parameter count are those of the base: any tool loads it as an "
-        "ordinary dense model, and zipr1 runs it sparse."
+        f"A vision-language model post-trained from {_base(source)} to answer as well while attending to fewer of its "
+        f"tokens. {told} Architecture and parameter count are those of the base: any tool loads it as an ordinary "
+        "dense model, and zipr1 runs it sparse."
     )
 
 

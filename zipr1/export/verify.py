@@ -6,7 +6,6 @@ transformers' processor would make them: two paths that share no code but the mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from zipr1 import data
 from zipr1.episode import Prompt
 from zipr1.errors import InputError
 from zipr1.models import Encoded, Policy
+from zipr1.models.inputs import model_inputs
 from zipr1.pictures import Pictures
 from zipr1.recipe import Data, Recipe
 
@@ -106,24 +106,8 @@ def stock_inputs(
 ) -> dict[str, torch.Tensor]:
     """What transformers' processor would make of one question, and its answer: tensors of a batch of one."""
     ids = encoded.ids if answer is None else torch.cat([encoded.ids, answer])
-    places = policy.processor.placeholder
-    inputs = {
-        "input_ids": ids[None],
-        "attention_mask": torch.ones_like(ids)[None],
-        "mm_token_type_ids": ((ids == places["image"]).int() + 2 * (ids == places["video"]).int())[None],
-    }  # fmt: skip
-    for kind, pixels, grid in (
-        ("image", "pixel_values", "image_grid_thw"),
-        ("video", "pixel_values_videos", "video_grid_thw"),
-    ):
-        visuals = [v for v in encoded.visuals if v.kind == kind]
-        if visuals:
-            inputs[pixels] = torch.cat([v.patches for v in visuals])
-            inputs[grid] = torch.tensor([v.grid for v in visuals])
-    seconds: Sequence[float] = [v.seconds for v in encoded.visuals if v.kind == "video"]
-    if seconds and policy.core.config.model_type == "qwen2_5_vl":
-        inputs["second_per_grid_ts"] = torch.tensor(seconds)
-    return {name: value.to(policy.device) for name, value in inputs.items()}
+    inputs = model_inputs([(ids, encoded.visuals)], policy.processor, policy.core.config.model_type)
+    return dict(inputs.to(policy.device))
 
 
 def _lenient(settings: Data) -> Data:

@@ -40,7 +40,7 @@ from zipr1.sparsity import Draw, LayerRecord, Record, probe_slots, select
 
 ATTENTION = "zipr1"
 
-# Which kind of forward pass is under way: the mask is built inside it and must be left out for sparse ones.
+# The text config of the model whose sparse forward pass is under way: its mask is built inside and must be left out.
 _state = threading.local()
 
 
@@ -255,7 +255,10 @@ def zipr1_attention(
 
 def zipr1_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """SDPA's own mask, or none at all for a sparse pass, which knows its padding."""
-    return None if getattr(_state, "sparse", False) else sdpa_mask(*args, **kwargs)
+    under_way = getattr(_state, "sparse", None)
+    if under_way is not None and kwargs.get("config") is under_way:
+        return None
+    return sdpa_mask(*args, **kwargs)
 
 
 AttentionInterface.register(ATTENTION, zipr1_attention)
@@ -272,12 +275,12 @@ def _before_decoder(
     batch, new = embeds.shape[0], embeds.shape[1]
     mask = kwargs.get("attention_mask")
     real = None if mask is None or mask.ndim != 2 else mask[:, -new:].bool()
-    _state.sparse = True
+    _state.sparse = module.config
     if isinstance(cache, PrunedCache) and cache.get_seq_length() > 0:
         cache.expect(real)
         return args, {**kwargs, "zip_cache": cache}
     if request is None:
-        _state.sparse = False
+        _state.sparse = None
         return args, kwargs
     if PrunedCache.replaces(cache) or (cache is None and kwargs.get("use_cache")):
         cache = PrunedCache()
@@ -342,7 +345,7 @@ def sparse_attention(model: Any, request: Request | None) -> Iterator[Request | 
     try:
         yield request
     finally:
-        _state.sparse = False
+        _state.sparse = None
         for handle in handles:
             handle.remove()
         for attention in attentions:

@@ -109,6 +109,16 @@ def choose_dtype(settings: Model, device: torch.device) -> torch.dtype:
     return WEIGHT_DTYPES[settings.dtype]
 
 
+def stored_dtype(path: str) -> str:
+    """The dtype that a model's weights have on disk, or its base's; `auto` where that is not known."""
+    folder = resolve(path)
+    try:
+        dtype = AutoConfig.from_pretrained(base_of(folder) if adapter_of(folder) else folder).dtype
+    except (OSError, ValueError):
+        return "auto"
+    return next((name for name, known in WEIGHT_DTYPES.items() if known == dtype), "auto")
+
+
 def load_parts(
     settings: Model, device: torch.device, seed: int, words: Sequence[str] = ()
 ) -> tuple[Any, Processor]:
