@@ -22,6 +22,8 @@ def write(
     """Write `model` in `dtype`. adapted: peft's wrapper around it, or None. Returns what was written."""
     plain = adapted.merge_and_unload() if adapted is not None else model
     plain.to(dtype)
+    for name in plain.config.sub_configs:  # save_pretrained minds the whole one alone
+        getattr(plain.config, name).dtype = dtype
     save_folder(plain, processor.tokenizer, processor.settings, folder, SHARD)
     return plain
 

@@ -103,11 +103,6 @@ class Live:
 
     def _enter(self, module: torch.nn.Module, args: Any) -> None:
         """Layers tell their hooks which rows they kept through the module, so one pass runs at a time."""
-        if module is not self.decoder:
-            raise InputError(
-                "this is a copy of a sparse model, whose hooks belong to the original; copy it outside of "
-                "zipr1.sparse, or load it again"
-            )
         me = threading.get_ident()
         if self.owner != me:  # it is where Ctrl-C ended a pass of this thread
             self.lock.acquire()
@@ -141,16 +136,20 @@ class Live:
         kept = lengths.cpu()[:, None].repeat(1, len(self.decoder.layers))
         self.last.record = lengths, kept, self.settings
 
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise InputError(
-            "a sparse model cannot be copied: its hooks belong to the original; copy it outside of zipr1.sparse, or "
-            "load it again"
-        )
+    def __deepcopy__(self, memo: Any) -> None:
+        """A dense model's copy starts without one."""
+        if self.settings is not None:
+            raise InputError(
+                "a sparse model cannot be copied: its hooks belong to the original; copy it outside of zipr1.sparse, "
+                "or load it again"
+            )
 
-    def __reduce__(self) -> NoReturn:
-        raise InputError(
-            "a sparse model cannot be pickled; use model.save_pretrained, or zipr1 export"
-        )
+    def __reduce__(self) -> Any:
+        if self.settings is not None:
+            raise InputError(
+                "a sparse model cannot be pickled; use model.save_pretrained, or zipr1 export"
+            )
+        return type(None), ()
 
 
 def live_of(model: Any) -> Live:
@@ -220,7 +219,9 @@ def _trouble(model: Any, asked: Any) -> str | None:
         return "chunked prefill (prefill_chunk_size) shows a part of the prompt, and tokens are chosen among all of it"
     if asked("use_cache") is False:
         return "use_cache=False would choose tokens anew at every step, answers among them"
-    if model.training and model.is_gradient_checkpointing:
+    # The older name is deprecated where the newer one exists.
+    newer = getattr(model, "is_activation_checkpointing", None)
+    if model.training and (model.is_gradient_checkpointing if newer is None else newer):
         return "gradient checkpointing in training mode makes transformers drop the cache; call model.eval() first"
     return None
 
