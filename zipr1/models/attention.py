@@ -227,11 +227,14 @@ def zipr1_attention(
     dropout: float = 0.0,
     zip_pass: Pass | None = None,
     zip_cache: PrunedCache | None = None,
+    zip_turn: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention signature; query `(B, HQ, Lq, D)`, key and value `(B, H, Lk, D)` -> `(B, Lq, HQ, D)`."""
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer = int(module.layer_idx) if hasattr(module, "layer_idx") else 0  # type: ignore[arg-type]
+    if zip_turn is not None:  # kv: retain, see retained.py
+        return zip_turn.attend(layer, query, key, value, scale), None
     if zip_pass is not None:
         keep = zip_pass.choose(layer, query, key, scale)
         kept = pack_indices(keep)

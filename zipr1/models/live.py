@@ -21,6 +21,7 @@ from zipr1.errors import InputError
 from zipr1.models.attention import ATTENTION, Request, sparse_attention
 from zipr1.models.cache import PrunedCache
 from zipr1.models.loading import FAMILIES
+from zipr1.models.retained import RetainedCache, retained_attention
 from zipr1.recipe import Sparse
 
 ATTRIBUTE = "_zipr1"
@@ -80,7 +81,10 @@ class Live:
             self.model.set_attn_implementation({"text_config": ATTENTION})
             self.undo.callback(self.model.set_attn_implementation, {"text_config": self.plain})
         self._hook(self.decoder.register_forward_pre_hook(self._enter))
-        self.undo.enter_context(sparse_attention(self.model, Request(settings)))
+        if settings.kv == "retain" and settings.p < 1:
+            self.undo.enter_context(retained_attention(self.model, settings))
+        else:
+            self.undo.enter_context(sparse_attention(self.model, Request(settings)))
         self._hook(self.decoder.register_forward_pre_hook(self._note, with_kwargs=True))
         self._hook(self.decoder.register_forward_hook(self._leave, always_call=True))
         for name, method in (("generate", _generate), ("generate_batch", _generate_batch)):
@@ -115,12 +119,15 @@ class Live:
 
     def _note(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Remember a prefill for `stats`: its record is filled as the layers run."""
-        current, cache = kwargs.get("zip_pass"), kwargs.get("past_key_values")
+        current, cache = (
+            kwargs.get("zip_turn", kwargs.get("zip_pass")),
+            kwargs.get("past_key_values"),
+        )
         if current is not None:
             self.last.record = current.record.lengths, current.record, self.settings
             return
         if cache is not None and cache.get_seq_length() > 0:
-            if isinstance(cache, PrunedCache) and kwargs.get("zip_cache") is None:
+            if isinstance(cache, (PrunedCache, RetainedCache)) and kwargs.get("zip_cache") is None:
                 raise InputError(
                     "past_key_values were pruned and budget is 1.0: what was dropped is gone; go on at the budget they "
                     "were made with, or send the conversation again"
@@ -192,9 +199,10 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     """transformers' `generate` of a sparse model; what it cannot do is refused by name before anything runs."""
     live: Live = self.__dict__[ATTRIBUTE]
     whole = type(self).generate
+    given = inspect.signature(whole).bind_partial(self, *args, **kwargs).arguments
+    given |= given.pop("kwargs", {})
+    kwargs = _go_on(self, given, kwargs)
     if live.settings is not None and live.settings.p < 1:
-        given = inspect.signature(whole).bind_partial(self, *args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
         config = given.get("generation_config") or self.generation_config
 
         def asked(name: str) -> Any:
@@ -206,6 +214,40 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
                 f"generate: {trouble}; leave it out, or answer densely inside zipr1.sparse(model, budget=1.0)"
             )
     return whole(self, *args, **kwargs)
+
+
+# What a first turn brings along and a later one, whose cache knows it already, must not bring again.
+PIXELS = ("pixel_values", "pixel_values_videos")
+GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+
+
+def _go_on(model: Any, given: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A later turn: the whole conversation came with its pictures, and the cache holds the first part of it.
+
+    The pictures are taken out, and positions go on from where the conversation's own pictures put them:
+    transformers remembers those of whichever conversation the model saw last.
+    """
+    cache = given.get("past_key_values")
+    past = 0 if cache is None else cache.get_seq_length()
+    if not past or not any(given.get(name) is not None for name in PIXELS):
+        return kwargs
+    ids, types = given.get("input_ids", given.get("inputs")), given.get("mm_token_type_ids")
+    trouble = None
+    if ids is None or types is None:
+        trouble = "input_ids or mm_token_type_ids are missing; make the inputs with the processor"
+    elif len(ids) > 1:
+        trouble = f"{len(ids)} conversations cannot go on together, for their turns differ in length; take one"
+    elif ids.shape[1] <= past:
+        trouble = f"past_key_values hold {past} tokens and the conversation has {ids.shape[1]}; give all of its turns"
+    elif bool(types[:, past:].any()):
+        trouble = "a later turn brings a picture, and a cache in use takes text alone; leave past_key_values out"
+    if trouble:
+        raise InputError(f"generate: {trouble}")
+    grids = {name: given[name] for name in GRIDS if given.get(name) is not None}
+    _, model.model.rope_deltas = model.model.get_rope_index(
+        ids, mm_token_type_ids=types, attention_mask=given.get("attention_mask"), **grids
+    )
+    return {name: value for name, value in kwargs.items() if name not in (*PIXELS, *GRIDS)}
 
 
 def _trouble(model: Any, asked: Any) -> str | None:
