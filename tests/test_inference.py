@@ -248,7 +248,7 @@ def test_pipelines(loaded):
         for part in chat[0]["content"]:
             if part["type"] == "image":
                 part["image"] = Image.fromarray(part["image"])
-    made = pipe(text=chats, generate_kwargs=GREEDY, return_full_text=False)
+    made = pipe(text=chats, generate_kwargs=dict(GREEDY), return_full_text=False)
     assert [row[0]["generated_text"].strip() for row in made] == wanted
     assert zipr1.stats(model).token_ratio < 1
 

@@ -21,8 +21,8 @@ def export(
     dtype: Annotated[
         str,
         typer.Option(
-            metavar="auto|float32|bfloat16|float16",
-            help="Of the weights; auto: as they were trained.",
+            metavar="DTYPE",
+            help="Of the weights: float32, bfloat16, float16, or auto: as they were trained.",
         ),
     ] = "auto",
     device: Annotated[
@@ -34,8 +34,7 @@ def export(
 ) -> None:
     """Make a plain Hugging Face folder of a trained run, checked against it.
 
-    The folder loads in stock transformers, and in whatever serves its folders, as an ordinary dense model; zipr1.load
-    runs it sparse.
+    Any tool takes it for an ordinary dense model; zipr1.load runs it sparse.
     """
     from rich.console import Console
 
@@ -46,6 +45,7 @@ def export(
     console = Console(stderr=as_json)
     with console.status(f"exporting {run}"):
         result = exports.export(run, to, format, dtype, device)
-    console.print(export_text(result), soft_wrap=True, highlight=False)
+    for line in export_text(result).splitlines():
+        console.print(line, soft_wrap=line.startswith(" "), highlight=False)  # code is copied
     if as_json:
         print(dumps(result), flush=True)
