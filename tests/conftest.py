@@ -51,3 +51,21 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker(mark):
             item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A finished run directory of the embedded model; no test may change it."""
+    import tinyruns
+
+    return tinyruns.make_run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def exported(run, tmp_path_factory):
+    """That run, exported; no test may change it."""
+    from zipr1.export import export
+
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    export(run, folder, device="cpu")
+    return folder

@@ -73,7 +73,9 @@ def failing(monkeypatch, error):
     monkeypatch.setattr(zipr1, "train", fake, raising=False)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["export", "--help"], ["--version"]]
+)
 def test_help_loads_no_torch(arguments):
     code = (
         "import sys; from zipr1.cli import main; sys.argv = ['zipr1', *sys.argv[1:]]\n"
@@ -90,16 +92,8 @@ def test_help_loads_no_torch(arguments):
 
 
 def test_importing_the_package_loads_no_torch():
-    code = "import sys, zipr1; assert zipr1.load; assert 'torch' not in sys.modules"
+    code = "import sys, zipr1; assert zipr1.load and zipr1.sparse and zipr1.stats; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def test_load_builds_the_model_section_of_a_recipe(monkeypatch):
-    monkeypatch.setattr("zipr1.models.load_policy", lambda *arguments: arguments)
-    settings, device, seed = zipr1.load("runs/x", device="cpu", dtype="float32")
-    assert (settings.path, settings.dtype, device, seed) == ("runs/x", "float32", "cpu", 0)
-    with pytest.raises(InputError, match=r"zipr1.load: model.dtyp: .*did you mean model.dtype"):
-        zipr1.load("tiny", dtyp="float32")
 
 
 def test_version(cli):
@@ -150,6 +144,20 @@ def test_dry_run_writes_nothing(cli, calls, recipe, tmp_path):
     assert list(tmp_path.iterdir()) == [recipe]
 
 
+def test_export_says_what_was_checked_and_how_to_use_it(cli, run, tmp_path):
+    code, out, err = cli("export", run, "--to", "out", "--json", "--device", "cpu")
+    assert code == 0 and out.count("\n") == 1
+    result = json.loads(out)
+    assert result["check"]["n"] == result["check"]["same_text"] == 4
+    assert "same answers on 4 of 4" in err and 'zipr1.load("out")' in err
+    assert sorted(result["files"]) == sorted(p.name for p in (tmp_path / "out").iterdir())
+    code, out, err = cli("export", run, "--to", "out")
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: --to out: is there already and is never overwritten; name a new folder, or remove that one\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
@@ -195,6 +203,29 @@ def test_wrong_input_exits_with_2(cli, recipe, arguments, expected):
     code, out, err = cli(*arguments)
     assert (code, out) == (2, "")
     assert expected in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_stopped_export_leaves_nothing(run, tmp_path, number, code, word):
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import sys, time, zipr1.export\n"
+        "def compare(*a): print('ready', flush=True); time.sleep(60)\n"
+        "zipr1.export.compare = compare\n"
+        "from zipr1.cli import main; sys.argv = ['zipr1', 'export', *sys.argv[1:]]; main()"
+    )
+    command = [sys.executable, "-c", program, run, "--to", tmp_path / "out", "--device", "cpu"]
+    with subprocess.Popen(
+        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == code and not list(tmp_path.iterdir())
+    assert err == f"error: {word}; nothing was written: the folder is made whole or not at all\n"
 
 
 @pytest.mark.parametrize(

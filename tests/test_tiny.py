@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import zipr1
 from zipr1 import heldout
 from zipr1.data import digits
 from zipr1.episode import Media
-from zipr1.recipe import load
+from zipr1.models import load_policy
+from zipr1.recipe import Model, load
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = load(ROOT / "recipes" / "tiny.yaml")
@@ -21,7 +21,7 @@ RECIPE = load(ROOT / "recipes" / "tiny.yaml")
 
 @lru_cache
 def tiny():
-    return zipr1.load("tiny", device="cpu")
+    return load_policy(Model(path="tiny"), "cpu")
 
 
 def questions(task: str, pictures: int):

@@ -1,31 +1,65 @@
 """ZipR1: reinforcement learning that teaches a vision-language model to look at fewer tokens.
 
     import zipr1
-    policy = zipr1.load("tiny")
+    model, processor = zipr1.load("runs/tiny")       # a trained run, an exported folder, any model
+    answer = model.generate(**inputs)                # sparse, as it was trained
+    print(zipr1.stats(model))                        # tokens kept, by layer
+    with zipr1.sparse(model, budget=1.0): ...        # exactly dense in here
 
-Importing this loads no torch; `load` does.
+Importing this loads no torch; calling does.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zipr1.models import Policy
+    from zipr1.models.live import Stats
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "sparse", "stats"]
 
 
 def load(
-    model: str = "tiny", *, device: str | None = None, seed: int = 0, **settings: Any
-) -> Policy:
-    """The policy behind `model`: `tiny`, a run directory, a model folder or a hub id.
+    path: str = "tiny",
+    budget: float | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    **settings: Any,
+) -> tuple[Any, Any]:
+    """A sparse transformers model and its processor: `model, processor = zipr1.load(path)`.
 
-    device: None takes CUDA where there is one. settings: the other keys of a recipe's `model` section.
+    path: a run directory, a folder made by `zipr1 export`, a model folder, a hub id, or `tiny`. budget: p, the share
+    of score mass kept, in (0, 1]; 1.0 is exactly dense; None takes what the run was trained for, 0.975 for other
+    models. settings: other keys of a recipe's `sparse` section, such as `kv="retain"` or `dense_below=0`, in place of
+    the run's. device: None takes CUDA where there is one. dtype: float32, bfloat16 or float16; None is float32 on a
+    CPU and that of the weights elsewhere.
+
+    The model is transformers' own class: `generate`, pipelines and padded batches work as usual.
     """
-    from zipr1.models import load_policy
-    from zipr1.recipe import validate
+    from zipr1.inference import load
 
-    recipe = validate({"model": {"path": model, **settings}}, "zipr1.load")
-    return load_policy(recipe.model, device, seed)
+    return load(str(path), budget, device, dtype, settings)
+
+
+def sparse(model: Any, budget: float | None = None, **settings: Any) -> AbstractContextManager[Any]:
+    """`with zipr1.sparse(model, budget=0.9):` a transformers model in memory is sparse inside, without training.
+
+    budget and settings as for `load`; what is not given is the model's own if `load` made it, else the defaults of a
+    recipe's `sparse` section. Blocks may be nested; the innermost counts. Raises InputError for other families.
+    """
+    from zipr1.inference import changed
+    from zipr1.models import live
+    from zipr1.recipe import Sparse
+
+    base = live.live_of(model).settings or Sparse()
+    return live.sparse(model, changed(base, budget, settings, "zipr1.sparse"))
+
+
+def stats(model: Any) -> Stats:
+    """What the model's last prompt kept in each layer, as seen by this thread; printable."""
+    from zipr1.models import live
+
+    return live.live_of(model).stats()

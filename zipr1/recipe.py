@@ -90,7 +90,11 @@ class Probes(Section):
 
 class Sparse(Section):
     """How prompt tokens are chosen. p is the share of score mass kept at inference (for `top_k`, `random`: of
-    tokens; for `threshold`: the score, relative to uniform, under which a token is dropped is 1 - p)."""
+    tokens; for `threshold`: the score, relative to uniform, under which a token is dropped is 1 - p).
+
+    kv: of conversations through `zipr1.load`. `evict` drops the keys and values of what the first turn did not keep;
+        `retain` keeps all, and each turn chooses again among everything. One question is answered the same by both.
+    """
 
     rule: Literal["top_p", "top_k", "threshold", "random"] = "top_p"
     p: Share = 0.975
@@ -99,6 +103,7 @@ class Sparse(Section):
     probes: Probes = Probes()
     normalise: bool = True
     dense_below: Count = 384
+    kv: Literal["evict", "retain"] = "evict"
 
 
 class Budgets(Section):

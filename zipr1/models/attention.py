@@ -42,7 +42,7 @@ from zipr1.sparsity import Draw, LayerRecord, Record, probe_slots, select
 
 ATTENTION = "zipr1"
 
-# Which kind of forward pass is under way: the mask is built inside it and must be left out for sparse ones.
+# The text config of the model whose sparse forward pass is under way: its mask is built inside and must be left out.
 _state = threading.local()
 
 
@@ -216,6 +216,7 @@ def zipr1_attention(
     zip_pass: Pass | None = None,
     zip_cache: PrunedCache | None = None,
     zip_rows: Rows | None = None,
+    zip_turn: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention signature; query `(B, HQ, Lq, D)`, key and value `(B, H, Lk, D)` -> `(B, Lq, HQ, D)`.
@@ -224,6 +225,8 @@ def zipr1_attention(
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer = int(module.layer_idx) if hasattr(module, "layer_idx") else 0  # type: ignore[arg-type]
+    if zip_turn is not None:  # kv: retain, see retained.py
+        return zip_turn.attend(layer, query, key, value, scale), None
     if zip_pass is not None:
         if zip_rows is None:
             keep = zip_pass.choose(layer, Heads.given(query, key, scale))
@@ -258,7 +261,10 @@ def zipr1_attention(
 
 def zipr1_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """SDPA's own mask, or none at all for a sparse pass, which knows its padding."""
-    return None if getattr(_state, "sparse", False) else sdpa_mask(*args, **kwargs)
+    under_way = getattr(_state, "sparse", None)
+    if under_way is not None and kwargs.get("config") is under_way:
+        return None
+    return sdpa_mask(*args, **kwargs)
 
 
 AttentionInterface.register(ATTENTION, zipr1_attention)
@@ -275,12 +281,12 @@ def _before_decoder(
     batch, new = embeds.shape[0], embeds.shape[1]
     mask = kwargs.get("attention_mask")
     real = None if mask is None or mask.ndim != 2 else mask[:, -new:].bool()
-    _state.sparse = True
+    _state.sparse = module.config
     if isinstance(cache, PrunedCache) and cache.get_seq_length() > 0:
         cache.expect(real)
         return args, {**kwargs, "zip_cache": cache}
     if request is None:
-        _state.sparse = False
+        _state.sparse = None
         return args, kwargs
     if PrunedCache.replaces(cache) or (cache is None and kwargs.get("use_cache")):
         cache = PrunedCache()
@@ -353,5 +359,5 @@ def sparse_attention(model: Any, request: Request | None) -> Iterator[Request | 
         with _forwards(swaps):
             yield request
     finally:
-        _state.sparse, _state.rows = False, None
+        _state.sparse = _state.rows = None
         handle.remove()

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from zipr1_kernels import unusable
 
+from zipr1 import manifest
 from zipr1.errors import InputError
 from zipr1.models.attention import ATTENTION
 from zipr1.models.processors import PixelSettings, Processor
@@ -30,6 +31,8 @@ transformers.utils.logging.disable_progress_bar()
 
 # Families whose M-RoPE, placeholders and pixel layout the code below has been tested on.
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+# transformers' processor class of each, which saved folders name.
+PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
 
 # The text decoder alone: a list of suffixes would also hit the vision tower's gate, up and down projections.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -52,7 +55,8 @@ def resolve(path: str) -> str:
             f"model.path: the run {path} has no complete checkpoint yet; resume it or name another"
         )
     if folder.is_dir():
-        if not (folder / "config.json").exists():
+        manifest.read(folder)
+        if not (folder / "config.json").exists() and adapter_of(folder) is None:
             raise InputError(
                 f"model.path: {path} has no config.json; give a model folder, a run, a hub id or 'tiny'"
             )
@@ -62,6 +66,14 @@ def resolve(path: str) -> str:
             f"model.path: {path} does not exist; give a model folder, a run, a hub id or 'tiny'"
         )
     return path
+
+
+def adapter_of(folder: str | Path) -> Path | None:
+    """Where the adapter of a checkpoint (beside its base) or of an exported folder lies; None for whole models."""
+    for path in (Path(folder) / "adapter", Path(folder)):
+        if (path / "adapter_config.json").is_file():
+            return path
+    return None
 
 
 def choose_device(device: str | None) -> torch.device:
@@ -98,6 +110,16 @@ def choose_dtype(settings: Model, device: torch.device) -> torch.dtype:
     return WEIGHT_DTYPES[settings.dtype]
 
 
+def stored_dtype(path: str) -> str:
+    """The dtype that a model's weights have on disk, or its base's; `auto` where that is not known."""
+    folder = resolve(path)
+    try:
+        dtype = AutoConfig.from_pretrained(base_of(folder) if adapter_of(folder) else folder).dtype
+    except (OSError, ValueError):
+        return "auto"
+    return next((name for name, known in WEIGHT_DTYPES.items() if known == dtype), "auto")
+
+
 def load_parts(
     settings: Model, device: torch.device, seed: int, words: Sequence[str] = ()
 ) -> tuple[Any, Processor]:
@@ -114,7 +136,7 @@ def load_parts(
         folder = ""
     else:
         folder = resolve(settings.path)
-        merged = (Path(folder) / "adapter").is_dir()
+        merged = adapter_of(folder) is not None
         model, tokenizer = (_merged if merged else _from_pretrained)(folder, settings, dtype)
         folder = str(model.config._name_or_path or folder)
     vision = model.config.vision_config
@@ -191,12 +213,32 @@ def random_model(values: dict[str, Any], layers: int, device: torch.device, dtyp
     return model.eval().requires_grad_(False)
 
 
-def save_folder(model: Any, tokenizer: Any, settings: PixelSettings, folder: Path) -> None:
-    """A model folder that stock transformers loads: weights, config, tokenizer, chat template, pixel settings."""
-    model.save_pretrained(folder)
+def save_folder(
+    model: Any, tokenizer: Any, settings: PixelSettings, folder: Path, shard: str = "50GB"
+) -> None:
+    """A model folder that stock transformers loads: weights, config, tokenizer, chat template, pixel settings.
+
+    shard: the largest size of one safetensors file.
+    """
+    model.save_pretrained(folder, max_shard_size=shard)
+    save_processor(tokenizer, settings, model.config.model_type, folder)
+
+
+def save_processor(tokenizer: Any, settings: PixelSettings, family: str, folder: Path) -> None:
+    """Tokenizer, chat template, and pixel settings under the names of transformers' own classes.
+
+    processor_config.json is what transformers 5 reads; the other two are for version 4 and for servers.
+    """
     tokenizer.save_pretrained(folder)
+    known = json.loads((folder / "tokenizer_config.json").read_text())
+    for key in (
+        "is_local",
+        "local_files_only",
+        "name_or_path",
+    ):  # of this machine, not of the model
+        known.pop(key, None)
+    _write_json(folder / "tokenizer_config.json", known)
     pixels = {
-        "image_processor_type": "Qwen2VLImageProcessor",
         "size": {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels},
         "patch_size": settings.patch,
         "temporal_patch_size": settings.temporal,
@@ -204,7 +246,17 @@ def save_folder(model: Any, tokenizer: Any, settings: PixelSettings, folder: Pat
         "image_mean": list(settings.mean),
         "image_std": list(settings.std),
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n")
+    processor = PROCESSORS[family]
+    image = {"image_processor_type": "Qwen2VLImageProcessor", **pixels}
+    video = {"video_processor_type": "Qwen2VLVideoProcessor", **pixels}
+    parts = {"image_processor": image, "video_processor": video}
+    _write_json(folder / "processor_config.json", {"processor_class": processor, **parts})
+    _write_json(folder / "preprocessor_config.json", {"processor_class": processor, **image})
+    _write_json(folder / "video_preprocessor_config.json", {"processor_class": processor, **video})
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def restore_weights(model: Any, folder: Path) -> None:
@@ -226,11 +278,26 @@ def restore_weights(model: Any, folder: Path) -> None:
 
 def _merged(folder: str, settings: Model, dtype: torch.dtype) -> tuple[Any, Any]:
     """The base that an adapter was trained on, with the adapter merged into it."""
+    model, tokenizer = _from_pretrained(base_of(folder), settings, dtype)
+    # peft froze the base; what trains is the recipe's choice.
+    return with_adapter(model, folder).merge_and_unload().requires_grad_(True), tokenizer
+
+
+def base_of(folder: str | Path) -> str:
+    """The folder or hub id of the base that the adapter in `folder` was trained on."""
+    adapter = adapter_of(folder)
+    assert adapter is not None
+    known = manifest.read(adapter)
+    if (
+        known is not None and known["base"]["path"] == "tiny"
+    ):  # lies in the package, wherever that is
+        return resolve("tiny")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    return str(config["base_model_name_or_path"])
+
+
+def with_adapter(model: Any, folder: str | Path) -> Any:
+    """peft's model: `model`, changed in place, with the adapter of `folder` in it, not merged."""
     from peft import PeftModel
 
-    adapter = Path(folder) / "adapter"
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model, tokenizer = _from_pretrained(base, settings, dtype)
-    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    # peft froze the base; what trains is the recipe's choice.
-    return merged.requires_grad_(True), tokenizer
+    return PeftModel.from_pretrained(model, str(adapter_of(folder)))

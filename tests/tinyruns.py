@@ -1,0 +1,116 @@
+"""Run directories made in a second: the embedded model, a little changed, saved as training saves it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zipr1.checkpoint import RunDir
+from zipr1.data import digits
+from zipr1.episode import Prompt
+from zipr1.machine import describe
+from zipr1.models import Policy, load_policy
+from zipr1.recipe import Recipe, validate
+
+SPARSE = {
+    "p": 0.9,
+    "skip": "layer",
+    "keep_last": 1,
+    "probes": {"recent": 8, "random": 4},
+    "dense_below": 0,
+}
+
+
+def recipe(**sections: Any) -> Recipe:
+    values = {
+        "model": {"path": "tiny"},
+        "sparse": SPARSE,
+        "train": {"max_new_tokens": 6, "steps": 7},
+    }
+    return validate(values | sections)
+
+
+def part(accuracy: float, ratio: float | None) -> dict[str, Any]:
+    low, high = max(0.0, accuracy - 0.02), min(1.0, accuracy + 0.02)
+    known = {"accuracy": accuracy, "accuracy_ci": [low, high], "n": 40}
+    return known if ratio is None else {**known, "token_ratio": ratio}
+
+
+def summary() -> dict[str, Any]:
+    """The shape of summary.json; its numbers are made up."""
+    block = {
+        "before": part(0.9, 0.94),
+        "after": part(0.875, 0.25),
+        "dense_accuracy": 0.95,
+        "dense_accuracy_ci": [0.93, 0.97],
+        "difference": -0.075,
+        "difference_ci": [-0.1, -0.05],
+    }
+    layers = {"token_ratio_by_layer": [0.4, 0.3, 0.2, 0.1]}
+    return {
+        **block,
+        "after": {**block["after"], **layers},
+        "by_task": {"digits": block},
+        "p": 0.9,
+        "steps": 7,
+        "rollouts": 1234,
+        "seconds": 3725.0,
+        "seed": 0,
+        "model": "tiny",
+    }
+
+
+def make_run(root: Path, finished: bool = True, **sections: Any) -> Path:
+    """A run of seven steps on `tiny`. sections: of the recipe."""
+    made = recipe(**sections)
+    policy = load_policy(made.model, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in policy.trainable():
+            if "language_model" in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter += (0.2 if "lora_B" in name else 0.01) * noise
+    run = RunDir.open(made, root, info=describe(["zipr1", "train"], "cpu", 0))
+    run.save_checkpoint(7, lambda folder: policy.save(folder / "model"))
+    if finished:
+        run.write_summary(summary())
+    return root
+
+
+def policy_of(run: Path) -> Policy:
+    from zipr1.recipe import Model
+
+    return load_policy(Model(path=str(run)), "cpu")
+
+
+def questions() -> list[Prompt]:
+    """Three pictures and two clips, prompts of different lengths."""
+    return [
+        *digits.prompts("train", "digits", 3, 1, 5),
+        *digits.prompts("train", "moving_digits", 2, 1, 5),
+    ]
+
+
+def chat(prompt: Prompt) -> list[dict[str, Any]]:
+    """A prompt as users write it: the media inside the messages."""
+    messages = copy.deepcopy(list(prompt.messages))
+    media = iter(prompt.media)
+    for message in messages:
+        for item in message["content"]:
+            if item["type"] in ("image", "video"):
+                item[item["type"]] = next(media).source
+    return messages
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    from zipr1.manifest import sha256
+
+    return {p.name: sha256(p) for p in sorted(folder.iterdir())}
+
+
+def read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))

@@ -1,0 +1,51 @@
+"""`zipr1 export RUN --to DIR`: a trained run as a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that zipr1 train wrote.")],
+    to: Annotated[Path, typer.Option(metavar="DIR", help="The new folder; never overwritten.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            metavar="merged|adapter",
+            help="merged: a whole model, for any tool. adapter: what a LoRA run trained, for peft.",
+        ),
+    ] = "merged",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            help="Of the weights: float32, bfloat16, float16, or auto: as they were trained.",
+        ),
+    ] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 (without it, cuda where there is one).")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="End stdout with the result as one line of JSON.")
+    ] = False,
+) -> None:
+    """Make a plain Hugging Face folder of a trained run, checked against it.
+
+    Any tool takes it for an ordinary dense model; zipr1.load runs it sparse.
+    """
+    from rich.console import Console
+
+    from zipr1 import export as exports
+    from zipr1.jsontext import dumps
+    from zipr1.report import export_text
+
+    console = Console(stderr=as_json)
+    with console.status(f"exporting {run}"):
+        result = exports.export(run, to, format, dtype, device)
+    for line in export_text(result).splitlines():
+        console.print(line, soft_wrap=line.startswith(" "), highlight=False)  # code is copied
+    if as_json:
+        print(dumps(result), flush=True)

@@ -1,0 +1,44 @@
+"""`adapter`: what training added to the base, as peft reads it; small, and of use to whoever has the base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from zipr1.errors import InputError
+from zipr1.export.source import Source
+from zipr1.models.loading import load_parts, save_processor, with_adapter
+from zipr1.models.processors import Processor
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def write(
+    source: Source, model: Any, adapted: Any, processor: Processor, dtype: torch.dtype, folder: Path
+) -> Any:
+    """Copy the run's adapter, cast to `dtype`. Raises InputError for a run that trained all weights."""
+    if adapted is None:
+        raise InputError(
+            f"{source.root}: trained all weights and has no adapter; use --format merged"
+        )
+    trained = source.weights / "adapter"
+    tensors = {name: t.to(dtype).contiguous() for name, t in load_file(trained / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((trained / "adapter_config.json").read_text())
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    save_processor(processor.tokenizer, processor.settings, model.config.model_type, folder)
+    return tensors
+
+
+def reload(source: Source, folder: Path, written: Any, device: torch.device) -> Any:
+    """A fresh copy of the base, in float32, with the adapter of `folder`."""
+    settings = source.recipe.model.model_copy(
+        update={"path": source.base_folder, "dtype": "float32", "lora": None}
+    )
+    model, _ = load_parts(settings, device, source.recipe.seed)
+    return with_adapter(model, folder).merge_and_unload().eval()

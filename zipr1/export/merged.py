@@ -1,0 +1,40 @@
+"""`merged`: a whole model, adapters merged into it, that any tool takes for an ordinary dense one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+from zipr1.errors import RunError
+from zipr1.export.source import Source
+from zipr1.models.loading import save_folder
+from zipr1.models.processors import Processor
+
+SHARD = "5GB"  # the largest safetensors file, as on the hub
+
+
+def write(
+    source: Source, model: Any, adapted: Any, processor: Processor, dtype: torch.dtype, folder: Path
+) -> Any:
+    """Write `model` in `dtype`. adapted: peft's wrapper around it, or None. Returns what was written."""
+    plain = adapted.merge_and_unload() if adapted is not None else model
+    plain.to(dtype)
+    for name in plain.config.sub_configs:  # save_pretrained minds the whole one alone
+        getattr(plain.config, name).dtype = dtype
+    save_folder(plain, processor.tokenizer, processor.settings, folder, SHARD)
+    return plain
+
+
+def reload(source: Source, folder: Path, written: Any, device: torch.device) -> Any:
+    """The folder as stock transformers loads it, in float32, after every tensor was found to be the one written."""
+    found = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True)
+    wanted = written.state_dict()
+    for name, tensor in found.state_dict().items():
+        if name not in wanted or not torch.equal(tensor.cpu(), wanted[name].cpu()):
+            raise RunError(
+                f"{folder}: {name} did not come back as it was written; check the disk and export again"
+            )
+    return found.float().to(device).eval()

@@ -1,0 +1,121 @@
+"""What a run directory holds, read for export: recipe, measurements, the newest checkpoint, and where it began."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zipr1.checkpoint import is_complete, read_json
+from zipr1.errors import InputError
+from zipr1.models.loading import base_of, resolve
+from zipr1.recipe import Recipe, load
+
+# Of the weights in this package; the digits they were trained on are CC BY 4.0.
+TINY_LICENCE = "apache-2.0"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run, ready to be exported. base: what its recipe started from, followed back through runs of runs; summary:
+    empty if the run did not finish; weights: the checkpoint's model folder; adapter: whether it holds adapters only."""
+
+    root: Path
+    recipe: Recipe
+    run: dict[str, Any]
+    summary: dict[str, Any]
+    weights: Path
+    step: int
+    base: str
+    adapter: bool
+
+    @property
+    def base_folder(self) -> str:
+        """Folder or hub id from which the base of an adapter is loaded."""
+        return base_of(self.weights)
+
+    @property
+    def base_is_public(self) -> bool:
+        """Whether the base is named as the hub names models, rather than a folder of this machine."""
+        return self.base != "tiny" and not Path(self.base).exists()
+
+    def licence(self) -> str | None:
+        """The licence that the base's own model card states; None if there is no card here."""
+        if self.base == "tiny":
+            return TINY_LICENCE
+        text = _file_of(self.base, "README.md")
+        if text is None or not text.startswith("---"):
+            return None
+        try:
+            head = yaml.safe_load(text.split("---", 2)[1])
+        except yaml.YAMLError:
+            return None
+        known = head.get("license") if isinstance(head, dict) else None
+        if known == "other":
+            known = head.get("license_name") or known
+        return str(known) if known else None
+
+    def dtype(self) -> str:
+        """The dtype of the weights that were trained, or of the base that an adapter belongs to."""
+        text = _file_of(self.base_folder if self.adapter else str(self.weights), "config.json")
+        config = json.loads(text) if text else {}
+        found = config.get("dtype") or config.get("torch_dtype")
+        return found if found in ("float32", "bfloat16", "float16") else "float32"
+
+
+def open_run(path: Path) -> Source:
+    """Raises InputError if `path` is no run directory or has no complete checkpoint."""
+    if not (path / "recipe.yaml").is_file() or not (path / "run.json").is_file():
+        what = (
+            "there is no such folder" if not path.exists() else "it has no recipe.yaml and run.json"
+        )
+        raise InputError(
+            f"{path}: not a run directory ({what}); give a folder that zipr1 train wrote, such as runs/tiny-..."
+        )
+    last = path / "last"
+    if not last.exists() or not is_complete(last):
+        raise InputError(
+            f"{path}: the run has no complete checkpoint yet; resume it with zipr1 train RECIPE --resume {path}"
+        )
+    recipe = load(path / "recipe.yaml")
+    weights = (last / "model").resolve()
+    summary = path / "summary.json"
+    return Source(
+        root=path,
+        recipe=recipe,
+        run=read_json(path / "run.json"),
+        summary=read_json(summary) if summary.is_file() else {},
+        weights=weights,
+        step=int(read_json(last / "complete.json")["step"]),
+        base=_origin(recipe.model.path),
+        adapter=(weights / "adapter").is_dir(),
+    )
+
+
+def _origin(path: str) -> str:
+    """Follows runs back to what the first of them started from."""
+    seen: set[str] = set()
+    while (Path(path) / "recipe.yaml").is_file() and path not in seen:
+        seen.add(path)
+        path = load(Path(path) / "recipe.yaml").model.path
+    return path
+
+
+def _file_of(model: str, name: str) -> str | None:
+    """The text of a small file of a model: of a folder, of `tiny`, or of what was downloaded of a hub id."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if model == "scratch":
+        return None
+    folder = Path(resolve(model)) if model == "tiny" else Path(model)
+    if folder.is_dir():
+        path = folder / name
+    else:
+        found = try_to_load_from_cache(model, name)
+        if not isinstance(found, str):
+            return None
+        path = Path(found)
+    return path.read_text(encoding="utf-8") if path.is_file() else None
