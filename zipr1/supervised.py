@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from zipr1 import data
+from zipr1 import data, losses
 from zipr1.data import digits
 from zipr1.episode import Prompt
 from zipr1.models import Encoded, Policy
@@ -107,15 +107,16 @@ def loss(policy: Policy, batch: Sequence[Lesson]) -> tuple[torch.Tensor, float]:
     total, right, count = torch.zeros((), device=policy.device), 0.0, 0
     for part in (order[:half], order[half:]):
         if part:
-            logits, wanted = _predictions(policy, part)
-            total = total + F.cross_entropy(logits, wanted, reduction="sum")
-            right += float((logits.argmax(-1) == wanted).sum())
+            states, wanted = _predictions(policy, part)
+            lost, same = _scores(policy, states, wanted)
+            total = total + lost
+            right += float(same)
             count += len(wanted)
     return total / count, right / count
 
 
 def _predictions(policy: Policy, batch: Sequence[Lesson]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits `(M, V)` of all answer tokens of a batch, and the tokens `(M,)`."""
+    """Hidden states `(M, hidden)` that predict all answer tokens of a batch, and the tokens `(M,)`."""
     encoded = [lesson.encoded for lesson in batch]
     embeds, positions, _ = policy.rows(encoded, policy.look(encoded), None, left=False)
     hidden = policy.core.model(
@@ -129,8 +130,22 @@ def _predictions(policy: Policy, batch: Sequence[Lesson]) -> tuple[torch.Tensor,
     for b, e in enumerate(encoded):
         target[b, : len(e)] = e.ids
         said[b, : len(e)] = policy.processor.answer_mask(e.ids)
-    logits = policy.head(hidden[:, :-1][said[:, 1:].to(hidden.device)])
-    return logits, target[:, 1:][said[:, 1:]].to(logits.device)
+    states = hidden[:, :-1][said[:, 1:].to(hidden.device)]
+    return states, target[:, 1:][said[:, 1:]].to(states.device)
+
+
+def _scores(
+    policy: Policy, states: torch.Tensor, wanted: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy summed over tokens, and how many of them are predicted right; scalars."""
+
+    def work(part: slice) -> tuple[torch.Tensor, ...]:
+        logits = policy.head(states[part])
+        lost = F.cross_entropy(logits, wanted[part], reduction="sum")
+        return lost[None], (logits.argmax(-1) == wanted[part]).sum()[None]
+
+    lost, same = losses.in_chunks(work, len(wanted), policy.words)
+    return lost.sum(), same.sum()
 
 
 def _mask(batch: Sequence[Lesson], width: int, device: torch.device) -> torch.Tensor | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -122,7 +123,7 @@ def backward(
     reference = None
     if settings.kl > 0:
         # Before the sparse context: with adapters the reference is this very model.
-        reference = reference_logits(policy, batch, rows, chosen, max(len(t) for t in tokens))
+        reference = look_up(policy, batch, rows, chosen)
     width = max(rows.lengths[b] for b in chosen)
     request = Request(
         recipe.sparse,
@@ -132,26 +133,15 @@ def backward(
         through=(batch.low, budgets.high) if "through" in methods else None,
     )
     with sparse_attention(policy.core, request), policy.recomputing():
-        logits, mask = policy.answer_logits(encoded, features, tokens, request)
-        padded = pad(tokens, logits.shape[1]).to(policy.device)
-        new = losses.token_logprobs(logits, padded, recipe.train.temperature)
-        old = pad([rows.old[b] for b in chosen], logits.shape[1]).to(policy.device)
+        states, mask = policy.answer_states(encoded, features, tokens, request)
+        padded = pad(tokens, mask.shape[1]).to(policy.device)
+        new, each = token_scores(policy, recipe, states, padded, mask, reference)
+        old = pad([rows.old[b] for b in chosen], mask.shape[1]).to(policy.device)
         advantage = rows.advantage[chosen].to(policy.device)
         surrogate, stats = losses.clipped_surrogate(new, old, advantage, mask, settings.clip)
         parts = {name: float(value) for name, value in stats.items()}
-        loss = settings.policy_gradient * surrogate
-        kl = torch.zeros((), device=policy.device)
-        if reference is not None:
-            if settings.kl_estimator in losses.FORWARD:
-                forward = losses.FORWARD[settings.kl_estimator]
-                scale = recipe.train.temperature
-                each = torch.zeros(mask.shape, device=policy.device)
-                each[mask] = losses.kl_full(logits[mask] / scale, reference[mask] / scale, forward)
-            else:
-                old_dense = losses.token_logprobs(reference, padded, recipe.train.temperature)
-                each = losses.kl_k2(new, old_dense).masked_fill(~mask, 0)
-            kl = (each.sum(1) / mask.sum(1)).mean()
-            loss = loss + settings.kl * kl
+        kl = (each.sum(1) / mask.sum(1)).mean()
+        loss = settings.policy_gradient * surrogate + settings.kl * kl
         layers = request.record.layers if request.record is not None else []
         cuts = [layer.cut for layer in layers if layer.cut is not None]
         # Prompts too short to be pruned have no choice to learn.
@@ -184,19 +174,75 @@ def backward(
     return parts
 
 
+@dataclass(frozen=True)
+class Reference:
+    """The dense reference's view of some rows. states `(U * T, hidden)` of U distinct (prompt, answer) pairs;
+    place `(B * T,)` int64: which of them each token of each row is."""
+
+    states: torch.Tensor
+    place: torch.Tensor
+    model: Any
+
+    @torch.no_grad()
+    def logits(self, policy: Policy, part: slice) -> torch.Tensor:
+        """`(n, V)` of these tokens of the flattened rows; tokens that rows share go through the head once."""
+        distinct, back = self.place[part].unique(return_inverse=True)
+        return policy.head(self.states[distinct], self.model)[back]
+
+
 @torch.no_grad()
-def reference_logits(
-    policy: Policy, batch: Batch, rows: Rows, chosen: Sequence[int], width: int
-) -> torch.Tensor:
-    """Dense logits `(B, width, V)` of the reference; each distinct (prompt, answer) is run once."""
+def look_up(policy: Policy, batch: Batch, rows: Rows, chosen: Sequence[int]) -> Reference:
+    """What the dense reference says about some rows; each distinct (prompt, answer) is run once."""
     keys = [(rows.prompt[b], tuple(rows.tokens[b].tolist())) for b in chosen]
     distinct = list(dict.fromkeys(keys))
     encoded = [batch.encoded[i] for i, _ in distinct]
     answers = [torch.tensor(t) for _, t in distinct]
     with policy.reference() as model:
-        logits, _ = policy.answer_logits(encoded, batch.reference, answers, None, model)
-    back = {key: place for place, key in enumerate(distinct)}
-    return logits[[back[key] for key in keys]][:, :width]
+        states, mask = policy.answer_states(encoded, batch.reference, answers, None, model)
+    row = {key: place for place, key in enumerate(distinct)}
+    width = mask.shape[1]
+    back = torch.tensor([row[key] for key in keys], device=states.device)
+    place = back[:, None] * width + torch.arange(width, device=states.device)
+    return Reference(states.flatten(0, 1), place.flatten(), model)
+
+
+def token_scores(
+    policy: Policy,
+    recipe: Recipe,
+    states: torch.Tensor,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    reference: Reference | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the answers' tokens and the divergence from the reference there, both `(B, T)` float32.
+
+    states `(B, T, hidden)` with gradient; tokens `(B, T)` int64; mask `(B, T)` bool. The divergence is 0 where the
+    mask is False, and everywhere without a reference. Logits exist a chunk at a time, forward and backward.
+    """
+    flat, said, real = states.flatten(0, 1), tokens.flatten(), mask.flatten()
+    scale, estimator = recipe.train.temperature, recipe.ppo.kl_estimator
+
+    def work(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = real[part]
+        if not bool(wanted.any()):
+            nothing = flat.new_zeros(len(wanted), dtype=torch.float32)
+            return nothing, nothing
+        logits = policy.head(flat[part])
+        new = losses.token_logprobs(logits, said[part], scale)
+        each = torch.zeros_like(new)
+        if reference is None:
+            return new, each
+        dense = reference.logits(policy, part)
+        if estimator in losses.FORWARD:
+            forward = losses.FORWARD[estimator]
+            each[wanted] = losses.kl_full(logits[wanted] / scale, dense[wanted] / scale, forward)
+        else:
+            old = losses.token_logprobs(dense, said[part], scale)
+            each = losses.kl_k2(new, old).masked_fill(~wanted, 0)
+        return new, each
+
+    new, each = losses.in_chunks(work, len(said), policy.words)
+    return new.view(mask.shape), each.view(mask.shape)
 
 
 def pad(values: Sequence[torch.Tensor], width: int) -> torch.Tensor:

@@ -224,13 +224,18 @@ class Policy:
             embeds = embeds.masked_scatter(visual[..., None], torch.cat(found).to(embeds.dtype))
         return embeds, positions.to(self.device), valid.to(self.device)
 
+    @property
+    def words(self) -> int:
+        """V, the size of the vocabulary."""
+        return int(self.core.lm_head.weight.shape[0])
+
     def head(self, hidden: torch.Tensor, model: Any = None) -> torch.Tensor:
         """Hidden states `(..., hidden)` -> float32 logits `(..., V)`, placeholders out of reach."""
         logits = (model or self.core).lm_head(hidden).float()
         blocked = torch.tensor(list(self.processor.placeholder.values()), device=logits.device)
         return logits.index_fill(-1, blocked, NEVER)
 
-    def answer_logits(
+    def answer_states(
         self,
         encoded: Sequence[Encoded],
         features: Features,
@@ -238,7 +243,7 @@ class Policy:
         request: Request | None = None,
         model: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Teacher-forced logits `(B, T, V)` of the answers, and their mask `(B, T)` bool.
+        """Hidden states `(B, T, hidden)` that predict the answers' tokens, and their mask `(B, T)` bool.
 
         request: the sparse forward (its `record` is filled); None for dense. model: the reference's, or None.
         Rows are right-padded, so causality alone hides the padding and no mask is built.
@@ -259,8 +264,22 @@ class Policy:
         counts = torch.tensor([len(a) for a in answers], device=hidden.device)
         mask = steps[None] < counts[:, None]
         where = (starts[:, None] + steps[None]).clamp(max=hidden.shape[1] - 1)
-        picked = hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.head(picked, core), mask
+        return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1])), mask
+
+    def answer_logits(
+        self,
+        encoded: Sequence[Encoded],
+        features: Features,
+        answers: Sequence[torch.Tensor],
+        request: Request | None = None,
+        model: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Teacher-forced logits `(B, T, V)` of the answers, and their mask `(B, T)` bool, from `answer_states`.
+
+        For short answers or small vocabularies: training takes the states and makes logits a chunk at a time.
+        """
+        states, mask = self.answer_states(encoded, features, answers, request, model)
+        return self.head(states, model), mask
 
     @torch.no_grad()
     def generate(
