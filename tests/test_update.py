@@ -210,13 +210,15 @@ def test_no_tensor_of_tokens_by_words_exists(monkeypatch, estimator):
 
 def test_token_scores_of_padding_are_skipped(monkeypatch):
     settings = recipe()
-    policy, batch = roll(settings, tinymodels.mixed())
+    policy, _ = roll(settings, tinymodels.mixed())
     monkeypatch.setattr(losses, "LOGITS", 2 * policy.words)
     states = torch.randn(2, 6, policy.decoder.config.hidden_size)
     mask = torch.arange(6)[None] < torch.tensor([[6], [1]])
     heads, head = [], policy.head
     monkeypatch.setattr(policy, "head", lambda x, m=None: heads.append(len(x)) or head(x, m))
-    new, each = token_scores(policy, settings, states, torch.zeros(2, 6, dtype=torch.long), mask, None)
+    new, each = token_scores(
+        policy, settings, states, torch.zeros(2, 6, dtype=torch.long), mask, None
+    )
     assert heads == [2, 2, 2, 2]  # of twelve places four are padding that nothing reads
     assert (new[mask] < 0).all() and not each.any()
 

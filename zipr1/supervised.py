@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from zipr1 import data, losses
+from zipr1 import data, losses, ranks
 from zipr1.data import digits
 from zipr1.episode import Prompt
 from zipr1.models import Encoded, Policy
@@ -97,8 +97,31 @@ def rows(policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], step: int) -
     return batch
 
 
-def loss(policy: Policy, batch: Sequence[Lesson]) -> tuple[torch.Tensor, float]:
-    """Mean cross-entropy over answer tokens, and the share of them predicted right.
+def backward(policy: Policy, batch: Sequence[Lesson]) -> tuple[float, float]:
+    """The gradient of the mean cross-entropy over the answer tokens of all ranks, added to the parameters'; the mean,
+    and the share of tokens predicted right. batch: this rank's part."""
+    count = sum(ranks.gather(sum(answer_tokens(policy, lesson) for lesson in batch)))
+    said = [0.0, 0.0]
+
+    def work() -> torch.Tensor:
+        total, right, _ = loss(policy, batch)
+        said[:] = [float(total.detach() / count), right / count]
+        seen = any(lesson.encoded.visuals for lesson in batch)
+        if ranks.size() > 1 and policy.settings.train_vision and not seen:
+            total = total + policy.blank()
+        return total / count
+
+    policy.parallel.backward(work, last=True)
+    parts = ranks.gather(said)
+    return sum(value for value, _ in parts), sum(right for _, right in parts)
+
+
+def answer_tokens(policy: Policy, lesson: Lesson) -> int:
+    return int(policy.processor.answer_mask(lesson.encoded.ids)[1:].sum())
+
+
+def loss(policy: Policy, batch: Sequence[Lesson]) -> tuple[torch.Tensor, float, int]:
+    """Cross-entropy summed over answer tokens, how many of them are predicted right, and their number.
 
     Long and short conversations run apart: padding pictures to the length of clips cost a third of the time.
     """
@@ -112,7 +135,7 @@ def loss(policy: Policy, batch: Sequence[Lesson]) -> tuple[torch.Tensor, float]:
             total = total + lost
             right += float(same)
             count += len(wanted)
-    return total / count, right / count
+    return total, right, count
 
 
 def _predictions(policy: Policy, batch: Sequence[Lesson]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from zipr1 import advantages, efficiency, losses
-from zipr1.models import Policy, Request, replay_masks, sparse_attention
+from zipr1 import advantages, efficiency, losses, ranks
+from zipr1.models import Policy, Request, most_tokens, replay_masks, sparse_attention
 from zipr1.optim import Optimizers, clipped_step
 from zipr1.pressure import Pressure
 from zipr1.recipe import Recipe
@@ -59,9 +59,7 @@ def flatten(batch: Batch, recipe: Recipe, pressure: Pressure) -> Rows:
         cut_advantage=advantages.advantages(worth, settings.baseline, settings.scale).flatten(),
         opened=advantages.gate(correct > 0).repeat_interleave(count),
         weights=weights,
-        lengths=[
-            len(batch.encoded[i]) + len(r.tokens) for i, r in zip(prompt, rollouts, strict=True)
-        ],
+        lengths=[r.prompt_length + len(r.tokens) for r in rollouts],
     )
 
 
@@ -77,9 +75,15 @@ def update(
 
     order: shuffles rows into minibatches. Returns means over rows of what metrics.jsonl logs.
     Raises RunError if the loss is not finite; weights are then those of before the failing minibatch.
+
+    Several ranks share the minibatches: each works on the rows whose pictures it has, and all make the same number of
+    passes, the missing ones with weight 0, for the passes are where ranks wait for each other.
     """
     rows = flatten(batch, recipe, pressure)
     said: dict[str, float] = defaultdict(float)
+    norms = 0.0
+    here = [b for b, i in enumerate(rows.prompt) if batch.encoded[i] is not None]
+    room = most_tokens(policy, recipe, update=True)
     count = min(recipe.ppo.minibatches, len(rows.tokens))
     steps = recipe.ppo.epochs * count
     for _ in range(recipe.ppo.epochs):
@@ -88,11 +92,15 @@ def update(
             # In order, so that rollouts of one prompt meet in a micro-batch and share their reference.
             mini = sorted(part.tolist())
             optimizer.zero_grad()
-            micro = by_length([rows.lengths[b] for b in mini], recipe.train.micro_batch)
-            for places in micro:
-                chosen = [mini[i] for i in places]
-                parts = backward(policy, recipe, batch, rows, chosen, share=len(chosen) / len(mini))
-                for name, value in parts.items():
+            own = [b for b in mini if batch.encoded[rows.prompt[b]] is not None]
+            places = by_length([rows.lengths[b] for b in own], recipe.train.micro_batch, room)
+            micro = [[own[i] for i in part] for part in places]
+            passes = max(ranks.gather(len(micro)))
+            for turn in range(passes):
+                chosen = micro[turn] if turn < len(micro) else here[:1]
+                share = len(chosen) / len(mini) if turn < len(micro) else 0.0
+                parts = backward(policy, recipe, batch, rows, chosen, share, turn + 1 == passes)
+                for name, value in parts.items() if share else ():
                     if name == "ratio_max":
                         said[name] = max(said[name], value)
                     else:
@@ -100,8 +108,18 @@ def update(
             norm = clipped_step(
                 optimizer, policy.trainable(), recipe.optim.max_grad_norm, said["loss"]
             )
-            said["grad_norm"] += norm / steps
-    return dict(said)
+            norms += norm / steps
+    return {**totals(said), "grad_norm": norms}
+
+
+def totals(said: dict[str, float]) -> dict[str, float]:
+    """The sums of all ranks, and the largest ratio."""
+    parts = ranks.gather(dict(said))
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {
+        name: (max if name == "ratio_max" else sum)(part.get(name, 0.0) for part in parts)
+        for name in names
+    }
 
 
 def backward(
@@ -111,19 +129,19 @@ def backward(
     rows: Rows,
     chosen: Sequence[int],
     share: float,
+    last: bool = True,
 ) -> dict[str, float]:
-    """Loss of some rows, its gradient times `share` added to the parameters'. Returns the parts."""
+    """Loss of some rows, its gradient times `share` added to the parameters'. Returns the parts.
+
+    last: whether the ranks' gradients are summed after it."""
     methods = efficiency.parse(recipe.efficiency.method)
     settings, budgets = recipe.ppo, recipe.budgets
     encoded = [batch.encoded[rows.prompt[b]] for b in chosen]
     tokens = [rows.tokens[b] for b in chosen]
-    features = batch.features
-    if policy.settings.train_vision:
-        features = policy.look(encoded)
     reference = None
     if settings.kl > 0:
         # Before the sparse context: with adapters the reference is this very model.
-        reference = look_up(policy, batch, rows, chosen)
+        reference = policy.parallel.refer(lambda: look_up(policy, batch, rows, chosen))
     width = max(rows.lengths[b] for b in chosen)
     request = Request(
         recipe.sparse,
@@ -132,14 +150,19 @@ def backward(
         scores=bool(methods & {"pathwise", "cut", "through"}),
         through=(batch.low, budgets.high) if "through" in methods else None,
     )
-    with sparse_attention(policy.core, request), policy.recomputing():
+    parts: dict[str, float] = {}
+
+    def work() -> torch.Tensor:
+        features = batch.features
+        if policy.settings.train_vision:
+            features = policy.look(encoded)
         states, mask = policy.answer_states(encoded, features, tokens, request)
         padded = pad(tokens, mask.shape[1]).to(policy.device)
         new, each = token_scores(policy, recipe, states, padded, mask, reference)
         old = pad([rows.old[b] for b in chosen], mask.shape[1]).to(policy.device)
         advantage = rows.advantage[chosen].to(policy.device)
         surrogate, stats = losses.clipped_surrogate(new, old, advantage, mask, settings.clip)
-        parts = {name: float(value) for name, value in stats.items()}
+        parts.update({name: float(value) for name, value in stats.items()})
         kl = (each.sum(1) / mask.sum(1)).mean()
         loss = settings.policy_gradient * surrogate + settings.kl * kl
         layers = request.record.layers if request.record is not None else []
@@ -169,8 +192,17 @@ def backward(
             loss = loss + surrogate
             parts["cut_clip_fraction"] = float(stats["clip_fraction"])
             parts["cut_ratio_mean"] = float(stats["ratio_mean"])
-        (loss * share).backward()
-    parts["loss"], parts["kl"] = float(loss.detach()), float(kl.detach())
+        parts["loss"], parts["kl"] = float(loss.detach()), float(kl.detach())
+        if (
+            ranks.size() > 1
+            and policy.settings.train_vision
+            and not any(e.visuals for e in encoded)
+        ):
+            loss = loss + policy.blank()
+        return loss * share
+
+    with sparse_attention(policy.core, request), policy.recomputing():
+        policy.parallel.backward(work, last)
     return parts
 
 

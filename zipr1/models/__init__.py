@@ -3,6 +3,7 @@
 from zipr1.models.attention import Request, sparse_attention
 from zipr1.models.policy import Answers, Features, Policy, load_policy
 from zipr1.models.processors import Encoded
+from zipr1.models.room import most_tokens
 from zipr1.models.rows import replay_masks
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Policy",
     "Request",
     "load_policy",
+    "most_tokens",
     "replay_masks",
     "sparse_attention",
 ]

@@ -175,9 +175,15 @@ def frozen_copy(model: Any) -> Any:
     return twin.requires_grad_(False).eval()
 
 
-def save_folder(model: Any, tokenizer: Any, settings: PixelSettings, folder: Path) -> None:
+def save_folder(
+    model: Any,
+    tokenizer: Any,
+    settings: PixelSettings,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """A model folder that stock transformers loads: weights, config, tokenizer, chat template, pixel settings."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     pixels = {
         "image_processor_type": "Qwen2VLImageProcessor",

@@ -33,6 +33,7 @@ from zipr1.models.loading import (
 )
 from zipr1.models.processors import Encoded, Processor, Visual
 from zipr1.models.rows import choose, dense_bytes, groups, heldout_mass
+from zipr1.ranks import Parallel, whole
 from zipr1.recipe import Model
 
 # Placeholders are never sampled: an answer with one would ask for a picture that is not there. Finite, so that
@@ -72,6 +73,7 @@ class Policy:
         self.decoder = model.get_decoder()
         self.layers = len(self.decoder.layers)
         self.vision_calls = 0
+        self.parallel = Parallel()
         if settings.gradient_checkpointing:
             # The older name is deprecated where the newer one exists.
             newer = getattr(model, "activation_checkpointing_enable", None)
@@ -92,6 +94,19 @@ class Policy:
         """Remember the model as it is now as the dense reference (a frozen copy, unless adapters can be off)."""
         if self.adapted is None and self.twin is None:
             self.twin = frozen_copy(self.core)
+
+    def spread(self, kind: str) -> None:
+        """One model over all ranks, `ddp` or `fsdp`; nothing where there is one. After `keep_reference`."""
+        tower = self.core.model.visual.parameters()
+        self.parallel.spread(
+            kind,
+            self.adapted or self.core,
+            self.decoder.layers,
+            self.twin,
+            self.twin.get_decoder().layers if self.twin is not None else [],
+            # Shared with the reference, and looked through at each rank's own pace.
+            [] if self.settings.train_vision else list(tower),
+        )
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[Any]:
@@ -193,6 +208,16 @@ class Policy:
             if e.visuals:
                 features[k] = torch.cat([parts[k, i] for i in range(len(e.visuals))])
         return features
+
+    def blank(self) -> torch.Tensor:
+        """0, with a gradient of 0 in the trained tower: from a rank whose rows show nothing, to those whose rows do."""
+        settings = self.processor.settings
+        width = 3 * settings.temporal * settings.patch**2
+        patches = torch.zeros(settings.merge**2, width, device=self.device)
+        grid = torch.tensor([(1, settings.merge, settings.merge)], device=self.device)
+        out = self.core.model.get_image_features(patches, grid)
+        (features,) = out.pooler_output if hasattr(out, "pooler_output") else out
+        return 0.0 * features.float().sum()
 
     def rows(
         self,
@@ -353,12 +378,23 @@ class Policy:
             kv_bytes=kv_bytes,
         )
 
-    def save(self, folder: Path) -> None:
-        """A model folder in Hugging Face format (adapters stay beside the base they were trained on)."""
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        """Whole weights on the CPU, where each rank holds a part; all ranks must ask. None: the model has them."""
+        if not self.parallel.sharded:
+            return None
+        # One at a time: no rank ever holds two models on its device.
+        return {k: whole(v).cpu() for k, v in (self.adapted or self.core).state_dict().items()}
+
+    def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """A model folder in Hugging Face format (adapters stay beside the base they were trained on).
+
+        weights: what `weights` gave."""
         if self.adapted is not None:
-            self.adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+            self.adapted.save_pretrained(
+                folder / "adapter", save_embedding_layers=False, state_dict=weights
+            )
             return
-        save_folder(self.core, self.processor.tokenizer, self.processor.settings, folder)
+        save_folder(self.core, self.processor.tokenizer, self.processor.settings, folder, weights)
 
     def load_weights(self, folder: Path) -> None:
         """Weights of a checkpoint made by `save` into this model. Raises InputError for another model's."""
