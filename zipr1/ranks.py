@@ -147,7 +147,7 @@ class Parallel:
         if size() == 1:
             return
         if kind == "ddp":
-            self.model = DistributedDataParallel(Whole(model), broadcast_buffers=False)
+            self.model = DistributedDataParallel(Whole(model))
             return
         pairs = [(model, layers)]
         if reference is not None:

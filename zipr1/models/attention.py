@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,17 +79,27 @@ class Request:
         return bool((self.thresholds >= 1).all())
 
 
-@dataclass
 class Pass:
-    """One sparse prefill: what layers need to choose, and what they chose."""
+    """One sparse prefill: what layers need to choose, and what they chose.
 
-    request: Request
-    valid: torch.Tensor
-    prompt: torch.Tensor
-    lengths: list[int]
-    offsets: list[int]
-    record: Record
-    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+    No dataclass: FSDP2 hands each layer copies of those, and what a layer writes into its copy is lost.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        valid: torch.Tensor,
+        prompt: torch.Tensor,
+        lengths: list[int],
+        offsets: list[int],
+        record: Record,
+    ) -> None:
+        self.request = request
+        self.valid = valid
+        self.prompt = prompt
+        self.lengths = lengths
+        self.offsets = offsets
+        self.record = record
 
     @classmethod
     def start(cls, request: Request, valid: torch.Tensor) -> Pass:
