@@ -164,10 +164,10 @@ def test_skipping_a_layer_does_not_do_the_work():
     ]
     try:
         request = Request(sparse(skip="layer"))
-        embeds, positions, valid = policy.rows(encoded, features, None, left=True)
+        inputs, valid = policy.rows(encoded, features, None, left=True)
         request.valid = request.prompt = valid
         with sparse_attention(policy.core, request):
-            policy.core.model(inputs_embeds=embeds, position_ids=positions, use_cache=False)
+            policy.decoder(**inputs, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

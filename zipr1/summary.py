@@ -133,13 +133,13 @@ def pictures(
             pixels, fps = load_media(prompt.media[0], recipe.data.max_frames, recipe.data.fps)
             encoded = policy.encode(prompt, [(pixels, fps)], recipe.data.max_prompt_tokens)
             visual = np.isin(encoded.ids.numpy(), list(policy.processor.placeholder.values()))
+            t, h, w = encoded.visuals[0].grid
+            merge = policy.processor.settings.merge
             kept = []
             for positions in results["after"].kept[i]:
                 mask = np.zeros(len(visual), dtype=bool)
                 mask[positions.numpy()] = True
-                kept.append(mask[visual])
-            t, h, w = encoded.visuals[0].grid
-            merge = policy.processor.settings.merge
+                kept.append(mask[visual][: t * (h // merge) * (w // merge)])
             answers = {name: r.said[i] for name, r in results.items() if name != "before"}
             answers["right"] = prompt.answer
             kept_picture(

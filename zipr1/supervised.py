@@ -141,15 +141,14 @@ def loss(policy: Policy, batch: Sequence[Lesson]) -> tuple[torch.Tensor, float, 
 def _predictions(policy: Policy, batch: Sequence[Lesson]) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states `(M, hidden)` that predict all answer tokens of a batch, and the tokens `(M,)`."""
     encoded = [lesson.encoded for lesson in batch]
-    embeds, positions, _ = policy.rows(encoded, policy.look(encoded), None, left=False)
-    hidden = policy.core.model(
-        inputs_embeds=embeds,
-        position_ids=positions,
-        attention_mask=_mask(batch, embeds.shape[1], policy.device),
+    inputs, valid = policy.rows(encoded, policy.look(encoded), None, left=False)
+    hidden = policy.decoder(
+        **inputs,
+        attention_mask=_mask(batch, valid.shape[1], policy.device),
         use_cache=False,
     ).last_hidden_state
-    target = torch.zeros(embeds.shape[:2], dtype=torch.long)
-    said = torch.zeros(embeds.shape[:2], dtype=torch.bool)
+    target = torch.zeros(valid.shape, dtype=torch.long)
+    said = torch.zeros(valid.shape, dtype=torch.bool)
     for b, e in enumerate(encoded):
         target[b, : len(e)] = e.ids
         said[b, : len(e)] = policy.processor.answer_mask(e.ids)

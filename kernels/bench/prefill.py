@@ -24,19 +24,19 @@ from zipr1.pictures import Pictures
 from zipr1.recipe import Model, Sparse, load
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny.yaml"
+Rows = tuple[dict[str, torch.Tensor], torch.Tensor]
 MODES = ("none", "attention", "layer")
 
 
-def prefill(policy: Policy, sparse: Sparse, rows: tuple[torch.Tensor, ...], mode: str) -> float:
+def prefill(policy: Policy, sparse: Sparse, rows: Rows, mode: str) -> float:
     """Run the decoder once over padded rows; returns the token ratio."""
-    embeds, positions, valid = rows
+    inputs, valid = rows
     request = None
     if mode != "none":
         request = Request(sparse.model_copy(update={"skip": mode}), valid=valid, prompt=valid)
     with sparse_attention(policy.core, request):
-        policy.core.model(
-            inputs_embeds=embeds,
-            position_ids=positions,
+        policy.decoder(
+            **inputs,
             past_key_values=PrunedCache() if request else None,
             use_cache=True,
         )
@@ -53,13 +53,13 @@ def measure(model: str, batches: list[int], repeats: int) -> list[dict[str, obje
     features = policy.look([longest])
     rows = []
     for batch in batches:
-        inputs = policy.rows([longest] * batch, features, None, left=True)
+        padded = policy.rows([longest] * batch, features, None, left=True)
         times: dict[str, list[float]] = {mode: [] for mode in MODES}
         kept = dict.fromkeys(MODES, 1.0)
         for turn in range(repeats + 3):
             for mode in MODES:
                 start = time.perf_counter()
-                kept[mode] = prefill(policy, recipe.sparse, inputs, mode)
+                kept[mode] = prefill(policy, recipe.sparse, padded, mode)
                 if policy.device.type == "cuda":
                     torch.cuda.synchronize()
                 if turn >= 3:

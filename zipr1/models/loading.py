@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from zipr1_kernels import unusable
 
 from zipr1.errors import InputError
+from zipr1.models import families
 from zipr1.models.processors import PixelSettings, Processor
 from zipr1.models.scratch import build_model, build_tokenizer
 from zipr1.recipe import Lora, Model
@@ -27,11 +28,10 @@ from zipr1.recipe import Lora, Model
 # The run's own display shows what goes on; bars of loading and saving shards would break it.
 transformers.utils.logging.disable_progress_bar()
 
-# Families whose M-RoPE, placeholders and pixel layout the code below has been tested on.
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
-
 # The text decoder alone: a list of suffixes would also hit the vision tower's gate, up and down projections.
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+LORA_TARGETS = (
+    r".*(?:language|text)_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+)
 
 WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -116,12 +116,22 @@ def load_parts(
         merged = (Path(folder) / "adapter").is_dir()
         model, tokenizer = (_merged if merged else _from_pretrained)(folder, settings, dtype)
         folder = str(model.config._name_or_path or folder)
-    vision = model.config.vision_config
+    family = families.find(model.config.model_type, settings.path)
+    side, _, besides = family.tile(model.config) if family.tile else (0, 0, 0)
+    sizes = families.merge_of(model.config.vision_config, model.config)
     given = (settings.config or {}).get("pixels")
-    pixels = PixelSettings.read(folder, vision, settings.min_pixels, settings.max_pixels, given)
-    processor = Processor(
-        tokenizer, pixels, model.config.image_token_id, model.config.video_token_id
+    pixels = PixelSettings.read(
+        folder,
+        sizes,
+        settings.min_pixels,
+        settings.max_pixels,
+        given,
+        tile=side,
+        besides=besides,
+        clips=family.clips,
     )
+    video = model.config.video_token_id if family.clips else None
+    processor = Processor(tokenizer, pixels, model.config.image_token_id, video, family.around)
     return model.to(device=device, dtype=dtype).eval(), processor
 
 
@@ -129,10 +139,7 @@ def _from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(folder, **options)
-        if config.model_type not in FAMILIES:
-            raise InputError(
-                f"model.path: {settings.path} is a {config.model_type}; this version handles {', '.join(FAMILIES)}"
-            )
+        families.find(config.model_type, settings.path)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, **options
@@ -169,9 +176,9 @@ def add_lora(model: Any, lora: Lora) -> Any:
 
 def frozen_copy(model: Any) -> Any:
     """A copy whose weights never change, for the dense reference; a frozen vision tower is shared, not copied."""
-    visual = model.model.visual
-    frozen = not any(p.requires_grad for p in visual.parameters())
-    twin = copy.deepcopy(model, memo={id(visual): visual} if frozen else {})
+    towers = families.towers(model)
+    frozen = not any(p.requires_grad for tower in towers for p in tower.parameters())
+    twin = copy.deepcopy(model, memo={id(tower): tower for tower in towers} if frozen else {})
     return twin.requires_grad_(False).eval()
 
 
@@ -186,8 +193,10 @@ def save_folder(
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     pixels = {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "size": {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels},
+        "image_processor_type": families.FAMILIES[model.config.model_type].processor,
+        "size": {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
+        if not settings.tile
+        else {"height": settings.tile, "width": settings.tile},
         "patch_size": settings.patch,
         "temporal_patch_size": settings.temporal,
         "merge_size": settings.merge,

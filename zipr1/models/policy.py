@@ -23,6 +23,7 @@ from zipr1.episode import Prompt
 from zipr1.errors import InputError
 from zipr1.models.attention import ATTENTION, Request, sparse_attention
 from zipr1.models.cache import PrunedCache
+from zipr1.models.families import FAMILIES, deepstack, towers
 from zipr1.models.loading import (
     add_lora,
     choose_device,
@@ -65,9 +66,10 @@ class Policy:
         self.name = name
         self.processor = processor
         model.set_attn_implementation({"text_config": ATTENTION})
-        for parameter in model.model.visual.parameters():
-            parameter.requires_grad_(settings.train_vision)
         self.core: Any = model
+        self.family = FAMILIES[model.config.model_type]
+        for parameter in self.tower():
+            parameter.requires_grad_(settings.train_vision)
         self.adapted: Any = add_lora(model, settings.lora) if settings.lora else None
         self.twin: Any = None
         self.decoder = model.get_decoder()
@@ -84,6 +86,10 @@ class Policy:
         device: torch.device = self.decoder.embed_tokens.weight.device
         return device
 
+    def tower(self) -> list[torch.nn.Parameter]:
+        """Parameters of what sees."""
+        return [p for module in towers(self.core) for p in module.parameters()]
+
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Names and parameters that the recipe trains."""
         return [
@@ -97,7 +103,6 @@ class Policy:
 
     def spread(self, kind: str) -> None:
         """One model over all ranks, `ddp` or `fsdp`; nothing where there is one. After `keep_reference`."""
-        tower = self.core.model.visual.parameters()
         self.parallel.spread(
             kind,
             self.adapted or self.core,
@@ -105,7 +110,7 @@ class Policy:
             self.twin,
             self.twin.get_decoder().layers if self.twin is not None else [],
             # Shared with the reference, and looked through at each rank's own pace.
-            [] if self.settings.train_vision else list(tower),
+            [] if self.settings.train_vision else self.tower(),
         )
 
     @contextlib.contextmanager
@@ -158,8 +163,12 @@ class Policy:
 
     def place(self, ids: torch.Tensor, visuals: Sequence[Any], picture: str) -> Encoded:
         """Positions of ids `(l,)` by the model's own rule."""
-        types = (ids == self.processor.placeholder["image"]).int()
-        types += 2 * (ids == self.processor.placeholder["video"]).int()
+        if not self.family.mrope:
+            positions = torch.arange(len(ids)).expand(3, -1)
+            return Encoded(ids, positions, len(ids), tuple(visuals), picture)
+        types = torch.zeros(len(ids), dtype=torch.int)
+        for number, token in enumerate(self.processor.placeholder.values(), start=1):
+            types[ids == token] = number
         grids = {
             kind: torch.tensor([v.grid for v in visuals if v.kind == kind], dtype=torch.long)
             for kind in ("image", "video")
@@ -187,10 +196,7 @@ class Policy:
         todo = {e.picture: e for e in encoded if e.picture not in features}
         parts: dict[tuple[str, int], torch.Tensor] = {}
         with torch.set_grad_enabled(self.settings.train_vision and torch.is_grad_enabled()):
-            for kind, run in (
-                ("image", core.get_image_features),
-                ("video", core.get_video_features),
-            ):
+            for kind in ("image", "video"):
                 places = [
                     (k, i)
                     for k, e in todo.items()
@@ -199,9 +205,7 @@ class Policy:
                 ]
                 for group in groups(places, [len(todo[k].visuals[i].patches) for k, i in places]):
                     visuals = [todo[k].visuals[i] for k, i in group]
-                    patches = torch.cat([v.patches for v in visuals]).to(self.device)
-                    out = run(patches, torch.tensor([v.grid for v in visuals], device=self.device))
-                    split = out.pooler_output if hasattr(out, "pooler_output") else out
+                    split = self.family.look(core, kind, visuals, self.device)
                     self.vision_calls += len(visuals)
                     parts.update(zip(group, split, strict=True))
         for k, e in todo.items():
@@ -211,12 +215,9 @@ class Policy:
 
     def blank(self) -> torch.Tensor:
         """0, with a gradient of 0 in the trained tower: from a rank whose rows show nothing, to those whose rows do."""
-        settings = self.processor.settings
-        width = 3 * settings.temporal * settings.patch**2
-        patches = torch.zeros(settings.merge**2, width, device=self.device)
-        grid = torch.tensor([(1, settings.merge, settings.merge)], device=self.device)
-        out = self.core.model.get_image_features(patches, grid)
-        (features,) = out.pooler_output if hasattr(out, "pooler_output") else out
+        side = self.processor.settings.factor
+        visual = self.processor.visual("image", np.zeros((side, side, 3), np.uint8), None)
+        (features,) = self.family.look(self.core.model, "image", [visual], self.device)
         return 0.0 * features.float().sum()
 
     def rows(
@@ -226,8 +227,9 @@ class Policy:
         answers: Sequence[torch.Tensor] | None,
         left: bool,
         model: Any = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Padded inputs: embeddings `(B, L, hidden)`, positions `(3, B, L)`, valid `(B, L)` bool."""
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """Padded inputs: the decoder's arguments (embeddings `(B, L, hidden)`, positions `(3, B, L)` or `(B, L)`, what
+        the family gives besides), and valid `(B, L)` bool."""
         tails = answers if answers is not None else [encoded[0].ids[:0]] * len(encoded)
         lengths = [len(e) + len(a) for e, a in zip(encoded, tails, strict=True)]
         longest = max(lengths)
@@ -245,9 +247,17 @@ class Policy:
         visual = torch.isin(ids, pads).to(self.device)
         embeds = (model or self.core).get_input_embeddings()(ids.to(self.device))
         found = [features[e.picture] for e in encoded if e.visuals]
+        besides: dict[str, Any] = {}
         if found:
-            embeds = embeds.masked_scatter(visual[..., None], torch.cat(found).to(embeds.dtype))
-        return embeds, positions.to(self.device), valid.to(self.device)
+            shown = torch.cat(found).to(embeds.dtype)
+            shown, besides = deepstack(shown, embeds.shape[-1], visual)
+            embeds = embeds.masked_scatter(visual[..., None], shown)
+        places = self.places(positions.to(self.device))
+        return {"inputs_embeds": embeds, "position_ids": places, **besides}, valid.to(self.device)
+
+    def places(self, positions: torch.Tensor) -> torch.Tensor:
+        """Positions `(3, B, L)` as the family's decoder takes them."""
+        return positions if self.family.mrope else positions[0]
 
     @property
     def words(self) -> int:
@@ -274,15 +284,13 @@ class Policy:
         Rows are right-padded, so causality alone hides the padding and no mask is built.
         """
         core = model or self.core
-        embeds, positions, valid = self.rows(encoded, features, answers, False, core)
+        inputs, valid = self.rows(encoded, features, answers, False, core)
         if request is not None:
             prompt = torch.zeros_like(valid)
             for b, e in enumerate(encoded):
                 prompt[b, : len(e)] = True
             request.valid, request.prompt = valid, prompt
-        hidden = core.model(
-            inputs_embeds=embeds, position_ids=positions, use_cache=False
-        ).last_hidden_state
+        hidden = core.get_decoder()(**inputs, use_cache=False).last_hidden_state
         longest = max(len(a) for a in answers)
         steps = torch.arange(longest, device=hidden.device)
         starts = torch.tensor([len(e) - 1 for e in encoded], device=hidden.device)
@@ -326,14 +334,14 @@ class Policy:
         core = model or self.core
         if request is not None and request.keeps_all:
             request = None
-        embeds, positions, valid = self.rows(encoded, features, None, True, core)
+        inputs, valid = self.rows(encoded, features, None, True, core)
+        width, decoder = valid.shape[1], core.get_decoder()
         cache = PrunedCache() if request is not None else None
         if request is not None:
             request.valid = request.prompt = valid
         with sparse_attention(core, request):
-            out = core.model(
-                inputs_embeds=embeds,
-                position_ids=positions,
+            out = decoder(
+                **inputs,
                 attention_mask=None if bool(valid.all()) else valid.long(),
                 past_key_values=cache,
                 use_cache=True,
@@ -356,9 +364,9 @@ class Policy:
                     break
                 if cache is None:
                     valid = torch.cat([valid, valid.new_ones(len(encoded), 1)], dim=1)
-                hidden = core.model(
+                hidden = decoder(
                     inputs_embeds=core.get_input_embeddings()(choice[:, None]),
-                    position_ids=(following + step)[None, :, None].expand(3, -1, -1),
+                    position_ids=self.places((following + step)[None, :, None].expand(3, -1, -1)),
                     attention_mask=valid.long()
                     if cache is None and not bool(valid.all())
                     else None,
@@ -368,7 +376,7 @@ class Policy:
         lengths = torch.stack(masks, dim=1).sum(1).tolist()
         all_tokens, all_scores = torch.stack(tokens, dim=1).cpu(), torch.stack(scores, dim=1).cpu()
         record = request.record if request is not None else None
-        starts = torch.tensor([embeds.shape[1] - len(e) for e in encoded])
+        starts = torch.tensor([width - len(e) for e in encoded])
         return Answers(
             tokens=[all_tokens[b, :n] for b, n in enumerate(lengths)],
             logprobs=[all_scores[b, :n] for b, n in enumerate(lengths)],
@@ -382,8 +390,13 @@ class Policy:
         """Whole weights on the CPU, where each rank holds a part; all ranks must ask. None: the model has them."""
         if not self.parallel.sharded:
             return None
-        # One at a time: no rank ever holds two models on its device.
-        return {k: whole(v).cpu() for k, v in (self.adapted or self.core).state_dict().items()}
+        # One at a time, so that no device ever holds the whole model; tied weights stay one tensor.
+        found: dict[int, torch.Tensor] = {}
+        named = (self.adapted or self.core).state_dict(keep_vars=True)
+        for value in named.values():
+            if id(value) not in found:
+                found[id(value)] = whole(value.detach()).cpu()
+        return {name: found[id(value)] for name, value in named.items()}
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """A model folder in Hugging Face format (adapters stay beside the base they were trained on).
