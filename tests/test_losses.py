@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from zipr1 import losses
 from zipr1.losses import clipped_action, clipped_surrogate, kl_full, kl_k2, token_logprobs
 
 
@@ -89,7 +90,7 @@ def test_forward_kl_pulls_where_the_policy_is_sure_of_a_wrong_word():
     assert pulls[0] < 1e-5 and pulls[1] == pytest.approx(1.0, abs=1e-5)
 
 
-def test_kl_full_in_chunks_has_the_same_value_and_gradient():
+def test_kl_full_by_hand_and_what_it_gives_the_reference():
     g = torch.Generator().manual_seed(0)
     new = torch.randn(7, 11, generator=g, requires_grad=True)
     ref = torch.randn(7, 11, generator=g, requires_grad=True)
@@ -97,12 +98,29 @@ def test_kl_full_in_chunks_has_the_same_value_and_gradient():
     p = new.softmax(-1)
     kl = (p * (new.log_softmax(-1) - ref.log_softmax(-1))).sum(-1)
     want = p * (new.log_softmax(-1) - ref.log_softmax(-1) - kl[:, None]) * weight[:, None]
-    for chunk in (3, 7, 100):
-        got = kl_full(new, ref, chunk=chunk)
-        torch.testing.assert_close(got, kl)
-        torch.testing.assert_close(torch.autograd.grad((got * weight).sum(), new)[0], want)
-    kl_full(new, ref, chunk=3).sum().backward()
+    got = kl_full(new, ref)
+    torch.testing.assert_close(got, kl)
+    (got * weight).sum().backward()
+    torch.testing.assert_close(new.grad, want)
     assert ref.grad is None
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 7])
+def test_chunks_are_small_and_cover_every_row_once(monkeypatch, rows):
+    monkeypatch.setattr(losses, "LOGITS", 35)  # three rows of eleven words
+    x = torch.arange(float(rows), requires_grad=True)
+    seen = []
+
+    def work(part):
+        seen.append(len(x[part]))
+        return x[part] ** 2, x[part].sum()[None]
+
+    squares, sums = losses.in_chunks(work, rows, 11)
+    assert seen == {1: [1], 3: [3], 4: [3, 1], 7: [3, 3, 1]}[rows] and len(sums) == len(seen)
+    assert torch.equal(squares, x.detach() ** 2)
+    squares.sum().backward()
+    assert torch.equal(x.grad, 2 * x.detach())
+    assert len(losses.in_chunks(work, rows, 100)[1]) == rows  # a row is never split
 
 
 def test_k2_by_hand_and_its_mean_gradient_is_that_of_the_kl():

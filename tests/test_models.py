@@ -178,12 +178,12 @@ def test_skipped_work_is_not_done(skip):
 
     try:
         request = Request(sparse(skip=skip))
-        embeds, positions, valid = policy.rows(encoded, features, None, left=True)
+        inputs, valid = policy.rows(encoded, features, None, left=True)
         request.valid = request.prompt = valid
         with pytest.MonkeyPatch.context() as patch, sparse_attention(policy.core, request):
             if skip == "attention":
                 patch.setattr(torch.nn.functional, "linear", watch)
-            policy.core.model(inputs_embeds=embeds, position_ids=positions, use_cache=False)
+            policy.decoder(**inputs, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -215,14 +215,13 @@ def test_decoding_writes_behind_the_cache(skip):
     policy = tinymodels.shared()
     encoded = tinymodels.encode(policy, tinymodels.mixed())
     features = policy.look(encoded)
-    embeds, positions, valid = policy.rows(encoded, features, None, left=True)
+    inputs, valid = policy.rows(encoded, features, None, left=True)
+    embeds, positions = inputs["inputs_embeds"], inputs["position_ids"]
     request = Request(sparse(skip=skip), valid=valid, prompt=valid)
     cache = PrunedCache()
     addresses = []
     with sparse_attention(policy.core, request):
-        policy.core.model(
-            inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+        policy.decoder(**inputs, past_key_values=cache, use_cache=True)
         before = [(x.keys.clone(), x.values.clone()) for x in cache.layers]
         for step in range(12):
             policy.core.model(

@@ -144,12 +144,8 @@ def test_the_whole_cache_decodes_as_the_dense_one(tiny):
     found = []
     for held, request in ((cache, None), (whole, Request(tiny.sparse, force=True))):
         with torch.no_grad(), sparse_attention(tiny.core, request):
-            out = tiny.core.model(
-                inputs_embeds=inputs.embeds[:, -1:],
-                position_ids=inputs.positions[..., -1:] + 1,
-                past_key_values=held,
-                use_cache=True,
-            )
+            decoder = tiny.core.get_decoder()
+            out = decoder(**inputs.next(), past_key_values=held, use_cache=True)
         found.append(out.last_hidden_state)
     torch.testing.assert_close(*found)
 
@@ -160,13 +156,12 @@ def test_a_decoding_step_never_waits_for_a_value(family):
     """On the `meta` device there are none: whatever asks for one fails."""
     policy = tinymodels.shared(family)
     encoded = tinymodels.encode(policy, tinymodels.mixed())
-    embeds, positions, valid = policy.rows(encoded, policy.look(encoded), None, left=True)
+    inputs, valid = policy.rows(encoded, policy.look(encoded), None, left=True)
+    embeds, positions = inputs["inputs_embeds"], inputs["position_ids"]
     request = Request(Sparse(dense_below=0, p=0.8), valid=valid, prompt=valid)
     cache = PrunedCache()
     with sparse_attention(policy.core, request):
-        policy.core.model(
-            inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+        policy.decoder(**inputs, past_key_values=cache, use_cache=True)
     with torch.device("meta"):
         model = type(policy.core)(copy.deepcopy(policy.core.config))
     model.set_attn_implementation({"text_config": ATTENTION})

@@ -244,7 +244,7 @@ def test_a_run_can_be_the_model_of_another(tmp_path, model):
 def test_tensorboard_is_said_to_be_missing_before_the_first_step(tmp_path, model, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     recipe = write(
-        tmp_path / "r.yaml", model, train={"tensorboard": True}, evaluation={"before": False}
+        tmp_path / "r.yaml", model, log={"to": ["tensorboard"]}, evaluation={"before": False}
     )
     with pytest.raises(InputError, match=r"zipr1\[tensorboard\]"):
         start(recipe, tmp_path / "run")

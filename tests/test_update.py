@@ -8,15 +8,16 @@ import pytest
 import tinymodels
 import torch
 from test_rollout import recipe, roll
+from torch.utils._python_dispatch import TorchDispatchMode
 from zipr1_kernels import pack_indices, sparse_prefill
 
-from zipr1 import optim
+from zipr1 import losses, optim
 from zipr1.errors import RunError
 from zipr1.models import Request, replay_masks, sparse_attention
 from zipr1.models.attention import gated_prefill
 from zipr1.pressure import Pressure
 from zipr1.recipe import Budgets, Efficiency, Optim, Ppo, Probes, Sparse
-from zipr1.update import backward, flatten, reference_logits, update
+from zipr1.update import backward, flatten, look_up, token_scores, update
 
 METHODS = ["answers", "cut", "pathwise", "cut+pathwise", "pathwise+through"]
 
@@ -121,27 +122,105 @@ def test_all_wrong_groups_get_no_efficiency_gradient():
         assert all(p.grad is None or not p.grad.any() for _, p in policy.trainable()), method
 
 
+def reference_logits(policy, batch, rows, chosen):
+    """`(B, T, V)` of the dense reference."""
+    found = look_up(policy, batch, rows, chosen)
+    width = max(len(rows.tokens[b]) for b in chosen)
+    logits = found.logits(policy, slice(0, len(chosen) * width))
+    return logits.view(len(chosen), width, -1)
+
+
 def test_reference_scores_each_distinct_answer_once(monkeypatch):
     settings = recipe()
     policy, batch = roll(settings, tinymodels.mixed())
     rows = flatten(batch, settings, even(1.0, policy.layers))
     rows.tokens = [torch.tensor([40, 41])] * 8 + rows.tokens[8:]
     chosen = list(range(12))
-    seen = []
-    original = policy.answer_logits
+    seen, heads = [], []
+    states, head = policy.answer_states, policy.head
 
     def spy(encoded, features, answers, request=None, model=None):
         seen.append(len(answers))
-        return original(encoded, features, answers, request, model)
+        return states(encoded, features, answers, request, model)
 
-    monkeypatch.setattr(policy, "answer_logits", spy)
-    width = max(len(rows.tokens[b]) for b in chosen)
-    logits = reference_logits(policy, batch, rows, chosen, width)
+    def spy_head(hidden, model=None):
+        heads.append(hidden.shape[0])
+        return head(hidden, model)
+
+    monkeypatch.setattr(policy, "answer_states", spy)
+    monkeypatch.setattr(policy, "head", spy_head)
+    logits = reference_logits(policy, batch, rows, chosen)
     distinct = 2 + len({tuple(rows.tokens[b].tolist()) for b in range(8, 12)})
-    assert seen == [distinct]
+    assert seen == [distinct] and heads == [distinct * logits.shape[1]]
+    monkeypatch.undo()
     for b in chosen:
-        alone, _ = original([batch.encoded[rows.prompt[b]]], batch.features, [rows.tokens[b]])
+        alone, _ = policy.answer_logits(
+            [batch.encoded[rows.prompt[b]]], batch.features, [rows.tokens[b]]
+        )
         torch.testing.assert_close(logits[b, : len(rows.tokens[b])], alone[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ["full", "jeffreys", "k2"])
+def test_logits_in_chunks_give_the_same_gradient(monkeypatch, estimator):
+    settings = recipe(ppo=Ppo(kl=1.0, kl_estimator=estimator))
+    grads, said = [], []
+    # All at once; five tokens at a time, which does not divide their number; less than one token.
+    for tokens in (10_000, 5, 0.5):
+        policy, batch = roll(settings, tinymodels.mixed())
+        for group in batch.groups:
+            group.rollouts[0].rewards["correct"] = 1.0
+        monkeypatch.setattr(losses, "LOGITS", int(tokens * policy.words))
+        optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
+        said.append(one_update(settings, batch, policy, 1.0, optimizer))
+        grads.append({n: p.grad.clone() for n, p in policy.trainable()})
+    for other, values in zip(grads[1:], said[1:], strict=True):
+        assert values == pytest.approx(said[0], rel=1e-4, abs=1e-6)
+        for name, gradient in grads[0].items():
+            torch.testing.assert_close(gradient, other[name], atol=1e-6, rtol=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor made inside, with `words` in its last dimension, has had."""
+
+    def __init__(self, words: int):
+        super().__init__()
+        self.words, self.most = words, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(value, torch.Tensor) and self.words in value.shape:
+                self.most = max(self.most, value.numel())
+        return out
+
+
+@pytest.mark.parametrize("estimator", ["full", "k2"])
+def test_no_tensor_of_tokens_by_words_exists(monkeypatch, estimator):
+    settings = recipe(ppo=Ppo(kl=1.0, kl_estimator=estimator))
+    policy, batch = roll(settings, tinymodels.mixed())
+    rows = flatten(batch, settings, even(1.0, policy.layers))
+    words, count = policy.words, len(rows.tokens) * max(len(t) for t in rows.tokens)
+    weight = words * policy.decoder.config.hidden_size
+    monkeypatch.setattr(losses, "LOGITS", 3 * words)
+    with Largest(words) as seen:
+        backward(policy, settings, batch, rows, list(range(len(rows.tokens))), share=1.0)
+    assert 3 * words < weight < count * words  # or the test could not tell them apart
+    assert seen.most == weight
+
+
+def test_token_scores_of_padding_are_skipped(monkeypatch):
+    settings = recipe()
+    policy, _ = roll(settings, tinymodels.mixed())
+    monkeypatch.setattr(losses, "LOGITS", 2 * policy.words)
+    states = torch.randn(2, 6, policy.decoder.config.hidden_size)
+    mask = torch.arange(6)[None] < torch.tensor([[6], [1]])
+    heads, head = [], policy.head
+    monkeypatch.setattr(policy, "head", lambda x, m=None: heads.append(len(x)) or head(x, m))
+    new, each = token_scores(
+        policy, settings, states, torch.zeros(2, 6, dtype=torch.long), mask, None
+    )
+    assert heads == [2, 2, 2, 2]  # of twelve places four are padding that nothing reads
+    assert (new[mask] < 0).all() and not each.any()
 
 
 def test_kl_is_to_the_dense_reference_not_to_the_sparse_start():
@@ -198,12 +277,12 @@ def test_the_reference_is_dense_and_stays_where_it_was(lora):
             # The same answer twice: the reference runs fewer rows than the policy.
             rollout.tokens, rollout.logprobs = group.rollouts[0].tokens, group.rollouts[0].logprobs
     rows = flatten(batch, settings, even(1.0, policy.layers))
-    chosen, width = list(range(16)), max(len(t) for t in rows.tokens)
+    chosen = list(range(16))
     plain = tinymodels.shared()
     wanted, mask = plain.answer_logits(
         [batch.encoded[i] for i in rows.prompt], plain.look(batch.encoded), rows.tokens
     )
-    before = reference_logits(policy, batch, rows, chosen, width)
+    before = reference_logits(policy, batch, rows, chosen)
     torch.testing.assert_close(before[mask], wanted[mask], atol=1e-4, rtol=1e-4)
     start = {n: p.detach().clone() for n, p in policy.trainable()}
     optimizer = optim.build(policy.trainable(), settings.optim)
@@ -212,7 +291,7 @@ def test_the_reference_is_dense_and_stays_where_it_was(lora):
     assert "expected_ratio" in said
     moved = [n for n, p in policy.trainable() if not torch.equal(p, start[n])]
     assert any("q_proj" in n or "k_proj" in n for n in moved)
-    after = reference_logits(policy, batch, rows, chosen, width)
+    after = reference_logits(policy, batch, rows, chosen)
     assert torch.equal(before, after)
 
 
@@ -241,14 +320,14 @@ def test_a_trained_tower_has_a_reference_of_its_own():
     settings = recipe(optim=Optim(lr=1e-2))
     policy, batch = roll(settings, tinymodels.mixed(), vision=True)
     rows = flatten(batch, settings, even(1.0, policy.layers))
-    chosen, width = list(range(16)), max(len(t) for t in rows.tokens)
-    before = reference_logits(policy, batch, rows, chosen, width)
+    chosen = list(range(16))
+    before = reference_logits(policy, batch, rows, chosen)
     one_update(settings, batch, policy)
     tower = [p for n, p in policy.trainable() if "visual" in n]
     assert tower and any(p.grad is not None and p.grad.any() for p in tower)
     again = policy.look(batch.encoded, model=policy.twin)
     assert all(torch.equal(again[k], batch.reference[k]) for k in again)
-    assert torch.equal(before, reference_logits(policy, batch, rows, chosen, width))
+    assert torch.equal(before, reference_logits(policy, batch, rows, chosen))
 
 
 def weighted(q, k, v, keep, factor, scale):

@@ -7,6 +7,7 @@
         summary.json       before and after
         checkpoints/step-000100/...     complete once its complete.json is there
         last -> checkpoints/step-000100
+        best -> checkpoints/step-000100      the one whose answers and tokens were worth most
 
 A checkpoint of step N holds the state after N steps: steps 0 to N - 1 are done, and step N comes next. Nothing is
 pickled: tensors are safetensors, the rest is JSON.
@@ -51,6 +52,7 @@ class RunDir:
         self.root = root
         self.recipe = recipe
         self.checkpoint = checkpoint
+        self.writes = True  # of several ranks the first alone does
 
     @property
     def start_step(self) -> int:
@@ -98,10 +100,18 @@ class RunDir:
                 return path
         return None
 
-    def save_checkpoint(self, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
-        """A checkpoint after `step` steps: `write(folder)` puts the files, the rest makes it all or nothing."""
+    def save_checkpoint(
+        self, step: int, write: Callable[[Path], None], keep: int = 2, best: bool = False
+    ) -> Path:
+        """A checkpoint after `step` steps: `write(folder)` puts the files, the rest makes it all or nothing.
+
+        keep: how many of the newest stay, and the best one. best: whether this one is now that.
+        """
         folder = self.root / "checkpoints"
         final, temporary = folder / f"step-{step:06d}", folder / f".tmp-step-{step:06d}"
+        if not self.writes:
+            self.checkpoint = final
+            return final
         with _disk(final):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -121,10 +131,11 @@ class RunDir:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
             _sync(folder)
-            link = self.root / ".tmp-last"
-            link.unlink(missing_ok=True)
-            link.symlink_to(Path("checkpoints") / final.name)
-            os.replace(link, self.root / "last")
+            for name in ("last", "best") if best else ("last",):
+                link = self.root / f".tmp-{name}"
+                link.unlink(missing_ok=True)
+                link.symlink_to(Path("checkpoints") / final.name)
+                os.replace(link, self.root / name)
             self._prune(final, keep)
         self.checkpoint = final
         return final
@@ -142,6 +153,8 @@ class RunDir:
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """A whole JSON file, replaced at once."""
+        if not self.writes:
+            return
         with _disk(self.root / name):
             _write_text(self.root / name, dumps(values, indent=2) + "\n")
 
@@ -190,6 +203,8 @@ class RunDir:
         self.write_json("run.json", {**run, "resumed": [*run.get("resumed", []), again]})
 
     def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        if not self.writes:
+            return
         text = "".join(dumps(row) + "\n" for row in rows)
         with _disk(self.root / name), (self.root / name).open("a", encoding="utf-8") as file:
             file.write(text)
@@ -211,13 +226,17 @@ class RunDir:
             _write_text(path, "".join(kept))
 
     def _prune(self, newest: Path, keep: int) -> None:
-        """Keeps the `keep` newest checkpoints up to the one just written; leftovers of killed writes go."""
+        """Keeps the `keep` newest checkpoints up to the one just written, and the best; leftovers go."""
         folder = newest.parent
         steps = sorted(folder.glob("step-*"), key=_step_of, reverse=True)
         later = [p for p in steps if _step_of(p) > _step_of(newest)]
         earlier = [p for p in steps if _step_of(p) <= _step_of(newest)]
-        for path in [*later, *earlier[max(1, keep) :], *folder.glob(".tmp-*")]:
+        best = (self.root / "best").resolve()
+        old = [p for p in earlier[max(1, keep) :] if p.resolve() != best]
+        for path in [*later, *old, *folder.glob(".tmp-*")]:
             shutil.rmtree(path, ignore_errors=True)
+        if not best.exists():
+            (self.root / "best").unlink(missing_ok=True)
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -44,12 +44,39 @@ class Result:
             "n": len(rows),
         }
 
+    def plain(self) -> tuple[Any, ...]:
+        """All but the prompts, which every rank has."""
+        return (
+            self.correct,
+            self.token_ratio,
+            self.layer_ratios,
+            self.said,
+            self.heldout,
+            self.kept,
+        )
+
     def groups(self, key: Callable[[Prompt], str]) -> dict[str, dict[str, Any]]:
         """`part` for each value of `key`, in order of appearance."""
         names = [key(p) for p in self.prompts]
         return {
             n: self.part([i for i, m in enumerate(names) if m == n]) for n in dict.fromkeys(names)
         }
+
+
+def joined(prompts: Sequence[Prompt], parts: Sequence[tuple[Any, ...]]) -> Result:
+    """One result for all prompts from those of the ranks (`Result.plain`), which were dealt out by `ranks.deal`."""
+    if len(parts) == 1:
+        return Result(prompts, *parts[0])
+    order = np.argsort(
+        np.concatenate([np.arange(r, len(prompts), len(parts)) for r in range(len(parts))])
+    )
+    arrays = [np.concatenate([part[k] for part in parts])[order] for k in range(3)]
+    lists = [[one for part in parts for one in part[k]] for k in (3, 5)]
+    said, kept = ([values[i] for i in order] for values in lists)
+    sizes = [len(part[0]) for part in parts]
+    heldout = float(np.average([part[4] for part in parts], weights=sizes))
+    correct, ratio, layers = arrays
+    return Result(prompts, correct, ratio, layers, said, heldout, kept)
 
 
 def evaluate(

@@ -5,8 +5,13 @@ Tensors in, tensors out; nothing here knows a model. Shapes: B sequences, T answ
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.utils.checkpoint import checkpoint
+
+# Logits that exist at once: 64 MiB in float32, and a few times that while they are worked on.
+LOGITS = 2**24
 
 
 def clipped_surrogate(
@@ -48,13 +53,38 @@ def clipped_action(
     return loss, _stats(ratio, torch.ones_like(ratio, dtype=torch.bool), clip)
 
 
+def in_chunks(
+    work: Callable[[slice], tuple[torch.Tensor, ...]], rows: int, words: int
+) -> tuple[torch.Tensor, ...]:
+    """`work` over all rows, a slice of them at a time, such that rows x words in a slice stay within LOGITS.
+
+    What `work` makes on its way to its results is forgotten and made again in backward, so no tensor of
+    rows x words ever exists. Few enough rows are one slice, worked on once. A slice has one row at least.
+
+    Args:
+        work: slice of rows -> tensors, of one row a row or of one for the slice.
+        rows: how many there are, at least 1; words: V.
+
+    Returns:
+        The results of all slices, concatenated.
+    """
+    size = max(1, LOGITS // words)
+    if rows <= size:
+        return work(slice(0, rows))
+    parts = [
+        checkpoint(work, slice(i, i + size), use_reentrant=False, preserve_rng_state=False)
+        for i in range(0, rows, size)
+    ]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
 def token_logprobs(
     logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
     """log softmax(logits / temperature) at `tokens`, in float32.
 
-    logits: `(B, T, V)`; tokens: `(B, T)` int64 in 0..V-1 (at padding any valid id).
-    Returns `(B, T)` float32, <= 0 up to rounding.
+    logits: `(..., V)`; tokens: `(...)` int64 in 0..V-1 (at padding any valid id).
+    Returns `(...)` float32, <= 0 up to rounding.
     """
     scaled = logits.float() / temperature
     chosen = scaled.gather(-1, tokens[..., None])[..., 0]
@@ -66,7 +96,7 @@ FORWARD = {"full": 0.0, "jeffreys": 0.5, "forward": 1.0}
 
 
 def kl_full(
-    logits_new: torch.Tensor, logits_ref: torch.Tensor, forward: float = 0.0, chunk: int = 1024
+    logits_new: torch.Tensor, logits_ref: torch.Tensor, forward: float = 0.0
 ) -> torch.Tensor:
     """Divergence of the next token's distributions, summed over the whole vocabulary.
 
@@ -77,20 +107,15 @@ def kl_full(
         logits_new: `(N, V)` finite, with gradient; logits_ref: `(N, V)` finite, used without.
             Divide both by the sampling temperature first if it is not 1.
         forward: share of the second, in [0, 1].
-        chunk: rows whose float32 distributions exist at once; more rows are recomputed in backward.
 
     Returns:
         `(N,)` float32, nats, >= 0 up to rounding. Per token it is exact; as a loss over sampled
         answers it drops the term by which a token changes the KL of later ones.
     """
-    reference = logits_ref.detach()
-    if len(logits_new) <= chunk:
-        return _kl_rows(logits_new, reference, forward)
-    parts = [
-        checkpoint(_kl_rows, new, ref, forward, use_reentrant=False)
-        for new, ref in zip(logits_new.split(chunk), reference.split(chunk), strict=True)
-    ]
-    return torch.cat(parts)
+    new = logits_new.float().log_softmax(-1)
+    ref = logits_ref.detach().float().log_softmax(-1)
+    # Where both logarithms are -inf the term is 0 by definition; NEVER is finite, so it is.
+    return (((1 - forward) * new.exp() - forward * ref.exp()) * (new - ref)).sum(-1)
 
 
 def kl_k2(logp_new: torch.Tensor, logp_ref: torch.Tensor) -> torch.Tensor:
@@ -114,10 +139,3 @@ def _stats(ratio: torch.Tensor, mask: torch.Tensor, clip: float) -> dict[str, to
         "ratio_max": ratio.max(),
         "clip_fraction": (((ratio - 1).abs() > clip) & mask).sum() / count,
     }
-
-
-def _kl_rows(logits_new: torch.Tensor, logits_ref: torch.Tensor, forward: float) -> torch.Tensor:
-    new = logits_new.float().log_softmax(-1)
-    ref = logits_ref.float().log_softmax(-1)
-    # Where both logarithms are -inf the term is 0 by definition; NEVER is finite, so it is.
-    return (((1 - forward) * new.exp() - forward * ref.exp()) * (new - ref)).sum(-1)

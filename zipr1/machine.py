@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import zipr1
+from zipr1.episode import Prompt
 
 PACKAGES = (
     "torch",
@@ -21,15 +23,20 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "triton",
+    "accelerate",
+    "datasets",
     "av",
     "decord",
 )
 
 
 def describe(
-    command: Sequence[str] = (), device: str | None = None, seed: int | None = None
+    command: Sequence[str] = (),
+    device: str | None = None,
+    seed: int | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
-    """run.json: the versions, seed, command, hardware, git commit (None outside a checkout) and the time."""
+    """run.json: the versions, seed, command, hardware, git commit (None outside a checkout), the time, and `more`."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": list(command),
@@ -37,7 +44,18 @@ def describe(
         "versions": versions(),
         "hardware": hardware(device),
         "git": git_commit(),
+        **more,
     }
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Number of questions, and a hash of all that names them: ids, messages, answers, media files. Not of pixels."""
+    digest = hashlib.sha256()
+    for p in prompts:
+        files = [str(m.source) for m in p.media if isinstance(m.source, str | Path)]
+        said = (p.id, p.messages, p.answer, p.task, p.kind, p.picture, p.reward, files)
+        digest.update(repr(said).encode())
+    return {"questions": len(prompts), "sha256": digest.hexdigest()}
 
 
 def versions() -> dict[str, str | None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from zipr1 import ranks, stopping
 from zipr1.errors import InputError, RunError
 from zipr1.recipe import Optim
 
@@ -96,12 +97,14 @@ def clipped_step(
 
     Raises RunError if it or `loss` is not finite; the weights are then as they were.
     """
-    norm = float(torch.nn.utils.clip_grad_norm_([p for _, p in named], max_norm))
+    norm = float(ranks.whole(torch.nn.utils.clip_grad_norm_([p for _, p in named], max_norm)))
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise RunError(
             f"the loss is {loss} and its gradient's norm {norm}; start again with a lower optim.lr in another "
             "--output (model.path=RUN goes on from a run's last checkpoint)"
         )
+    # From here on the weights are no longer those of before the step.
+    stopping.hold()
     optimizer.step()
     return norm
 
@@ -111,7 +114,7 @@ def state_tensors(
 ) -> dict[str, torch.Tensor]:
     """Moments and step counts by parameter name, to be saved as safetensors."""
     return {
-        f"{name}/{key}": torch.as_tensor(value)
+        f"{name}/{key}": ranks.whole(torch.as_tensor(value))
         for name, parameter in named
         for key, value in optimizer.state_of(parameter).items()
     }
@@ -137,4 +140,7 @@ def restore(
                 f"the checkpoint's '{name}' is {tuple(value.shape)}, the model's {tuple(parameter.shape)}"
             )
         where = "cpu" if field == "step" else parameter.device
-        optimizer.state_of(parameter)[field] = value.to(where)
+        value = value.to(where)
+        if field != "step":
+            value = ranks.like(value, parameter.detach())
+        optimizer.state_of(parameter)[field] = value

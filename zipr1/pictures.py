@@ -22,8 +22,8 @@ from zipr1.models import Encoded, Features, Policy
 from zipr1.models.processors import Visual
 from zipr1.recipe import Recipe
 
-# Bytes of features that are remembered, of the pictures seen last.
-MOST = 2**28
+# Bytes of features that are remembered, of the pictures seen last: in the memory of the CPU, which has more.
+MOST = 2**30
 
 
 class Looked(NamedTuple):
@@ -85,7 +85,9 @@ class Pictures:
         pictures = {e.picture: e for e in encoded if e.visuals}
         features: Features = {}
         for name, one in pictures.items():
-            known = {name: self.seen[name]} if name in self.seen else None
+            known = None
+            if name in self.seen:
+                known = {name: self.seen[name].to(self.policy.device, non_blocking=True)}
             features |= self.policy.look([one], known)
         if self.policy.settings.train_vision:
             with self.policy.reference() as model:
@@ -98,7 +100,9 @@ class Pictures:
         if name not in self.seen:
             self.held += features.nbytes
             self.visuals[name] = tuple(replace(v, patches=v.patches[:0]) for v in one.visuals)
-        self.seen[name] = features
+            self.seen[name] = kept = features.cpu()
+            if features.is_cuda:
+                self.seen[name] = kept.pin_memory()
         self.seen.move_to_end(name)
         while self.held > self.most:
             oldest, dropped = self.seen.popitem(last=False)

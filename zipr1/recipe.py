@@ -199,7 +199,11 @@ class Optim(Section):
 class Train(Section):
     """stage: `rl`, or `supervised` (cross-entropy on the answers). prompts: questions in a step.
 
-    micro_batch: most rows in one forward pass. save_every: steps between checkpoints (0: only at the end).
+    micro_batch: most rows in one forward pass; micro_tokens: most tokens, padding included (None: on a GPU what its
+        free memory holds, else no bound).
+    save_every: steps between checkpoints (0: only at the end). save_total_limit: how many are kept; the best one is
+        kept besides.
+    parallel: what several ranks do: `ddp` replicates the model, `fsdp` shards weights, gradients and optimizer.
     """
 
     stage: Literal["rl", "supervised"] = "rl"
@@ -209,8 +213,9 @@ class Train(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     max_new_tokens: Positive = 16
     save_every: Count = 100
-    keep_checkpoints: Positive = 2
-    tensorboard: bool = False
+    micro_tokens: Positive | None = None
+    save_total_limit: Positive = 2
+    parallel: Literal["ddp", "fsdp"] = "ddp"
 
 
 class Supervised(Section):
@@ -225,6 +230,12 @@ class Supervised(Section):
     hard_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     curriculum: Annotated[list[Positive], Field(min_length=1)] = [1, 2, 3, 6]
     advance_at: Share = 0.92
+
+
+class Log(Section):
+    """Where metrics go besides metrics.jsonl: any of `tensorboard`, `wandb`."""
+
+    to: list[Literal["tensorboard", "wandb"]] = []
 
 
 class Evaluation(Section):
@@ -250,6 +261,7 @@ class Recipe(Section):
     train: Train = Train()
     supervised: Supervised = Supervised()
     evaluation: Evaluation = Evaluation()
+    log: Log = Log()
 
     def dump(self) -> str:
         """The resolved recipe as YAML."""

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from zipr1 import advantages, efficiency
+from zipr1 import advantages, efficiency, ranks
 from zipr1.episode import Group, Prompt, Rollout
-from zipr1.models import Encoded, Features, Policy, Request
+from zipr1.models import Encoded, Features, Policy, Request, most_tokens
 from zipr1.pressure import Check
 from zipr1.recipe import Recipe
 from zipr1.rewards import find
@@ -29,10 +30,11 @@ class Batch:
     low: lower end of the thresholds' range in this step. cut_logprobs: per group `(N,)` log-probability of the kept
     counts when sampled; None unless `cut` is used. checks: per prompt the greedy answer at the inference p beside the
     dense one; None where neither a target nor a constraint asks for it. heldout: mean mass kept for held-out probes.
+    With several ranks (`together`) groups are all of them, and `encoded` is None for other ranks' prompts.
     """
 
     groups: list[Group]
-    encoded: list[Encoded]
+    encoded: list[Any]
     features: Features
     reference: Features
     probe_seed: int
@@ -48,10 +50,18 @@ def probe_seed(recipe: Recipe, step: int) -> int:
     return 1 + int(np.random.SeedSequence([recipe.seed, step]).generate_state(1)[0])
 
 
-def by_length(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Indices in batches of at most `most`, alike in length, so that little is padding."""
+def by_length(lengths: Sequence[int], most: int, tokens: int | None = None) -> list[list[int]]:
+    """Indices in batches of at most `most`, alike in length, so that little is padding; the longest come first.
+
+    tokens: most in a batch, padding included; one row may have more.
+    """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return [order[i : i + most] for i in range(0, len(order), most)]
+    batches: list[list[int]] = []
+    while order:
+        size = most if tokens is None else min(most, max(1, tokens // max(1, lengths[order[0]])))
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
 
 
 def roll_out(
@@ -63,10 +73,12 @@ def roll_out(
     step: int,
     reference: Features | None = None,
     known: dict[str, float] | None = None,
+    places: Sequence[int] | None = None,
 ) -> Batch:
     """Sample `budgets.count` answers of each prompt; for a target or a constraint, one greedy one at `sparse.p` more.
 
     known: whether the dense reference answers a prompt right, by `fingerprint`; what is missing is added.
+    places: of the prompts in the step (None: 0, 1, ...), on which their random numbers depend.
     """
     budgets, settings = recipe.budgets, recipe.train
     low = budgets.low_at(step, settings.steps)
@@ -75,7 +87,7 @@ def roll_out(
     wants_cut = "cut" in efficiency.parse(recipe.efficiency.method)
     each = budgets.count + checked
     limits, uniforms = [], []
-    for place in range(len(prompts)):
+    for place in range(len(prompts)) if places is None else places:
         generator = torch.Generator().manual_seed(_seed(recipe.seed, step, place))
         drawn = efficiency.thresholds(
             budgets.count,
@@ -99,7 +111,10 @@ def roll_out(
     cuts = torch.zeros(len(p))
     seed, heldout = probe_seed(recipe, step), []
     lengths = [len(encoded[row // each]) for row in range(len(p))]
-    for rows in by_length(lengths, settings.micro_batch):
+    room = most_tokens(policy, recipe, update=False)
+    for rows in by_length(
+        [n + settings.max_new_tokens for n in lengths], settings.micro_batch, room
+    ):
         request = Request(
             recipe.sparse, thresholds=p[rows], seed=seed, scores=wants_cut, audit=True
         )
@@ -179,6 +194,43 @@ def roll_out(
     return batch
 
 
+def together(batch: Batch, drawn: Sequence[Prompt], places: Sequence[int]) -> Batch:
+    """The groups of all ranks, in the order of the step's questions; alone, the batch as it is.
+
+    drawn: the step's questions, places: which of them this rank rolled out. Prompts themselves are not sent: every
+    rank has them.
+    """
+    if ranks.size() == 1:
+        return batch
+    count = len(places)
+    own = {
+        place: (
+            batch.groups[i].rollouts,
+            None if batch.cut_logprobs is None else batch.cut_logprobs[i],
+            None if batch.checks is None else batch.checks[i],
+        )
+        for i, place in enumerate(places)
+    }
+    means = {"heldout": batch.heldout, **batch.accuracy}
+    said = ranks.gather((own, count, means))
+    everyone: dict[int, Any] = {place: made for part, _, _ in said for place, made in part.items()}
+    order = sorted(everyone)
+    media = dict(zip(places, batch.encoded, strict=True))
+    shares = [n / len(order) for _, n, _ in said]
+    mean = {k: sum(w * m[k] for w, (_, _, m) in zip(shares, said, strict=True)) for k in means}
+    return replace(
+        batch,
+        groups=[Group(drawn[place], everyone[place][0]) for place in order],
+        encoded=[media.get(place) for place in order],
+        cut_logprobs=None
+        if batch.cut_logprobs is None
+        else [everyone[place][1] for place in order],
+        checks=None if batch.checks is None else [everyone[place][2] for place in order],
+        heldout=mean.pop("heldout"),
+        accuracy=mean,
+    )
+
+
 def fingerprint(prompt: Prompt, encoded: Encoded) -> str:
     """What the reference's answer and its check depend on; ids will not do, for a user's rows may repeat them."""
     said = (encoded.ids.tolist(), encoded.picture, prompt.answer, prompt.reward)
@@ -195,7 +247,9 @@ def dense_right(
     """Whether the dense reference answers each prompt right, greedily."""
     right = [0.0] * len(prompts)
     with policy.reference() as model:
-        for rows in by_length([len(e) for e in encoded], recipe.train.micro_batch):
+        lengths = [len(e) + recipe.train.max_new_tokens for e in encoded]
+        room = most_tokens(policy, recipe, update=False)
+        for rows in by_length(lengths, recipe.train.micro_batch, room):
             answers = policy.generate(
                 [encoded[i] for i in rows], features, None, recipe.train.max_new_tokens, model=model
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from zipr1 import ranks
 from zipr1.checkpoint import RunDir, read_json
 from zipr1.data.media import load_media
 from zipr1.episode import Prompt
 from zipr1.errors import InputError
-from zipr1.heldout import Result, evaluate
+from zipr1.heldout import Result, evaluate, joined
 from zipr1.intervals import paired_difference
 from zipr1.metrics import question
 from zipr1.models import Policy
@@ -30,7 +31,7 @@ def measure(
     policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], settings: Sequence[Sparse | None], title: str,
     console: Console,
 ) -> list[Result]:  # fmt: skip
-    """`heldout.evaluate` with a bar."""
+    """`heldout.evaluate` with a bar; several ranks take every so-manieth question each."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -38,10 +39,15 @@ def measure(
         TimeElapsedColumn(),
     )
     with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(title, total=len(prompts))
-        return evaluate(
-            policy, recipe, prompts, settings, lambda done: bar.update(task, completed=done)
+        own = ranks.deal(len(prompts))
+        task = bar.add_task(title, total=len(own))
+        mine = [prompts[i] for i in own]
+        found = policy.parallel.apart(
+            lambda: evaluate(
+                policy, recipe, mine, settings, lambda done: bar.update(task, completed=done)
+            )
         )
+    return [joined(prompts, ranks.gather(result.plain())) for result in found]
 
 
 def measure_before(
@@ -54,8 +60,8 @@ def measure_before(
     if recipe.train.stage != "rl" or not recipe.evaluation.before:
         return {}
     path = folder.root / BEFORE
-    if path.is_file():
-        saved = read_json(path)
+    saved = ranks.first(lambda: read_json(path) if path.is_file() else None)
+    if saved is not None:
         return {name: _unpacked(prompts, values) for name, values in saved.items()}
     dense, sparse = measure(
         policy, recipe, prompts, [None, recipe.sparse], "held-out, before", console
@@ -101,6 +107,8 @@ def finish(
             summary[name]["heldout_mass"] = result.heldout
             summary[name]["token_ratio_by_layer"] = result.layer_ratios.mean(0).tolist()
     folder.write_summary(summary)
+    if not folder.writes:
+        return summary
     with contextlib.suppress(InputError):
         curves(folder.root / "metrics.jsonl", folder.root / "curves.png")
     if "after" in results:
@@ -125,13 +133,13 @@ def pictures(
             pixels, fps = load_media(prompt.media[0], recipe.data.max_frames, recipe.data.fps)
             encoded = policy.encode(prompt, [(pixels, fps)], recipe.data.max_prompt_tokens)
             visual = np.isin(encoded.ids.numpy(), list(policy.processor.placeholder.values()))
+            t, h, w = encoded.visuals[0].grid
+            merge = policy.processor.settings.merge
             kept = []
             for positions in results["after"].kept[i]:
                 mask = np.zeros(len(visual), dtype=bool)
                 mask[positions.numpy()] = True
-                kept.append(mask[visual])
-            t, h, w = encoded.visuals[0].grid
-            merge = policy.processor.settings.merge
+                kept.append(mask[visual][: t * (h // merge) * (w // merge)])
             answers = {name: r.said[i] for name, r in results.items() if name != "before"}
             answers["right"] = prompt.answer
             kept_picture(
@@ -139,33 +147,6 @@ def pictures(
                 root / f"kept-{task}.png",
             )  # fmt: skip
             break
-
-
-@contextlib.contextmanager
-def board(recipe: Recipe, folder: RunDir) -> Iterator[Callable[[int, dict[str, Any]], None]]:
-    """A function that writes scalars to TensorBoard, if the recipe asks for it."""
-    if not recipe.train.tensorboard:
-        yield lambda step, metrics: None
-        return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError(
-            "train.tensorboard is on and tensorboard is missing; pip install 'zipr1[tensorboard]'"
-        ) from None
-    writer = SummaryWriter(str(folder.root / "tensorboard"))
-
-    def write(step: int, metrics: dict[str, Any]) -> None:
-        for key, value in metrics.items():
-            nested = value.items() if isinstance(value, dict) else [("", value)]
-            for name, number in nested:
-                if isinstance(number, int | float):
-                    writer.add_scalar(f"{key}/{name}".rstrip("/"), number, step)
-
-    try:
-        yield write
-    finally:
-        writer.close()
 
 
 def _block(results: dict[str, Result], rows: Sequence[int]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from zipr1 import data
+from zipr1 import data, losses, ranks
 from zipr1.data import digits
 from zipr1.episode import Prompt
 from zipr1.models import Encoded, Policy
@@ -97,8 +97,31 @@ def rows(policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], step: int) -
     return batch
 
 
-def loss(policy: Policy, batch: Sequence[Lesson]) -> tuple[torch.Tensor, float]:
-    """Mean cross-entropy over answer tokens, and the share of them predicted right.
+def backward(policy: Policy, batch: Sequence[Lesson]) -> tuple[float, float]:
+    """The gradient of the mean cross-entropy over the answer tokens of all ranks, added to the parameters'; the mean,
+    and the share of tokens predicted right. batch: this rank's part."""
+    count = sum(ranks.gather(sum(answer_tokens(policy, lesson) for lesson in batch)))
+    said = [0.0, 0.0]
+
+    def work() -> torch.Tensor:
+        total, right, _ = loss(policy, batch)
+        said[:] = [float(total.detach() / count), right / count]
+        seen = any(lesson.encoded.visuals for lesson in batch)
+        if ranks.size() > 1 and policy.settings.train_vision and not seen:
+            total = total + policy.blank()
+        return total / count
+
+    policy.parallel.backward(work, last=True)
+    parts = ranks.gather(said)
+    return sum(value for value, _ in parts), sum(right for _, right in parts)
+
+
+def answer_tokens(policy: Policy, lesson: Lesson) -> int:
+    return int(policy.processor.answer_mask(lesson.encoded.ids)[1:].sum())
+
+
+def loss(policy: Policy, batch: Sequence[Lesson]) -> tuple[torch.Tensor, float, int]:
+    """Cross-entropy summed over answer tokens, how many of them are predicted right, and their number.
 
     Long and short conversations run apart: padding pictures to the length of clips cost a third of the time.
     """
@@ -107,30 +130,44 @@ def loss(policy: Policy, batch: Sequence[Lesson]) -> tuple[torch.Tensor, float]:
     total, right, count = torch.zeros((), device=policy.device), 0.0, 0
     for part in (order[:half], order[half:]):
         if part:
-            logits, wanted = _predictions(policy, part)
-            total = total + F.cross_entropy(logits, wanted, reduction="sum")
-            right += float((logits.argmax(-1) == wanted).sum())
+            states, wanted = _predictions(policy, part)
+            lost, same = _scores(policy, states, wanted)
+            total = total + lost
+            right += float(same)
             count += len(wanted)
-    return total / count, right / count
+    return total, right, count
 
 
 def _predictions(policy: Policy, batch: Sequence[Lesson]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits `(M, V)` of all answer tokens of a batch, and the tokens `(M,)`."""
+    """Hidden states `(M, hidden)` that predict all answer tokens of a batch, and the tokens `(M,)`."""
     encoded = [lesson.encoded for lesson in batch]
-    embeds, positions, _ = policy.rows(encoded, policy.look(encoded), None, left=False)
-    hidden = policy.core.model(
-        inputs_embeds=embeds,
-        position_ids=positions,
-        attention_mask=_mask(batch, embeds.shape[1], policy.device),
+    inputs, valid = policy.rows(encoded, policy.look(encoded), None, left=False)
+    hidden = policy.decoder(
+        **inputs,
+        attention_mask=_mask(batch, valid.shape[1], policy.device),
         use_cache=False,
     ).last_hidden_state
-    target = torch.zeros(embeds.shape[:2], dtype=torch.long)
-    said = torch.zeros(embeds.shape[:2], dtype=torch.bool)
+    target = torch.zeros(valid.shape, dtype=torch.long)
+    said = torch.zeros(valid.shape, dtype=torch.bool)
     for b, e in enumerate(encoded):
         target[b, : len(e)] = e.ids
         said[b, : len(e)] = policy.processor.answer_mask(e.ids)
-    logits = policy.head(hidden[:, :-1][said[:, 1:].to(hidden.device)])
-    return logits, target[:, 1:][said[:, 1:]].to(logits.device)
+    states = hidden[:, :-1][said[:, 1:].to(hidden.device)]
+    return states, target[:, 1:][said[:, 1:]].to(states.device)
+
+
+def _scores(
+    policy: Policy, states: torch.Tensor, wanted: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy summed over tokens, and how many of them are predicted right; scalars."""
+
+    def work(part: slice) -> tuple[torch.Tensor, ...]:
+        logits = policy.head(states[part])
+        lost = F.cross_entropy(logits, wanted[part], reduction="sum")
+        return lost[None], (logits.argmax(-1) == wanted[part]).sum()[None]
+
+    lost, same = losses.in_chunks(work, len(wanted), policy.words)
+    return lost.sum(), same.sum()
 
 
 def _mask(batch: Sequence[Lesson], width: int, device: torch.device) -> torch.Tensor | None:

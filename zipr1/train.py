@@ -6,6 +6,7 @@ unbroken one. The mathematics lives in update.py, losses.py, efficiency.py and a
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,20 +16,22 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from zipr1 import data, optim, supervised
+from zipr1 import data, optim, ranks, stopping, supervised
 from zipr1.checkpoint import RunDir, load_state, save_state
 from zipr1.dryrun import dry_run
 from zipr1.episode import Prompt
-from zipr1.machine import describe
-from zipr1.metrics import rollout_lines, step_metrics
+from zipr1.fitting import rehearse
+from zipr1.loggers import board
+from zipr1.machine import describe, fingerprint
+from zipr1.metrics import merit, rollout_lines, step_metrics
 from zipr1.models import Policy, load_policy
 from zipr1.optim import Optimizers
 from zipr1.pictures import Pictures
 from zipr1.pressure import draw_weights, press
 from zipr1.recipe import Recipe
 from zipr1.report import Progress
-from zipr1.rollout import Batch, roll_out
-from zipr1.summary import board, finish, measure_before
+from zipr1.rollout import Batch, roll_out, together
+from zipr1.summary import finish, measure_before
 from zipr1.update import update
 from zipr1.validate import FIRST, check, check_lengths, needs_prompts
 
@@ -43,10 +46,29 @@ def run(
     command: Sequence[str],
     console: Console,
 ) -> dict[str, Any]:
-    """Train as the recipe says and return what summary.json holds. Raises ZipError; nothing half-written stays."""
+    """Train as the recipe says and return what summary.json holds. Raises ZipError; nothing half-written stays.
+
+    Stopped by a signal, it saves what is done and raises `Stopped` again.
+    """
     check(recipe)
     torch.manual_seed(recipe.seed)
-    policy = load_policy(recipe.model, device, recipe.seed)
+    policy = load_policy(recipe.model, ranks.device(device), recipe.seed)
+    with ranks.joined(policy.device):
+        try:
+            return _run(policy, recipe, output, resume, command, console)
+        finally:
+            stopping.release()
+
+
+def _run(
+    policy: Policy,
+    recipe: Recipe,
+    output: Path | None,
+    resume: str,
+    command: Sequence[str],
+    console: Console,
+) -> dict[str, Any]:
+    # 1. the questions, and a folder for the run
     prompts = data.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
     questions = data.load(recipe.data, "heldout", recipe.seed)
     pictures = Pictures(policy, recipe)
@@ -54,14 +76,16 @@ def run(
         questions, _ = pictures.usable(questions)
     _, first = pictures.usable(prompts[: FIRST if recipe.sparse.dense_below else 1])
     check_lengths(recipe, [len(encoded) for encoded in first])
-    folder = RunDir.open(
-        recipe, output, resume, info=describe(command, str(policy.device), recipe.seed)
+    sources = {"train": fingerprint(prompts), "heldout": fingerprint(questions)}
+    about = describe(
+        command, str(policy.device), recipe.seed, recipe_sha256=recipe.sha256(), data=sources
     )
+    folder = ranks.first(lambda: RunDir.open(recipe, output, resume, info=about))
+    folder.writes = ranks.is_first()
     console.print(f"run: {folder.root}", soft_wrap=True, highlight=False)
+    # 2. the reference and how it answers; then the weights to go on from, on all devices
     if recipe.train.stage == "rl":
         policy.keep_reference()
-    named = policy.trainable()
-    optimizer = optim.build(named, recipe.optim)
     before = measure_before(policy, recipe, questions, folder, console)
     state: dict[str, Any] = {
         "stage": 0,
@@ -69,36 +93,60 @@ def run(
         "seconds": 0.0,
         "pressure": {},
         "right": {},
+        "merit": {},
     }
+    tensors = None
     if folder.checkpoint is not None:
         tensors, state = load_state(folder.checkpoint)
         policy.load_weights(folder.checkpoint / "model")
+    policy.spread(recipe.train.parallel)
+    named = policy.trainable()
+    optimizer = optim.build(named, recipe.optim)
+    if tensors is not None:
         optim.restore(optimizer, named, tensors)
 
+    # 3. train
+    done, true = folder.start_step, copy.deepcopy(state)
     with (
         Progress(console, recipe.train.steps, start=folder.start_step) as progress,
-        board(recipe, folder) as writer,
+        board(recipe, folder.root) as writer,
     ):
-        for step in range(folder.start_step, recipe.train.steps):
-            began = time.monotonic()
-            # Dropout alone uses the global generator; a resumed run must find it as an unbroken one does.
-            torch.manual_seed(recipe.seed * 1_000_003 + step)
-            optimizer.set_rate(optim.learning_rate(recipe.optim, step, recipe.train.steps))
-            if recipe.train.stage == "supervised":
-                metrics = supervised_step(policy, recipe, prompts, optimizer, state, step)
-            else:
-                metrics, batch = rl_step(policy, recipe, pictures, prompts, optimizer, state, step)
-                folder.append_rollouts(rollout_lines(step, batch))
-            metrics["lr"] = optimizer.param_groups[0]["lr"]
-            state["seconds"] += time.monotonic() - began
-            folder.append_metrics({"step": step, **metrics})
-            writer(step, metrics)
-            progress.update(step, metrics)
-            last = step + 1 == recipe.train.steps
-            if last or (recipe.train.save_every and (step + 1) % recipe.train.save_every == 0):
-                save(
-                    folder, policy, optimizer, named, state, step + 1, recipe.train.keep_checkpoints
-                )
+        try:
+            if recipe.train.stage == "rl" and done < recipe.train.steps:
+                rehearse(policy, recipe, pictures, prompts)
+            for step in range(done, recipe.train.steps):
+                began = time.monotonic()
+                if ranks.size() > 1:
+                    stopping.hold()
+                # Dropout alone uses the global generator; a resumed run must find it as an unbroken one does.
+                torch.manual_seed(recipe.seed * 1_000_003 + step)
+                optimizer.set_rate(optim.learning_rate(recipe.optim, step, recipe.train.steps))
+                if recipe.train.stage == "supervised":
+                    metrics = supervised_step(policy, recipe, prompts, optimizer, state, step)
+                else:
+                    metrics, batch = rl_step(
+                        policy, recipe, pictures, prompts, optimizer, state, step
+                    )
+                    folder.append_rollouts(rollout_lines(step, batch))
+                metrics["lr"] = optimizer.param_groups[0]["lr"]
+                state["seconds"] += time.monotonic() - began
+                remember(state, metrics)
+                folder.append_metrics({"step": step, **metrics})
+                done, true = step + 1, snapshot(state)
+                writer(step, metrics)
+                progress.update(step, metrics)
+                every = recipe.train.save_every
+                if done == recipe.train.steps or (every and done % every == 0):
+                    save(folder, policy, optimizer, named, state, done)
+                    true = snapshot(state)
+                stopping.check()
+                stopping.release()
+        except stopping.Stopped as stop:
+            stopping.hold()  # once is enough: a second signal must not spoil what the first one saves
+            if done != folder.start_step:
+                save(folder, policy, optimizer, named, true, done)
+            stop.note = f"step {done} is saved; go on with --resume {folder.root}"
+            raise
     return finish(policy, recipe, questions, before, folder, state["seconds"], console)
 
 
@@ -118,13 +166,28 @@ def rl_step(
     # 1. take the step's questions and look at their pictures, once in the run
     weights = draw_weights(recipe.data.emphasis, state["pressure"])
     drawn = data.draw(prompts, recipe.seed, step, recipe.train.prompts, weights)
-    asked, encoded = pictures.usable(drawn)
-    seen = pictures.look(encoded)
+    mine = ranks.deal(len(drawn))
+    asked, encoded = pictures.usable([drawn[i] for i in mine])
+    waiting = iter(mine)  # a bad row may be missing, the others are in order
+    places = [next(i for i in waiting if drawn[i] is prompt) for prompt in asked]
+    seen = policy.parallel.apart(lambda: pictures.look(encoded))
     clock.append(time.monotonic())
     # 2. roll out every question at every budget
-    batch = roll_out(
-        policy, recipe, asked, encoded, seen.policy, step, seen.reference, state["right"]
+    batch = policy.parallel.apart(
+        lambda: roll_out(
+            policy,
+            recipe,
+            asked,
+            encoded,
+            seen.policy,
+            step,
+            seen.reference,
+            state["right"],
+            places,
+        )
     )
+    batch = together(batch, drawn, places)
+    stopping.check()
     clock.append(time.monotonic())
     # 3. weigh saved tokens: toward the target, within the constraint
     pressure = press(
@@ -159,10 +222,8 @@ def supervised_step(
     else:
         batch = supervised.lesson(policy, recipe, step, stage)
     policy.core.train()
-    loss, right = supervised.loss(policy, batch)
-    value = float(loss.detach())
     optimizer.zero_grad()
-    loss.backward()
+    value, right = supervised.backward(policy, [batch[i] for i in ranks.deal(len(batch))])
     norm = optim.clipped_step(optimizer, policy.trainable(), recipe.optim.max_grad_norm, value)
     policy.core.eval()
     state["skill"] += 0.05 * (right - state["skill"])
@@ -173,19 +234,38 @@ def supervised_step(
     return {"loss": value, "accuracy": right, "grad_norm": norm, "stage": stage}
 
 
+def remember(state: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """What the steps since the last checkpoint were worth: a sum and their number."""
+    said = state.setdefault("merit", {})
+    said["sum"] = said.get("sum", 0.0) + merit(metrics)
+    said["steps"] = said.get("steps", 0) + 1
+
+
+def snapshot(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as it is now. What is right stays right: it is shared, and grows."""
+    return {k: v if k == "right" else copy.deepcopy(v) for k, v in state.items()}
+
+
 def save(
     folder: RunDir,
     policy: Policy,
     optimizer: Optimizers,
     named: Any,
-    state: dict[str, float],
+    state: dict[str, Any],
     step: int,
-    keep: int,
 ) -> None:
-    """A checkpoint: a model folder, and the optimiser and constraint beside it."""
+    """A checkpoint: a model folder, and the optimiser and constraint beside it. It is the best one if the steps since
+    the one before were worth most."""
+    said = state.get("merit", {})
+    best = False
+    if said.get("steps"):
+        mean = said["sum"] / said["steps"]
+        best = mean > said.get("best", float("-inf"))
+        state["merit"] = {"best": mean if best else said["best"]}
+    weights, tensors = policy.weights(), optim.state_tensors(optimizer, named)
 
     def write(path: Path) -> None:
-        policy.save(path / "model")
-        save_state(path, optim.state_tensors(optimizer, named), state)
+        policy.save(path / "model", weights)
+        save_state(path, tensors, state)
 
-    folder.save_checkpoint(step, write, keep)
+    folder.save_checkpoint(step, write, folder.recipe.train.save_total_limit, best)

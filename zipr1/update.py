@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from zipr1 import advantages, efficiency, losses
-from zipr1.models import Policy, Request, replay_masks, sparse_attention
+from zipr1 import advantages, efficiency, losses, ranks
+from zipr1.models import Policy, Request, most_tokens, replay_masks, sparse_attention
 from zipr1.optim import Optimizers, clipped_step
 from zipr1.pressure import Pressure
 from zipr1.recipe import Recipe
@@ -58,9 +59,7 @@ def flatten(batch: Batch, recipe: Recipe, pressure: Pressure) -> Rows:
         cut_advantage=advantages.advantages(worth, settings.baseline, settings.scale).flatten(),
         opened=advantages.gate(correct > 0).repeat_interleave(count),
         weights=weights,
-        lengths=[
-            len(batch.encoded[i]) + len(r.tokens) for i, r in zip(prompt, rollouts, strict=True)
-        ],
+        lengths=[r.prompt_length + len(r.tokens) for r in rollouts],
     )
 
 
@@ -76,9 +75,15 @@ def update(
 
     order: shuffles rows into minibatches. Returns means over rows of what metrics.jsonl logs.
     Raises RunError if the loss is not finite; weights are then those of before the failing minibatch.
+
+    Several ranks share the minibatches: each works on the rows whose pictures it has, and all make the same number of
+    passes, the missing ones with weight 0, for the passes are where ranks wait for each other.
     """
     rows = flatten(batch, recipe, pressure)
     said: dict[str, float] = defaultdict(float)
+    norms = 0.0
+    here = [b for b, i in enumerate(rows.prompt) if batch.encoded[i] is not None]
+    room = most_tokens(policy, recipe, update=True)
     count = min(recipe.ppo.minibatches, len(rows.tokens))
     steps = recipe.ppo.epochs * count
     for _ in range(recipe.ppo.epochs):
@@ -87,11 +92,15 @@ def update(
             # In order, so that rollouts of one prompt meet in a micro-batch and share their reference.
             mini = sorted(part.tolist())
             optimizer.zero_grad()
-            micro = by_length([rows.lengths[b] for b in mini], recipe.train.micro_batch)
-            for places in micro:
-                chosen = [mini[i] for i in places]
-                parts = backward(policy, recipe, batch, rows, chosen, share=len(chosen) / len(mini))
-                for name, value in parts.items():
+            own = [b for b in mini if batch.encoded[rows.prompt[b]] is not None]
+            places = by_length([rows.lengths[b] for b in own], recipe.train.micro_batch, room)
+            micro = [[own[i] for i in part] for part in places]
+            passes = max(ranks.gather(len(micro)))
+            for turn in range(passes):
+                chosen = micro[turn] if turn < len(micro) else here[:1]
+                share = len(chosen) / len(mini) if turn < len(micro) else 0.0
+                parts = backward(policy, recipe, batch, rows, chosen, share, turn + 1 == passes)
+                for name, value in parts.items() if share else ():
                     if name == "ratio_max":
                         said[name] = max(said[name], value)
                     else:
@@ -99,8 +108,18 @@ def update(
             norm = clipped_step(
                 optimizer, policy.trainable(), recipe.optim.max_grad_norm, said["loss"]
             )
-            said["grad_norm"] += norm / steps
-    return dict(said)
+            norms += norm / steps
+    return {**totals(said), "grad_norm": norms}
+
+
+def totals(said: dict[str, float]) -> dict[str, float]:
+    """The sums of all ranks, and the largest ratio."""
+    parts = ranks.gather(dict(said))
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {
+        name: (max if name == "ratio_max" else sum)(part.get(name, 0.0) for part in parts)
+        for name in names
+    }
 
 
 def backward(
@@ -110,19 +129,19 @@ def backward(
     rows: Rows,
     chosen: Sequence[int],
     share: float,
+    last: bool = True,
 ) -> dict[str, float]:
-    """Loss of some rows, its gradient times `share` added to the parameters'. Returns the parts."""
+    """Loss of some rows, its gradient times `share` added to the parameters'. Returns the parts.
+
+    last: whether the ranks' gradients are summed after it."""
     methods = efficiency.parse(recipe.efficiency.method)
     settings, budgets = recipe.ppo, recipe.budgets
     encoded = [batch.encoded[rows.prompt[b]] for b in chosen]
     tokens = [rows.tokens[b] for b in chosen]
-    features = batch.features
-    if policy.settings.train_vision:
-        features = policy.look(encoded)
     reference = None
     if settings.kl > 0:
         # Before the sparse context: with adapters the reference is this very model.
-        reference = reference_logits(policy, batch, rows, chosen, max(len(t) for t in tokens))
+        reference = policy.parallel.refer(lambda: look_up(policy, batch, rows, chosen))
     width = max(rows.lengths[b] for b in chosen)
     request = Request(
         recipe.sparse,
@@ -131,27 +150,21 @@ def backward(
         scores=bool(methods & {"pathwise", "cut", "through"}),
         through=(batch.low, budgets.high) if "through" in methods else None,
     )
-    with sparse_attention(policy.core, request), policy.recomputing():
-        logits, mask = policy.answer_logits(encoded, features, tokens, request)
-        padded = pad(tokens, logits.shape[1]).to(policy.device)
-        new = losses.token_logprobs(logits, padded, recipe.train.temperature)
-        old = pad([rows.old[b] for b in chosen], logits.shape[1]).to(policy.device)
+    parts: dict[str, float] = {}
+
+    def work() -> torch.Tensor:
+        features = batch.features
+        if policy.settings.train_vision:
+            features = policy.look(encoded)
+        states, mask = policy.answer_states(encoded, features, tokens, request)
+        padded = pad(tokens, mask.shape[1]).to(policy.device)
+        new, each = token_scores(policy, recipe, states, padded, mask, reference)
+        old = pad([rows.old[b] for b in chosen], mask.shape[1]).to(policy.device)
         advantage = rows.advantage[chosen].to(policy.device)
         surrogate, stats = losses.clipped_surrogate(new, old, advantage, mask, settings.clip)
-        parts = {name: float(value) for name, value in stats.items()}
-        loss = settings.policy_gradient * surrogate
-        kl = torch.zeros((), device=policy.device)
-        if reference is not None:
-            if settings.kl_estimator in losses.FORWARD:
-                forward = losses.FORWARD[settings.kl_estimator]
-                scale = recipe.train.temperature
-                each = torch.zeros(mask.shape, device=policy.device)
-                each[mask] = losses.kl_full(logits[mask] / scale, reference[mask] / scale, forward)
-            else:
-                old_dense = losses.token_logprobs(reference, padded, recipe.train.temperature)
-                each = losses.kl_k2(new, old_dense).masked_fill(~mask, 0)
-            kl = (each.sum(1) / mask.sum(1)).mean()
-            loss = loss + settings.kl * kl
+        parts.update({name: float(value) for name, value in stats.items()})
+        kl = (each.sum(1) / mask.sum(1)).mean()
+        loss = settings.policy_gradient * surrogate + settings.kl * kl
         layers = request.record.layers if request.record is not None else []
         cuts = [layer.cut for layer in layers if layer.cut is not None]
         # Prompts too short to be pruned have no choice to learn.
@@ -179,24 +192,89 @@ def backward(
             loss = loss + surrogate
             parts["cut_clip_fraction"] = float(stats["clip_fraction"])
             parts["cut_ratio_mean"] = float(stats["ratio_mean"])
-        (loss * share).backward()
-    parts["loss"], parts["kl"] = float(loss.detach()), float(kl.detach())
+        parts["loss"], parts["kl"] = float(loss.detach()), float(kl.detach())
+        if (
+            ranks.size() > 1
+            and policy.settings.train_vision
+            and not any(e.visuals for e in encoded)
+        ):
+            loss = loss + policy.blank()
+        return loss * share
+
+    with sparse_attention(policy.core, request), policy.recomputing():
+        policy.parallel.backward(work, last)
     return parts
 
 
+@dataclass(frozen=True)
+class Reference:
+    """The dense reference's view of some rows. states `(U * T, hidden)` of U distinct (prompt, answer) pairs;
+    place `(B * T,)` int64: which of them each token of each row is."""
+
+    states: torch.Tensor
+    place: torch.Tensor
+    model: Any
+
+    @torch.no_grad()
+    def logits(self, policy: Policy, part: slice) -> torch.Tensor:
+        """`(n, V)` of these tokens of the flattened rows; tokens that rows share go through the head once."""
+        distinct, back = self.place[part].unique(return_inverse=True)
+        return policy.head(self.states[distinct], self.model)[back]
+
+
 @torch.no_grad()
-def reference_logits(
-    policy: Policy, batch: Batch, rows: Rows, chosen: Sequence[int], width: int
-) -> torch.Tensor:
-    """Dense logits `(B, width, V)` of the reference; each distinct (prompt, answer) is run once."""
+def look_up(policy: Policy, batch: Batch, rows: Rows, chosen: Sequence[int]) -> Reference:
+    """What the dense reference says about some rows; each distinct (prompt, answer) is run once."""
     keys = [(rows.prompt[b], tuple(rows.tokens[b].tolist())) for b in chosen]
     distinct = list(dict.fromkeys(keys))
     encoded = [batch.encoded[i] for i, _ in distinct]
     answers = [torch.tensor(t) for _, t in distinct]
     with policy.reference() as model:
-        logits, _ = policy.answer_logits(encoded, batch.reference, answers, None, model)
-    back = {key: place for place, key in enumerate(distinct)}
-    return logits[[back[key] for key in keys]][:, :width]
+        states, mask = policy.answer_states(encoded, batch.reference, answers, None, model)
+    row = {key: place for place, key in enumerate(distinct)}
+    width = mask.shape[1]
+    back = torch.tensor([row[key] for key in keys], device=states.device)
+    place = back[:, None] * width + torch.arange(width, device=states.device)
+    return Reference(states.flatten(0, 1), place.flatten(), model)
+
+
+def token_scores(
+    policy: Policy,
+    recipe: Recipe,
+    states: torch.Tensor,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    reference: Reference | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the answers' tokens and the divergence from the reference there, both `(B, T)` float32.
+
+    states `(B, T, hidden)` with gradient; tokens `(B, T)` int64; mask `(B, T)` bool. The divergence is 0 where the
+    mask is False, and everywhere without a reference. Logits exist a chunk at a time, forward and backward.
+    """
+    flat, said, real = states.flatten(0, 1), tokens.flatten(), mask.flatten()
+    scale, estimator = recipe.train.temperature, recipe.ppo.kl_estimator
+
+    def work(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = real[part]
+        if not bool(wanted.any()):
+            nothing = flat.new_zeros(len(wanted), dtype=torch.float32)
+            return nothing, nothing
+        logits = policy.head(flat[part])
+        new = losses.token_logprobs(logits, said[part], scale)
+        each = torch.zeros_like(new)
+        if reference is None:
+            return new, each
+        dense = reference.logits(policy, part)
+        if estimator in losses.FORWARD:
+            forward = losses.FORWARD[estimator]
+            each[wanted] = losses.kl_full(logits[wanted] / scale, dense[wanted] / scale, forward)
+        else:
+            old = losses.token_logprobs(dense, said[part], scale)
+            each = losses.kl_k2(new, old).masked_fill(~wanted, 0)
+        return new, each
+
+    new, each = losses.in_chunks(work, len(said), policy.words)
+    return new.view(mask.shape), each.view(mask.shape)
 
 
 def pad(values: Sequence[torch.Tensor], width: int) -> torch.Tensor:

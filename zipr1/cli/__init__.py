@@ -7,9 +7,9 @@ one line on stderr; a traceback means a bug.
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import zipr1
+from zipr1 import stopping
 from zipr1.cli.export import export
 from zipr1.cli.profile import profile
 from zipr1.cli.train import train
@@ -46,13 +47,6 @@ REFUSED = {
 }
 
 
-class Stopped(BaseException):
-    """A signal asked the process to end. No Exception: nothing on the way up may take it for a failure."""
-
-    def __init__(self, number: int):
-        self.number = number
-
-
 def _version(asked: bool) -> None:
     if asked:
         print(f"zipr1 {zipr1.__version__}")
@@ -72,14 +66,14 @@ def main() -> None:
     """The entry point. Always leaves by SystemExit."""
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _stop)
+            signal.signal(number, stopping.handle)
     try:
         app()
     except ZipError as error:
         _leave(str(error), error.exit_code)
-    except Stopped as stop:
+    except stopping.Stopped as stop:
         name = "stopped by SIGTERM" if stop.number == signal.SIGTERM else "interrupted"
-        left = "saved checkpoints are complete: go on with --resume DIR"
+        left = stop.note or "saved checkpoints are complete: go on with --resume DIR"
         if sys.argv[1:2] == ["export"]:
             left = "nothing was written: the folder is made whole or not at all"
         _leave(f"{name}; {left}", 128 + stop.number)
@@ -99,10 +93,6 @@ def main() -> None:
         _leave("the device is out of memory; use a smaller train.micro_batch or model.lora", 1)
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped(number)
-
-
 def _is_device_memory(error: RuntimeError) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
@@ -111,5 +101,7 @@ def _is_device_memory(error: RuntimeError) -> bool:
 def _leave(message: str, code: int) -> None:
     line = " ".join(message.split())
     console = Console(stderr=True, highlight=False)
-    console.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    who = f"rank {os.environ.get('RANK')}: " if several else ""
+    console.print(f"[bold red]error:[/] {who}{escape(line)}", soft_wrap=True)
     sys.exit(code)

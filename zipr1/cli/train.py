@@ -54,17 +54,19 @@ def train(
 
     changes = [*(overrides or []), *([f"model.dtype={dtype}"] if dtype is not None else [])]
     run = load(recipe, changes)
-    console = Console(stderr=as_json)  # with --json, stdout is for the machine
 
     import zipr1.train
+    from zipr1 import ranks
     from zipr1.checkpoint import new_folder
     from zipr1.jsontext import dumps
 
+    # With --json, stdout is for the machine; of several ranks the first one speaks.
+    console = Console(stderr=as_json, quiet=not ranks.is_first())
     if dry_run:
         result = zipr1.train.dry_run(run, device, console)
     else:
         if output is None and resume in ("auto", "never"):
             output = new_folder(recipe.stem)
         result = zipr1.train.run(run, output, resume, device, sys.argv, console)
-    if as_json:
+    if as_json and ranks.is_first():
         print(dumps(result), flush=True)

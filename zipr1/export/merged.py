@@ -24,7 +24,7 @@ def write(
     plain.to(dtype)
     for name in plain.config.sub_configs:  # save_pretrained minds the whole one alone
         getattr(plain.config, name).dtype = dtype
-    save_folder(plain, processor.tokenizer, processor.settings, folder, SHARD)
+    save_folder(plain, processor.tokenizer, processor.settings, folder, shard=SHARD)
     return plain
 
 

@@ -7,6 +7,7 @@ from zipr1.models.cache import PrunedCache
 from zipr1.models.loading import choose_device, random_model
 from zipr1.models.policy import Answers, Features, Policy, load_policy
 from zipr1.models.processors import Encoded
+from zipr1.models.room import most_tokens
 from zipr1.models.rows import replay_masks
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Request",
     "choose_device",
     "load_policy",
+    "most_tokens",
     "random_model",
     "replay_masks",
     "sparse_attention",

@@ -81,16 +81,27 @@ class Request:
         return bool((self.thresholds >= 1).all())
 
 
-@dataclass
 class Pass:
-    """One sparse prefill: what layers need to choose, and what they chose."""
+    """One sparse prefill: what layers need to choose, and what they chose.
 
-    request: Request
-    valid: torch.Tensor
-    prompt: torch.Tensor
-    lengths: list[int]
-    offsets: list[int]
-    record: Record
+    No dataclass: FSDP2 hands each layer copies of those, and what a layer writes into its copy is lost.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        valid: torch.Tensor,
+        prompt: torch.Tensor,
+        lengths: list[int],
+        offsets: list[int],
+        record: Record,
+    ) -> None:
+        self.request = request
+        self.valid = valid
+        self.prompt = prompt
+        self.lengths = lengths
+        self.offsets = offsets
+        self.record = record
 
     @classmethod
     def start(cls, request: Request, valid: torch.Tensor) -> Pass:

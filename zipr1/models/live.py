@@ -20,7 +20,7 @@ import torch
 from zipr1.errors import InputError
 from zipr1.models.attention import ATTENTION, Request, sparse_attention
 from zipr1.models.cache import PrunedCache
-from zipr1.models.loading import FAMILIES
+from zipr1.models.families import FAMILIES
 from zipr1.models.retained import RetainedCache, retained_attention
 from zipr1.recipe import Sparse
 

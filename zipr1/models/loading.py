@@ -21,6 +21,7 @@ from zipr1_kernels import unusable
 
 from zipr1 import manifest
 from zipr1.errors import InputError
+from zipr1.models import families
 from zipr1.models.attention import ATTENTION
 from zipr1.models.processors import PixelSettings, Processor
 from zipr1.models.scratch import build_model, build_tokenizer
@@ -29,13 +30,10 @@ from zipr1.recipe import Lora, Model
 # The run's own display shows what goes on; bars of loading and saving shards would break it.
 transformers.utils.logging.disable_progress_bar()
 
-# Families whose M-RoPE, placeholders and pixel layout the code below has been tested on.
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
-# transformers' processor class of each, which saved folders name.
-PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
-
 # The text decoder alone: a list of suffixes would also hit the vision tower's gate, up and down projections.
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+LORA_TARGETS = (
+    r".*(?:language|text)_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+)
 
 WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -139,12 +137,22 @@ def load_parts(
         merged = adapter_of(folder) is not None
         model, tokenizer = (_merged if merged else _from_pretrained)(folder, settings, dtype)
         folder = str(model.config._name_or_path or folder)
-    vision = model.config.vision_config
+    family = families.find(model.config.model_type, settings.path)
+    side, _, besides = family.tile(model.config) if family.tile else (0, 0, 0)
+    sizes = families.merge_of(model.config.vision_config, model.config)
     given = (settings.config or {}).get("pixels")
-    pixels = PixelSettings.read(folder, vision, settings.min_pixels, settings.max_pixels, given)
-    processor = Processor(
-        tokenizer, pixels, model.config.image_token_id, model.config.video_token_id
+    pixels = PixelSettings.read(
+        folder,
+        sizes,
+        settings.min_pixels,
+        settings.max_pixels,
+        given,
+        tile=side,
+        besides=besides,
+        clips=family.clips,
     )
+    video = model.config.video_token_id if family.clips else None
+    processor = Processor(tokenizer, pixels, model.config.image_token_id, video, family.around)
     return model.to(device=device, dtype=dtype).eval(), processor
 
 
@@ -152,10 +160,7 @@ def _from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(folder, **options)
-        if config.model_type not in FAMILIES:
-            raise InputError(
-                f"model.path: {settings.path} is a {config.model_type}; this version handles {', '.join(FAMILIES)}"
-            )
+        families.find(config.model_type, settings.path)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, **options
@@ -192,9 +197,9 @@ def add_lora(model: Any, lora: Lora) -> Any:
 
 def frozen_copy(model: Any) -> Any:
     """A copy whose weights never change, for the dense reference; a frozen vision tower is shared, not copied."""
-    visual = model.model.visual
-    frozen = not any(p.requires_grad for p in visual.parameters())
-    twin = copy.deepcopy(model, memo={id(visual): visual} if frozen else {})
+    towers = families.towers(model)
+    frozen = not any(p.requires_grad for tower in towers for p in tower.parameters())
+    twin = copy.deepcopy(model, memo={id(tower): tower for tower in towers} if frozen else {})
     return twin.requires_grad_(False).eval()
 
 
@@ -214,13 +219,19 @@ def random_model(values: dict[str, Any], layers: int, device: torch.device, dtyp
 
 
 def save_folder(
-    model: Any, tokenizer: Any, settings: PixelSettings, folder: Path, shard: str = "50GB"
+    model: Any,
+    tokenizer: Any,
+    settings: PixelSettings,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+    shard: str = "50GB",
 ) -> None:
     """A model folder that stock transformers loads: weights, config, tokenizer, chat template, pixel settings.
 
-    shard: the largest size of one safetensors file.
+    weights: in place of the model's own, where it holds a part of them. shard: the largest size of one safetensors
+    file.
     """
-    model.save_pretrained(folder, max_shard_size=shard)
+    model.save_pretrained(folder, state_dict=weights, max_shard_size=shard)
     save_processor(tokenizer, settings, model.config.model_type, folder)
 
 
@@ -239,20 +250,25 @@ def save_processor(tokenizer: Any, settings: PixelSettings, family: str, folder:
         known.pop(key, None)
     _write_json(folder / "tokenizer_config.json", known)
     pixels = {
-        "size": {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels},
+        "size": {"height": settings.tile, "width": settings.tile}
+        if settings.tile
+        else {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels},
         "patch_size": settings.patch,
         "temporal_patch_size": settings.temporal,
         "merge_size": settings.merge,
         "image_mean": list(settings.mean),
         "image_std": list(settings.std),
     }
-    processor = PROCESSORS[family]
-    image = {"image_processor_type": "Qwen2VLImageProcessor", **pixels}
-    video = {"video_processor_type": "Qwen2VLVideoProcessor", **pixels}
-    parts = {"image_processor": image, "video_processor": video}
-    _write_json(folder / "processor_config.json", {"processor_class": processor, **parts})
-    _write_json(folder / "preprocessor_config.json", {"processor_class": processor, **image})
-    _write_json(folder / "video_preprocessor_config.json", {"processor_class": processor, **video})
+    known_as = families.FAMILIES[family]
+    processor = {"processor_class": known_as.processor}
+    image = {"image_processor_type": known_as.pixels, **pixels}
+    parts: dict[str, Any] = {"image_processor": image}
+    if known_as.clips:
+        video = {"video_processor_type": "Qwen2VLVideoProcessor", **pixels}
+        parts["video_processor"] = video
+        _write_json(folder / "video_preprocessor_config.json", {**processor, **video})
+    _write_json(folder / "processor_config.json", {**processor, **parts})
+    _write_json(folder / "preprocessor_config.json", {**processor, **image})
 
 
 def _write_json(path: Path, values: Any) -> None:

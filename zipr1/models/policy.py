@@ -23,6 +23,7 @@ from zipr1.episode import Prompt
 from zipr1.errors import InputError
 from zipr1.models.attention import ATTENTION, Request, sparse_attention
 from zipr1.models.cache import PrunedCache
+from zipr1.models.families import FAMILIES, deepstack, towers
 from zipr1.models.loading import (
     add_lora,
     choose_device,
@@ -33,6 +34,7 @@ from zipr1.models.loading import (
 )
 from zipr1.models.processors import Encoded, Processor, Visual
 from zipr1.models.rows import choose, dense_bytes, groups, heldout_mass
+from zipr1.ranks import Parallel, whole
 from zipr1.recipe import Model
 
 # Placeholders are never sampled: an answer with one would ask for a picture that is not there. Finite, so that
@@ -64,14 +66,16 @@ class Policy:
         self.name = name
         self.processor = processor
         model.set_attn_implementation({"text_config": ATTENTION})
-        for parameter in model.model.visual.parameters():
-            parameter.requires_grad_(settings.train_vision)
         self.core: Any = model
+        self.family = FAMILIES[model.config.model_type]
+        for parameter in self.tower():
+            parameter.requires_grad_(settings.train_vision)
         self.adapted: Any = add_lora(model, settings.lora) if settings.lora else None
         self.twin: Any = None
         self.decoder = model.get_decoder()
         self.layers = len(self.decoder.layers)
         self.vision_calls = 0
+        self.parallel = Parallel()
         if settings.gradient_checkpointing:
             # The older name is deprecated where the newer one exists.
             newer = getattr(model, "activation_checkpointing_enable", None)
@@ -81,6 +85,10 @@ class Policy:
     def device(self) -> torch.device:
         device: torch.device = self.decoder.embed_tokens.weight.device
         return device
+
+    def tower(self) -> list[torch.nn.Parameter]:
+        """Parameters of what sees."""
+        return [p for module in towers(self.core) for p in module.parameters()]
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Names and parameters that the recipe trains."""
@@ -92,6 +100,18 @@ class Policy:
         """Remember the model as it is now as the dense reference (a frozen copy, unless adapters can be off)."""
         if self.adapted is None and self.twin is None:
             self.twin = frozen_copy(self.core)
+
+    def spread(self, kind: str) -> None:
+        """One model over all ranks, `ddp` or `fsdp`; nothing where there is one. After `keep_reference`."""
+        self.parallel.spread(
+            kind,
+            self.adapted or self.core,
+            self.decoder.layers,
+            self.twin,
+            self.twin.get_decoder().layers if self.twin is not None else [],
+            # Shared with the reference, and looked through at each rank's own pace.
+            [] if self.settings.train_vision else self.tower(),
+        )
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[Any]:
@@ -143,8 +163,12 @@ class Policy:
 
     def place(self, ids: torch.Tensor, visuals: Sequence[Any], picture: str) -> Encoded:
         """Positions of ids `(l,)` by the model's own rule."""
-        types = (ids == self.processor.placeholder["image"]).int()
-        types += 2 * (ids == self.processor.placeholder["video"]).int()
+        if not self.family.mrope:
+            positions = torch.arange(len(ids)).expand(3, -1)
+            return Encoded(ids, positions, len(ids), tuple(visuals), picture)
+        types = torch.zeros(len(ids), dtype=torch.int)
+        for number, token in enumerate(self.processor.placeholder.values(), start=1):
+            types[ids == token] = number
         grids = {
             kind: torch.tensor([v.grid for v in visuals if v.kind == kind], dtype=torch.long)
             for kind in ("image", "video")
@@ -172,10 +196,7 @@ class Policy:
         todo = {e.picture: e for e in encoded if e.picture not in features}
         parts: dict[tuple[str, int], torch.Tensor] = {}
         with torch.set_grad_enabled(self.settings.train_vision and torch.is_grad_enabled()):
-            for kind, run in (
-                ("image", core.get_image_features),
-                ("video", core.get_video_features),
-            ):
+            for kind in ("image", "video"):
                 places = [
                     (k, i)
                     for k, e in todo.items()
@@ -184,15 +205,20 @@ class Policy:
                 ]
                 for group in groups(places, [len(todo[k].visuals[i].patches) for k, i in places]):
                     visuals = [todo[k].visuals[i] for k, i in group]
-                    patches = torch.cat([v.patches for v in visuals]).to(self.device)
-                    out = run(patches, torch.tensor([v.grid for v in visuals], device=self.device))
-                    split = out.pooler_output if hasattr(out, "pooler_output") else out
+                    split = self.family.look(core, kind, visuals, self.device)
                     self.vision_calls += len(visuals)
                     parts.update(zip(group, split, strict=True))
         for k, e in todo.items():
             if e.visuals:
                 features[k] = torch.cat([parts[k, i] for i in range(len(e.visuals))])
         return features
+
+    def blank(self) -> torch.Tensor:
+        """0, with a gradient of 0 in the trained tower: from a rank whose rows show nothing, to those whose rows do."""
+        side = self.processor.settings.factor
+        visual = self.processor.visual("image", np.zeros((side, side, 3), np.uint8), None)
+        (features,) = self.family.look(self.core.model, "image", [visual], self.device)
+        return 0.0 * features.float().sum()
 
     def rows(
         self,
@@ -201,8 +227,9 @@ class Policy:
         answers: Sequence[torch.Tensor] | None,
         left: bool,
         model: Any = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Padded inputs: embeddings `(B, L, hidden)`, positions `(3, B, L)`, valid `(B, L)` bool."""
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """Padded inputs: the decoder's arguments (embeddings `(B, L, hidden)`, positions `(3, B, L)` or `(B, L)`, what
+        the family gives besides), and valid `(B, L)` bool."""
         tails = answers if answers is not None else [encoded[0].ids[:0]] * len(encoded)
         lengths = [len(e) + len(a) for e, a in zip(encoded, tails, strict=True)]
         longest = max(lengths)
@@ -220,15 +247,57 @@ class Policy:
         visual = torch.isin(ids, pads).to(self.device)
         embeds = (model or self.core).get_input_embeddings()(ids.to(self.device))
         found = [features[e.picture] for e in encoded if e.visuals]
+        besides: dict[str, Any] = {}
         if found:
-            embeds = embeds.masked_scatter(visual[..., None], torch.cat(found).to(embeds.dtype))
-        return embeds, positions.to(self.device), valid.to(self.device)
+            shown = torch.cat(found).to(embeds.dtype)
+            shown, besides = deepstack(shown, embeds.shape[-1], visual)
+            embeds = embeds.masked_scatter(visual[..., None], shown)
+        places = self.places(positions.to(self.device))
+        return {"inputs_embeds": embeds, "position_ids": places, **besides}, valid.to(self.device)
+
+    def places(self, positions: torch.Tensor) -> torch.Tensor:
+        """Positions `(3, B, L)` as the family's decoder takes them."""
+        return positions if self.family.mrope else positions[0]
+
+    @property
+    def words(self) -> int:
+        """V, the size of the vocabulary."""
+        return int(self.core.lm_head.weight.shape[0])
 
     def head(self, hidden: torch.Tensor, model: Any = None) -> torch.Tensor:
         """Hidden states `(..., hidden)` -> float32 logits `(..., V)`, placeholders out of reach."""
         logits = (model or self.core).lm_head(hidden).float()
         blocked = torch.tensor(list(self.processor.placeholder.values()), device=logits.device)
         return logits.index_fill(-1, blocked, NEVER)
+
+    def answer_states(
+        self,
+        encoded: Sequence[Encoded],
+        features: Features,
+        answers: Sequence[torch.Tensor],
+        request: Request | None = None,
+        model: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states `(B, T, hidden)` that predict the answers' tokens, and their mask `(B, T)` bool.
+
+        request: the sparse forward (its `record` is filled); None for dense. model: the reference's, or None.
+        Rows are right-padded, so causality alone hides the padding and no mask is built.
+        """
+        core = model or self.core
+        inputs, valid = self.rows(encoded, features, answers, False, core)
+        if request is not None:
+            prompt = torch.zeros_like(valid)
+            for b, e in enumerate(encoded):
+                prompt[b, : len(e)] = True
+            request.valid, request.prompt = valid, prompt
+        hidden = core.get_decoder()(**inputs, use_cache=False).last_hidden_state
+        longest = max(len(a) for a in answers)
+        steps = torch.arange(longest, device=hidden.device)
+        starts = torch.tensor([len(e) - 1 for e in encoded], device=hidden.device)
+        counts = torch.tensor([len(a) for a in answers], device=hidden.device)
+        mask = steps[None] < counts[:, None]
+        where = (starts[:, None] + steps[None]).clamp(max=hidden.shape[1] - 1)
+        return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1])), mask
 
     def answer_logits(
         self,
@@ -238,29 +307,12 @@ class Policy:
         request: Request | None = None,
         model: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Teacher-forced logits `(B, T, V)` of the answers, and their mask `(B, T)` bool.
+        """Teacher-forced logits `(B, T, V)` of the answers, and their mask `(B, T)` bool, from `answer_states`.
 
-        request: the sparse forward (its `record` is filled); None for dense. model: the reference's, or None.
-        Rows are right-padded, so causality alone hides the padding and no mask is built.
+        For short answers or small vocabularies: training takes the states and makes logits a chunk at a time.
         """
-        core = model or self.core
-        embeds, positions, valid = self.rows(encoded, features, answers, False, core)
-        if request is not None:
-            prompt = torch.zeros_like(valid)
-            for b, e in enumerate(encoded):
-                prompt[b, : len(e)] = True
-            request.valid, request.prompt = valid, prompt
-        hidden = core.model(
-            inputs_embeds=embeds, position_ids=positions, use_cache=False
-        ).last_hidden_state
-        longest = max(len(a) for a in answers)
-        steps = torch.arange(longest, device=hidden.device)
-        starts = torch.tensor([len(e) - 1 for e in encoded], device=hidden.device)
-        counts = torch.tensor([len(a) for a in answers], device=hidden.device)
-        mask = steps[None] < counts[:, None]
-        where = (starts[:, None] + steps[None]).clamp(max=hidden.shape[1] - 1)
-        picked = hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.head(picked, core), mask
+        states, mask = self.answer_states(encoded, features, answers, request, model)
+        return self.head(states, model), mask
 
     @torch.no_grad()
     def generate(
@@ -282,14 +334,14 @@ class Policy:
         core = model or self.core
         if request is not None and request.keeps_all:
             request = None
-        embeds, positions, valid = self.rows(encoded, features, None, True, core)
+        inputs, valid = self.rows(encoded, features, None, True, core)
+        width, decoder = valid.shape[1], core.get_decoder()
         cache = PrunedCache() if request is not None else None
         if request is not None:
             request.valid = request.prompt = valid
         with sparse_attention(core, request):
-            out = core.model(
-                inputs_embeds=embeds,
-                position_ids=positions,
+            out = decoder(
+                **inputs,
                 attention_mask=None if bool(valid.all()) else valid.long(),
                 past_key_values=cache,
                 use_cache=True,
@@ -312,9 +364,9 @@ class Policy:
                     break
                 if cache is None:
                     valid = torch.cat([valid, valid.new_ones(len(encoded), 1)], dim=1)
-                hidden = core.model(
+                hidden = decoder(
                     inputs_embeds=core.get_input_embeddings()(choice[:, None]),
-                    position_ids=(following + step)[None, :, None].expand(3, -1, -1),
+                    position_ids=self.places((following + step)[None, :, None].expand(3, -1, -1)),
                     attention_mask=valid.long()
                     if cache is None and not bool(valid.all())
                     else None,
@@ -324,7 +376,7 @@ class Policy:
         lengths = torch.stack(masks, dim=1).sum(1).tolist()
         all_tokens, all_scores = torch.stack(tokens, dim=1).cpu(), torch.stack(scores, dim=1).cpu()
         record = request.record if request is not None else None
-        starts = torch.tensor([embeds.shape[1] - len(e) for e in encoded])
+        starts = torch.tensor([width - len(e) for e in encoded])
         return Answers(
             tokens=[all_tokens[b, :n] for b, n in enumerate(lengths)],
             logprobs=[all_scores[b, :n] for b, n in enumerate(lengths)],
@@ -334,12 +386,28 @@ class Policy:
             kv_bytes=kv_bytes,
         )
 
-    def save(self, folder: Path) -> None:
-        """A model folder in Hugging Face format (adapters stay beside the base they were trained on)."""
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        """Whole weights on the CPU, where each rank holds a part; all ranks must ask. None: the model has them."""
+        if not self.parallel.sharded:
+            return None
+        # One at a time, so that no device ever holds the whole model; tied weights stay one tensor.
+        found: dict[int, torch.Tensor] = {}
+        named = (self.adapted or self.core).state_dict(keep_vars=True)
+        for value in named.values():
+            if id(value) not in found:
+                found[id(value)] = whole(value.detach()).cpu()
+        return {name: found[id(value)] for name, value in named.items()}
+
+    def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """A model folder in Hugging Face format (adapters stay beside the base they were trained on).
+
+        weights: what `weights` gave."""
         if self.adapted is not None:
-            self.adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+            self.adapted.save_pretrained(
+                folder / "adapter", save_embedding_layers=False, state_dict=weights
+            )
             return
-        save_folder(self.core, self.processor.tokenizer, self.processor.settings, folder)
+        save_folder(self.core, self.processor.tokenizer, self.processor.settings, folder, weights)
 
     def load_weights(self, folder: Path) -> None:
         """Weights of a checkpoint made by `save` into this model. Raises InputError for another model's."""

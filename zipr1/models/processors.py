@@ -26,7 +26,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class PixelSettings:
-    """How pictures become patches. min_pixels, max_pixels: bounds of height x width after resizing, a frame."""
+    """How pictures become patches. min_pixels, max_pixels: bounds of height x width after resizing, a frame.
+
+    tile: pixels on a side of the one square that a picture is made, 0 for any size; besides: its tokens that show no
+    part of it. clips: whether videos are handled."""
 
     patch: int = 14
     merge: int = 2
@@ -35,6 +38,9 @@ class PixelSettings:
     max_pixels: int = 28 * 28 * 1280
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
+    tile: int = 0
+    besides: int = 0
+    clips: bool = True
 
     @property
     def factor(self) -> int:
@@ -45,13 +51,14 @@ class PixelSettings:
     def read(
         cls,
         folder: str | Path,
-        vision: Any,
+        sizes: tuple[int, int, int],
         low: int | None,
         high: int | None,
         given: Mapping[str, Any] | None = None,
+        **fixed: Any,
     ) -> PixelSettings:
-        """Settings saved beside the weights in `folder`, else `given`; patch sizes from the vision config; the
-        recipe's bounds win."""
+        """Settings saved beside the weights in `folder`, else `given`; the recipe's bounds win. sizes: patch, merge
+        and temporal; fixed: the family's other fields."""
         saved: dict[str, Any] = dict(given or {})
         for name in ("processor_config.json", "preprocessor_config.json"):
             path = _file(folder, name)
@@ -62,9 +69,9 @@ class PixelSettings:
         size = saved.get("size") or {}
         default = cls()
         return cls(
-            patch=vision.patch_size,
-            merge=vision.spatial_merge_size,
-            temporal=vision.temporal_patch_size,
+            patch=sizes[0],
+            merge=sizes[1],
+            temporal=sizes[2],
             min_pixels=low
             or size.get("shortest_edge")
             or saved.get("min_pixels")
@@ -75,6 +82,7 @@ class PixelSettings:
             or default.max_pixels,
             mean=tuple(saved.get("image_mean") or CLIP_MEAN),
             std=tuple(saved.get("image_std") or CLIP_STD),
+            **fixed,
         )
 
 
@@ -136,6 +144,22 @@ def patchify(
     return torch.from_numpy(flat), (t, h, w)
 
 
+def square(
+    pixels: np.ndarray, settings: PixelSettings
+) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """uint8 `(H, W, 3)` -> the one tile `(1, 3, S, S)` float32 and its grid of patches `(1, h, w)`."""
+    side = settings.tile
+    picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
+    scaled = np.asarray(picture).astype(np.float32) / 255
+    scaled = (scaled - np.array(settings.mean, np.float32)) / np.array(settings.std, np.float32)
+    cells = side // settings.patch
+    return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)[None])), (
+        1,
+        cells,
+        cells,
+    )
+
+
 @dataclass(frozen=True)
 class Visual:
     """One picture or clip as the vision tower takes it. seconds: time one temporal patch spans (0 for images)."""
@@ -166,11 +190,19 @@ class Processor:
     """Chat messages and decoded media -> ids with one placeholder per visual token, and patches."""
 
     def __init__(
-        self, tokenizer: Any, settings: PixelSettings, image_token: int, video_token: int
+        self,
+        tokenizer: Any,
+        settings: PixelSettings,
+        image_token: int,
+        video_token: int | None,
+        around: tuple[str, str] = ("", ""),
     ) -> None:
         self.tokenizer = tokenizer
         self.settings = settings
-        self.placeholder = {"image": image_token, "video": video_token}
+        self.placeholder = {"image": image_token}
+        if video_token is not None:
+            self.placeholder["video"] = video_token
+        self.around = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in around]
         ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
         self.end_ids = sorted(i for i in ends if i is not None and i != tokenizer.unk_token_id)
         self.end_id: int = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -182,7 +214,17 @@ class Processor:
         self.end_ids = sorted({*self.end_ids, *tokens})
 
     def visual(self, kind: str, pixels: np.ndarray, fps: float | None) -> Visual:
-        """pixels: uint8 `(H, W, 3)` or `(F, H, W, 3)`; fps of the frames given."""
+        """pixels: uint8 `(H, W, 3)` or `(F, H, W, 3)`; fps of the frames given.
+
+        Raises InputError for a clip where the family's are not handled."""
+        if kind == "video" and not self.settings.clips:
+            raise InputError(
+                "clips are handled for qwen2_vl and qwen2_5_vl alone; give this model pictures"
+            )
+        if self.settings.tile:
+            patches, grid = square(pixels, self.settings)
+            tokens = math.prod(grid) // self.settings.merge**2 + self.settings.besides
+            return Visual(kind, patches, grid, 0.0, tokens)
         frames = pixels[None] if pixels.ndim == 3 else pixels
         patches, grid = patchify(frames, self.settings)
         # One second where the frames' rate is unknown, as transformers assumes.
@@ -214,8 +256,11 @@ class Processor:
         special, waiting = set(self.placeholder.values()), iter(visuals)
         out: list[int] = []
         for token in raw:
-            count = next(waiting).tokens if token in special else 1
-            out.extend([token] * count)
+            if token in special:
+                before, after = self.around
+                out.extend([*before, *[token] * next(waiting).tokens, *after])
+            else:
+                out.append(token)
         return torch.tensor(out, dtype=torch.long)
 
     def answer_ids(self, answer: str) -> torch.Tensor:

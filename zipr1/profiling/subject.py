@@ -25,13 +25,13 @@ FRAMES = 16
 
 @dataclass
 class Inputs:
-    """A batch of prompts as a decoder takes them: embeddings `(B, L, hidden)`, positions `(3, B, L)`, valid `(B, L)`.
+    """A batch of prompts as a decoder takes them, and valid `(B, L)` bool.
 
+    arguments: inputs_embeds `(B, L, hidden)`, position_ids `(3, B, L)` or `(B, L)`, and what a family gives besides.
     visual: visual tokens of a prompt. see: runs the vision tower for one prompt; None without one.
     """
 
-    embeds: torch.Tensor
-    positions: torch.Tensor
+    arguments: dict[str, Any]
     valid: torch.Tensor
     name: str
     visual: int = 0
@@ -39,11 +39,16 @@ class Inputs:
 
     @property
     def batch(self) -> int:
-        return self.embeds.shape[0]
+        return self.valid.shape[0]
 
     @property
     def length(self) -> int:
-        return self.embeds.shape[1]
+        return self.valid.shape[1]
+
+    def next(self) -> dict[str, Any]:
+        """Arguments of a decoding step: one more token, the prompt's last again."""
+        embeds, positions = self.arguments["inputs_embeds"], self.arguments["position_ids"]
+        return {"inputs_embeds": embeds[:, -1:], "position_ids": positions[..., -1:] + 1}
 
 
 @dataclass
@@ -75,7 +80,8 @@ class Subject:
         ids = torch.randint(len(table), (batch, length), generator=seeded, device=self.device)
         positions = torch.arange(length, device=self.device).expand(3, batch, -1)
         valid = torch.ones(batch, length, dtype=torch.bool, device=self.device)
-        return Inputs(table[ids].detach(), positions, valid, "random tokens")
+        arguments = {"inputs_embeds": table[ids].detach(), "position_ids": positions}
+        return Inputs(arguments, valid, "random tokens")
 
     @torch.no_grad()
     def real(self, prompt: Prompt, batch: int, frames: int = FRAMES) -> Inputs:
@@ -89,12 +95,10 @@ class Subject:
         media = [load_media(m, frames) for m in prompt.media]
         encoded: Encoded = policy.encode(prompt, media, self.shape.limit)
         features = policy.look([encoded])
-        embeds, positions, valid = policy.rows([encoded] * batch, features, None, left=True)
+        arguments, valid = policy.rows([encoded] * batch, features, None, left=True)
         visual = sum(len(x) for x in features.values())
         names = [Path(m.source).name for m in prompt.media if isinstance(m.source, (str, Path))]
-        return Inputs(
-            embeds, positions, valid, ", ".join(names), visual, lambda: policy.look([encoded])
-        )
+        return Inputs(arguments, valid, ", ".join(names), visual, lambda: policy.look([encoded]))
 
 
 def load(

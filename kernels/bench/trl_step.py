@@ -1,0 +1,277 @@
+"""RL steps side by side with TRL's GRPOTrainer: the same model, pictures, questions, group size and answer length.
+
+    python kernels/bench/trl_step.py [--hidden 0] [--steps 6] [--rounds 2] [--venv build/trl] [--json]
+
+TRL lives in an environment of its own, made on the first call (`--venv`) with the pins of constraints.txt. The two
+take turns, `--rounds` times, each in a fresh process with the same number of threads; the first step of a process is
+left out. Both train all weights but the frozen tower's in float32 with AdamW, sample at temperature 1, and hold a KL
+to a frozen reference. Ours prunes the prompt and adds its efficiency terms; TRL runs dense. A second table tells where
+our step goes: the model's forward and backward passes, the optimizer, and the rest, which is the loop's overhead.
+
+--hidden 0: the embedded model, whose answers end after a token or two; another number: random weights of that width,
+whose answers run to the last token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+QUESTIONS, GROUP, NEW_TOKENS = 4, 8, 16
+
+
+def install(folder: Path) -> Path:
+    """The Python of an environment with TRL. torchvision comes alone, for transformers' processors."""
+    python = folder / "bin" / "python"
+    if not (folder / "ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        pins = ["-c", str(ROOT / "constraints.txt")]
+        pip = [str(python), "-m", "pip", "install", "-q"]
+        packages = ["torch", "transformers", "accelerate", "datasets", "pillow", "trl"]
+        subprocess.run([*pip, *pins, *packages], check=True)
+        subprocess.run([*pip, "--no-deps", "torchvision"], check=True)
+        (folder / "ready").touch()
+    return python
+
+
+def workload(folder: Path, hidden: int) -> None:
+    """A model folder, pictures, and rows of questions about them."""
+    import numpy as np
+    from PIL import Image
+
+    from zipr1.data import digits
+    from zipr1.models import load_policy
+    from zipr1.recipe import Model, load
+
+    model = Model(path="tiny")
+    if hidden:
+        config = load(ROOT / "recipes" / "tiny_base.yaml").model.config
+        assert config is not None
+        text = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": 8}
+        model = Model(path="scratch", config={**config, "text": {**config["text"], **text}})
+        for part, parts in (("mrope_section", [hidden // 32, 3 * hidden // 64, 3 * hidden // 64]),):
+            model.config["text"]["rope_parameters"] = {  # type: ignore[index]
+                **config["text"]["rope_parameters"], part: parts
+            }  # fmt: skip
+    load_policy(model, "cpu").save(folder / "model")
+    rows = []
+    for i, prompt in enumerate(digits.prompts("train", "digits", 64, 1, seed=0)):
+        Image.fromarray(np.asarray(prompt.media[0].source)).save(folder / f"{i}.png")
+        text = next(p["text"] for p in prompt.messages[-1]["content"] if p["type"] == "text")
+        rows.append({"prompt": text, "images": [f"{i}.png"], "answer": prompt.answer})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def ours(folder: Path, steps: int) -> dict[str, Any]:
+    """Seconds of each step, and of what: `zipr1 train`'s own step on the rows."""
+    import torch
+
+    from zipr1 import data, optim, train
+    from zipr1.models import load_policy
+    from zipr1.pictures import Pictures
+    from zipr1.recipe import Budgets, Data, Model, Optim, Recipe, Sparse, Train
+
+    rows = str(folder / "rows.jsonl")
+    recipe = Recipe(
+        model=Model(path=str(folder / "model")),
+        data=Data(source=rows, heldout=rows),
+        sparse=Sparse(dense_below=0),
+        budgets=Budgets(count=GROUP),
+        optim=Optim(lr=1e-6, schedule="constant"),
+        train=Train(steps=steps, prompts=QUESTIONS, max_new_tokens=NEW_TOKENS),
+    )
+    policy = load_policy(recipe.model, "cpu")
+    prompts = data.load(recipe.data, "train", 0)
+    policy.keep_reference()
+    optimizer = optim.build(policy.trainable(), recipe.optim)
+    pictures = Pictures(policy, recipe)
+    spent = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+    running: list[str] = []
+
+    def timed(name: str, call: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            # What is called inside another is part of it: a recomputed layer is backward's.
+            if running:
+                return call(*args, **kwargs)
+            running.append(name)
+            began = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                spent[name] += time.perf_counter() - began
+                running.pop()
+
+        return wrapper
+
+    for model in (policy.core, policy.twin):
+        for module in (model.get_decoder(), model.lm_head, model.get_input_embeddings()):
+            module.forward = timed("forward", module.forward)
+    policy.core.model.visual.forward = timed("forward", policy.core.model.visual.forward)
+    torch.Tensor.backward = timed("backward", torch.Tensor.backward)  # type: ignore[method-assign]
+    optimizer.step = timed("optimizer", optimizer.step)  # type: ignore[method-assign]
+    state: dict[str, Any] = {"pressure": {}, "right": {}}
+    seconds, split, tokens = [], [], []
+    for step in range(steps):
+        before, began = dict(spent), time.perf_counter()
+        metrics, _ = train.rl_step(policy, recipe, pictures, prompts, optimizer, state, step)
+        seconds.append(time.perf_counter() - began)
+        split.append({k: spent[k] - before[k] for k in spent})
+        tokens.append(metrics["answer_tokens"])
+    return {"seconds": seconds, "split": split, "answer_tokens": tokens}
+
+
+def theirs(folder: Path, steps: int) -> dict[str, Any]:
+    """Seconds of each step of GRPOTrainer on the same rows."""
+    import torch
+
+    # A CPU build of torch lacks two operators that torchvision describes on import.
+    shim = torch.library.Library("torchvision", "DEF")
+    shim.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    shim.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import trl
+    from datasets import Dataset
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    data = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": row["prompt"]}],
+                "images": [Image.open(folder / row["images"][0]).convert("RGB")],
+                "answer": row["answer"],
+            }
+            for row in rows
+        ]
+    )
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
+    for parameter in model.model.visual.parameters():
+        parameter.requires_grad_(False)
+    processor = AutoProcessor.from_pretrained(folder / "model")
+
+    def right(completions: Any, answer: Any, **kwargs: Any) -> list[float]:
+        texts = [c[0]["content"] if isinstance(c, list) else c for c in completions]
+        return [float(t.strip() == a) for t, a in zip(texts, answer, strict=True)]
+
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seconds.append(time.perf_counter() - self.began)
+
+    settings = trl.GRPOConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=QUESTIONS * GROUP,
+        num_generations=GROUP,
+        steps_per_generation=1,
+        max_completion_length=NEW_TOKENS,
+        temperature=1.0,
+        beta=0.04,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        max_steps=steps,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    trainer = trl.GRPOTrainer(
+        model, right, settings, data, processing_class=processor, callbacks=[Clock()]
+    )
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "completions/mean_length" in log]
+    lengths = [log["completions/mean_length"] for log in logs]
+    return {"seconds": seconds, "answer_tokens": lengths, "trl": trl.__version__}
+
+
+def child(python: Path, side: str, folder: Path, steps: int) -> dict[str, Any]:
+    command = [
+        str(python),
+        __file__,
+        "--side",
+        side,
+        "--folder",
+        str(folder),
+        "--steps",
+        str(steps),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    if done.returncode:
+        raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def spread(values: list[float]) -> list[float]:
+    """20 %, 50 % and 80 %."""
+    ordered = sorted(values)
+    return [ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.2, 0.5, 0.8)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--hidden", type=int, default=0, help="0: the embedded model")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--venv", type=Path, default=ROOT / "build" / "trl")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        work = {"zipr1": ours, "trl": theirs}[options.side]
+        print(json.dumps(work(options.folder, options.steps)))
+        return
+    python = install(options.venv)
+    found: dict[str, list[dict[str, Any]]] = {"zipr1": [], "trl": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        workload(folder, options.hidden)
+        for _ in range(options.rounds):
+            found["zipr1"].append(child(Path(sys.executable), "zipr1", folder, options.steps))
+            found["trl"].append(child(python, "trl", folder, options.steps))
+    rows = []
+    print(f"{QUESTIONS} questions x {GROUP} answers a step, at most {NEW_TOKENS} tokens each")
+    print(f"{'':8}{'s/step p20':>12}{'p50':>8}{'p80':>8}{'questions/s':>13}{'tokens':>8}")
+    for side, runs in found.items():
+        seconds = [s for run in runs for s in run["seconds"][1:]]
+        lengths = [n for run in runs for n in run["answer_tokens"]]
+        low, middle, high = spread(seconds)
+        mean = sum(lengths) / max(1, len(lengths))
+        rows.append({"side": side, "steps": len(seconds), "s_p20": low, "s_p50": middle, "s_p80": high,
+                     "questions_per_s": QUESTIONS / middle, "answer_tokens": mean})  # fmt: skip
+        print(
+            f"{side:8}{low:>12.3f}{middle:>8.3f}{high:>8.3f}{QUESTIONS / middle:>13.2f}{mean:>8.1f}"
+        )
+    ratio = rows[1]["s_p50"] / rows[0]["s_p50"]
+    print(f"zipr1 makes {ratio:.2f} times as many questions a second")
+    total = sum(s for run in found["zipr1"] for s in run["seconds"][1:])
+    shares = {
+        name: sum(part[name] for run in found["zipr1"] for part in run["split"][1:]) / total
+        for name in ("forward", "backward", "optimizer")
+    }
+    shares["rest"] = 1 - sum(shares.values())
+    print("our step: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    if options.json:
+        print(json.dumps({"hidden": options.hidden, "rows": rows, "ratio": ratio, "split": shares}))
+
+
+if __name__ == "__main__":
+    main()

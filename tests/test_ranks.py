@@ -1,0 +1,206 @@
+"""Two processes on gloo against one: the same questions, the same groups, the same gradients to rounding."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tinymodels
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from zipr1 import ranks, train
+from zipr1.recipe import load
+
+RED = {"messages": [{"role": "user", "content": "what color is the two?"}], "answer": "red"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tinymodels.make().save(folder)
+    return folder
+
+
+def write(path: Path, base: Path, **sections: dict[str, Any]) -> Path:
+    values: dict[str, Any] = {
+        "model": {"path": str(base)},
+        "data": {"prompts": 16, "heldout_prompts": 3},
+        "sparse": {"probes": {"recent": 3, "random": 6}, "dense_below": 0},
+        "budgets": {"low": 0.6, "high": 0.9, "count": 3},
+        "optim": {"lr": 1e-3},
+        "ppo": {"minibatches": 2, "kl": 1.0},
+        "efficiency": {"target": 0.5, "method": "cut+pathwise"},
+        # Three questions for two ranks, and passes of two rows: the ranks have different numbers of them.
+        "train": {"steps": 2, "prompts": 3, "max_new_tokens": 4, "micro_batch": 2},
+    }
+    for name, changes in sections.items():
+        values[name] = {**values.get(name, {}), **changes}
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def torchrun(*arguments: str, program: str | None = None, wait: int = 150):
+    """Two processes; program: run in each of them before zipr1."""
+    main = program or "from zipr1.cli import main; main()"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = Path(arguments[0]).parent / "main.py"
+    script.write_text(main)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*command, str(script), "train", *arguments, "--device", "cpu"],
+        env=environment, capture_output=True, text=True, timeout=wait,
+    )  # fmt: skip
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("seconds", None)
+    return rows
+
+
+def numbers(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        return [n for key in sorted(value) for n in numbers(value[key])]
+    if isinstance(value, list):
+        return [n for one in value for n in numbers(one)]
+    return [float(value)] if value is not None else []
+
+
+def weights(folder: Path):
+    return load_file(next((folder / "last").resolve().glob("model/**/*.safetensors")))
+
+
+def same(one: Path, two: Path) -> None:
+    """Metrics, rollouts and weights of two runs agree to rounding."""
+    assert len(lines(one)) == len(lines(two)) > 0
+    for a, b in zip(lines(one), lines(two), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert numbers(b[key]) == pytest.approx(numbers(a[key]), rel=1e-3, abs=1e-6), key
+    if (one / "rollouts.jsonl").exists():
+        texts = [
+            [json.loads(x)["texts"] for x in (d / "rollouts.jsonl").open()] for d in (one, two)
+        ]
+        assert texts[0] == texts[1]
+    a, b = weights(one), weights(two)
+    assert a.keys() == b.keys()
+    assert max(float((a[k] - b[k]).abs().max()) for k in a) < 2e-5
+    left, right = (json.loads((d / "summary.json").read_text()) for d in (one, two))
+    for moment in ("before", "after"):
+        assert numbers(left[moment]) == pytest.approx(numbers(right[moment]), abs=1e-3)
+
+
+def alone(recipe: Path, output: Path) -> None:
+    train.run(load(recipe), output, "auto", "cpu", ["zipr1"], Console(quiet=True))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_are_one(tmp_path, model, kind):
+    recipe = write(tmp_path / "r.yaml", model, train={"parallel": kind})
+    alone(recipe, tmp_path / "one")
+    done = torchrun(str(recipe), "--output", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    same(tmp_path / "one", tmp_path / "two")
+    # The first rank alone speaks and writes.
+    assert done.stdout.count("everything is in") == 1
+    # A finished run goes on, with whole tensors from the checkpoint, and finds nothing to do.
+    again = torchrun(str(recipe), "--output", str(tmp_path / "two"))
+    assert again.returncode == 0, again.stderr[-3000:]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_ranks_with_text_pictures_and_clips_wait_for_nobody(tmp_path, model, kind):
+    """One rank has text alone, the other an image or a clip, and the tower is trained."""
+    from PIL import Image
+
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "a.png")
+    shown = {
+        "messages": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which?"}]}
+        ],
+        "images": ["a.png"],
+        "answer": "red",
+    }
+    rows = [RED, shown, RED, RED]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = write(
+        tmp_path / "r.yaml",
+        model,
+        model={"train_vision": True, "gradient_checkpointing": True},
+        data={"source": str(tmp_path / "rows.jsonl"), "heldout": str(tmp_path / "rows.jsonl")},
+        train={"parallel": kind, "prompts": 4, "steps": 1},
+    )
+    alone(recipe, tmp_path / "one")
+    done = torchrun(str(recipe), "--output", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    same(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_rank_that_stops_early_does_not_hold_up_the_other(tmp_path, model):
+    """FSDP2: one rank's answers end after a token, the other's go on to the last."""
+    program = """
+import os, torch
+from zipr1.models import policy
+choose = policy.choose
+if os.environ["RANK"] == "0":
+    policy.choose = lambda logprobs, u: torch.full((len(logprobs),), END)
+else:
+    policy.choose = lambda logprobs, u: torch.full((len(logprobs),), 40)
+from zipr1.cli import main; main()
+"""
+    end = tinymodels.shared().processor.end_id
+    recipe = write(tmp_path / "r.yaml", model, train={"parallel": "fsdp", "max_new_tokens": 12})
+    done = torchrun(
+        str(recipe), "--output", str(tmp_path / "two"), program=program.replace("END", str(end))
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Questions 0 and 2 were the first rank's: one token each; question 1 has all twelve.
+    assert lines(tmp_path / "two")[0]["answer_tokens"] == pytest.approx((1 + 12 + 1) / 3)
+
+
+def test_a_dead_rank_ends_the_run_and_is_named(tmp_path, model):
+    program = """
+import os, signal
+from zipr1 import optim
+step = optim.clipped_step
+def dies(*arguments):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*arguments)
+import zipr1.update
+zipr1.update.clipped_step = dies
+from zipr1.cli import main; main()
+"""
+    recipe = write(tmp_path / "r.yaml", model)
+    done = torchrun(str(recipe), "--output", str(tmp_path / "two"), program=program)
+    assert done.returncode != 0
+    report = done.stderr[done.stderr.index("Root Cause") :]
+    assert "rank      : 1" in report and "SIGKILL" in report
+    assert not (tmp_path / "two" / "summary.json").exists()
+
+
+def test_what_one_rank_refuses_all_refuse_with_its_number(tmp_path, model):
+    recipe = write(tmp_path / "r.yaml", model)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "cat.jpg").touch()
+    done = torchrun(str(recipe), "--output", str(tmp_path / "full"))
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if "error: rank" in line]
+    assert said and all("not empty and holds no run" in line for line in said)
+
+
+def test_alone_nothing_is_asked_of_anybody(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert ranks.gather(3) == [3] and ranks.deal(5) == [0, 1, 2, 3, 4]
+    assert ranks.first(lambda: 7) == 7 and ranks.device("cuda") == "cuda"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    assert ranks.deal(5) == [1, 4] and not ranks.is_first()

@@ -1,0 +1,175 @@
+"""Model families: where each has its tower, how its pictures become features, how its tokens get their places.
+
+All that is particular to a family is a row of FAMILIES. Families with `tile` look at one square tile a picture, where
+their own processors cut large pictures into several; clips are Qwen2-VL's and Qwen2.5-VL's alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zipr1.errors import InputError
+from zipr1.models.processors import Visual
+
+Look = Callable[[Any, str, Sequence[Visual], torch.device], list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """look: (model, kind, visuals of that kind, device) -> features `(tokens, hidden)` of each, or, with deepstack,
+    `(tokens, hidden * (1 + depth))`: what the first decoder layers are given besides. Model: `core.model`.
+
+    tower: attributes of `core.model` that see. around: text before and after a picture's placeholders.
+    mrope: positions are `(3, l)` by the model's `get_rope_index`, else 0, 1, ... clips: videos are handled.
+    tile: config -> pixels on a side of the one tile, tokens on a side, and how many tokens come besides.
+    pixels, processor: transformers' classes that read preprocessor_config.json and processor_config.json.
+    """
+
+    look: Look
+    tower: tuple[str, ...]
+    pixels: str
+    processor: str
+    around: tuple[str, str] = ("", "")
+    mrope: bool = True
+    clips: bool = True
+    tile: Callable[[Any], tuple[int, int, int]] | None = None
+
+
+def _qwen(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> Any:
+    run = model.get_image_features if kind == "image" else model.get_video_features
+    patches = torch.cat([v.patches for v in visuals]).to(device)
+    return run(patches, torch.tensor([v.grid for v in visuals], device=device))
+
+
+def _qwen2(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> list[Any]:
+    out = _qwen(model, kind, visuals, device)
+    return list(out.pooler_output if hasattr(out, "pooler_output") else out)
+
+
+def _qwen3(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> list[Any]:
+    out = _qwen(model, kind, visuals, device)
+    return [torch.cat(parts, -1) for parts in zip(out.pooler_output, *out.deepstack_features)]
+
+
+def _tiles(visuals: Sequence[Visual], device: torch.device) -> torch.Tensor:
+    return torch.cat([v.patches for v in visuals]).to(device)
+
+
+def _internvl(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> list[Any]:
+    return list(model.get_image_features(pixel_values=_tiles(visuals, device)).pooler_output)
+
+
+def _llava(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> list[Any]:
+    pixels = _tiles(visuals, device)
+    sizes = torch.tensor([pixels.shape[-2:]] * len(visuals), device=device)
+    # Pictures of a sample that has several are one tile each; a sample's only one would be cut up.
+    several = torch.tensor([max(2, len(visuals))])
+    out = model.get_image_features(pixels, image_sizes=sizes, batch_num_images=several)
+    return list(out.pooler_output)
+
+
+def _smolvlm(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> list[Any]:
+    out = model.get_image_features(pixel_values=_tiles(visuals, device)[:, None])
+    return list(out.pooler_output)
+
+
+def _side(size: Any) -> int:
+    return int(size if isinstance(size, int) else size[0])
+
+
+def _square(config: Any, shrink: float, besides: int = 0) -> tuple[int, int, int]:
+    vision = config.vision_config
+    side = _side(vision.image_size)
+    return side, round(side // _side(vision.patch_size) * shrink), besides
+
+
+QWEN = "Qwen2VLImageProcessor"
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": Family(_qwen2, ("visual",), QWEN, "Qwen2VLProcessor"),
+    "qwen2_5_vl": Family(_qwen2, ("visual",), QWEN, "Qwen2_5_VLProcessor"),
+    "qwen3_vl": Family(_qwen3, ("visual",), QWEN, "Qwen3VLProcessor", clips=False),
+    "internvl": Family(
+        _internvl,
+        ("vision_tower", "multi_modal_projector"),
+        "GotOcr2ImageProcessor",
+        "InternVLProcessor",
+        around=("<img>", "</img>"),
+        mrope=False,
+        clips=False,
+        tile=lambda config: _square(config, config.downsample_ratio),
+    ),
+    "llava_onevision": Family(
+        _llava,
+        ("vision_tower", "multi_modal_projector"),
+        "LlavaOnevisionImageProcessor",
+        "LlavaOnevisionProcessor",
+        mrope=False,
+        clips=False,
+        tile=lambda config: _square(config, 1, 1),
+    ),
+    "smolvlm": Family(
+        _smolvlm,
+        ("vision_model", "connector"),
+        "SmolVLMImageProcessor",
+        "SmolVLMProcessor",
+        around=("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
+        mrope=False,
+        clips=False,
+        tile=lambda config: _square(config, 1 / config.scale_factor),
+    ),
+}
+
+# Families that are asked for and cannot work, and why.
+CANNOT = {
+    "mllama": "its decoder sees pictures by cross-attention, not as tokens that could be dropped",
+    "paligemma": "its prompt attends in both directions, and kept tokens are causal here",
+    "gemma3": "its pictures attend in both directions and its layers through sliding windows",
+    "gemma4": "its pictures attend in both directions and its layers through sliding windows",
+    "kosmos-2": "its decoder has no layers with the projections that sparsity hooks into",
+    "qwen3_vl_moe": "its expert layers have not been tried with dropped tokens",
+    "blip-2": "its pictures are a few query tokens, with nothing to drop",
+}
+
+
+def find(model_type: str, path: str) -> Family:
+    """The row of a family. Raises InputError with the reason for one that cannot work or is not known."""
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    reason = CANNOT.get(model_type)
+    why = f"cannot be sparse here: {reason}" if reason else "is not a family that was tried"
+    raise InputError(
+        f"model.path: {path} is a {model_type}, which {why}; this version handles {', '.join(FAMILIES)}"
+    )
+
+
+def towers(model: Any) -> list[torch.nn.Module]:
+    """The modules of a model that see."""
+    return [getattr(model.model, name) for name in FAMILIES[model.config.model_type].tower]
+
+
+def deepstack(
+    features: torch.Tensor, hidden: int, visual: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Features `(n, hidden * (1 + depth))` -> those of the embeddings, and the decoder's other arguments.
+
+    visual: `(B, L)` bool, where the n tokens are.
+    """
+    parts = features.split(hidden, -1)
+    if len(parts) == 1:
+        return features, {}
+    return parts[0], {"visual_pos_masks": visual, "deepstack_visual_embeds": list(parts[1:])}
+
+
+def merge_of(vision: Any, config: Any) -> tuple[int, int, int]:
+    """patch, merge and temporal patch of a vision config: pixels, patches a side of a token, frames of a token."""
+    family = FAMILIES[config.model_type]
+    if family.tile is None:
+        return vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    side, tokens, _ = family.tile(config)
+    patch = _side(vision.patch_size)
+    return patch, math.ceil(side / patch / tokens), 1
