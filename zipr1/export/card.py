@@ -175,6 +175,7 @@ def _training(source: Source) -> str:
     lines = [
         f"* Base: {_base(source)}"
         + (f", revision {recipe.model.revision}" if recipe.model.revision else ""),
+        f"* Licence of the base: {source.licence() or 'not found beside its weights'}",
         f"* Data: {data}",
         f"* {'Reinforcement learning' if recipe.train.stage == 'rl' else 'Supervised training'}: step {source.step} "
         f"of {recipe.train.steps}, {recipe.train.prompts} questions a step"
