@@ -202,7 +202,7 @@ def _limits(source: Source) -> str:
         "* Sparsity is of the prompt. A pruned cache cannot be un-pruned: for several turns about one picture use "
         '`kv="retain"`, or send the conversation again.',
         "* Whatever does not know zipr1 runs it dense and saves nothing. The run did not measure the model's own dense "
-        "answers: the dense column is the untouched base.",
+        "answers (the dense column is the untouched base); trained to answer sparse, it may answer worse dense.",
     ]
     for task, block in (source.summary.get("by_task") or {}).items():
         lost = -(block.get("difference") or 0.0)
