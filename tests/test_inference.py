@@ -134,8 +134,14 @@ def test_budget_one_is_bit_for_bit_the_stock_model(plain):
     inputs = encode(processor, runs.questions())
     wanted = plain(**inputs).logits
     assert torch.equal(model(**inputs).logits, wanted)
-    with zipr1.sparse(plain, budget=1.0):
-        assert torch.equal(plain(**inputs).logits, wanted)
+    for way in ("sdpa", "eager"):
+        plain.set_attn_implementation(way)
+        own = plain(**inputs).logits
+        with zipr1.sparse(plain, budget=1.0):
+            assert torch.equal(plain(**inputs).logits, own)
+        with zipr1.sparse(plain, budget=0.7, **FREE):
+            assert not torch.equal(plain(**inputs).logits, own)
+        assert plain.config.text_config._attn_implementation == way
 
 
 @torch.no_grad()
