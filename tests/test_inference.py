@@ -90,6 +90,26 @@ def test_a_loaded_run_answers_as_its_evaluation_does(run, exported):
         assert f"{share:.1%} kept" in str(stats) and "5 prompts" in str(stats)
 
 
+@pytest.mark.parametrize("family", tinymodels.FAMILIES)
+def test_both_families_answer_as_the_policy(family, tmp_path):
+    policy = tinymodels.make(family)
+    policy.save(tmp_path)
+    model, processor = zipr1.load(tmp_path, 0.7, device="cpu", **FREE)
+    prompts = [tinymodels.prompt(0, "image"), tinymodels.prompt(1, "video", 3)]
+    encoded = tinymodels.encode(policy, prompts)
+    settings = model._zipr1.settings
+    wanted = policy.generate(encoded, policy.look(encoded), Request(settings), 6)
+    chats = [runs.chat(p) for p in prompts]
+    chats[1][0]["content"][0]["fps"] = prompts[1].media[0].fps
+    inputs = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True)
+    assert ("second_per_grid_ts" in inputs) == (family == "qwen2_5_vl")
+    out = model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+    for b, tokens in enumerate(wanted.tokens):
+        assert out[b, : len(tokens)].tolist() == tokens.tolist()
+    assert zipr1.stats(model).kept.tolist() == wanted.counts.tolist()
+    assert zipr1.stats(model).token_ratio < 1
+
+
 def test_budgets_by_load_and_by_block(run, exported):
     prompts = tinyruns.questions()
     model, processor = zipr1.load(exported, 0.6, device="cpu")
@@ -114,8 +134,14 @@ def test_budget_one_is_bit_for_bit_the_stock_model(plain):
     inputs = encode(processor, tinyruns.questions())
     wanted = plain(**inputs).logits
     assert torch.equal(model(**inputs).logits, wanted)
-    with zipr1.sparse(plain, budget=1.0):
-        assert torch.equal(plain(**inputs).logits, wanted)
+    for way in ("sdpa", "eager"):
+        plain.set_attn_implementation(way)
+        own = plain(**inputs).logits
+        with zipr1.sparse(plain, budget=1.0):
+            assert torch.equal(plain(**inputs).logits, own)
+        with zipr1.sparse(plain, budget=0.7, **FREE):
+            assert not torch.equal(plain(**inputs).logits, own)
+        assert plain.config.text_config._attn_implementation == way
 
 
 @torch.no_grad()

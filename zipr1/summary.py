@@ -115,6 +115,8 @@ def finish(
         pictures(policy, recipe, prompts, results, folder.root)
         console.print(summary_table(summary))
     console.print(f"everything is in {folder.root}", soft_wrap=True, highlight=False)
+    made = f"a plain Hugging Face folder of it: zipr1 export {folder.root} --to DIR"
+    console.print(made, soft_wrap=True, highlight=False)
     return summary
 
 

@@ -175,6 +175,7 @@ def _training(source: Source) -> str:
     lines = [
         f"* Base: {_base(source)}"
         + (f", revision {recipe.model.revision}" if recipe.model.revision else ""),
+        f"* Licence of the base: {source.licence() or 'not found beside its weights'}",
         f"* Data: {data}",
         f"* {'Reinforcement learning' if recipe.train.stage == 'rl' else 'Supervised training'}: step {source.step} "
         f"of {recipe.train.steps}, {recipe.train.prompts} questions a step"
@@ -201,7 +202,7 @@ def _limits(source: Source) -> str:
         "* Sparsity is of the prompt. A pruned cache cannot be un-pruned: for several turns about one picture use "
         '`kv="retain"`, or send the conversation again.',
         "* Whatever does not know zipr1 runs it dense and saves nothing. The run did not measure the model's own dense "
-        "answers: the dense column is the untouched base.",
+        "answers (the dense column is the untouched base); trained to answer sparse, it may answer worse dense.",
     ]
     for task, block in (source.summary.get("by_task") or {}).items():
         lost = -(block.get("difference") or 0.0)

@@ -65,7 +65,6 @@ class Live:
         self.model = model
         self.decoder = model.get_decoder()
         self.settings: Sparse | None = None
-        self.plain = model.config.get_text_config()._attn_implementation
         self.lock = threading.Lock()
         self.owner: int | None = None
         self.last = threading.local()
@@ -77,9 +76,10 @@ class Live:
         self.settings = settings
         if settings is None:
             return
-        if self.plain != ATTENTION:
+        plain = self.model.config.get_text_config()._attn_implementation
+        if settings.p < 1 and plain != ATTENTION:
             self.model.set_attn_implementation({"text_config": ATTENTION})
-            self.undo.callback(self.model.set_attn_implementation, {"text_config": self.plain})
+            self.undo.callback(self.model.set_attn_implementation, {"text_config": plain})
         self._hook(self.decoder.register_forward_pre_hook(self._enter))
         if settings.kv == "retain" and settings.p < 1:
             self.undo.enter_context(retained_attention(self.model, settings))
