@@ -38,7 +38,10 @@ class Lora(Section):
 
 
 class Model(Section):
-    """path: `tiny`, a run directory, a model folder, a hub id; `scratch` builds `config` with random weights."""
+    """path: `tiny`, a run directory, a model folder, a hub id; `scratch` builds `config` with random weights.
+
+    min_pixels, max_pixels: bounds of a picture after resizing; max_frame_pixels: of a clip's frame (None: max_pixels).
+    """
 
     path: str = "tiny"
     revision: str | None = None
@@ -50,11 +53,18 @@ class Model(Section):
     config: dict[str, Any] | None = None
     min_pixels: Positive | None = None
     max_pixels: Positive | None = None
+    max_frame_pixels: Positive | None = None
 
 
 class Data(Section):
-    """source: `digits` (embedded) or a .jsonl / .json / .parquet file; heldout: the same for held-out questions.
+    """source: `digits` (embedded), a .jsonl / .json / .parquet file, a folder, or a dataset of the hub (`owner/name`);
+    the last two with `:split` at the end where it is not `train`. heldout: the same for held-out questions.
 
+    subset: the configuration of a hub dataset. columns: our names for a dataset's, `{answer: label}` (see data/formats).
+    streaming: rows are read as they arrive, the first `prompts` of them; nothing else is downloaded.
+    instruction: added to the end of each question. media_root: where relative paths of media start (None: at the file).
+    check: `decode` opens every picture and clip before the run, `exists` only looks whether the files are there.
+    workers: threads that read media, ahead of the step that needs them.
     mix: shares of the embedded tasks among training prompts. prompts: how many training prompts are made.
     emphasis: within its task, a kind of question is drawn 1 + emphasis * g times as often, g the running share of
         answers that it loses at `sparse.p` against the dense reference (0: all alike). It needs a target or a
@@ -68,7 +78,13 @@ class Data(Section):
     prompts: Positive = 2048
     emphasis: Rate = 0.0
     heldout_prompts: Positive = 500
+    subset: str | None = None
+    columns: dict[str, str] = {}
+    streaming: bool = False
+    instruction: str | None = None
     media_root: str | None = None
+    check: Literal["decode", "exists"] = "decode"
+    workers: Positive = 4
     on_bad_row: Literal["error", "skip"] = "error"
     max_frames: Positive = 16
     fps: Annotated[float, Field(gt=0)] | None = None
@@ -134,9 +150,11 @@ class Budgets(Section):
 
 
 class Rewards(Section):
-    """Weights of the reward's parts; `correct` names the check of the answer (see zipr1/rewards)."""
+    """Weights of the reward's parts. correct: the check of the answer where its row names none: a name in
+    `zipr1.rewards.REWARDS` or `path.py:function`. tolerance: relative, of the check `number`."""
 
     correct: str = "exact"
+    tolerance: Rate = 1e-6
     weight: Rate = 1.0
     reduction: Rate = 1.0
 
