@@ -33,11 +33,14 @@ class Media:
     source: a path; an encoded picture, as bytes or where it is stored; or pixels already in memory: uint8, `(H, W, 3)`
         for an image, `(F, H, W, 3)` for a video.
     fps: frames per second of `source` frames that are in memory; None for images and for files (read there).
+    size: frames, height and width of what the file holds and its frames per second (1 and 0.0 for an image), if it was
+        looked at.
     """
 
     kind: Literal["image", "video"]
     source: str | Path | bytes | Stored | np.ndarray
     fps: float | None = None
+    size: tuple[int, int, int, float] | None = field(default=None, compare=False)
 
     @cached_property
     def key(self) -> str:
