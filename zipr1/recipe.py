@@ -60,7 +60,7 @@ class Data(Section):
     """source: `digits` (embedded), a .jsonl / .json / .parquet file, a folder, or a dataset of the hub (`owner/name`);
     the last two with `:split` at the end where it is not `train`. heldout: the same for held-out questions.
 
-    subset: the configuration of a hub dataset. columns: our names for a dataset's, `{answer: label}` (see data/formats).
+    subset: the configuration of a hub dataset. columns: our names for a dataset's, `{answer: label}` (data/formats.py).
     streaming: rows are read as they arrive, the first `prompts` of them; nothing else is downloaded.
     instruction: added to the end of each question. media_root: where relative paths of media start (None: at the file).
     check: `decode` opens every picture and clip before the run, `exists` only looks whether the files are there.
@@ -213,12 +213,14 @@ class Train(Section):
     """stage: `rl`, or `supervised` (cross-entropy on the answers). prompts: questions in a step.
 
     micro_batch: most rows in one forward pass. save_every: steps between checkpoints (0: only at the end).
+    parallel: what several ranks do: `ddp` replicates the model, `fsdp` shards weights, gradients and optimizer.
     """
 
     stage: Literal["rl", "supervised"] = "rl"
     steps: Positive = 300
     prompts: Positive = 8
     micro_batch: Positive = 64
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     temperature: Annotated[float, Field(gt=0)] = 1.0
     max_new_tokens: Positive = 16
     save_every: Count = 100

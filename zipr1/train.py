@@ -23,7 +23,7 @@ from zipr1.machine import describe
 from zipr1.metrics import rollout_lines, step_metrics
 from zipr1.models import Policy, load_policy
 from zipr1.optim import Optimizers
-from zipr1.pictures import Pictures
+from zipr1.pictures import Pictures, effective
 from zipr1.pressure import draw_weights, press
 from zipr1.recipe import Recipe
 from zipr1.report import Progress
@@ -50,14 +50,16 @@ def run(
     prompts = data.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
     questions = data.load(recipe.data, "heldout", recipe.seed)
     pictures = Pictures(policy, recipe)
+    prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     if recipe.data.on_bad_row == "skip":
         questions, _ = pictures.usable(questions)
     _, first = pictures.usable(prompts[: FIRST if recipe.sparse.dense_below else 1])
     check_lengths(recipe, [len(encoded) for encoded in first])
-    folder = RunDir.open(
-        recipe, output, resume, info=describe(command, str(policy.device), recipe.seed)
-    )
-    console.print(f"run: {folder.root}", soft_wrap=True, highlight=False)
+    hashes = {"train": data.identity(prompts), "heldout": data.identity(questions)}
+    info = {**describe(command, str(policy.device), recipe.seed), "data": hashes}
+    folder = RunDir.open(recipe, output, resume, info=info)
+    for line in [f"run: {folder.root}", *effective(first, policy)]:
+        console.print(line, soft_wrap=True, highlight=False)
     if recipe.train.stage == "rl":
         policy.keep_reference()
     named = policy.trainable()
@@ -119,6 +121,7 @@ def rl_step(
     weights = draw_weights(recipe.data.emphasis, state["pressure"])
     drawn = data.draw(prompts, recipe.seed, step, recipe.train.prompts, weights)
     asked, encoded = pictures.usable(drawn)
+    clock.append(time.monotonic())
     seen = pictures.look(encoded)
     clock.append(time.monotonic())
     # 2. roll out every question at every budget
@@ -134,12 +137,14 @@ def rl_step(
         policy.layers,
         step / recipe.train.steps,
     )
-    # 4. rewards, advantages, and the clipped update
+    # 4. rewards, advantages, and the clipped update, while threads decode the next step's media
+    weights = draw_weights(recipe.data.emphasis, state["pressure"])
+    pictures.ahead(data.draw(prompts, recipe.seed, step + 1, recipe.train.prompts, weights))
     order = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     parts = update(policy, recipe, batch, optimizer, pressure, order)
     clock.append(time.monotonic())
     metrics = step_metrics(recipe, batch, parts) | pressure.metrics()
-    names = ("vision", "rollout", "update")
+    names = ("data", "vision", "rollout", "update")
     metrics["seconds"] = dict(zip(names, np.diff(clock).tolist(), strict=True))
     return metrics, batch
 

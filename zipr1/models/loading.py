@@ -10,11 +10,13 @@ import importlib.resources
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from zipr1_kernels import unusable
@@ -61,6 +63,20 @@ def resolve(path: str) -> str:
             f"model.path: {path} does not exist; give a model folder, a run, a hub id or 'tiny'"
         )
     return path
+
+
+def is_here(path: str, revision: str | None = None) -> bool:
+    """Whether a model loads without a network: a folder, a run, `tiny`, or a hub id whose weights were downloaded.
+
+    Raises InputError for a path that looks local and does not exist.
+    """
+    place = resolve(path)
+    if Path(place).is_dir():
+        return True
+    return any(
+        isinstance(try_to_load_from_cache(place, name, revision=revision), str)
+        for name in ("model.safetensors", "model.safetensors.index.json")
+    )
 
 
 def choose_device(device: str | None) -> torch.device:
@@ -119,6 +135,7 @@ def load_parts(
     vision = model.config.vision_config
     given = (settings.config or {}).get("pixels")
     pixels = PixelSettings.read(folder, vision, settings.min_pixels, settings.max_pixels, given)
+    pixels = replace(pixels, max_frame_pixels=settings.max_frame_pixels)
     processor = Processor(
         tokenizer, pixels, model.config.image_token_id, model.config.video_token_id
     )

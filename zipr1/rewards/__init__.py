@@ -70,7 +70,7 @@ def _own(name: str, where: str) -> Reward:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - whatever a user's file raises is told in one line
+    except Exception as error:
         raise InputError(
             f"{where} '{name}': {path} does not load ({type(error).__name__}: {error}); mend it"
         ) from error
@@ -84,7 +84,7 @@ def _own(name: str, where: str) -> Reward:
     def reward(said: str, wanted: str) -> float:
         try:
             value = check(said, wanted)
-        except Exception as error:  # noqa: BLE001 - see above
+        except Exception as error:
             raise InputError(
                 f"{where} '{name}': failed on {said!r:.60} ({type(error).__name__}: {error}); mend it"
             ) from error
