@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from zipr1.errors import InputError
 from zipr1.rewards import REWARDS, find
@@ -79,6 +81,8 @@ CASES = {
         ("<think>8</think>", "8"): 0,
         (r"12\%", "0.12"): 1,
         ("1e400", "1"): 0,
+        (".5", "0.5"): 1,
+        ("2e5 or e7", "7"): 1,  # e7 has no mantissa: it is a letter and a 7
     },
     "relaxed": {  # 5 % of the right value, ends included
         ("105", "100"): 1,
@@ -158,6 +162,19 @@ def test_every_reward_has_cases():
 )
 def test_reward(name, said, wanted, value):
     assert find(name)(said, wanted) == value
+
+
+@settings(max_examples=200)
+@given(
+    said=st.one_of(
+        st.text(max_size=40), st.text(r"0123456789-+.,eE%/\{}fracboxed<answer>thik$ ", max_size=40)
+    ),
+    wanted=st.one_of(st.text(max_size=20), st.floats(allow_nan=False).map(str)),
+)
+def test_whatever_is_said_is_worth_something_from_0_to_1(said, wanted):
+    for name, reward in REWARDS.items():
+        assert 0 <= reward(said, wanted) <= 1, name
+        assert 0 <= reward(wanted, said) <= 1, name
 
 
 def test_unknown_reward():

@@ -20,9 +20,9 @@ KEPT_HIDDEN, KEPT_MLP = 24, 3
 LOGITS, COPIES = 2**24, 6
 # Bytes of vision features that are remembered (zipr1/pictures.py).
 REMEMBERED = 2**28
-# A rented A100: operations a second in bfloat16 and in float32, bytes a second; and the share of them that reinforcement
-# learning on one reaches: EasyR1 reports 16 % of an H100 for Qwen2.5-VL-7B (assets/baselines.md).
-RATES = {2: 312e12, 4: 19.5e12}
+# An A100: operations a second in bfloat16 and in float32 by TF32, bytes a second; and the share of them that
+# reinforcement learning reaches: EasyR1 reports 16 % of an H100 for Qwen2.5-VL-7B (assets/baselines.md).
+RATES = {2: 312e12, 4: 156e12}
 BANDWIDTH, REACHED = 2.0e12, 0.16
 
 

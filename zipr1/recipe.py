@@ -58,7 +58,8 @@ class Model(Section):
 
 class Data(Section):
     """source: `digits` (embedded), a .jsonl / .json / .parquet file, a folder, or a dataset of the hub (`owner/name`);
-    the last two with `:split` at the end where it is not `train`. heldout: the same for held-out questions.
+    the last two with `:split` at the end where it is not `train`; `SOURCE:[a:b]` takes a part of the rows. heldout: the
+    same for held-out questions.
 
     subset: the configuration of a hub dataset. columns: our names for a dataset's, `{answer: label}` (data/formats.py).
     streaming: rows are read as they arrive, the first `prompts` of them; nothing else is downloaded.
@@ -120,7 +121,8 @@ class Sparse(Section):
 class Budgets(Section):
     """Thresholds of the rollouts of one question: `count` values over [low, high].
 
-    sampling: `stratified` jitters one value in each of `count` equal cells, `independent` draws each uniformly.
+    sampling: `stratified` jitters one value in each of `count` equal cells, `independent` draws each uniformly, `grid`
+        takes the cells' centres (of [0.9375, 0.9775] in 8 cells: 0.940, 0.945, ... 0.975, those of the paper).
     low_end: where `low` has moved to, linearly, after half of the steps (None: it stays). A wide range starts diffuse
         layers moving, a narrow one below the inference p finishes the job.
     per: `layer` draws for each decoder layer, `rollout` shares one value among the layers.
@@ -131,7 +133,7 @@ class Budgets(Section):
     low_end: Share | None = None
     count: Positive = 8
     per: Literal["layer", "rollout"] = "layer"
-    sampling: Literal["stratified", "independent"] = "stratified"
+    sampling: Literal["stratified", "independent", "grid"] = "stratified"
 
     @model_validator(mode="after")
     def _ordered(self) -> Budgets:

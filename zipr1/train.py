@@ -45,6 +45,8 @@ def run(
 ) -> dict[str, Any]:
     """Train as the recipe says and return what summary.json holds. Raises ZipError; nothing half-written stays."""
     check(recipe)
+    # Products of float32 numbers on a GPU: eight times the speed for ten bits of mantissa. A CPU is not concerned.
+    torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(recipe.seed)
     policy = load_policy(recipe.model, device, recipe.seed)
     prompts = data.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []

@@ -235,6 +235,16 @@ def test_a_folder_holds_splits(folder, tmp_path):
     assert [p.id for p in load(first, "train", 0)] == ["one"]
 
 
+def test_a_source_can_be_cut_in_two(folder):
+    read(folder, *({**KNOWN["EasyR1"][0], "id": i} for i in range(5)))
+    source = str(folder / "rows.jsonl")
+    data = Data(source=f"{source}:[:-2]", heldout=f"{source}:[-2:]")
+    assert sorted(p.id for p in load(data, "train", 0)) == ["0", "1", "2"]
+    heldout = load(data, "heldout", 0)
+    assert sorted(p.id for p in heldout) == ["3", "4"]
+    assert {p.row for p in heldout} == {"rows.jsonl: row 4", "rows.jsonl: row 5"}
+
+
 def test_the_hash_follows_what_the_rows_say(folder, tmp_path):
     row = KNOWN["EasyR1"][0]
     same, again = (identity(read(folder, row)) for _ in range(2))

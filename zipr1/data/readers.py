@@ -7,6 +7,7 @@ bad file. .jsonl and .json need no library, .parquet needs pyarrow, the hub and 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +18,9 @@ from zipr1.errors import InputError, Missing
 from zipr1.recipe import Data
 
 Rows = Iterator[tuple[int, Callable[[], Any]]]
+
+
+_PART = re.compile(r"(.+):\[(-?\d*):(-?\d*)\]")
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,14 @@ class Cell:
 
 
 def read(source: str, data: Data) -> tuple[str, Path, Rows]:
-    """A name for messages, where relative media paths start, and the rows. Raises Missing if nothing is there."""
+    """A name for messages, where relative media paths start, and the rows. Raises Missing if nothing is there.
+
+    `SOURCE:[a:b]` takes a part of the rows, as Python slices a list: `[:-500]` to train on, `[-500:]` to hold out.
+    """
+    if match := _PART.fullmatch(source):
+        ends = [int(end) if end else None for end in match.groups()[1:]]
+        name, folder, rows = read(match[1], data)
+        return name, folder, iter(list(rows)[slice(*ends)])
     path, split = _place(source)
     if path.suffix.lower() in READERS and not path.is_dir():
         if not path.is_file():

@@ -8,7 +8,9 @@ import re
 from zipr1.rewards.exact import exact
 from zipr1.rewards.final import final
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?%?")
+_NUMBER = re.compile(
+    r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?%?"
+)
 _FRACTION = re.compile(r"\\[dt]?frac\{\s*(-?\d+(?:\.\d+)?)\s*\}\{\s*(-?\d+(?:\.\d+)?)\s*\}")
 _DIVIDED = re.compile(r"\A\s*(-?\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*\Z")
 RELATIVE, ABSOLUTE = 1e-6, 1e-9
@@ -31,8 +33,6 @@ def value(text: str) -> float | None:
         return None if found is None else sign * found
     for match in reversed(list(_NUMBER.finditer(text))):
         said = match[0]
-        if not any(c.isdigit() for c in said):
-            continue
         if said[0] in "+-" and text[: match.start()][-1:].isdigit():
             said = said[1:]
         number = float(said.rstrip("%").replace(",", ""))
