@@ -19,7 +19,7 @@ from rich.table import Table
 from zipr1 import data, plan, supervised
 from zipr1.card import Shape
 from zipr1.episode import Prompt
-from zipr1.errors import InputError, Missing
+from zipr1.errors import Missing
 from zipr1.metrics import question
 from zipr1.models import Encoded, Policy, load_policy
 from zipr1.models.loading import is_here
@@ -51,6 +51,9 @@ def dry_run(recipe: Recipe, device: str | None, console: Console) -> dict[str, A
     if unchecked:
         result["not_checked"] = "; ".join(unchecked)
     console.print(_table(result))
+    if unchecked:
+        line = f"not checked here: {'; '.join(unchecked)}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False, style="yellow")
     return result
 
 
@@ -60,7 +63,7 @@ def _prompts(recipe: Recipe, unchecked: list[str]) -> tuple[list[Prompt], list[P
         train = data.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
         return train, data.load(recipe.data, "heldout", recipe.seed)
     except Missing as error:
-        unchecked.append(f"data ({error})")
+        unchecked.append(f"data ({str(error).split(';')[0]})")
         return None
 
 
@@ -71,7 +74,7 @@ def _policy(recipe: Recipe, device: str | None, unchecked: list[str]) -> Policy 
     if known is None or path == "scratch":
         return load_policy(recipe.model, device, recipe.seed)
     if not is_here(path, recipe.model.revision):
-        unchecked.append(f"tokenizer and weights ({path} is not downloaded: hf download {path})")
+        unchecked.append(f"tokenizer and weights (hf download {path})")
         return None
     needed = sum(plan.parameters(known).values()) * plan.weight_bytes(recipe)
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
@@ -199,7 +202,7 @@ def _table(result: dict[str, Any]) -> Table:
         elif key == "a100_hours":
             table.add_row("hours on one A100 (estimate)", f"{value:,.0f}")
         elif key == "not_checked":
-            table.add_row("[yellow]not checked here", escape(value))
+            continue
         elif isinstance(value, float):
             table.add_row(name, f"{value:.1%}")
         elif value is not None:

@@ -76,7 +76,7 @@ class Pictures:
         media = {m.key: m for p in prompts if p.media_key not in self.visuals for m in p.media}
         pool = _pool(self.data.workers)
         return {
-            key: self.coming.pop(key, None) or pool.submit(self._decode, m)
+            key: self.coming.pop(key) if key in self.coming else pool.submit(self._decode, m)
             for key, m in media.items()
         }
 

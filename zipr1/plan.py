@@ -112,7 +112,7 @@ def memory(
         "kv_cache": s.layers * 2 * s.heads * s.dim * tokens * size,
         "activations": kept,
         "logits": min(answers, max(LOGITS, s.vocab)) * 4 * COPIES,
-        "features": 0 if recipe.model.train_vision else min(REMEMBERED, recipe.data.prompts * longest * s.hidden * size),
+        "features": 0 if recipe.model.train_vision else REMEMBERED,
         "vision": patches * (10 * s.vision_hidden + 3 * int(s.vision_mlp)) * size,
     }  # fmt: skip
     if not rl:

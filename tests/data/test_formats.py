@@ -286,7 +286,7 @@ def test_a_saved_dataset_keeps_its_pictures_until_they_are_needed(hub, folder, t
     assert prompts[1].media[1].size == (1, 40, 20, 0.0)
     assert len({m.key for p in prompts for m in p.media}) == 4
     assert [p.answer for p in rows.load(f"{tmp_path / 'set'}:test", Data())] == ["z"]
-    with pytest.raises(InputError, match=r"set:gone: does not load"):
+    with pytest.raises(InputError, match=r"set \(gone\): does not load"):
         rows.load(f"{tmp_path / 'set'}:gone", Data())
 
 
@@ -305,7 +305,7 @@ def test_parquet_in_a_folder_streams(hub, folder, tmp_path):
 
 def test_what_is_not_here_says_how_to_get_it():
     pytest.importorskip("datasets")
-    with pytest.raises(Missing, match=r"nobody/nothing:train: does not load .*hf download"):
+    with pytest.raises(Missing, match=r"nobody/nothing \(train\): does not load .*hf download"):
         rows.load("nobody/nothing", Data())
     with pytest.raises(Missing, match=r"no such data file"):
         rows.load("data/gone.jsonl", Data())

@@ -50,11 +50,13 @@ def train(
     """
     from rich.console import Console
 
+    from zipr1.cli.log import show_log
     from zipr1.recipe import load
 
     changes = [*(overrides or []), *([f"model.dtype={dtype}"] if dtype is not None else [])]
     run = load(recipe, changes)
     console = Console(stderr=as_json)  # with --json, stdout is for the machine
+    show_log(console)
 
     import zipr1.train
     from zipr1.checkpoint import new_folder

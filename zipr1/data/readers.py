@@ -7,12 +7,15 @@ bad file. .jsonl and .json need no library, .parquet needs pyarrow, the hub and 
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from zipr1.errors import InputError, Missing
 from zipr1.recipe import Data
@@ -57,9 +60,9 @@ def read(source: str, data: Data) -> tuple[str, Path, Rows]:
             raise Missing(f"{path}: no such data file; check data.source and data.heldout")
         return path.name, path.parent, _limited(READERS[path.suffix.lower()](path), data)
     if path.is_dir() and (files := _split_files(path, split)):
-        return f"{path.name}:{split}", path, _limited(_chained(files), data)
+        return f"{path.name} ({split})", path, _limited(_chained(files), data)
     if path.is_dir() or _is_hub_id(str(path)):
-        return f"{path}:{split}", path, _datasets(path, split, data)
+        return f"{path} ({split})", path, _datasets(path, split, data)
     if source.startswith((".", "/", "~")):
         raise Missing(f"{source}: no such file or folder; check data.source and data.heldout")
     endings = ", ".join(f"a {ending} file" for ending in READERS)
@@ -105,6 +108,8 @@ def _limited(rows: Rows, data: Data) -> Rows:
 
 def _datasets(path: Path, split: str, data: Data) -> Rows:
     """Rows through the `datasets` library, pictures undecoded. Raises Missing where it cannot reach them."""
+    if not path.is_dir():
+        _without_waiting()
     try:
         import datasets
     except ImportError as error:
@@ -125,7 +130,7 @@ def _datasets(path: Path, split: str, data: Data) -> Rows:
         if not path.is_dir():
             kind = Missing
             hint = f"check the name and the network, or download it first (hf download --repo-type dataset {path})"
-        raise kind(f"{path}:{split}: does not load ({reason}); {hint}") from error
+        raise kind(f"{path} ({split}): does not load ({reason}); {hint}") from error
     for column, feature in (table.features or {}).items():
         raw = _undecoded(datasets, feature)
         if raw is not None:
@@ -137,6 +142,19 @@ def _datasets(path: Path, split: str, data: Data) -> Rows:
     mark = str(getattr(table, "_fingerprint", path))
     for index in range(len(table)):
         yield index + 1, lambda index=index: _celled(table, mark, index)  # type: ignore[misc]
+
+
+def _without_waiting() -> None:
+    """Where the hub's name is not even known, take what was downloaded before, without a minute of retries."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for datasets, which is not imported yet
 
 
 def _undecoded(datasets: Any, feature: Any) -> Any:
