@@ -187,6 +187,13 @@ def test_stratified_thresholds_fill_each_cell_once():
     assert (layer != layer[:, :1]).any()
 
 
+def test_a_grid_is_that_of_the_paper():
+    generator = torch.Generator().manual_seed(0)
+    p = thresholds(8, 5, 0.9375, 0.9775, "rollout", "grid", generator)
+    wanted = torch.tensor([0.940 + 0.005 * n for n in range(8)])
+    torch.testing.assert_close(p, wanted[:, None].expand(8, 5), atol=1e-6, rtol=0)
+
+
 def test_stratified_layers_leave_each_rollout_uniform_and_uncorrelated():
     p = torch.stack([draw(4, 2, "layer", "stratified", seed) for seed in range(2000)])
     first = p[:, 0]

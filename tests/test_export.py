@@ -283,7 +283,7 @@ def test_a_tensor_that_came_back_otherwise_is_found(run, tmp_path, monkeypatch):
     save = merged.save_folder
 
     def flip(model, tokenizer, settings, folder, shard="5GB"):
-        save(model, tokenizer, settings, folder, shard)
+        save(model, tokenizer, settings, folder, shard=shard)
         tensors = load_file(folder / "model.safetensors")
         next(t for n, t in tensors.items() if n.endswith("norm.weight"))[0] += 1e-3
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

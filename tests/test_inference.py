@@ -99,7 +99,7 @@ def test_both_families_answer_as_the_policy(family, tmp_path):
     encoded = tinymodels.encode(policy, prompts)
     settings = model._zipr1.settings
     wanted = policy.generate(encoded, policy.look(encoded), Request(settings), 6)
-    chats = [runs.chat(p) for p in prompts]
+    chats = [tinyruns.chat(p) for p in prompts]
     chats[1][0]["content"][0]["fps"] = prompts[1].media[0].fps
     inputs = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True)
     assert ("second_per_grid_ts" in inputs) == (family == "qwen2_5_vl")

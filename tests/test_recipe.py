@@ -156,5 +156,7 @@ def test_a_target_needs_a_method_that_presses_and_emphasis_needs_greedy_answers(
     check(Recipe(efficiency=Efficiency(target=0.2), data=Data(emphasis=9.0)))
     with pytest.raises(InputError, match=r"target 0.2 needs .*method is answers; use pathwise"):
         check(Recipe(efficiency=Efficiency(method="answers", target=0.2)))
+    with pytest.raises(InputError, match=r"sampling is grid; use stratified, or method answers"):
+        check(Recipe(budgets={"sampling": "grid"}))
     with pytest.raises(InputError, match=r"emphasis 9.0 needs .* or data.emphasis=0"):
         check(Recipe(efficiency=Efficiency(max_accuracy_drop=None), data=Data(emphasis=9.0)))

@@ -61,6 +61,7 @@ class Shape:
     patch: int
     merge: int
     frames: int
+    tied: bool = False
     size: int = 2
 
     @classmethod
@@ -94,6 +95,7 @@ class Shape:
                 patch=vision["patch_size"],
                 merge=vision["spatial_merge_size"],
                 frames=vision["temporal_patch_size"],
+                tied=bool(text.get("tie_word_embeddings")),
             )
         except KeyError as error:
             raise InputError(f"{name}: the config has no {error.args[0]}") from None

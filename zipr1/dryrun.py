@@ -1,7 +1,13 @@
-"""`zipr1 train --dry-run`: load everything, show what a step would see, estimate memory, write nothing."""
+"""`zipr1 train --dry-run`: check everything, show what a step would see, count memory and hours, write nothing.
+
+Where the model or the data are not on this machine, the plan is counted from a bundled config and the recipe's caps,
+and one line says what could not be checked.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +16,14 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from zipr1 import data, supervised
+from zipr1 import data, plan, supervised
+from zipr1.card import Shape
 from zipr1.episode import Prompt
+from zipr1.errors import Missing
 from zipr1.metrics import question
 from zipr1.models import Encoded, Policy, load_policy
-from zipr1.pictures import Pictures
+from zipr1.models.loading import is_here
+from zipr1.pictures import Pictures, effective
 from zipr1.recipe import Recipe
 from zipr1.rollout import roll_out
 from zipr1.validate import check, check_lengths, needs_prompts
@@ -25,40 +34,112 @@ SAMPLED = 32  # prompts that are tokenised for the counts
 def dry_run(recipe: Recipe, device: str | None, console: Console) -> dict[str, Any]:
     """The plan of a run: two rendered samples, tokens per prompt, memory by part in bytes, one rollout.
 
-    Raises the InputErrors that the run itself would.
+    Raises the InputErrors that the run itself would, but for a model or data that are not here: those are named.
     """
     check(recipe)
-    policy = load_policy(recipe.model, device, recipe.seed)
+    unchecked: list[str] = []
+    prompts = _prompts(recipe, unchecked)
+    policy = _policy(recipe, device, unchecked)
+    shape = plan.bundled_shape(recipe.model.path)
+    if policy is not None:
+        shape = Shape.of(policy.core.config.to_dict(), recipe.model.path)
+    assert shape is not None
+    if policy is None or prompts is None:
+        result = _counted(recipe, shape, prompts)
+    else:
+        result = _tried(recipe, shape, policy, *prompts, console)
+    if unchecked:
+        result["not_checked"] = "; ".join(unchecked)
+    console.print(_table(result))
+    if unchecked:
+        line = f"not checked here: {'; '.join(unchecked)}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False, style="yellow")
+    return result
+
+
+def _prompts(recipe: Recipe, unchecked: list[str]) -> tuple[list[Prompt], list[Prompt]] | None:
+    """Training prompts and held-out questions; None, and a note, where they are not here."""
+    try:
+        train = data.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
+        return train, data.load(recipe.data, "heldout", recipe.seed)
+    except Missing as error:
+        unchecked.append(f"data ({str(error).split(';')[0]})")
+        return None
+
+
+def _policy(recipe: Recipe, device: str | None, unchecked: list[str]) -> Policy | None:
+    """The model; None, and a note, where it is not here or too large for here and a bundled config can stand in."""
+    path = recipe.model.path
+    known = plan.bundled_shape(path)
+    if known is None or path == "scratch":
+        return load_policy(recipe.model, device, recipe.seed)
+    if not is_here(path, recipe.model.revision):
+        unchecked.append(f"tokenizer and weights (hf download {path})")
+        return None
+    needed = sum(plan.parameters(known).values()) * plan.weight_bytes(recipe)
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if needed > free:
+        unchecked.append(
+            f"tokenizer and weights ({path} needs {_size(needed)} and {_size(free)} are free)"
+        )
+        return None
+    return load_policy(recipe.model, device, recipe.seed)
+
+
+def _counted(
+    recipe: Recipe, shape: Shape, prompts: tuple[list[Prompt], list[Prompt]] | None
+) -> dict[str, Any]:
+    """The plan without a model, or without data: the recipe's caps stand in for what is not known."""
+    most = plan.tokens_of(shape, recipe)
+    result = plan.outline(shape, recipe, most["prompt"])
+    sizes = {
+        "training_prompts": len(prompts[0]) or None if prompts else None,
+        "heldout_questions": len(prompts[1]) if prompts else None,
+        "visual_tokens": {"picture_at_most": most["picture"], "clip_at_most": most["clip"]},
+        "prompt_tokens": {"at_most": most["prompt"]},
+    }
+    seen = most["clip"] if recipe.data.fps or recipe.model.max_frame_pixels else most["picture"]
+    hours = plan.hours(shape, recipe, most["prompt"], min(seen, most["prompt"]))
+    return {"model": recipe.model.path, **sizes, **result, "a100_hours": hours}
+
+
+def _tried(
+    recipe: Recipe,
+    shape: Shape,
+    policy: Policy,
+    prompts: list[Prompt],
+    questions: list[Prompt],
+    console: Console,
+) -> dict[str, Any]:
+    """The plan with everything here: samples tokenised and shown, and one rollout of two questions."""
     lessons = not needs_prompts(recipe)
-    prompts = [] if lessons else data.load(recipe.data, "train", recipe.seed)
-    questions = data.load(recipe.data, "heldout", recipe.seed)
     pictures = Pictures(policy, recipe)
+    prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     samples, encoded = pictures.usable((prompts or questions)[:SAMPLED])
     check_lengths(recipe, [len(sample) for sample in encoded])
     for prompt, sample in list(zip(samples, encoded, strict=True))[:2]:
         _show(policy, prompt, sample, console)
+    for line in effective(encoded, policy):
+        console.print(line, soft_wrap=True, highlight=False)
     if lessons:
         encoded = [lesson.encoded for lesson in supervised.lesson(policy, recipe, 0, -1)]
-    tokens = np.array([len(e) for e in encoded])
-    visual = np.array([sum(v.tokens for v in e.visuals) for e in encoded])
-    plan: dict[str, Any] = {
-        "stage": recipe.train.stage,
-        "steps": recipe.train.steps,
+    tokens, visual = _lengths(pictures, prompts, encoded)
+    size = next(policy.decoder.parameters()).element_size()
+    result: dict[str, Any] = {
+        "model": recipe.model.path,
         "training_prompts": len(prompts) or None,
         "heldout_questions": len(questions),
         "prompt_tokens": _spread(tokens),
         "visual_tokens": _spread(visual),
-        "parameters": sum(p.numel() for p in policy.core.parameters()),
-        "trainable": sum(p.numel() for _, p in policy.trainable()),
-        "memory": memory(policy, recipe, int(tokens.max())),
-        "recipe_sha256": recipe.sha256(),
+        **plan.outline(shape, recipe, int(tokens.max()), size),
     }
+    result["parameters"] = sum(p.numel() for p in policy.core.parameters())
+    result["trainable"] = sum(p.numel() for _, p in policy.trainable())
     if recipe.train.stage == "rl":
         policy.keep_reference()
-        plan["rollout_rows"] = recipe.train.prompts * recipe.budgets.count
         seen = pictures.look(encoded[:2])
         batch = roll_out(policy, recipe, samples[:2], encoded[:2], seen.policy, 0, seen.reference)
-        plan["sampled"] = [
+        result["sampled"] = [
             {
                 "question": question(g.prompt.messages),
                 "answer": g.prompt.answer,
@@ -66,47 +147,23 @@ def dry_run(recipe: Recipe, device: str | None, console: Console) -> dict[str, A
             }
             for g in batch.groups
         ]
-        plan["token_ratio"] = float(
+        result["token_ratio"] = float(
             np.mean([r.token_ratio for g in batch.groups for r in g.rollouts])
         )
-    console.print(_table(plan))
-    return plan
+    return result
 
 
-def memory(policy: Policy, recipe: Recipe, longest: int) -> dict[str, int]:
-    """Bytes by part, estimated: weights, reference, gradients and AdamW moments (exact); the rollouts' KV cache
-    unpruned, and the update's activations (about 24 hidden-sized and 3 MLP-sized tensors a layer and token, with
-    gradient checkpointing one hidden-sized tensor a layer and one layer's worth), for the longest prompt seen.
-    """
-    config = policy.decoder.config
-    size = next(policy.decoder.parameters()).element_size()
-    weights = sum(p.numel() * p.element_size() for p in policy.core.parameters())
-    tower = sum(p.numel() * p.element_size() for p in policy.core.model.visual.parameters())
-    copied = weights if recipe.model.train_vision else weights - tower
-    trained = sum(p.numel() * p.element_size() for _, p in policy.trainable())
-    rows = recipe.train.micro_batch
-    tokens = rows * (longest + recipe.train.max_new_tokens)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    layer = 24 * config.hidden_size + 3 * config.intermediate_size
-    layers = config.num_hidden_layers
-    kept = (
-        layers * config.hidden_size + layer
-        if recipe.model.gradient_checkpointing
-        else layers * layer
+def _lengths(
+    pictures: Pictures, prompts: Sequence[Prompt], encoded: Sequence[Encoded]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of prompts, and visual ones: of all prompts where the sizes of their media are known."""
+    if prompts and all(m.size is not None for p in prompts for m in p.media):
+        both = np.array([pictures.length(prompt) for prompt in prompts])
+        return both[:, 0], both[:, 1]
+    return (
+        np.array([len(e) for e in encoded]),
+        np.array([sum(v.tokens for v in e.visuals) for e in encoded]),
     )
-    parts = {
-        "weights": weights,
-        "reference": copied if recipe.train.stage == "rl" and recipe.model.lora is None else 0,
-        "gradients": trained,
-        "optimizer": 2 * trained,
-        "kv_cache": tokens * layers * 2 * config.num_key_value_heads * head * size,
-        "activations": tokens * kept * size,
-        "logits": rows * recipe.train.max_new_tokens * config.vocab_size * 4 * 3,
-    }
-    # Rollouts are over when the update starts: the larger of the two counts.
-    fixed = sum(parts[k] for k in ("weights", "reference", "gradients", "optimizer"))
-    parts["peak"] = fixed + max(parts["kv_cache"], parts["activations"] + parts["logits"])
-    return parts
 
 
 def _show(policy: Policy, prompt: Prompt, encoded: Encoded, console: Console) -> None:
@@ -122,15 +179,17 @@ def _spread(values: np.ndarray) -> dict[str, int]:
     return {"min": int(values.min()), "median": int(np.median(values)), "max": int(values.max())}
 
 
-def _table(plan: dict[str, Any]) -> Table:
+def _table(result: dict[str, Any]) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
-    for key, value in plan.items():
+    for key, value in result.items():
+        name = key.replace("_", " ")
         if key == "memory":
             for part, size in value.items():
-                table.add_row(
-                    f"memory, {part}" if part != "peak" else "[bold]memory, peak (estimate)",
-                    _size(size),
-                )
+                bold = "[bold]" if part == "peak" else ""
+                label = "peak (estimate)" if part == "peak" else part.replace("_", " ")
+                table.add_row(f"{bold}memory, {label}", f"{bold}{_size(size)}")
+        elif key == "checkpoints":
+            table.add_row(name, f"{value['written']} of {_size(value['bytes'])}")
         elif key == "sampled":
             for sample in value:
                 table.add_row(
@@ -138,14 +197,16 @@ def _table(plan: dict[str, Any]) -> Table:
                     escape(f"{sample['question']} -> {', '.join(dict.fromkeys(sample['texts']))}"),
                 )
         elif isinstance(value, dict):
-            table.add_row(key.replace("_", " "), ", ".join(f"{k} {v}" for k, v in value.items()))
+            parts = (f"{k.replace('_', ' ')} {v:,}" for k, v in value.items())
+            table.add_row(name, ", ".join(parts))
+        elif key == "a100_hours":
+            table.add_row("hours on one A100 (estimate)", f"{value:,.0f}")
+        elif key == "not_checked":
+            continue
         elif isinstance(value, float):
-            table.add_row(key.replace("_", " "), f"{value:.1%}")
+            table.add_row(name, f"{value:.1%}")
         elif value is not None:
-            table.add_row(
-                key.replace("_", " "),
-                f"{value:,}" if isinstance(value, int) else escape(str(value)),
-            )
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else escape(str(value)))
     return table
 
 

@@ -119,7 +119,7 @@ def thresholds(
     low: float,
     high: float,
     per: Literal["layer", "rollout"],
-    sampling: Literal["stratified", "independent"],
+    sampling: Literal["stratified", "independent", "grid"],
     generator: torch.Generator,
 ) -> torch.Tensor:
     """The p of each rollout of one question and each layer: `(count, layers)` float32.
@@ -135,11 +135,15 @@ def thresholds(
       alone is uniform on [low, high] and independent over layers, as `cut_log_prob(per="layer")`
       assumes; the rows of a group are dependent, since they exclude each other's cells.
 
+    * grid: as stratified, with the centre of each cell instead of a draw. Nothing is uniform.
+
     generator: a CPU generator; it alone decides the draw.
     """
     columns = layers if per == "layer" else 1
     unit = torch.rand(count, columns, generator=generator, dtype=torch.float64)
-    if sampling == "stratified":
+    if sampling == "grid":
+        unit = torch.full_like(unit, 0.5)
+    if sampling != "independent":
         cells = [torch.arange(count)]
         if per == "layer":
             cells = [torch.randperm(count, generator=generator) for _ in range(layers)]

@@ -10,30 +10,47 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
 
+class Stored(Protocol):
+    """An encoded picture that stays in its dataset until it is needed."""
+
+    @property
+    def key(self) -> str: ...
+
+    def read(self) -> bytes: ...
+
+
 @dataclass(frozen=True)
 class Media:
     """One picture or clip, not yet decoded.
 
-    source: a path, or pixels already in memory: uint8, `(H, W, 3)` for an image, `(F, H, W, 3)` for a video.
+    source: a path; an encoded picture, as bytes or where it is stored; or pixels already in memory: uint8, `(H, W, 3)`
+        for an image, `(F, H, W, 3)` for a video.
     fps: frames per second of `source` frames that are in memory; None for images and for files (read there).
+    size: frames, height and width of what the file holds and its frames per second (1 and 0.0 for an image), if it was
+        looked at.
     """
 
     kind: Literal["image", "video"]
-    source: str | Path | np.ndarray
+    source: str | Path | bytes | Stored | np.ndarray
     fps: float | None = None
+    size: tuple[int, int, int, float] | None = field(default=None, compare=False)
 
     @cached_property
     def key(self) -> str:
         """The same for the same media, so that they are decoded and seen once."""
         if isinstance(self.source, (str, Path)):
             return f"{self.kind}:{self.source}"
+        if isinstance(self.source, bytes):
+            return f"{self.kind}:{hashlib.sha1(self.source).hexdigest()}"
+        if hasattr(self.source, "key"):
+            return f"{self.kind}:{self.source.key}"
         return f"{self.kind}:{self.fps}:{hashlib.sha1(self.source.tobytes()).hexdigest()}"
 
 
@@ -45,6 +62,7 @@ class Prompt:
         with a user turn; each image or video entry takes the next element of `media`.
     task: the benchmark it counts for (`digits`, ...); kind: the kind of question within it.
     picture: questions with the same value depend on each other: intervals are clustered by it.
+    accepted: other right answers than `answer`. row: where it was written, `train.jsonl: row 3`.
     """
 
     id: str
@@ -55,6 +73,8 @@ class Prompt:
     kind: str = "default"
     picture: str = ""
     reward: str | None = None
+    accepted: tuple[str, ...] = ()
+    row: str = ""
 
     @property
     def media_key(self) -> str:

@@ -19,3 +19,7 @@ class InputError(ZipError, ValueError):
 
 class RunError(ZipError, RuntimeError):
     """A run that was given right input and could not go on: NaN loss, a full disk."""
+
+
+class Missing(InputError):
+    """A model or data that is not on this machine: a run needs it, `--dry-run` plans without."""

@@ -7,6 +7,7 @@ files of pictures have in their first bytes, for clips from the most that they c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def visual(media: Media, settings: PixelSettings, recipe: Recipe) -> float:
     if isinstance(media.source, np.ndarray):
         frames = media.source[None] if media.source.ndim == 3 else media.source
         count, (height, width) = len(frames), frames.shape[1:3]
-    elif media.kind == "image":
+    elif media.kind == "image" and isinstance(media.source, str | Path):
         count = 1
         try:
             with Image.open(media.source) as picture:

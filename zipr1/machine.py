@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import zipr1
-from zipr1.episode import Prompt
 
 PACKAGES = (
     "torch",
@@ -46,16 +44,6 @@ def describe(
         "git": git_commit(),
         **more,
     }
-
-
-def fingerprint(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Number of questions, and a hash of all that names them: ids, messages, answers, media files. Not of pixels."""
-    digest = hashlib.sha256()
-    for p in prompts:
-        files = [str(m.source) for m in p.media if isinstance(m.source, str | Path)]
-        said = (p.id, p.messages, p.answer, p.task, p.kind, p.picture, p.reward, files)
-        digest.update(repr(said).encode())
-    return {"questions": len(prompts), "sha256": digest.hexdigest()}
 
 
 def versions() -> dict[str, str | None]:

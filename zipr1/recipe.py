@@ -6,16 +6,16 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from zipr1 import advice
 from zipr1.errors import InputError
 from zipr1.yamltext import override, parse, read, show
 
@@ -38,7 +38,10 @@ class Lora(Section):
 
 
 class Model(Section):
-    """path: `tiny`, a run directory, a model folder, a hub id; `scratch` builds `config` with random weights."""
+    """path: `tiny`, a run directory, a model folder, a hub id; `scratch` builds `config` with random weights.
+
+    min_pixels, max_pixels: bounds of a picture after resizing; max_frame_pixels: of a clip's frame (None: max_pixels).
+    """
 
     path: str = "tiny"
     revision: str | None = None
@@ -50,11 +53,19 @@ class Model(Section):
     config: dict[str, Any] | None = None
     min_pixels: Positive | None = None
     max_pixels: Positive | None = None
+    max_frame_pixels: Positive | None = None
 
 
 class Data(Section):
-    """source: `digits` (embedded) or a .jsonl / .json / .parquet file; heldout: the same for held-out questions.
+    """source: `digits` (embedded), a .jsonl / .json / .parquet file, a folder, or a dataset of the hub (`owner/name`);
+    the last two with `:split` at the end where it is not `train`; `SOURCE:[a:b]` takes a part of the rows. heldout: the
+    same for held-out questions.
 
+    subset: the configuration of a hub dataset. columns: our names for a dataset's, `{answer: label}` (data/formats.py).
+    streaming: rows are read as they arrive, the first `prompts` of them; nothing else is downloaded.
+    instruction: added to the end of each question. media_root: where relative paths of media start (None: at the file).
+    check: `decode` opens every picture and clip before the run, `exists` only looks whether the files are there.
+    workers: threads that read media, ahead of the step that needs them.
     mix: shares of the embedded tasks among training prompts. prompts: how many training prompts are made.
     emphasis: within its task, a kind of question is drawn 1 + emphasis * g times as often, g the running share of
         answers that it loses at `sparse.p` against the dense reference (0: all alike). It needs a target or a
@@ -68,7 +79,13 @@ class Data(Section):
     prompts: Positive = 2048
     emphasis: Rate = 0.0
     heldout_prompts: Positive = 500
+    subset: str | None = None
+    columns: dict[str, str] = {}
+    streaming: bool = False
+    instruction: str | None = None
     media_root: str | None = None
+    check: Literal["decode", "exists"] = "decode"
+    workers: Positive = 4
     on_bad_row: Literal["error", "skip"] = "error"
     max_frames: Positive = 16
     fps: Annotated[float, Field(gt=0)] | None = None
@@ -109,7 +126,8 @@ class Sparse(Section):
 class Budgets(Section):
     """Thresholds of the rollouts of one question: `count` values over [low, high].
 
-    sampling: `stratified` jitters one value in each of `count` equal cells, `independent` draws each uniformly.
+    sampling: `stratified` jitters one value in each of `count` equal cells, `independent` draws each uniformly, `grid`
+        takes the cells' centres (of [0.9375, 0.9775] in 8 cells: 0.940, 0.945, ... 0.975, those of the paper).
     low_end: where `low` has moved to, linearly, after half of the steps (None: it stays). A wide range starts diffuse
         layers moving, a narrow one below the inference p finishes the job.
     per: `layer` draws for each decoder layer, `rollout` shares one value among the layers.
@@ -120,7 +138,7 @@ class Budgets(Section):
     low_end: Share | None = None
     count: Positive = 8
     per: Literal["layer", "rollout"] = "layer"
-    sampling: Literal["stratified", "independent"] = "stratified"
+    sampling: Literal["stratified", "independent", "grid"] = "stratified"
 
     @model_validator(mode="after")
     def _ordered(self) -> Budgets:
@@ -139,9 +157,11 @@ class Budgets(Section):
 
 
 class Rewards(Section):
-    """Weights of the reward's parts; `correct` names the check of the answer (see zipr1/rewards)."""
+    """Weights of the reward's parts. correct: the check of the answer where its row names none: a name in
+    `zipr1.rewards.REWARDS` or `path.py:function`. tolerance: relative, of the check `number`."""
 
     correct: str = "exact"
+    tolerance: Rate = 1e-6
     weight: Rate = 1.0
     reduction: Rate = 1.0
 
@@ -303,7 +323,9 @@ def validate(
             blamed = any(
                 f"{key}.".startswith(f"{o}.") or o.startswith(f"{key}.") for o in overridden
             )
-            problems.append(f"{'command line' if blamed else source}: {_problem(key, item)}")
+            problems.append(
+                f"{'command line' if blamed else source}: {advice.problem(Recipe, key, item)}"
+            )
         raise InputError("; ".join(problems)) from None
 
 
@@ -315,67 +337,6 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
         for key in dict.fromkeys([*a, *b])
         if a.get(key) != b.get(key)
     ]
-
-
-def _problem(key: str, item: Any) -> str:
-    kind, came, context = item["type"], show(item.get("input")), item.get("ctx", {})
-    if kind == "extra_forbidden":
-        return f"{key}: unknown key; {_nearest(key)}"
-    if kind == "value_error":
-        return f"{key}: {context['error']}" if key else str(context["error"])
-    limit = next((f"{context[k]:g}" for k in ("gt", "ge", "lt", "le") if k in context), "")
-    allowed = {
-        "model_type": "a mapping of keys is allowed",
-        "dict_type": "a mapping of names to values is allowed",
-        "list_type": "a list is allowed",
-        "int_type": "a whole number is allowed",
-        "float_type": "a number is allowed",
-        "bool_type": "true or false is allowed",
-        "string_type": "text is allowed; put it in quotes",
-        "finite_number": "a finite number is allowed",
-        "literal_error": f"allowed: {context.get('expected')}",
-        "greater_than": f"a number above {limit} is allowed",
-        "greater_than_equal": f"{limit} or more is allowed",
-        "less_than": f"a number below {limit} is allowed",
-        "less_than_equal": f"{limit} or less is allowed",
-    }.get(kind, item["msg"])
-    return f"{key}: got {came}; {allowed}"
-
-
-def _nearest(key: str) -> str:
-    """What to write instead of an unknown key: a neighbour, the same name elsewhere, or the list."""
-    *section, name = key.split(".")
-    here: type[BaseModel] = Recipe
-    for part in section:
-        here = _section_of(here, part) or here
-    near = difflib.get_close_matches(name, here.model_fields, n=1)
-    if near:
-        return f"did you mean {'.'.join([*section, near[0]])}?"
-    near = [k for k in _keys(Recipe) if k.rsplit(".")[-1] == name]
-    near = near or difflib.get_close_matches(name, _keys(Recipe), n=1)
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"allowed here: {', '.join(here.model_fields)}"
-
-
-def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    found = []
-    for name in section.model_fields:
-        found.append(prefix + name)
-        inner = _section_of(section, name)
-        if inner:
-            found += _keys(inner, f"{prefix}{name}.")
-    return found
-
-
-def _section_of(section: type[BaseModel], name: str) -> type[BaseModel] | None:
-    if name not in section.model_fields:
-        return None
-    annotation = section.model_fields[name].annotation
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -102,6 +102,7 @@ class Progress:
         parts = [f"{self.title} {self.done}/{self.total}"]
         brief = [shown for shown in SHOWN if shown[0] in BRIEF]
         parts += [f"{label} {value}" for label, value in _shown(self._metrics, brief)]
+        parts += [f"data {share} of the time" for name, share in _time(self._metrics)[:1]]
         if self.seconds_per_step is not None:
             parts += [f"{self.seconds_per_step:.2f} s/step", self._left()]
         return "  ".join(parts)
@@ -116,7 +117,7 @@ class Progress:
             ProgressBar(total=self.total, completed=self.done, complete_style="cyan"),
             Text(self._left(), style="cyan"),
         )
-        cells = _shown(self._metrics)
+        cells = _shown(self._metrics) + _time(self._metrics)
         if self.seconds_per_step is not None:
             cells.append(("seconds a step", f"{self.seconds_per_step:.2f}"))
         columns = 3 if self.console.width >= 100 else 2
@@ -207,6 +208,14 @@ def _title(summary: Mapping[str, Any]) -> str:
     if summary.get("p") is not None:
         parts.append(f"p = {summary['p']}")
     return ", ".join(parts)
+
+
+def _time(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The share of a step's time that each part takes. `data`: waiting for media to be decoded."""
+    parts = metrics.get("seconds")
+    if not isinstance(parts, Mapping) or not (total := sum(parts.values())):
+        return []
+    return [(f"time: {name}", _written(value / total, "share")) for name, value in parts.items()]
 
 
 def _shown(

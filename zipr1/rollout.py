@@ -19,7 +19,7 @@ from zipr1.episode import Group, Prompt, Rollout
 from zipr1.models import Encoded, Features, Policy, Request, most_tokens
 from zipr1.pressure import Check
 from zipr1.recipe import Recipe
-from zipr1.rewards import find
+from zipr1.rewards import Reward, find
 
 
 @dataclass
@@ -233,7 +233,7 @@ def together(batch: Batch, drawn: Sequence[Prompt], places: Sequence[int]) -> Ba
 
 def fingerprint(prompt: Prompt, encoded: Encoded) -> str:
     """What the reference's answer and its check depend on; ids will not do, for a user's rows may repeat them."""
-    said = (encoded.ids.tolist(), encoded.picture, prompt.answer, prompt.reward)
+    said = (encoded.ids.tolist(), encoded.picture, prompt.answer, prompt.accepted, prompt.reward)
     return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
@@ -259,9 +259,12 @@ def dense_right(
     return right
 
 
-def reward_of(prompt: Prompt, recipe: Recipe):  # type: ignore[no-untyped-def]
-    """The check of a prompt's answer: its own, or the recipe's."""
-    return find(prompt.reward or recipe.rewards.correct)
+def reward_of(prompt: Prompt, recipe: Recipe) -> Reward:
+    """The check of a prompt's answer: its own, or the recipe's; the best over all answers that are right."""
+    check = find(prompt.reward or recipe.rewards.correct, tolerance=recipe.rewards.tolerance)
+    if not prompt.accepted:
+        return check
+    return lambda said, wanted: max(check(said, right) for right in (wanted, *prompt.accepted))
 
 
 def score(

@@ -38,6 +38,11 @@ def check(recipe: Recipe) -> None:
                 f"data.emphasis {recipe.data.emphasis} needs the greedy answers of a target or a constraint; set "
                 "efficiency.target or efficiency.max_accuracy_drop, or data.emphasis=0"
             )
+        if recipe.budgets.sampling == "grid" and methods - {"answers"}:
+            raise InputError(
+                f"efficiency.method {wanted.method} needs thresholds that are drawn and budgets.sampling is grid; use "
+                "stratified, or method answers"
+            )
         if methods & {"cut", "pathwise", "through"} and recipe.sparse.rule != "top_p":
             raise InputError(
                 f"efficiency.method {recipe.efficiency.method} differentiates top_p and sparse.rule is "

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from zipr1.data import load, rows
+from zipr1.data import load, rows, video
+from zipr1.data.media import load_media
 from zipr1.errors import InputError
 from zipr1.recipe import Data
 
@@ -21,8 +23,20 @@ def folder(tmp_path):
         Image.fromarray(pixels).save(tmp_path / name)
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:-200])
     (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "clip.mp4").write_bytes(b"not decoded here")
+    frames = np.repeat(pixels[None], 6, axis=0)
+    video.write(tmp_path / "clip.mp4", np.ascontiguousarray(frames), 3.0)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "clip.mp4").read_bytes()[:900])
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    _write_header_only(tmp_path / "none.mp4")
     return tmp_path
+
+
+def _write_header_only(path):
+    """A valid mp4 with a video stream of no frames."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height = 32, 32
+        container.start_encoding()
 
 
 GOOD = {"question": "what is it?", "image": "a.png", "answer": "noise"}
@@ -113,11 +127,16 @@ BAD = {
     "empty question": ({**GOOD, "question": " "}, "`question` is empty"),
     "no answer": ({"question": "q", "image": "a.png"}, "no answer; columns: question, image"),
     "empty answer": ({**GOOD, "answer": "  "}, "answer is empty"),
-    "list answer": ({**GOOD, "answer": ["x"]}, "answer is list"),
+    "table answer": ({**GOOD, "answer": {"x": 1}}, "answer is dict"),
+    "list of empty": ({**GOOD, "answer": ["x", ""]}, "answer is empty"),
     "too few": ({**GOOD, "question": "<image><image>?"}, "2 image placeholders but 1 images"),
     "too many": (
-        {"messages": [{"role": "user", "content": "q"}], "images": ["a.png"], "answer": "x"},
-        "0 image placeholders but 1 images",
+        {
+            "messages": [{"role": "user", "content": "<image>q"}],
+            "images": ["a.png", "b.jpg"],
+            "answer": "x",
+        },
+        "1 image placeholders but 2 images",
     ),
     "wrong kind": ({**GOOD, "question": "<video>?"}, "0 image placeholders but 1 images"),
     "missing": ({**GOOD, "image": "gone.png"}, r"gone\.png: no such image file"),
@@ -129,6 +148,12 @@ BAD = {
     "images text": ({"question": "q", "images": "a.png", "answer": "x"}, "`images` is str"),
     "twice": ({**GOOD, "images": ["a.png"]}, "both `images` and `image`"),
     "video": ({"question": "q", "video": "gone.mp4", "answer": "x"}, "no such video file"),
+    "empty video": ({"question": "q", "video": "empty.mp4", "answer": "x"}, r"empty \(0 bytes\)"),
+    "cut video": (
+        {"question": "q", "video": "cut.mp4", "answer": "x"},
+        "cannot be read as a video",
+    ),
+    "no frames": ({"question": "q", "video": "none.mp4", "answer": "x"}, r"none\.mp4: .*video"),
     "role": ({"messages": [{"role": "bot", "content": "q"}], "answer": "x"}, "role 'bot'"),
     "last": (
         {"messages": [{"role": "assistant", "content": "q"}], "answer": "x"},
@@ -195,7 +220,9 @@ def test_parquet_with_pictures_in_the_rows(folder):
     table = {"problem": ["<image>what?", "q"], "images": [[stored], None], "answer": ["x", "y"]}
     parquet.write_table(pyarrow.table(table), folder / "rows.parquet")
     one, two = rows.load(folder / "rows.parquet", Data())
-    assert np.array_equal(one.media[0].source, np.asarray(Image.open(folder / "a.png")))
+    pixels, _ = load_media(one.media[0], 8)
+    assert np.array_equal(pixels, np.asarray(Image.open(folder / "a.png")))
+    assert one.media[0].size == (1, 24, 24, 0.0)
     assert two.media == ()
     assert one.picture != two.picture
     (folder / "rows.parquet").write_bytes(b"PAR1 nonsense")

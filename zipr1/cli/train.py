@@ -50,6 +50,7 @@ def train(
     """
     from rich.console import Console
 
+    from zipr1.cli.log import show_log
     from zipr1.recipe import load
 
     changes = [*(overrides or []), *([f"model.dtype={dtype}"] if dtype is not None else [])]
@@ -62,6 +63,7 @@ def train(
 
     # With --json, stdout is for the machine; of several ranks the first one speaks.
     console = Console(stderr=as_json, quiet=not ranks.is_first())
+    show_log(console)
     if dry_run:
         result = zipr1.train.dry_run(run, device, console)
     else:

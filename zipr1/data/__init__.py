@@ -1,10 +1,11 @@
 """Where questions come from: `load` turns the recipe's `data` section into Prompts.
 
-A new embedded source is one file and one line in SOURCES; everything else is a file of rows (rows.py).
+A new embedded source is one file and one line in SOURCES; everything else is rows (rows.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -35,16 +36,10 @@ def load(data: Data, split: Split, seed: int) -> list[Prompt]:
             source = data.source
         elif data.heldout is None and source not in SOURCES:
             raise InputError(
-                "data.heldout: not set; a file source needs a second file of held-out rows; "
-                "set data.heldout=FILE"
+                "data.heldout: not set; a source of rows needs a second one of held-out rows; "
+                "set data.heldout=FILE, or OWNER/NAME:SPLIT"
             )
-    if source in SOURCES:
-        prompts = SOURCES[source](data, split, seed)
-    elif Path(source).suffix.lower() in rows.READERS:
-        prompts = rows.load(source, data)
-    else:
-        allowed = ", ".join([*SOURCES, *(f"a {suffix} file" for suffix in rows.READERS)])
-        raise InputError(f"data source {source!r}: unknown; allowed: {allowed}; change data.source")
+    prompts = SOURCES[source](data, split, seed) if source in SOURCES else rows.load(source, data)
     if not prompts:
         raise InputError(f"{source}: no prompts for {split}; give at least one question")
     if source in SOURCES and split == "heldout":
@@ -80,6 +75,26 @@ def draw(
         prompts[_order(len(prompts), seed, place // len(prompts))[place % len(prompts)]]
         for place in places
     ]
+
+
+def identity(prompts: Sequence[Prompt]) -> str:
+    """sha256 of questions: their texts, answers and rewards, and of each medium the pixels, the encoded bytes, or a
+    file's name and size (clips are too large to read whole). The same rows in the same order give the same hash."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(
+            repr(
+                (prompt.id, prompt.messages, prompt.answer, prompt.accepted, prompt.reward)
+            ).encode()
+        )
+        for media in prompt.media:
+            if isinstance(media.source, str | Path):
+                path = Path(media.source)
+                size = path.stat().st_size if path.is_file() else None
+                digest.update(f"{media.kind}:{path.name}:{size}".encode())
+            else:
+                digest.update(media.key.encode())
+    return digest.hexdigest()
 
 
 @lru_cache(maxsize=4)

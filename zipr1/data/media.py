@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -12,6 +13,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from zipr1.data import video
 from zipr1.episode import Media
 from zipr1.errors import InputError
+
+_ORIENTATION = 0x0112  # EXIF: how the camera was held
 
 
 def load_media(
@@ -29,13 +32,50 @@ def load_media(
         rows = video.choose(len(media.source), own_fps, max_frames, fps)
         return media.source[rows], own_fps * len(rows) / len(media.source) or None
     if media.kind == "video":
-        return video.read(media.source, max_frames, fps)
-    return read_image(media.source), None
+        return video.read(as_path(media.source), max_frames, fps)
+    return read_image(_encoded(media.source)), None
+
+
+def look(media: Media) -> tuple[int, int, int, float]:
+    """`Media.size` of a picture or clip: it is opened and decoded. Raises InputError if that fails."""
+    if isinstance(media.source, np.ndarray):
+        frames = media.source[None] if media.kind == "image" else media.source
+        return (*frames.shape[:3], media.fps or 0.0)
+    if media.kind == "video":
+        return video.look(as_path(media.source))
+    return (1, *check_image(_encoded(media.source)), 0.0)
+
+
+def exists(media: Media) -> None:
+    """Raise InputError if the file of a picture or clip is missing or empty; what it holds is not looked at."""
+    if isinstance(media.source, str | Path):
+        if media.kind == "video":
+            video.exists(media.source)
+        else:
+            _open(media.source, str(media.source)).close()
+
+
+def as_path(source: Any) -> Path:
+    """The file of a clip. Raises InputError for one stored in a row: decoders need files."""
+    if isinstance(source, str | Path):
+        return Path(source)
+    raise InputError("a video inside the row; give the path of a file")
+
+
+def _encoded(source: Any) -> Path | io.BytesIO:
+    """Where PIL reads from: a path, or bytes, read from the dataset they are stored in."""
+    if isinstance(source, str | Path):
+        return Path(source)
+    return io.BytesIO(source if isinstance(source, bytes) else source.read())
+
+
+def _name(source: str | Path | io.BytesIO) -> str:
+    return "image in the row" if isinstance(source, io.BytesIO) else str(source)
 
 
 def read_image(source: str | Path | io.BytesIO, name: str | None = None) -> np.ndarray:
     """uint8 `(H, W, 3)`, turned as its EXIF says. name: what errors call it; the path if it is a file."""
-    name = name or str(source)
+    name = name or _name(source)
     with _open(source, name) as picture:
         try:
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
@@ -43,16 +83,20 @@ def read_image(source: str | Path | io.BytesIO, name: str | None = None) -> np.n
             raise _damaged(name, error) from error
 
 
-def check_image(path: str | Path) -> None:
-    """Raise InputError if the file is missing, empty, not a picture or cut off; pixels are not kept."""
-    with _open(path, str(path)) as picture:
+def check_image(source: str | Path | io.BytesIO) -> tuple[int, int]:
+    """Height and width. Raises InputError if the file is missing, empty, not a picture or cut off."""
+    name = _name(source)
+    with _open(source, name) as picture:
         try:
+            turned = picture.getexif().get(_ORIENTATION, 1) >= 5  # by a quarter
+            width, height = picture.size
             # PIL's verify() does not look at the pixels of most formats: loading them finds files that are cut off.
             # draft() lets JPEG decode at an eighth of its size.
             picture.draft("RGB", (picture.width // 8, picture.height // 8))
             picture.load()
         except (OSError, SyntaxError, ValueError) as error:
-            raise _damaged(str(path), error) from error
+            raise _damaged(name, error) from error
+    return (width, height) if turned else (height, width)
 
 
 def _open(source: str | Path | io.BytesIO, name: str) -> Image.Image:

@@ -1,24 +1,25 @@
-"""Files of rows -> Prompts: .jsonl, .json (a list) and .parquet (needs pyarrow), one question a row.
+"""Rows of questions -> Prompts, one question a row, whatever their format (formats.py) and source (readers.py).
 
-A row holds either `messages` or a question (`question`, `prompt` or `problem`), then `images` / `videos` (or `image` /
-`video`) and `answer` (or `solution`); optional are `id`, `task`, `kind`, `picture`, `reward`. Files are checked when
-the rows are loaded, so that a run does not stop at a bad picture hours later; clips are not decoded here.
+Everything is checked when the rows are loaded, so that a run does not stop at a bad one hours later: columns,
+placeholders and answers in the order of the rows, then every picture and clip once, several at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from zipr1.data.media import check_image, read_image
+from zipr1.data.formats import ANSWERS, MEDIA, QUESTIONS, Format, detect, renamed
+from zipr1.data.media import exists, look
+from zipr1.data.readers import read
 from zipr1.episode import Media, Prompt
 from zipr1.errors import InputError
 from zipr1.recipe import Data
@@ -26,59 +27,108 @@ from zipr1.rewards import find
 
 log = logging.getLogger("zipr1")
 
-QUESTIONS = ("question", "prompt", "problem")
-ANSWERS = ("answer", "solution")
-MEDIA = {"image": ("images", "image"), "video": ("videos", "video")}
 ROLES = ("system", "user", "assistant")
 _PLACEHOLDER = re.compile(r"<(image|video)>")
+Size = tuple[int, int, int, float]
 
 
 def load(source: str | Path, data: Data) -> list[Prompt]:
-    """All rows of a file, in its order. A bad row stops with its number, or is counted (`data.on_bad_row`)."""
-    path = Path(source)
-    if not path.is_file():
-        raise InputError(f"{path}: no such data file; check data.source and data.heldout")
-    root = Path(data.media_root) if data.media_root else path.parent
-    prompts, bad = [], []
-    checked: set[Path] = set()
-    for number, read in READERS[path.suffix.lower()](path):
+    """All rows of a source, in its order. A bad row stops with its number, or is counted (`data.on_bad_row`)."""
+    name, folder, rows = read(str(source), data)
+    root = Path(data.media_root) if data.media_root else folder
+    stem = Path(name).stem
+    made: list[Prompt] = []
+    bad: list[tuple[int, str]] = []
+    formats: set[Format] = set()
+    count = 0
+
+    def refuse(number: int, error: InputError) -> None:
+        message = f"{name}: row {number}: {error}"
+        if data.on_bad_row == "error":
+            raise InputError(f"{message} (data.on_bad_row=skip leaves such rows out)") from error
+        bad.append((number, message))
+
+    for number, get in rows:
+        count += 1
         try:
-            prompts.append(_prompt(read(), f"{path.stem}/{number}", root, checked))
-        except InputError as error:
-            message = f"{path}: row {number}: {error}"
-            if data.on_bad_row == "error":
+            row = get()
+            if not isinstance(row, dict):
                 raise InputError(
-                    f"{message} (data.on_bad_row=skip leaves such rows out)"
-                ) from error
-            bad.append(message)
+                    f"{type(row).__name__}; a row is an object with columns; write {{...}}"
+                )
+            row = renamed(row, data.columns)
+            chosen = detect(row)
+            if chosen not in formats:
+                log.info("%s: read as %s (columns: %s)", name, chosen.name, ", ".join(row))
+                formats.add(chosen)
+            prompt = _prompt(chosen.plain(_given(row)), f"{stem}/{number}", root, data.instruction)
+            made.append(replace(prompt, row=f"{name}: row {number}"))
+        except InputError as error:
+            refuse(number, error)
+    sizes, faults = _looked(made, data)
+    good: list[Prompt] = []
+    for prompt in made:
+        fault = next((faults[m.key] for m in prompt.media if m.key in faults), None)
+        if fault is not None:
+            refuse(int(prompt.row.rpartition(" ")[2]), fault)
+            continue
+        media = tuple(replace(m, size=sizes.get(m.key)) for m in prompt.media)
+        good.append(replace(prompt, media=media))
+    bad.sort()
     if bad:
-        log.warning(
-            "%d of %d rows skipped; the first: %s", len(bad), len(bad) + len(prompts), bad[0]
-        )
-    if not prompts:
-        reason = f"all {len(bad)} rows are bad; the first: {bad[0]}" if bad else "no rows"
-        raise InputError(f"{path}: {reason}; give at least one question with an answer")
-    return prompts
+        log.warning("%d of %d rows skipped; the first: %s", len(bad), count, bad[0][1])
+    if not good:
+        reason = f"all {len(bad)} rows are bad; the first: {bad[0][1]}" if bad else "no rows"
+        raise InputError(f"{name}: {reason}; give at least one question with an answer")
+    return good
 
 
-def _prompt(row: Any, default_id: str, root: Path, checked: set[Path]) -> Prompt:
-    if not isinstance(row, dict):
-        raise InputError(f"{type(row).__name__}; a row is an object with columns; write {{...}}")
-    row = {name: value for name, value in row.items() if value is not None}
+def _given(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def _looked(prompts: Sequence[Prompt], data: Data) -> tuple[dict[str, Size], dict[str, InputError]]:
+    """Sizes of all media by key, and what is wrong with those that are bad; each once, `data.workers` at a time."""
+    media = {m.key: m for prompt in prompts for m in prompt.media}
+    sizes: dict[str, Size] = {}
+    faults: dict[str, InputError] = {}
+
+    def one(item: tuple[str, Media]) -> None:
+        key, found = item
+        try:
+            if data.check == "decode":
+                sizes[key] = look(found)
+            else:
+                exists(found)
+        except InputError as error:
+            faults[key] = error
+
+    with ThreadPoolExecutor(data.workers, thread_name_prefix="check") as pool:
+        for _ in pool.map(one, media.items(), chunksize=64):
+            pass
+    return sizes, faults
+
+
+def _prompt(row: dict[str, Any], default_id: str, root: Path, instruction: str | None) -> Prompt:
+    row = _given(row)
     queues = {kind: _listed(row, kind) for kind in MEDIA}
-    messages, entries = _messages(row, queues)
-    media = tuple(_media(kind, value, root, checked) for kind, value in entries)
+    messages, entries, said = _messages(row, queues)
+    media = tuple(_media(kind, value, root) for kind, value in entries)
+    answer, *accepted = _answers(row, said)
+    if instruction:
+        messages[-1]["content"].append({"type": "text", "text": f"\n{instruction}"})
     name = str(row.get("id", default_id))
     shared = "|".join(_key(m) for m in media) or name
     return Prompt(
         id=name,
         messages=messages,
         media=media,
-        answer=_answer(row),
+        answer=answer,
         task=str(row.get("task", "default")),
         kind=str(row.get("kind", "default")),
         picture=str(row.get("picture", shared)),
         reward=_reward(row),
+        accepted=tuple(accepted),
     )
 
 
@@ -90,16 +140,25 @@ def _reward(row: dict[str, Any]) -> str | None:
     return name
 
 
-def _answer(row: dict[str, Any]) -> str:
+def _answers(row: dict[str, Any], said: str | None) -> list[str]:
+    """The right answer, and others that are right too. said: what the conversation ends with, if it is an answer."""
     for name in ANSWERS:
         if name in row:
-            value = row[name]
-            if not isinstance(value, str | int | float):
-                raise InputError(f"{name} is {type(value).__name__}; allowed: text or a number")
-            if not str(value).strip():
-                raise InputError(f"{name} is empty; write the right answer")
-            return str(value).strip()
-    raise InputError(f"no answer; columns: {', '.join(row) or 'none'}; add `answer` or `solution`")
+            values = row[name] if isinstance(row[name], list) and row[name] else [row[name]]
+            for value in values:
+                if not isinstance(value, str | int | float):
+                    raise InputError(
+                        f"{name} is {type(value).__name__}; allowed: text, a number or a list of them"
+                    )
+                if not str(value).strip():
+                    raise InputError(f"{name} is empty; write the right answer")
+            return list(dict.fromkeys(str(value).strip() for value in values))
+    if said is not None:
+        return [said]
+    raise InputError(
+        f"no answer; columns: {', '.join(row) or 'none'}; add `answer` or `solution`, or name the column: "
+        "data.columns={answer: ITS NAME}"
+    )
 
 
 def _listed(row: dict[str, Any], kind: str) -> list[Any]:
@@ -119,8 +178,9 @@ def _listed(row: dict[str, Any], kind: str) -> list[Any]:
 
 def _messages(
     row: dict[str, Any], queues: dict[str, list[Any]]
-) -> tuple[list[dict[str, Any]], list[tuple[str, Any]]]:
-    """Chat messages in our form, and (kind, path or bytes) of each image or video entry in their order."""
+) -> tuple[list[dict[str, Any]], list[tuple[str, Any]], str | None]:
+    """Chat messages in our form, (kind, source) of each image or video entry in their order, and the answer that the
+    conversation ends with (None where it ends with the question)."""
     given = [name for name in ("messages", *QUESTIONS) if name in row]
     if not given:
         raise InputError(
@@ -130,21 +190,26 @@ def _messages(
     if isinstance(value, str) and given[0] != "messages":
         if not value.strip():
             raise InputError(f"`{given[0]}` is empty; write a question")
-        if not _PLACEHOLDER.search(value):
-            # A plain question about some media: they come first, images before videos.
-            value = "".join(f"<{kind}>" * len(queue) for kind, queue in queues.items()) + value
         value = [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
         raise InputError(
             f"`{given[0]}` is {value!r:.60}; allowed: a list of messages that is not empty"
         )
     messages = [_message(message) for message in value]
+    said = None
+    if len(messages) > 1 and messages[-1]["role"] == "assistant":
+        content = messages.pop()["content"]
+        said = " ".join(part["text"] for part in content if part["type"] == "text").strip() or None
     if messages[-1]["role"] != "user":
         raise InputError(
-            f"the last message is of role {messages[-1]['role']!r}; it must be the user's question; "
-            "move a closing assistant turn to `answer`"
+            f"the last message is of role {messages[-1]['role']!r}; it must be the user's question"
         )
-    return messages, _entries(messages, queues)
+    parts = [part for message in messages for part in message["content"]]
+    first = next(message for message in messages if message["role"] == "user")
+    if all(part["type"] == "text" for part in parts):
+        # Without any placeholder the media come first, images before videos, as in TRL and ms-swift.
+        first["content"][:0] = [{"type": kind} for kind, queue in queues.items() for _ in queue]
+    return messages, _entries(messages, queues), said
 
 
 def _message(message: Any) -> dict[str, Any]:
@@ -208,87 +273,22 @@ def _entries(messages: list[dict[str, Any]], queues: dict[str, list[Any]]) -> li
     return entries
 
 
-def _media(kind: str, value: Any, root: Path, checked: set[Path]) -> Media:
-    if isinstance(value, dict) and kind == "image" and value.get("bytes"):
-        # How Hugging Face datasets store pictures in parquet.
-        return Media("image", read_image(io.BytesIO(value["bytes"]), "image in the row"))
-    if isinstance(value, dict):
+def _media(kind: str, value: Any, root: Path) -> Media:
+    if isinstance(value, dict) and value.get("bytes"):
+        value = value["bytes"]  # how Hugging Face datasets store pictures in parquet
+    elif isinstance(value, dict):
         value = value.get("path")
+    if kind == "image" and (isinstance(value, bytes) or hasattr(value, "read")):
+        return Media("image", value)
     if not isinstance(value, str) or not value:
         raise InputError(f"{kind} {value!r:.60}; allowed: the path of a file")
     if re.match(r"(https?|s3|gs)://", value):
         raise InputError(f"{kind} {value:.80}: a URL; only local files are read; download it first")
-    path = root / value.removeprefix("file://")
-    if path not in checked:
-        if kind == "image":
-            check_image(path)
-        elif not path.is_file():
-            raise InputError(f"{path}: no such video file; check the path or data.media_root")
-        elif path.stat().st_size == 0:
-            raise InputError(f"{path}: the video file is empty (0 bytes); copy it again")
-        checked.add(path)
-    return Media("image" if kind == "image" else "video", path)
+    return Media("image" if kind == "image" else "video", root / value.removeprefix("file://"))
 
 
 def _key(media: Media) -> str:
     """Equal for the same picture or clip."""
     if isinstance(media.source, np.ndarray):
         return hashlib.sha256(media.source.tobytes()).hexdigest()[:16]
-    return str(media.source)
-
-
-# A reader yields (row number from 1, a function that gives the row): a row that cannot be parsed is a bad row.
-Rows = Iterator[tuple[int, Callable[[], Any]]]
-
-
-def _jsonl(path: Path) -> Rows:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, lambda line=line: _parse(line)  # type: ignore[misc]
-
-
-def _json(path: Path) -> Rows:
-    try:
-        rows = _parse(path.read_bytes()) if path.stat().st_size else []
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    if not isinstance(rows, list):
-        raise InputError(
-            f"{path}: {type(rows).__name__}; allowed: a list of rows; or name it .jsonl"
-        )
-    for number, row in enumerate(rows, 1):
-        yield number, lambda row=row: row  # type: ignore[misc]
-
-
-def _parquet(path: Path) -> Rows:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise InputError(
-            f"{path}: parquet needs pyarrow ({error}); pip install 'zipr1[data]', or convert it to .jsonl"
-        ) from error
-    try:
-        number = 0
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, lambda row=row: row  # type: ignore[misc]
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a parquet file that can be read ({error})") from error
-
-
-def _parse(text: bytes) -> Any:
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"not JSON ({error}); check quotes, commas and UTF-8") from error
-
-
-READERS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".parquet": _parquet,
-}
+    return str(media.source) if isinstance(media.source, str | Path) else media.key

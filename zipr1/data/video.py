@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -38,20 +39,25 @@ def read(
 
     fps: wanted; never more than the clip has; None takes all frames. max_frames: most that come back.
     """
+    frames, own_fps, total = _decode(path, lambda total, own: choose(total, own, max_frames, fps))
+    return frames, own_fps * len(frames) / total
+
+
+def look(path: str | Path) -> tuple[int, int, int, float]:
+    """A clip's frames, height, width and frames per second. Its first and last frames are decoded, so that a file that
+    is cut off or damaged on the way is an InputError here."""
+    frames, own_fps, total = _decode(path, lambda total, own: np.unique([0, total - 1]))
+    return total, frames.shape[1], frames.shape[2], own_fps
+
+
+def exists(path: str | Path) -> Path:
+    """The path. Raises InputError if there is no file, or an empty one."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such video file; check the path or data.media_root")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the video file is empty (0 bytes); copy or download it again")
-    if reader()[0] == "decord":
-        from decord.base import DECORDError
-
-        # decord 0.6 brings an old FFmpeg (no AV1), and fails on frames 16 or 48 px wide.
-        try:
-            return _read_decord(path, max_frames, fps)
-        except (DECORDError, RuntimeError, IndexError, OSError) as error:
-            log.info("%s: decord failed (%s); trying PyAV", path, _first_line(error))
-    return _read_pyav(path, max_frames, fps)
+    return path
 
 
 def write(path: Path, frames: np.ndarray, fps: float) -> None:
@@ -78,18 +84,35 @@ def choose(total: int, own_fps: float, max_frames: int | None, fps: float | None
     return ((np.arange(number) + 0.5) * total / number).astype(np.int64)
 
 
-def _read_decord(path: Path, max_frames: int | None, fps: float | None) -> tuple[np.ndarray, float]:
+# Which frames to decode, of a clip with so many frames at so many a second: ascending indices.
+Rows = Callable[[int, float], np.ndarray]
+
+
+def _decode(path: str | Path, rows: Rows) -> tuple[np.ndarray, float, int]:
+    """Chosen frames uint8 `(F, H, W, 3)`, the clip's own frames per second, and how many frames it has."""
+    path = exists(path)
+    if reader()[0] == "decord":
+        from decord.base import DECORDError
+
+        # decord 0.6 brings an old FFmpeg (no AV1), and fails on frames 16 or 48 px wide.
+        try:
+            return _read_decord(path, rows)
+        except (DECORDError, RuntimeError, IndexError, OSError) as error:
+            log.debug("%s: decord failed (%s); trying PyAV", path, _first_line(error))
+    return _read_pyav(path, rows)
+
+
+def _read_decord(path: Path, rows: Rows) -> tuple[np.ndarray, float, int]:
     import decord
 
     clip = decord.VideoReader(str(path), num_threads=1)
     total, own_fps = len(clip), float(clip.get_avg_fps())
     if total == 0:
         raise InputError(f"{path}: the video has no frames; {_HELP}")
-    rows = choose(total, own_fps, max_frames, fps)
-    return clip.get_batch(rows.tolist()).asnumpy(), own_fps * len(rows) / total
+    return clip.get_batch(rows(total, own_fps).tolist()).asnumpy(), own_fps, total
 
 
-def _read_pyav(path: Path, max_frames: int | None, fps: float | None) -> tuple[np.ndarray, float]:
+def _read_pyav(path: Path, rows: Rows) -> tuple[np.ndarray, float, int]:
     import av
 
     try:
@@ -102,8 +125,7 @@ def _read_pyav(path: Path, max_frames: int | None, fps: float | None) -> tuple[n
             total = sum(1 for _ in container.decode(stream))
             if total == 0:
                 raise InputError(f"{path}: the video has no frames; {_HELP}")
-            rows = choose(total, own_fps, max_frames, fps)
-        wanted = set(rows.tolist())
+        wanted = set(rows(total, own_fps).tolist())
         with av.open(str(path)) as container:
             frames = [
                 frame.to_ndarray(format="rgb24")
@@ -114,7 +136,7 @@ def _read_pyav(path: Path, max_frames: int | None, fps: float | None) -> tuple[n
         raise InputError(
             f"{path}: cannot be read as a video ({_first_line(error)}); {_HELP}"
         ) from error
-    return np.stack(frames), own_fps * len(rows) / total
+    return np.stack(frames), own_fps, total
 
 
 def _first_line(error: Exception) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from zipr1_kernels import unusable
@@ -72,6 +73,20 @@ def adapter_of(folder: str | Path) -> Path | None:
         if (path / "adapter_config.json").is_file():
             return path
     return None
+
+
+def is_here(path: str, revision: str | None = None) -> bool:
+    """Whether a model loads without a network: a folder, a run, `tiny`, or a hub id whose weights were downloaded.
+
+    Raises InputError for a path that looks local and does not exist.
+    """
+    place = resolve(path)
+    if Path(place).is_dir():
+        return True
+    return any(
+        isinstance(try_to_load_from_cache(place, name, revision=revision), str)
+        for name in ("model.safetensors", "model.safetensors.index.json")
+    )
 
 
 def choose_device(device: str | None) -> torch.device:
@@ -150,6 +165,7 @@ def load_parts(
         tile=side,
         besides=besides,
         clips=family.clips,
+        max_frame_pixels=settings.max_frame_pixels,
     )
     video = model.config.video_token_id if family.clips else None
     processor = Processor(tokenizer, pixels, model.config.image_token_id, video, family.around)

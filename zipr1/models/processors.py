@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class PixelSettings:
-    """How pictures become patches. min_pixels, max_pixels: bounds of height x width after resizing, a frame.
+    """How pictures become patches. min_pixels, max_pixels: bounds of height x width after resizing; max_frame_pixels:
+    of a clip's frame, where it is not max_pixels.
 
     tile: pixels on a side of the one square that a picture is made, 0 for any size; besides: its tokens that show no
     part of it. clips: whether videos are handled."""
@@ -41,6 +42,14 @@ class PixelSettings:
     tile: int = 0
     besides: int = 0
     clips: bool = True
+    max_frame_pixels: int | None = None
+
+    def of(self, kind: str) -> PixelSettings:
+        """Those of an `image` or a `video`."""
+        if kind == "image" or self.max_frame_pixels is None:
+            return self
+        low = min(self.min_pixels, self.max_frame_pixels)
+        return replace(self, max_pixels=self.max_frame_pixels, min_pixels=low)
 
     @property
     def factor(self) -> int:
@@ -217,16 +226,35 @@ class Processor:
         """pixels: uint8 `(H, W, 3)` or `(F, H, W, 3)`; fps of the frames given.
 
         Raises InputError for a clip where the family's are not handled."""
-        if kind == "video" and not self.settings.clips:
-            raise InputError(
-                "clips are handled for qwen2_vl and qwen2_5_vl alone; give this model pictures"
-            )
+        self._handled(kind)
         if self.settings.tile:
             patches, grid = square(pixels, self.settings)
             tokens = math.prod(grid) // self.settings.merge**2 + self.settings.besides
             return Visual(kind, patches, grid, 0.0, tokens)
         frames = pixels[None] if pixels.ndim == 3 else pixels
-        patches, grid = patchify(frames, self.settings)
+        patches, grid = patchify(frames, self.settings.of(kind))
+        return self._visual(kind, patches, grid, fps)
+
+    def planned(self, kind: str, frames: int, height: int, width: int, fps: float | None) -> Visual:
+        """What `visual` gives for frames of this size, without patches."""
+        self._handled(kind)
+        settings = self.settings.of(kind)
+        if settings.tile:
+            side = settings.tile // settings.patch
+            tokens = side**2 // settings.merge**2 + settings.besides
+            return Visual(kind, torch.empty(0), (1, side, side), 0.0, tokens)
+        h, w = (side // settings.patch for side in fit_size(height, width, settings))
+        return self._visual(kind, torch.empty(0), (-(-frames // settings.temporal), h, w), fps)
+
+    def _handled(self, kind: str) -> None:
+        if kind == "video" and not self.settings.clips:
+            raise InputError(
+                "clips are handled for qwen2_vl and qwen2_5_vl alone; give this model pictures"
+            )
+
+    def _visual(
+        self, kind: str, patches: torch.Tensor, grid: tuple[int, int, int], fps: float | None
+    ) -> Visual:
         # One second where the frames' rate is unknown, as transformers assumes.
         seconds = (self.settings.temporal / fps if fps else 1.0) if kind == "video" else 0.0
         return Visual(kind, patches, grid, seconds, math.prod(grid) // self.settings.merge**2)
@@ -244,7 +272,24 @@ class Processor:
 
         Raises InputError if the placeholders in the text are not those of the media.
         """
-        raw = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        special, waiting = set(self.placeholder.values()), iter(visuals)
+        out: list[int] = []
+        for token in self._raw(text, visuals):
+            if token in special:
+                before, after = self.around
+                out.extend([*before, *[token] * next(waiting).tokens, *after])
+            else:
+                out.append(token)
+        return torch.tensor(out, dtype=torch.long)
+
+    def length(self, text: str, visuals: Sequence[Visual]) -> int:
+        """How many ids `ids` gives. Raises what it raises."""
+        around = sum(len(part) for part in self.around)
+        return len(self._raw(text, visuals)) + sum(v.tokens - 1 + around for v in visuals)
+
+    def _raw(self, text: str, visuals: Sequence[Visual]) -> list[int]:
+        """Ids with one placeholder for each visual, or an InputError."""
+        raw: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         wanted = [self.placeholder[v.kind] for v in visuals]
         found = [i for i in raw if i in self.placeholder.values()]
         if found != wanted:
@@ -253,15 +298,7 @@ class Processor:
                 f"the text has placeholders {[name[i] for i in found]} and the media are "
                 f"{[v.kind for v in visuals]}: give one placeholder per image or video, in the same order"
             )
-        special, waiting = set(self.placeholder.values()), iter(visuals)
-        out: list[int] = []
-        for token in raw:
-            if token in special:
-                before, after = self.around
-                out.extend([*before, *[token] * next(waiting).tokens, *after])
-            else:
-                out.append(token)
-        return torch.tensor(out, dtype=torch.long)
+        return raw
 
     def answer_ids(self, answer: str) -> torch.Tensor:
         """`(T,)` ids of an answer with its end token."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+from zipr1.rewards.final import final
+
 _NAMED = re.compile(
     r"\b(?:answer|option|choice)\b[^A-Za-z0-9]*(?:is|:)?\s*[(\[]?([A-Z])\b", re.IGNORECASE
 )
@@ -19,9 +19,7 @@ def letter(text: str) -> str | None:
     Looked for in this order: inside <answer> tags or a box, at the start ("B", "(b)", "B. a cat"), after
     "answer is" or "option", and last as the only capital letter that stands alone.
     """
-    for pattern in (_TAGGED, _BOXED):
-        if found := pattern.findall(text):
-            text = found[-1]
+    text = final(text).strip("*_` ")
     if match := _LEADING.match(text):
         return match[1].upper()
     if found := _NAMED.findall(text):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from zipr1.rewards.final import final
+
 
 def words(text: str) -> list[str]:
     """Lower-case words of a text; a sign or a decimal point inside a number stays with it."""
@@ -14,5 +16,5 @@ def words(text: str) -> list[str]:
 
 def exact(said: str, wanted: str) -> float:
     """1.0 if the words are those of `wanted`, else 0.0; an answer without words is never right."""
-    heard = words(said)
-    return float(bool(heard) and heard == words(wanted))
+    heard = words(final(said))
+    return float(bool(heard) and heard == words(final(wanted)))

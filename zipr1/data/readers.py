@@ -1,0 +1,242 @@
+"""Where rows come from: files by their ending, folders, and the `datasets` library for everything else.
+
+A reader yields (row number from 1, a function that gives the row): a row that cannot be parsed is a bad row, not a
+bad file. .jsonl and .json need no library, .parquet needs pyarrow, the hub and saved datasets need `datasets`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from zipr1.errors import InputError, Missing
+from zipr1.recipe import Data
+
+Rows = Iterator[tuple[int, Callable[[], Any]]]
+
+
+_PART = re.compile(r"(.+):\[(-?\d*):(-?\d*)\]")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An encoded picture in a dataset on disk (memory-mapped), read when it is needed."""
+
+    table: Any
+    fingerprint: str
+    row: int
+    column: str
+    place: int | None
+
+    @property
+    def key(self) -> str:
+        return f"{self.fingerprint}:{self.row}:{self.column}:{self.place}"
+
+    def read(self) -> bytes:
+        value = self.table[self.row][self.column]
+        return bytes((value if self.place is None else value[self.place])["bytes"])
+
+
+def read(source: str, data: Data) -> tuple[str, Path, Rows]:
+    """A name for messages, where relative media paths start, and the rows. Raises Missing if nothing is there.
+
+    `SOURCE:[a:b]` takes a part of the rows, as Python slices a list: `[:-500]` to train on, `[-500:]` to hold out.
+    """
+    if match := _PART.fullmatch(source):
+        ends = [int(end) if end else None for end in match.groups()[1:]]
+        name, folder, rows = read(match[1], data)
+        return name, folder, iter(list(rows)[slice(*ends)])
+    path, split = _place(source)
+    if path.suffix.lower() in READERS and not path.is_dir():
+        if not path.is_file():
+            raise Missing(f"{path}: no such data file; check data.source and data.heldout")
+        return path.name, path.parent, _limited(READERS[path.suffix.lower()](path), data)
+    if path.is_dir() and (files := _split_files(path, split)):
+        return f"{path.name} ({split})", path, _limited(_chained(files), data)
+    if path.is_dir() or _is_hub_id(str(path)):
+        return f"{path} ({split})", path, _datasets(path, split, data)
+    if source.startswith((".", "/", "~")):
+        raise Missing(f"{source}: no such file or folder; check data.source and data.heldout")
+    endings = ", ".join(f"a {ending} file" for ending in READERS)
+    raise InputError(
+        f"data source {source!r}: unknown; allowed: digits, {endings}, a folder, owner/name of a dataset of the hub; "
+        "change data.source"
+    )
+
+
+def _place(source: str) -> tuple[Path, str]:
+    """`owner/name:split` -> the two; without one the split is `train`. A path that exists has no split."""
+    if ":" in source and not Path(source).exists():
+        name, _, split = source.rpartition(":")
+        return Path(name), split or "train"
+    return Path(source), "train"
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    """`train.jsonl`, `train-00000-of-00003.parquet`, also under data/, of one split and one ending, in order."""
+    for ending in READERS:
+        for where in (folder, folder / "data"):
+            found = [*where.glob(f"{split}{ending}"), *sorted(where.glob(f"{split}[-_]*{ending}"))]
+            if found:
+                return found
+    return []
+
+
+def _chained(files: list[Path]) -> Rows:
+    number = 0
+    for file in files:
+        for _, row in READERS[file.suffix.lower()](file):
+            number += 1
+            yield number, row
+
+
+def _limited(rows: Rows, data: Data) -> Rows:
+    return islice(rows, data.prompts) if data.streaming else rows
+
+
+def _datasets(path: Path, split: str, data: Data) -> Rows:
+    """Rows through the `datasets` library, pictures undecoded. Raises Missing where it cannot reach them."""
+    if not path.is_dir():
+        _without_waiting()
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"{path}: a dataset needs the datasets library ({error}); pip install 'zipr1[data]'"
+        ) from error
+    try:
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            table = datasets.load_from_disk(str(path))
+            table = table[split] if isinstance(table, dict) else table
+        else:
+            table = datasets.load_dataset(
+                str(path), data.subset, split=split, streaming=data.streaming
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        kind, hint = InputError, "check the folder, data.subset and the split after the colon"
+        if not path.is_dir():
+            kind = Missing
+            hint = f"check the name and the network, or download it first (hf download --repo-type dataset {path})"
+        raise kind(f"{path} ({split}): does not load ({reason}); {hint}") from error
+    for column, feature in (table.features or {}).items():
+        raw = _undecoded(datasets, feature)
+        if raw is not None:
+            table = table.cast_column(column, raw)
+    if data.streaming:
+        for number, row in enumerate(islice(table, data.prompts), 1):
+            yield number, lambda row=row: row  # type: ignore[misc]
+        return
+    mark = str(getattr(table, "_fingerprint", path))
+    for index in range(len(table)):
+        yield index + 1, lambda index=index: _celled(table, mark, index)  # type: ignore[misc]
+
+
+def _without_waiting() -> None:
+    """Where the hub's name is not even known, take what was downloaded before, without a minute of retries."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for datasets, which is not imported yet
+
+
+def _undecoded(datasets: Any, feature: Any) -> Any:
+    """The same feature with pictures and clips left as bytes or paths; None where it has none."""
+    for name in ("Image", "Video"):
+        kind = getattr(datasets, name, None)
+        if kind is None:
+            continue
+        if isinstance(feature, kind):
+            return kind(decode=False)
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        if isinstance(inner, kind):
+            raw = kind(decode=False)
+            return [raw] if isinstance(feature, list) else datasets.List(raw)
+    return None
+
+
+def _celled(table: Any, mark: str, index: int) -> dict[str, Any]:
+    """A row whose encoded pictures stay in the table."""
+
+    def cell(value: Any, column: str, place: int | None) -> Any:
+        if isinstance(value, dict) and value.get("bytes"):
+            return Cell(table, mark, index, column, place)
+        return value
+
+    row = dict(table[index])
+    for column, value in row.items():
+        if isinstance(value, list):
+            row[column] = [cell(one, column, place) for place, one in enumerate(value)]
+        else:
+            row[column] = cell(value, column, None)
+    return row
+
+
+def _jsonl(path: Path) -> Rows:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, lambda line=line: _parse(line)  # type: ignore[misc]
+
+
+def _json(path: Path) -> Rows:
+    try:
+        rows = _parse(path.read_bytes()) if path.stat().st_size else []
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    if not isinstance(rows, list):
+        raise InputError(
+            f"{path}: {type(rows).__name__}; allowed: a list of rows; or name it .jsonl"
+        )
+    for number, row in enumerate(rows, 1):
+        yield number, lambda row=row: row  # type: ignore[misc]
+
+
+def _parquet(path: Path) -> Rows:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(
+            f"{path}: parquet needs pyarrow ({error}); pip install 'zipr1[data]', or convert it to .jsonl"
+        ) from error
+    try:
+        number = 0
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, lambda row=row: row  # type: ignore[misc]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a parquet file that can be read ({error})") from error
+
+
+def _parse(text: bytes) -> Any:
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"not JSON ({error}); check quotes, commas and UTF-8") from error
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".parquet": _parquet,
+}
