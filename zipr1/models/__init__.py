@@ -5,8 +5,10 @@ from zipr1.models.policy import Answers, Features, Policy, load_policy
 from zipr1.models.processors import Encoded
 from zipr1.models.room import most_tokens
 from zipr1.models.rows import replay_masks
+from zipr1.models.shared import ANSWERS, shared_states
 
 __all__ = [
+    "ANSWERS",
     "Answers",
     "Encoded",
     "Features",
@@ -15,5 +17,6 @@ __all__ = [
     "load_policy",
     "most_tokens",
     "replay_masks",
+    "shared_states",
     "sparse_attention",
 ]
