@@ -34,7 +34,7 @@ from zipr1.models.loading import (
 )
 from zipr1.models.processors import Encoded, Processor, Visual
 from zipr1.models.rows import answer_places, choose, dense_bytes, groups, heldout_mass, padded
-from zipr1.ranks import Parallel, whole
+from zipr1.ranks import Parallel, whole_state
 from zipr1.recipe import Model
 
 # Placeholders are never sampled: an answer with one would ask for a picture that is not there. Finite, so that
@@ -372,13 +372,7 @@ class Policy:
         """Whole weights on the CPU, where each rank holds a part; all ranks must ask. None: the model has them."""
         if not self.parallel.sharded:
             return None
-        # One at a time, so that no device ever holds the whole model; tied weights stay one tensor.
-        found: dict[int, torch.Tensor] = {}
-        named = (self.adapted or self.core).state_dict(keep_vars=True)
-        for value in named.values():
-            if id(value) not in found:
-                found[id(value)] = whole(value.detach()).cpu()
-        return {name: found[id(value)] for name, value in named.items()}
+        return whole_state(self.adapted or self.core)
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """A model folder in Hugging Face format (adapters stay beside the base they were trained on).

@@ -1,4 +1,4 @@
-"""Small tensor work of the policy: rows of prompts and answers, choosing tokens, grouping pictures, masks of what was kept."""
+"""Small tensor work of the policy: rows of prompts and answers, choosing tokens, grouping pictures, what was kept."""
 
 from __future__ import annotations
 
