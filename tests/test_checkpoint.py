@@ -71,6 +71,27 @@ def test_checkpoints_are_complete_linked_and_pruned(root):
     assert names(root / "checkpoints") == ["step-000010"]
 
 
+def test_the_best_checkpoint_outlives_newer_ones(root):
+    run = RunDir.open(Recipe(), root)
+    for step, best in ((1, True), (2, True), (3, False), (4, False), (5, False)):
+        run.save_checkpoint(step, write(str(step)), keep=2, best=best)
+    assert names(root / "checkpoints") == ["step-000002", "step-000004", "step-000005"]
+    assert (root / "best" / "adapter" / "a.bin").read_text() == "2"
+    assert (root / "last" / "adapter" / "a.bin").read_text() == "5"
+    run.save_checkpoint(6, write(), keep=1, best=True)
+    assert names(root / "checkpoints") == ["step-000006"]
+
+
+def test_of_several_ranks_one_writes(root):
+    RunDir.open(Recipe(), root)
+    other = RunDir(root, Recipe())
+    other.writes = False
+    other.append_metrics({"step": 0})
+    other.write_summary({})
+    assert other.save_checkpoint(3, write()).name == "step-000003" and other.start_step == 3
+    assert names(root) == ["checkpoints", "recipe.yaml", "run.json"]
+
+
 @pytest.mark.parametrize("harm", ["complete.json", "adapter/a.bin", "short"])
 def test_incomplete_checkpoints_are_passed_over(root, harm):
     run = RunDir.open(Recipe(), root)

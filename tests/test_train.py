@@ -16,7 +16,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from zipr1 import train
+from zipr1 import stopping, train
 from zipr1.errors import InputError, RunError
 from zipr1.recipe import load
 
@@ -141,6 +141,101 @@ def test_a_killed_run_goes_on_as_if_nothing_happened(tmp_path, model, kind):
     assert steps(broken) == steps(whole)
     assert {**resumed, "seconds": 0} == {**summary, "seconds": 0}
     assert json.loads((broken / "run.json").read_text())["resumed"]
+
+
+def test_sigterm_saves_and_the_run_goes_on(tmp_path, model):
+    recipe = write(tmp_path / "r.yaml", model, train={"steps": 12, "save_every": 0})
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    start(recipe, whole)
+    program = "from zipr1.cli import main; main()"
+    command = [sys.executable, "-c", program, "train", str(recipe), "--output", str(broken)]
+    with subprocess.Popen(
+        [*command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        limit, metrics = time.monotonic() + 120, broken / "metrics.jsonl"
+        while time.monotonic() < limit and process.poll() is None:
+            if metrics.is_file() and len(metrics.read_text().splitlines()) >= 2:
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()
+    assert process.returncode == 143
+    done = int((broken / "last").resolve().name.removeprefix("step-"))
+    assert 2 <= done < 12
+    assert " ".join(said.split()).endswith(
+        f"stopped by SIGTERM; step {done} is saved; go on with --resume {broken}"
+    )
+    assert len(steps(broken)) == done and not (broken / "summary.json").exists()
+    start(recipe, broken)
+    assert steps(broken) == steps(whole)
+    assert json.loads((broken / "run.json").read_text())["resumed"][0]["from_step"] == done
+
+
+@pytest.mark.parametrize("moment", ["looking", "stepping"])
+def test_a_signal_in_the_middle_of_a_step_saves_a_true_state(tmp_path, model, monkeypatch, moment):
+    """While a step looks, the state before it is saved; once weights change, the state after it."""
+    recipe = write(tmp_path / "r.yaml", model, train={"steps": 4, "save_every": 0})
+    start(recipe, tmp_path / "whole")
+    name = "update" if moment == "looking" else "step_metrics"
+    calls, original = [], getattr(train, name)
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            stopping.handle(signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(train, name, interrupted)
+    with pytest.raises(stopping.Stopped) as stop:
+        start(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    done = 2 if moment == "looking" else 3
+    assert f"step {done} is saved" in stop.value.note
+    assert (tmp_path / "run" / "last").resolve().name == f"step-{done:06d}"
+    start(recipe, tmp_path / "run")
+    assert steps(tmp_path / "run") == steps(tmp_path / "whole")
+
+
+def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(tmp_path, model):
+    """A limit on the size of files stands for the disk: the write fails in the middle of the weights."""
+    recipe = write(tmp_path / "r.yaml", model, evaluation={"before": False})
+    program = """
+import resource, signal
+from zipr1 import stopping, train
+save = train.save
+def full(folder, policy, optimizer, named, state, step):
+    if step == 2:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    save(folder, policy, optimizer, named, state, step)
+train.save = full
+from zipr1.cli import main; main()
+"""
+    out = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "train", str(recipe), "--output", str(out)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "step-000002: cannot be written" in " ".join(done.stderr.split())
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000001"]
+    assert (out / "last").resolve().name == "step-000001"
+    start(recipe, out)
+    assert len(steps(out)) == 3
+
+
+def test_run_json_names_recipe_data_and_commit(tmp_path, model):
+    recipe = write(tmp_path / "r.yaml", model, train={"steps": 1}, evaluation={"before": False})
+    found = []
+    for name, override in (("a", "seed=0"), ("b", "seed=0"), ("c", "data.prompts=12")):
+        start(recipe, tmp_path / name, override)
+        found.append(json.loads((tmp_path / name / "run.json").read_text()))
+    assert found[0]["recipe_sha256"] == load(tmp_path / "a" / "recipe.yaml").sha256()
+    assert found[0]["data"]["train"]["questions"] == 16
+    assert found[0]["data"] == found[1]["data"]
+    assert found[0]["data"]["train"]["sha256"] != found[2]["data"]["train"]["sha256"]
+    assert found[0]["data"]["heldout"] == found[2]["data"]["heldout"]
+    assert {"versions", "git", "hardware", "seed", "command"} <= set(found[0])
 
 
 def test_prompts_too_short_to_be_sparse_are_refused(tmp_path, model):

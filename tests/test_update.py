@@ -13,7 +13,7 @@ from zipr1_kernels import pack_indices, sparse_prefill
 
 from zipr1 import losses, optim
 from zipr1.errors import RunError
-from zipr1.models import Request, replay_masks, sparse_attention
+from zipr1.models import Request, replay_masks, shared_states, sparse_attention
 from zipr1.models.attention import gated_prefill
 from zipr1.pressure import Pressure
 from zipr1.recipe import Budgets, Efficiency, Optim, Ppo, Probes, Sparse
@@ -158,6 +158,38 @@ def test_reference_scores_each_distinct_answer_once(monkeypatch):
             [batch.encoded[rows.prompt[b]]], batch.features, [rows.tokens[b]]
         )
         torch.testing.assert_close(logits[b, : len(rows.tokens[b])], alone[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 5, 2, 4, 1], [1] * 6], ids=["ragged", "one"])
+@pytest.mark.parametrize("family", tinymodels.FAMILIES)
+@torch.no_grad()
+def test_a_prompt_read_once_serves_all_its_answers(family, lengths):
+    policy = tinymodels.shared(family)
+    encoded = tinymodels.encode(policy, tinymodels.mixed())
+    features, owner = policy.look(encoded), [0, 1, 1, 2, 3, 3]
+    answers = [torch.arange(40, 40 + n) for n in lengths]
+    got, mask = shared_states(policy, encoded, owner, features, answers, None)
+    each = [encoded[i] for i in owner]
+    wanted, same = policy.answer_states(each, features, answers)
+    assert torch.equal(mask, same)
+    torch.testing.assert_close(got[mask], wanted[mask], atol=1e-4, rtol=1e-4)
+
+
+def test_the_reference_reads_a_prompt_of_many_answers_once():
+    settings = recipe()
+    policy, batch = roll(settings, tinymodels.mixed())
+    rows = flatten(batch, settings, even(1.0, policy.layers))
+    rows.tokens = [torch.tensor([40 + b, 41]) for b in range(16)]  # four distinct answers each
+    seen = []
+    hook = policy.twin.get_decoder().register_forward_pre_hook(
+        lambda m, a, k: seen.append(tuple(k["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    shared = reference_logits(policy, batch, rows, list(range(16)))
+    longest = max(len(e) for e in batch.encoded)
+    assert seen == [(4, longest), (16, 1)]
+    hook.remove()
+    few = [reference_logits(policy, batch, rows, [b])[0] for b in range(16)]
+    torch.testing.assert_close(shared, torch.stack(few), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("estimator", ["full", "jeffreys", "k2"])

@@ -105,6 +105,17 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict in whole tensors on the CPU. All ranks must ask."""
+    # One at a time, so that no device ever holds the whole model; tied weights stay one tensor.
+    found: dict[int, torch.Tensor] = {}
+    named = model.state_dict(keep_vars=True)
+    for value in named.values():
+        if id(value) not in found:
+            found[id(value)] = whole(value.detach()).cpu()
+    return {name: found[id(value)] for name, value in named.items()}
+
+
 def like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     """A whole tensor cut as `model` is, if that is a shard."""
     if isinstance(model, DTensor):

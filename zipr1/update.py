@@ -14,7 +14,15 @@ from typing import Any
 import torch
 
 from zipr1 import advantages, efficiency, losses, ranks
-from zipr1.models import Policy, Request, most_tokens, replay_masks, sparse_attention
+from zipr1.models import (
+    ANSWERS,
+    Policy,
+    Request,
+    most_tokens,
+    replay_masks,
+    shared_states,
+    sparse_attention,
+)
 from zipr1.optim import Optimizers, clipped_step
 from zipr1.pressure import Pressure
 from zipr1.recipe import Recipe
@@ -224,13 +232,22 @@ class Reference:
 
 @torch.no_grad()
 def look_up(policy: Policy, batch: Batch, rows: Rows, chosen: Sequence[int]) -> Reference:
-    """What the dense reference says about some rows; each distinct (prompt, answer) is run once."""
+    """What the dense reference says about some rows; each distinct (prompt, answer) is run once, and where prompts have
+    many answers, each prompt."""
     keys = [(rows.prompt[b], tuple(rows.tokens[b].tolist())) for b in chosen]
     distinct = list(dict.fromkeys(keys))
-    encoded = [batch.encoded[i] for i, _ in distinct]
+    prompts = list(dict.fromkeys(i for i, _ in distinct))
     answers = [torch.tensor(t) for _, t in distinct]
+    # Sharded, all ranks must make the same number of passes.
+    share = len(distinct) >= ANSWERS * len(prompts) and not policy.parallel.sharded
     with policy.reference() as model:
-        states, mask = policy.answer_states(encoded, batch.reference, answers, None, model)
+        if share:
+            encoded = [batch.encoded[i] for i in prompts]
+            owner = [prompts.index(i) for i, _ in distinct]
+            states, mask = shared_states(policy, encoded, owner, batch.reference, answers, model)
+        else:
+            encoded = [batch.encoded[i] for i, _ in distinct]
+            states, mask = policy.answer_states(encoded, batch.reference, answers, None, model)
     row = {key: place for place, key in enumerate(distinct)}
     width = mask.shape[1]
     back = torch.tensor([row[key] for key in keys], device=states.device)

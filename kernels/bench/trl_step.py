@@ -5,7 +5,8 @@
 TRL lives in an environment of its own, made on the first call (`--venv`) with the pins of constraints.txt. The two
 take turns, `--rounds` times, each in a fresh process with the same number of threads; the first step of a process is
 left out. Both train all weights but the frozen tower's in float32 with AdamW, sample at temperature 1, and hold a KL
-to a frozen reference. Ours prunes the prompt and adds its efficiency terms; TRL runs dense. A second table tells where
+to a frozen reference. Ours prunes the prompt and adds its efficiency term (without the constraint,
+which asks each question once more); TRL runs dense. A second table tells where
 our step goes: the model's forward and backward passes, the optimizer, and the rest, which is the loop's overhead.
 
 --hidden 0: the embedded model, whose answers end after a token or two; another number: random weights of that width,
@@ -77,7 +78,7 @@ def ours(folder: Path, steps: int) -> dict[str, Any]:
     from zipr1 import data, optim, train
     from zipr1.models import load_policy
     from zipr1.pictures import Pictures
-    from zipr1.recipe import Budgets, Data, Model, Optim, Recipe, Sparse, Train
+    from zipr1.recipe import Budgets, Data, Efficiency, Model, Optim, Recipe, Sparse, Train
 
     rows = str(folder / "rows.jsonl")
     recipe = Recipe(
@@ -85,6 +86,7 @@ def ours(folder: Path, steps: int) -> dict[str, Any]:
         data=Data(source=rows, heldout=rows),
         sparse=Sparse(dense_below=0),
         budgets=Budgets(count=GROUP),
+        efficiency=Efficiency(max_accuracy_drop=None),
         optim=Optim(lr=1e-6, schedule="constant"),
         train=Train(steps=steps, prompts=QUESTIONS, max_new_tokens=NEW_TOKENS),
     )

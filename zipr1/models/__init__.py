@@ -9,8 +9,10 @@ from zipr1.models.policy import Answers, Features, Policy, load_policy
 from zipr1.models.processors import Encoded
 from zipr1.models.room import most_tokens
 from zipr1.models.rows import replay_masks
+from zipr1.models.shared import ANSWERS, shared_states
 
 __all__ = [
+    "ANSWERS",
     "Answers",
     "Encoded",
     "Features",
@@ -22,6 +24,7 @@ __all__ = [
     "most_tokens",
     "random_model",
     "replay_masks",
+    "shared_states",
     "sparse_attention",
     "use",
 ]

@@ -33,8 +33,8 @@ from zipr1.models.loading import (
     save_folder,
 )
 from zipr1.models.processors import Encoded, Processor, Visual
-from zipr1.models.rows import choose, dense_bytes, groups, heldout_mass
-from zipr1.ranks import Parallel, whole
+from zipr1.models.rows import answer_places, choose, dense_bytes, groups, heldout_mass, padded
+from zipr1.ranks import Parallel, whole_state
 from zipr1.recipe import Model
 
 # Placeholders are never sampled: an answer with one would ask for a picture that is not there. Finite, so that
@@ -230,19 +230,7 @@ class Policy:
     ) -> tuple[dict[str, Any], torch.Tensor]:
         """Padded inputs: the decoder's arguments (embeddings `(B, L, hidden)`, positions `(3, B, L)` or `(B, L)`, what
         the family gives besides), and valid `(B, L)` bool."""
-        tails = answers if answers is not None else [encoded[0].ids[:0]] * len(encoded)
-        lengths = [len(e) + len(a) for e, a in zip(encoded, tails, strict=True)]
-        longest = max(lengths)
-        ids = torch.zeros(len(encoded), longest, dtype=torch.long)
-        positions = torch.zeros(3, len(encoded), longest, dtype=torch.long)
-        valid = torch.zeros(len(encoded), longest, dtype=torch.bool)
-        for b, (e, a) in enumerate(zip(encoded, tails, strict=True)):
-            start = longest - lengths[b] if left else 0
-            middle, stop = start + len(e), start + lengths[b]
-            ids[b, start:middle], ids[b, middle:stop] = e.ids, a.cpu()
-            positions[:, b, start:middle] = e.positions
-            positions[:, b, middle:stop] = e.next_position + torch.arange(len(a))
-            valid[b, start:stop] = True
+        ids, positions, valid = padded(encoded, answers, left)
         pads = torch.tensor(list(self.processor.placeholder.values()))
         visual = torch.isin(ids, pads).to(self.device)
         embeds = (model or self.core).get_input_embeddings()(ids.to(self.device))
@@ -291,13 +279,7 @@ class Policy:
                 prompt[b, : len(e)] = True
             request.valid, request.prompt = valid, prompt
         hidden = core.get_decoder()(**inputs, use_cache=False).last_hidden_state
-        longest = max(len(a) for a in answers)
-        steps = torch.arange(longest, device=hidden.device)
-        starts = torch.tensor([len(e) - 1 for e in encoded], device=hidden.device)
-        counts = torch.tensor([len(a) for a in answers], device=hidden.device)
-        mask = steps[None] < counts[:, None]
-        where = (starts[:, None] + steps[None]).clamp(max=hidden.shape[1] - 1)
-        return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1])), mask
+        return answer_places(hidden, [len(e) for e in encoded], [len(a) for a in answers])
 
     def answer_logits(
         self,
@@ -390,13 +372,7 @@ class Policy:
         """Whole weights on the CPU, where each rank holds a part; all ranks must ask. None: the model has them."""
         if not self.parallel.sharded:
             return None
-        # One at a time, so that no device ever holds the whole model; tied weights stay one tensor.
-        found: dict[int, torch.Tensor] = {}
-        named = (self.adapted or self.core).state_dict(keep_vars=True)
-        for value in named.values():
-            if id(value) not in found:
-                found[id(value)] = whole(value.detach()).cpu()
-        return {name: found[id(value)] for name, value in named.items()}
+        return whole_state(self.adapted or self.core)
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """A model folder in Hugging Face format (adapters stay beside the base they were trained on).

@@ -1,4 +1,4 @@
-"""Small tensor work of the policy: choosing tokens, grouping pictures, masks of what was kept."""
+"""Small tensor work of the policy: rows of prompts and answers, choosing tokens, grouping pictures, what was kept."""
 
 from __future__ import annotations
 
@@ -7,10 +7,43 @@ from typing import Any
 
 import torch
 
+from zipr1.models.processors import Encoded
 from zipr1.sparsity import Record
 
 # Patches in one pass of the vision tower: bounds its memory (65,536 are 16 pictures of 1,792 x 1,792 pixels).
 PATCHES = 65536
+
+
+def padded(
+    encoded: Sequence[Encoded], answers: Sequence[torch.Tensor] | None, left: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prompts and their answers in rows: ids `(B, L)`, positions `(3, B, L)` int64, valid `(B, L)` bool, on the CPU."""
+    tails = answers if answers is not None else [encoded[0].ids[:0]] * len(encoded)
+    lengths = [len(e) + len(a) for e, a in zip(encoded, tails, strict=True)]
+    longest = max(lengths)
+    ids = torch.zeros(len(encoded), longest, dtype=torch.long)
+    positions = torch.zeros(3, len(encoded), longest, dtype=torch.long)
+    valid = torch.zeros(len(encoded), longest, dtype=torch.bool)
+    for b, (e, a) in enumerate(zip(encoded, tails, strict=True)):
+        start = longest - lengths[b] if left else 0
+        middle, stop = start + len(e), start + lengths[b]
+        ids[b, start:middle], ids[b, middle:stop] = e.ids, a.cpu()
+        positions[:, b, start:middle] = e.positions
+        positions[:, b, middle:stop] = e.next_position + torch.arange(len(a))
+        valid[b, start:stop] = True
+    return ids, positions, valid
+
+
+def answer_places(
+    hidden: torch.Tensor, prompts: Sequence[int], answers: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of hidden states `(B, L, hidden)` of right-padded rows those that predict the answers' tokens, `(B, T, hidden)`,
+    and their mask `(B, T)` bool. prompts, answers: lengths."""
+    steps = torch.arange(max(answers), device=hidden.device)
+    starts = torch.tensor([n - 1 for n in prompts], device=hidden.device)
+    mask = steps[None] < torch.tensor(list(answers), device=hidden.device)[:, None]
+    where = (starts[:, None] + steps[None]).clamp(max=hidden.shape[1] - 1)
+    return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1])), mask
 
 
 def choose(logprobs: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
