@@ -108,8 +108,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
             "peak",
         ),
         f"a step: {model['layers']} layers and the logits; Python and launches take at least "
-        f"{', '.join(python.values())} of it; KV: of {model['all_layers']} layers; peak: MiB of tensors alive at once in "
-        "prefill, without weights",
+        f"{', '.join(python.values())} of it; KV: of {model['all_layers']} layers; peak: MiB of tensors alive at once "
+        "in prefill, without weights",
     )
     for row in steps:
         sparse = row["skip"] != "none"
