@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import zipr1
+from zipr1.cli.eval import evaluate
 from zipr1.cli.profile import profile
 from zipr1.cli.train import train
 from zipr1.errors import ZipError
@@ -31,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
+app.command("eval")(evaluate)
 app.command()(profile)
 
 # What a disk or a file's owner can refuse; any other OSError is ours to explain, with a traceback.
@@ -77,9 +79,10 @@ def main() -> None:
         _leave(str(error), error.exit_code)
     except Stopped as stop:
         name = "stopped by SIGTERM" if stop.number == signal.SIGTERM else "interrupted"
-        _leave(
-            f"{name}; saved checkpoints are complete: go on with --resume DIR", 128 + stop.number
-        )
+        kept = "saved checkpoints are complete: go on with --resume DIR"
+        if sys.argv[1:2] == ["eval"]:
+            kept = "finished benchmarks are kept: the same command goes on"
+        _leave(f"{name}; {kept}", 128 + stop.number)
     except MemoryError:
         _leave("out of memory; use a smaller batch (train.micro_batch, evaluation.batch)", 1)
     except BrokenPipeError:
