@@ -47,5 +47,7 @@ def sparsity_of(model: str) -> tuple[Sparse, str]:
             return Sparse.model_validate(json.loads(written.read_text())["sparse"]), str(written)
         except (ValueError, KeyError, TypeError, ValidationError) as error:
             reason = " ".join(str(error).split())[:120]
-            raise InputError(f"{written}: holds no sparsity settings ({reason}); export the run again") from None
+            raise InputError(
+                f"{written}: holds no sparsity settings ({reason}); export the run again"
+            ) from None
     return Sparse(), "the defaults"

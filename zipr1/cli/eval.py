@@ -14,28 +14,40 @@ from zipr1.cli.profile import numbers
 def evaluate(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Recipe values: sparse.skip=attention data.max_frames=32"),
+        typer.Argument(
+            metavar="KEY=VALUE", help="Recipe values: sparse.skip=attention data.max_frames=32"
+        ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="A run, a model folder, a hub id, or tiny. Default: the newest run, else tiny."),
+        typer.Option(
+            help="A run, a model folder, a hub id, or tiny. Default: the newest run, else tiny."
+        ),
     ] = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option(help="Benchmarks: mmbench,videomme, or image, video, paper13; list shows all."),
+        typer.Option(
+            help="Benchmarks: mmbench,videomme, or image, video, paper13; list shows all."
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=0, help="First questions of each benchmark; 0 takes all.")
     ] = None,
     budget: Annotated[
-        list[str] | None, typer.Option(help="Values of p: 0.975,0.94; 1.0 is dense. Default: the model's own.")
+        list[str] | None,
+        typer.Option(help="Values of p: 0.975,0.94; 1.0 is dense. Default: the model's own."),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The folder (without it, one under runs/ named by what is measured)."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="The folder (without it, one under runs/ named by what is measured).",
+        ),
     ] = None,
     data_root: Annotated[
-        Path | None, typer.Option(help="Local copies: a folder for each benchmark, with parquet and mp4 files.")
+        Path | None,
+        typer.Option(help="Local copies: a folder for each benchmark, with parquet and mp4 files."),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1 (without it, cuda where there is one).")
@@ -56,23 +68,28 @@ def evaluate(
     from rich.console import Console
 
     console = Console(stderr=as_json)
-    names = [name.strip() for item in tasks or ["digits,moving_digits"] for name in item.split(",") if name.strip()]
+    names = [
+        name.strip()
+        for item in tasks or ["digits,moving_digits"]
+        for name in item.split(",")
+        if name.strip()
+    ]
     if "list" in names:
         _list(console)
         return
     budgets = numbers("--budget", budget, float)
 
-    from zipr1 import evaluate as evaluation
+    from zipr1.evaluate import session
     from zipr1.jsontext import dumps
     from zipr1.runs import find_model
 
     found, why = find_model(model)
     if model is None:
         console.print(why, soft_wrap=True, highlight=False)
-    wanted = evaluation.Wanted(
+    wanted = session.Wanted(
         found, names, budgets, limit, output, data_root, device, overrides or [], base
     )
-    result = evaluation.run(wanted, sys.argv, console)
+    result = session.run(wanted, sys.argv, console)
     if as_json:
         print(dumps(result), flush=True)
 

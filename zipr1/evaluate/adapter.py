@@ -76,7 +76,9 @@ class Adapter(lmms):
         for conditions, rows in self._alike([requests[i] for i in new]).items():
             some = [new[row] for row in rows]
             asked = [self._maker(requests[i]) for i in some]
-            for i, answered in zip(some, self.answerer.answer(asked, conditions, self.tell), strict=True):
+            for i, answered in zip(
+                some, self.answerer.answer(asked, conditions, self.tell), strict=True
+            ):
                 self.answered[keys[i]] = answered
         return [self.change(key[0], self.answered[key].said[self.turn].text) for key in keys]
 
@@ -95,17 +97,23 @@ class Adapter(lmms):
 
     def _maker(self, request: Instance) -> Callable[[], Prompt]:
         _, to_messages, _, number, task, split = request.args
-        return lambda: prompt_of(f"{task}/{number}", to_messages(self.task_dict[task][split][number]))
+        return lambda: prompt_of(
+            f"{task}/{number}", to_messages(self.task_dict[task][split][number])
+        )
 
     @staticmethod
     def _key(request: Instance) -> tuple[str, str, int]:
         return request.args[4], request.args[5], request.args[3]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        raise InputError("tasks that compare likelihoods are not supported; choose one that generates answers")
+        raise InputError(
+            "tasks that compare likelihoods are not supported; choose one that generates answers"
+        )
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        raise InputError("tasks of several rounds are not supported; choose one with a single answer")
+        raise InputError(
+            "tasks of several rounds are not supported; choose one with a single answer"
+        )
 
     def clean(self) -> None:
         """Nothing: lmms-eval's own would delete the modules of a model that is asked again."""
@@ -129,14 +137,9 @@ def prompt_of(name: str, messages: Any) -> Prompt:
                 # lmms-eval takes a .webm file for sound.
                 media.append(Media("video", part.url))
             else:
-                raise InputError(f"{name}: holds {part.type}; pictures, whole clips and text are read")
+                raise InputError(
+                    f"{name}: holds {part.type}; pictures, whole clips and text are read"
+                )
             content.append({"type": media[-1].kind})
         turns.append({"role": message.role, "content": content})
     return Prompt(name, turns, tuple(media), "")
-
-
-def manifests() -> list[Any]:
-    """What the entry point `lmms_eval.models` announces."""
-    from lmms_eval.models.registry_v2 import ModelManifest
-
-    return [ModelManifest("zipr1", chat_class_path="zipr1.evaluate.adapter.Adapter")]

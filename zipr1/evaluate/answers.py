@@ -86,7 +86,9 @@ class Answerer:
     ) -> None:
         for p in budgets:
             if not 0 < p <= 1:
-                raise InputError(f"--budget {p}: outside (0, 1]; give shares such as 0.975, or 1.0 for dense")
+                raise InputError(
+                    f"--budget {p}: outside (0, 1]; give shares such as 0.975, or 1.0 for dense"
+                )
         self.policy = policy
         self.budgets = tuple(budgets)
         self.settings = [None if p >= 1 else sparse.model_copy(update={"p": p}) for p in budgets]
@@ -123,7 +125,9 @@ class Answerer:
             known: Features = {}
             for start in range(0, len(mine), size):
                 chunk = mine[start : start + size]
-                answered, known = self._chunk([asked[i]() for i in chunk], conditions, known, chunk[0])
+                answered, known = self._chunk(
+                    [asked[i]() for i in chunk], conditions, known, chunk[0]
+                )
                 found += zip(chunk, answered, strict=True)
                 tell(chunk[-1] + 1)
         except InputError as error:
@@ -149,16 +153,27 @@ class Answerer:
                 show = setting is not None and any(first + b < self.shown for b in rows)
                 request = None if setting is None else Request(setting)
                 began = time.perf_counter()
-                answers = self.policy.generate(few, features, request, conditions.max_new_tokens, model=model)
+                answers = self.policy.generate(
+                    few, features, request, conditions.max_new_tokens, model=model
+                )
                 spent = (time.perf_counter() - began) / len(rows)
                 for row, b in enumerate(rows):
                     counts = None if answers.counts is None else answers.counts[row]
                     length, layers = len(encoded[b]), self.policy.layers
                     held = length * layers if counts is None else int(counts.sum())
-                    ratios = [1.0] * layers if counts is None else (counts.double() / length).tolist()
+                    ratios = (
+                        [1.0] * layers if counts is None else (counts.double() / length).tolist()
+                    )
                     text = cut(self.policy.processor.decode(answers.tokens[row]), conditions.stops)
                     answered[b].said.append(
-                        Said(text, ratios, held * self.token_bytes, spent, length, len(answers.tokens[row]))
+                        Said(
+                            text,
+                            ratios,
+                            held * self.token_bytes,
+                            spent,
+                            length,
+                            len(answers.tokens[row]),
+                        )
                     )
                     if show and answers.kept is not None and not kept[b]:
                         kept[b] = answers.kept[row]

@@ -1,8 +1,8 @@
 """What an evaluation leaves behind, written benchmark by benchmark, so that a kill costs only the one under way.
 
-    DIR/eval.json               what was measured: model, budgets, conditions
-        benchmarks/<name>.json  one benchmark, complete once it is there
-        results.json  report.md  report.html  pareto.png  layers.png
+DIR/eval.json               what was measured: model, budgets, conditions
+    benchmarks/<name>.json  one benchmark, complete once it is there
+    results.json  report.md  report.html  pareto.png  layers.png
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Folder:
         self.root = root
 
     @classmethod
-    def open(cls, output: Path | None, model: str, meta: dict[str, Any], base: Path = Path("runs")) -> Folder:
+    def open(
+        cls, output: Path | None, model: str, meta: dict[str, Any], base: Path = Path("runs")
+    ) -> Folder:
         """A new folder, or the one in which the same evaluation was begun.
 
         output: None is `runs/eval-<model>-<hash of meta>`, so that the same command goes on where it stopped.
@@ -62,7 +64,9 @@ class Folder:
                     )
             else:
                 if output.exists() and any(not p.name.startswith(".") for p in output.iterdir()):
-                    raise InputError(f"{output}: is not empty and holds no evaluation; give another --output")
+                    raise InputError(
+                        f"{output}: is not empty and holds no evaluation; give another --output"
+                    )
                 (output / "benchmarks").mkdir(parents=True, exist_ok=True)
                 folder.write("eval.json", dumps(meta, indent=2) + "\n")
         except InputError:
@@ -94,4 +98,6 @@ class Folder:
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, path)
         except OSError as error:
-            raise RunError(f"{path}: cannot be written ({error.strerror}); free some space, then run again") from None
+            raise RunError(
+                f"{path}: cannot be written ({error.strerror}); free some space, then run again"
+            ) from None

@@ -1,4 +1,4 @@
-"""Pictures of what stays: each visual token as bright as the share of layers that keep it, as PNG in base64."""
+"""Pictures of what stays: each visual token as bright as the share of layers that keep it, as JPEG in base64."""
 
 from __future__ import annotations
 
@@ -40,17 +40,21 @@ def draw(
         size = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
         picture = np.asarray(frame.resize(size, Image.Resampling.BICUBIC), np.float32) / 255
         cells = Image.fromarray((share[moment] * 255).astype(np.uint8))
-        light = np.asarray(cells.resize(size, Image.Resampling.NEAREST), np.float32)[..., None] / 255
+        light = (
+            np.asarray(cells.resize(size, Image.Resampling.NEAREST), np.float32)[..., None] / 255
+        )
         grey = picture.mean(-1, keepdims=True)
         dark = 0.22 * grey + np.array([0.03, 0.04, 0.10], np.float32)
         plain.append(picture)
         lit.append(light * picture + (1 - light) * dark)
-    return [_png(plain), _png(lit)]
+    return [_jpeg(plain), _jpeg(lit)]
 
 
-def _png(frames: Sequence[np.ndarray]) -> str:
+def _jpeg(frames: Sequence[np.ndarray]) -> str:
     gap = np.ones((frames[0].shape[0], 4, 3), np.float32)
     row = [part for frame in frames for part in (gap, frame)][1:]
     out = io.BytesIO()
-    Image.fromarray((np.concatenate(row, 1).clip(0, 1) * 255).astype(np.uint8)).save(out, "PNG", optimize=True)
+    Image.fromarray((np.concatenate(row, 1).clip(0, 1) * 255).astype(np.uint8)).save(
+        out, "JPEG", quality=90
+    )
     return base64.b64encode(out.getvalue()).decode()

@@ -103,7 +103,9 @@ def _measure_task(
         adapter.turn = turn
         failure, result = None, None
         try:
-            fresh = _load(task, manager)  # some tasks count in globals, so each scoring gets new ones
+            fresh = _load(
+                task, manager
+            )  # some tasks count in globals, so each scoring gets new ones
         except (Exception, SystemExit) as error:  # noqa: BLE001  lmms-eval exits where data is missing
             failure = _reason(error, suite, task)
         failure = ranks.agree(failure)
@@ -138,7 +140,9 @@ def _measure_task(
     order = sorted(adapter.answered, key=lambda key: key[2])
     scored.answered = [adapter.answered[key] for key in order]
     if task.name == "mmmu_pro_vision":
-        scored.notes.append("MMMU-Pro vision: the letter is parsed from the answer, which lmms-eval compares whole")
+        scored.notes.append(
+            "MMMU-Pro vision: the letter is parsed from the answer, which lmms-eval compares whole"
+        )
     return scored
 
 
@@ -146,7 +150,11 @@ def _headline_keys(values: dict[str, Any]) -> list[str]:
     """The first metric of a task that has a number."""
     for key, value in values.items():
         name, _, kind = key.partition(",")
-        if kind and not name.endswith(("_stderr", "_stderr_clt")) and isinstance(value, int | float):
+        if (
+            kind
+            and not name.endswith(("_stderr", "_stderr_clt"))
+            and isinstance(value, int | float)
+        ):
             return [name]
     return []
 
@@ -174,13 +182,19 @@ def _load(task: Task, manager: TaskManager) -> Any:
     found = manager.load_task_or_group([task.name], "chat")
     objects = [t for t in found.values() if isinstance(t, ConfigurableTask)]
     if len(found) != 1 or not objects:
-        raise InputError(f"{task.name} is a group or has no answers to generate; name its tasks one by one")
+        raise InputError(
+            f"{task.name} is a group or has no answers to generate; name its tasks one by one"
+        )
     one = objects[0]
     process = one.process_results
 
     def seeded(doc: Any, results: Any, **more: Any) -> Any:
         # Scorers that find no letter guess by random.choice: the same guess for dense and sparse answers.
-        random.seed(zlib.crc32(repr(sorted((k, str(v)[:200]) for k, v in doc.items() if not _heavy(v))).encode()))
+        random.seed(
+            zlib.crc32(
+                repr(sorted((k, str(v)[:200]) for k, v in doc.items() if not _heavy(v))).encode()
+            )
+        )
         return process(doc, results, **more)
 
     one.process_results = seeded
@@ -205,7 +219,9 @@ def _manager(suite: Suite, folder: Path, limit: int | None, data_root: Path | No
     if failure is not None:
         raise InputError(failure)
     if list(folder.glob("*.yaml")):
-        return TaskManager("ERROR", include_path=str(folder), include_defaults=False, model_name="zipr1")
+        return TaskManager(
+            "ERROR", include_path=str(folder), include_defaults=False, model_name="zipr1"
+        )
     return TaskManager("ERROR", model_name="zipr1")
 
 
@@ -223,7 +239,11 @@ def _reason(error: BaseException, suite: Suite, task: Task) -> str:
                "HfHubHTTPError", "ConnectError")  # fmt: skip
     if kind in missing or "offline" in text.lower():
         return f"{suite.name}: its data set {task.hub} is not here ({kind}); {local.how_to_get(suite, None)}"
-    if isinstance(error, SystemExit) or "does not exist" in text or isinstance(error, FileNotFoundError):
+    if (
+        isinstance(error, SystemExit)
+        or "does not exist" in text
+        or isinstance(error, FileNotFoundError)
+    ):
         return f"{suite.name}: a file is missing ({text}); {local.how_to_get(suite, None)}"
     if isinstance(error, KeyError | IndexError):
         return f"{suite.name}: {task.name} finds no {text} in the data; copy the data set {task.hub} again"

@@ -64,16 +64,24 @@ def page(
     for record in records:
         if record["gallery"]:
             body.append(f"<h2>What stays: {escape(record['task'])}</h2>")
-            body.append(f'<div class="shots">{"".join(_shot(one, record["kind"]) for one in record["gallery"])}</div>')
+            body.append(
+                f'<div class="shots">{"".join(_shot(one, record["kind"]) for one in record["gallery"])}</div>'
+            )
     if records:
-        items = "".join(f"<li><b>{escape(r['task'])}</b>: {escape(report.conditions_text(r))}</li>" for r in records)
+        items = "".join(
+            f"<li><b>{escape(r['task'])}</b>: {escape(report.conditions_text(r))}</li>"
+            for r in records
+        )
         body += ["<h2>Conditions</h2>", f"<ul>{items}</ul>", _settings(results)]
     for title, texts in (
         ("Corrections of lmms-eval's scores", results["notes"]),
         ("Without a result", [error["error"] for error in results["errors"]]),
     ):
         if texts:
-            body += [f"<h2>{title}</h2>", "<ul>" + "".join(f"<li>{escape(t)}</li>" for t in texts) + "</ul>"]
+            body += [
+                f"<h2>{title}</h2>",
+                "<ul>" + "".join(f"<li>{escape(t)}</li>" for t in texts) + "</ul>",
+            ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -94,15 +102,26 @@ def _tiles(results: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
     against = "base" if results["base"] else "dense"
     key = "base_difference" if results["base"] else "difference"
     gaps = [row[key] / row["top"] * 100 for row in rows if row.get(key) is not None]
-    spent = sum(row["seconds"] for row in rows) / max(1e-9, sum(row["dense_seconds"] for row in rows))
+    spent = sum(row["seconds"] for row in rows) / max(
+        1e-9, sum(row["dense_seconds"] for row in rows)
+    )
     tiles = [
-        (f"{kept:.1%}", f"tokens kept at p = {p:g}, mean over layers and {len(rows)} benchmark{'s'[: len(rows) > 1]}"),
+        (
+            f"{kept:.1%}",
+            f"tokens kept at p = {p:g}, mean over layers and {len(rows)} benchmark{'s'[: len(rows) > 1]}",
+        ),
         (f"{1 - memory:.1%}", "KV memory saved after the prefill"),
         (f"{spent:.2f}x", "time in the language model, of dense"),
     ]
     if gaps:
-        tiles.insert(0, (f"{sum(gaps) / len(gaps):+.2f}", f"points, sparse - {against}, mean over benchmarks"))
-    inner = "".join(f'<div class="tile"><b>{escape(n)}</b><span class="soft">{escape(t)}</span></div>' for n, t in tiles)
+        tiles.insert(
+            0,
+            (f"{sum(gaps) / len(gaps):+.2f}", f"points, sparse - {against}, mean over benchmarks"),
+        )
+    inner = "".join(
+        f'<div class="tile"><b>{escape(n)}</b><span class="soft">{escape(t)}</span></div>'
+        for n, t in tiles
+    )
     return f'<div class="tiles">{inner}</div>'
 
 
@@ -116,12 +135,14 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _shot(one: dict[str, Any], kind: str) -> str:
-    plain, lit = (f"data:image/png;base64,{p}" for p in one["pictures"])
+    plain, lit = (f"data:image/jpeg;base64,{p}" for p in one["pictures"])
     answers = "".join(
         f"<dt>{'dense' if name == '1' else name if name == 'base' else f'p = {name}'}</dt><dd>{escape(text) or '-'}</dd>"
         for name, text in one["said"].items()
     )
-    share = f"p = {one['p']:g}: {one['token_ratio']:.1%} of the prompt kept; bright: kept by all layers"
+    share = (
+        f"p = {one['p']:g}: {one['token_ratio']:.1%} of the prompt kept; bright: kept by all layers"
+    )
     return (
         f'<div class="card{" wide" if kind == "video" else ""}"><div class="pair">'
         f'<figure><img alt="as it is" src="{plain}"><figcaption>as the dense model sees it</figcaption></figure>'

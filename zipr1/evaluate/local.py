@@ -41,7 +41,9 @@ def overlay(task: Task, yaml: Path, files: Sequence[Path], folder: Path) -> Path
 
 def embedded(suite: Suite, folder: Path, limit: int | None) -> None:
     """The overlay of an embedded benchmark: the held-out questions of training runs, the first `limit` of them."""
-    yaml = Path(str(importlib.resources.files("zipr1"))) / "evaluate" / "tasks" / f"{suite.name}.yaml"
+    yaml = (
+        Path(str(importlib.resources.files("zipr1"))) / "evaluate" / "tasks" / f"{suite.name}.yaml"
+    )
     data = folder / f"{suite.name}.parquet"
     _write_questions(suite.name, min(limit or EMBEDDED_QUESTIONS, EMBEDDED_QUESTIONS), data)
     overlay(suite.tasks[0], yaml, [data], folder)
@@ -54,7 +56,9 @@ def _write_questions(task: str, number: int, path: Path) -> None:
     rows: dict[str, list[Any]] = {
         name: [] for name in ("id", "picture", "kind", "messages", "answer", "media")
     }
-    for prompt in prompts("test", task, -(-number // PER_PICTURE), PER_PICTURE, HELDOUT_SEED)[:number]:
+    for prompt in prompts("test", task, -(-number // PER_PICTURE), PER_PICTURE, HELDOUT_SEED)[
+        :number
+    ]:
         media = prompt.media[0]
         still = isinstance(media.source, np.ndarray)
         for name in ("id", "picture", "kind", "answer"):
@@ -83,7 +87,11 @@ def copies(suite: Suite, root: Path, folder: Path, tasks_folder: Path) -> None:
             raise InputError(f"lmms-eval has no task {task.name}; install lmms-eval==0.7.3")
         files = [f for f in found if _is_of(f.relative_to(own), task, len(suite.tasks) > 1)]
         if not files:
-            wanted = f"{task.config}/{task.split}-*.parquet" if task.config else f"{task.split}-*.parquet"
+            wanted = (
+                f"{task.config}/{task.split}-*.parquet"
+                if task.config
+                else f"{task.split}-*.parquet"
+            )
             raise InputError(f"{own}: has no {wanted}; {how_to_get(suite, root)}")
         overlay(task, yaml, files, folder)
     link_clips(suite, own, folder / "home")
@@ -119,7 +127,9 @@ def _is_of(path: Path, task: Task, several: bool) -> bool:
         # A hub repository's layout: <config>/<split>-00000-of-00001.parquet.
         return any(part == task.config or part.startswith(f"{task.config}.") for part in path.parts)
     split_named = path.name.startswith(task.split)
-    other_configs = len(path.parts) > 1 and task.config and path.parts[0] not in (task.config, "data")
+    other_configs = (
+        len(path.parts) > 1 and task.config and path.parts[0] not in (task.config, "data")
+    )
     return split_named and not other_configs
 
 
@@ -128,7 +138,9 @@ def how_to_get(suite: Suite, root: Path | None) -> str:
     if suite.name in EMBEDDED or not suite.tasks[0].hub:
         return "give the name of a benchmark that zipr1 eval --tasks list shows"
     base = root or Path("data")
-    command = f"hf download --repo-type dataset {suite.tasks[0].hub} --local-dir {base / suite.name}"
+    command = (
+        f"hf download --repo-type dataset {suite.tasks[0].hub} --local-dir {base / suite.name}"
+    )
     unpack = f", unpack its archives in {base / suite.name}" if suite.kind == "video" else ""
     again = f"zipr1 eval --tasks {suite.name} --data-root {base}"
     return f"on a machine with a network: {command}{unpack}, then: {again}"

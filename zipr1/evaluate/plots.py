@@ -29,7 +29,9 @@ def _grid(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
 
     columns = min(3, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(width * columns, height * rows), layout="constrained", facecolor="white"
+    )
     axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
     for ax in axes[count:]:
         ax.set_axis_off()
@@ -50,7 +52,9 @@ def _pareto(records: Sequence[dict[str, Any]], results: dict[str, Any]) -> Any:
         if base is not None:
             ax.axhline(base, color="0.25", linewidth=1.3, label=f"base, dense {base:.1f}")
         if dense is not None:
-            ax.axhline(dense, color="0.55", linewidth=1.2, linestyle="--", label=f"dense {dense:.1f}")
+            ax.axhline(
+                dense, color="0.55", linewidth=1.2, linestyle="--", label=f"dense {dense:.1f}"
+            )
         x = [row["token_ratio"] for row in rows]
         y = [row["sparse"] for row in rows]
         bars = [[row["sparse"] - against - row[key][0], row[key][1] - row["sparse"] + against] for row in rows
@@ -82,7 +86,14 @@ def _layers(records: Sequence[dict[str, Any]]) -> Any:
     for ax, record in zip(axes, records, strict=False):
         for p, ratios in record["layers"].items():
             if float(p) < 1:
-                ax.plot(range(1, len(ratios) + 1), ratios, "o-", markersize=3.5, linewidth=1.3, label=f"p = {float(p):g}")
+                ax.plot(
+                    range(1, len(ratios) + 1),
+                    ratios,
+                    "o-",
+                    markersize=3.5,
+                    linewidth=1.3,
+                    label=f"p = {float(p):g}",
+                )
         ax.set_title(record["task"], loc="left", fontsize=10, fontweight="bold")
         ax.set_xlabel("layer", fontsize=8)
         ax.set_ylim(0, None)

@@ -28,7 +28,9 @@ def record(
     answered = [a for one in scored for a in one.answered]
     with contextlib.redirect_stdout(io.StringIO()):  # MMBench's scorer prints
         units = [suite_units(suite, scored, turn) for turn in range(answerer.turns)]
-    scores = [suite_score(suite, scored, turn, units[turn], notes) for turn in range(answerer.turns)]
+    scores = [
+        suite_score(suite, scored, turn, units[turn], notes) for turn in range(answerer.turns)
+    ]
     said = [[a.said[turn] for a in answered] for turn in range(answerer.turns)]
     dense = answerer.budgets.index(1.0)
     base = len(answerer.budgets) if answerer.base is not None else None
@@ -55,7 +57,9 @@ def record(
             "metric": metric,
             "dense": scores[dense],
             "sparse": here["score"],
-            **_difference("difference", units[turn], units[dense], suite.top, scores[turn], scores[dense]),
+            **_difference(
+                "difference", units[turn], units[dense], suite.top, scores[turn], scores[dense]
+            ),
             "token_ratio": here["token_ratio"],
             "kv_bytes": here["kv_bytes"],
             "seconds": here["seconds"],
@@ -64,11 +68,15 @@ def record(
             "top": suite.top,
             "dense_kv_bytes": parts[dense]["kv_bytes"],
             "dense_seconds": parts[dense]["seconds"],
-            "same_answers": float(np.mean([a.text == b.text for a, b in zip(said[turn], said[dense], strict=True)])),
+            "same_answers": float(
+                np.mean([a.text == b.text for a, b in zip(said[turn], said[dense], strict=True)])
+            ),
         }
         if base is not None:
             row["base"] = scores[base]
-            row |= _difference("base_difference", units[turn], units[base], suite.top, scores[turn], scores[base])
+            row |= _difference(
+                "base_difference", units[turn], units[base], suite.top, scores[turn], scores[base]
+            )
         rows.append(row)
     return {
         "task": suite.name,
@@ -102,7 +110,9 @@ def _names(answerer: Answerer, base: int | None) -> list[str]:
     return [*(f"{p:g}" for p in answerer.budgets), *(["base"] if base is not None else [])]
 
 
-def _samples(scored: Sequence[Scored], answerer: Answerer, base: int | None) -> list[dict[str, Any]]:
+def _samples(
+    scored: Sequence[Scored], answerer: Answerer, base: int | None
+) -> list[dict[str, Any]]:
     """Every question's answers and token ratios, by budget."""
     names = _names(answerer, base)
     rows = []
@@ -114,13 +124,17 @@ def _samples(scored: Sequence[Scored], answerer: Answerer, base: int | None) -> 
                     "doc_id": sample["doc_id"],
                     "target": str(sample["target"]),
                     "said": dict(zip(names, (s.text for s in answered.said), strict=True)),
-                    "token_ratio": dict(zip(names, (s.token_ratio for s in answered.said), strict=True)),
+                    "token_ratio": dict(
+                        zip(names, (s.token_ratio for s in answered.said), strict=True)
+                    ),
                 }
             )
     return rows
 
 
-def _gallery(scored: Sequence[Scored], answerer: Answerer, base: int | None) -> list[dict[str, Any]]:
+def _gallery(
+    scored: Sequence[Scored], answerer: Answerer, base: int | None
+) -> list[dict[str, Any]]:
     """Questions with pictures of what was kept: at the highest budget below 1."""
     names = _names(answerer, base)
     found = []

@@ -56,7 +56,9 @@ def averages(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             for key in ("dense", "sparse", "difference", "base", "base_difference"):
                 values = [one.get(key) for _, one in here]
                 if all(v is not None for v in values):
-                    row[key] = float(np.mean([v / scale for v, (scale, _) in zip(values, here, strict=True)]))
+                    row[key] = float(
+                        np.mean([v / scale for v, (scale, _) in zip(values, here, strict=True)])
+                    )
             row["token_ratio"] = float(np.mean([one["token_ratio"] for _, one in here]))
             rows.append(row)
     return rows
@@ -67,12 +69,16 @@ def write(folder: Folder, results: dict[str, Any], console: Console) -> None:
     from zipr1.evaluate import html, plots
 
     folder.write("results.json", dumps(results, indent=2) + "\n")
-    records = [r for r in (folder.read(t) for t in dict.fromkeys(row["task"] for row in results["rows"])) if r]
+    records = [
+        r
+        for r in (folder.read(t) for t in dict.fromkeys(row["task"] for row in results["rows"]))
+        if r
+    ]
     drawings = plots.draw(records, results, folder.root) if records else {}
     folder.write("report.md", markdown(results, records, list(drawings)))
     folder.write("report.html", html.page(results, records, drawings))
     if results["rows"]:
-        console.print(table(results))
+        console.print(table(results, console.width))
     for note in results["notes"]:
         console.print(f"corrected: {note}", highlight=False, style="dim")
     console.print(f"report: {folder.root / 'report.html'}", soft_wrap=True, highlight=False)
@@ -81,7 +87,18 @@ def write(folder: Folder, results: dict[str, Any], console: Console) -> None:
 def headings(results: dict[str, Any]) -> list[str]:
     against = "base" if results["base"] else "dense"
     base = ["base"] if results["base"] else []
-    return ["benchmark", "n", *base, "dense", "p", "sparse", f"sparse - {against} (95 %)", "kept", "KV", "time"]
+    return [
+        "benchmark",
+        "n",
+        *base,
+        "dense",
+        "p",
+        "sparse",
+        f"- {against} (95 %)",
+        "kept",
+        "KV",
+        "time",
+    ]
 
 
 def cells(results: dict[str, Any]) -> list[list[str]]:
@@ -126,15 +143,18 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def table(results: dict[str, Any]) -> Table:
-    """For the terminal."""
+def table(results: dict[str, Any], width: int = 120) -> Table:
+    """For a terminal of `width` columns; a narrow one gets fewer."""
     shown = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left", title_style="bold",
                   caption_justify="left", title=f"{results['model']}: {machine(results)}", caption=caption(results))  # fmt: skip
-    for name in headings(results):
-        shown.add_column(name, justify="left" if name == "benchmark" else "right", no_wrap=" - " not in name)
+    names = headings(results)
+    left_out = () if width >= 100 else ("KV", "time")
+    there = [k for k, name in enumerate(names) if name not in left_out]
+    for k in there:
+        shown.add_column(names[k], justify="right" if k else "left", no_wrap=True)
     for row in cells(results):
-        mean = row[0].startswith("mean, ")
-        shown.add_row(*(Text(cell, style="bold" if mean else "") for cell in row))
+        style = "bold" if row[0].startswith("mean, ") else ""
+        shown.add_row(*(Text(row[k], style=style) for k in there))
     return shown
 
 
@@ -145,10 +165,10 @@ def machine(results: dict[str, Any]) -> str:
 
 
 def caption(results: dict[str, Any]) -> str:
-    text = "dense: these weights with p = 1; kept: tokens, mean over layers; KV: after a prefill; time: of dense"
+    text = "dense: these weights with p = 1"
     if results["base"]:
-        text += f"; base: {results['base']}, untouched, dense"
-    return text
+        text = f"base: {results['base']}, untouched, dense; {text}"
+    return f"{text}; kept: tokens, mean over layers; KV: bytes after a prefill; time: in the language model, of dense's"
 
 
 def score(value: float | None, top: float) -> str:
@@ -164,7 +184,8 @@ def difference(value: float | None, interval: Sequence[float] | None, top: float
     text = f"{value:+.{digits}f}"
     if interval is None:
         return text
-    return f"{text} ({interval[0]:+.{digits}f} {interval[1]:+.{digits}f})"
+    half = max(interval[1] - value, value - interval[0])
+    return f"{text} ± {half:.{digits}f}"
 
 
 def size(count: float) -> str:
@@ -178,7 +199,10 @@ def size(count: float) -> str:
 def conditions_text(record: dict[str, Any]) -> str:
     """How one benchmark was asked, in words."""
     c = record["conditions"]
-    words = [f"{record['prompt_tokens']:,.0f} prompt tokens on average", f"answers of at most {c['max_new_tokens']} tokens"]
+    words = [
+        f"{record['prompt_tokens']:,.0f} prompt tokens on average",
+        f"answers of at most {c['max_new_tokens']} tokens",
+    ]
     if record["kind"] == "video":
         rate = f"{c['fps']:g} frames a second" if c["fps"] else "all frames"
         words.append(f"{rate}, at most {c['frames']}, of at most {c['frame_pixels']:,} pixels")
@@ -188,7 +212,9 @@ def conditions_text(record: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def markdown(results: dict[str, Any], records: Sequence[dict[str, Any]], drawings: Sequence[str]) -> str:
+def markdown(
+    results: dict[str, Any], records: Sequence[dict[str, Any]], drawings: Sequence[str]
+) -> str:
     """report.md."""
     names = headings(results)
     lines = [
@@ -208,7 +234,12 @@ def markdown(results: dict[str, Any], records: Sequence[dict[str, Any]], drawing
         *(f"* **{r['task']}**: {conditions_text(r)}" for r in records),
     ]
     if results["notes"]:
-        lines += ["", "## Corrections of lmms-eval's scores", "", *(f"* {n}" for n in results["notes"])]
+        lines += [
+            "",
+            "## Corrections of lmms-eval's scores",
+            "",
+            *(f"* {n}" for n in results["notes"]),
+        ]
     if results["errors"]:
         lines += ["", "## Without a result", "", *(f"* {e['error']}" for e in results["errors"])]
     return "\n".join(lines) + "\n"

@@ -24,7 +24,16 @@ from zipr1.intervals import Z
 from zipr1.suites import Suite
 
 # Fields of a sample's document that say which picture or clip it is about.
-CLUSTERS = ("picture", "videoID", "video", "video_name", "video_path", "video_idx", "video_id", "image_id")
+CLUSTERS = (
+    "picture",
+    "videoID",
+    "video",
+    "video_name",
+    "video_path",
+    "video_idx",
+    "video_id",
+    "image_id",
+)
 PAIRS = (("parsed_pred", "answer"), ("pred_answer", "answer"), ("pred", "ground_truth"))
 
 
@@ -151,7 +160,11 @@ def suite_score(
         return theirs if theirs is not None else ours
     note = CORRECTIONS.get(suite.name)
     if note is None:
-        return _noted(notes, "the mean over the logged samples is not lmms-eval's number, which is shown", theirs)
+        return _noted(
+            notes,
+            "the mean over the logged samples is not lmms-eval's number, which is shown",
+            theirs,
+        )
     return _noted(notes, note, ours)
 
 
