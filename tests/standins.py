@@ -36,8 +36,10 @@ CHANCE = {
     "nextqa": 20.0,
 }
 WORDS = ("cat", "dog", "owl", "fox")
-PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
-COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
+PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+)  # fmt: skip
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 MLVU = ("anomaly_reco", "count", "ego", "needle", "order", "plotQA", "topic_reasoning")
 
 
@@ -80,13 +82,27 @@ def mmbench(root: Path) -> dict[str, str]:
     rows, gold = [], {}
     options = dict(zip("ABCD", WORDS, strict=True))
     for n, letter in enumerate("ABCD"):
-        rows.append({"index": n, "question": f"bench question {n}?", "hint": "nan", **options, "answer": letter})
+        rows.append(
+            {
+                "index": n,
+                "question": f"bench question {n}?",
+                "hint": "nan",
+                **options,
+                "answer": letter,
+            }
+        )
         gold[f"bench question {n}?"] = letter
     rows.append({"index": 1_000_001, "question": "rotated question?", "hint": "look", "A": "fox", "B": "cat",
                  "C": "dog", "D": "owl", "answer": "C"})  # fmt: skip
     gold["rotated question?"] = "C. dog"
     for n, row in enumerate(rows):
-        row |= {"image": picture(n), "category": "c", "L2-category": "l", "source": "s", "split": "dev"}
+        row |= {
+            "image": picture(n),
+            "category": "c",
+            "L2-category": "l",
+            "source": "s",
+            "split": "dev",
+        }
     write(root, "en", "dev", rows)
     return gold
 
@@ -125,7 +141,12 @@ def textvqa(root: Path) -> dict[str, str]:
 
 def ocrbench(root: Path) -> dict[str, str]:
     rows, gold = [], {}
-    kinds = ("Regular Text Recognition", "Doc-oriented VQA", "Key Information Extraction", "Scene Text-centric VQA")
+    kinds = (
+        "Regular Text Recognition",
+        "Doc-oriented VQA",
+        "Key Information Extraction",
+        "Scene Text-centric VQA",
+    )
     for n, (word, kind) in enumerate(zip(WORDS, kinds, strict=True)):
         rows.append({"image": picture(n), "question": f"ocr question {n}?", "answer": [word], "dataset": "X",
                      "question_type": kind})  # fmt: skip
@@ -183,7 +204,7 @@ def longvideobench(root: Path) -> dict[str, str]:
     for n in range(5):
         options = {f"option{k}": f"thing {k}" for k in range(5)}
         rows.append({"id": f"id{n}", "video_path": f"l{n}.mp4", "question": f"long question {n}?", **options,
-                     "correct_choice": n, "duration_group": 15, "question_category": "S2E", "duration": 1.0})  # fmt: skip
+                     "correct_choice": n, "duration_group": 15, "question_category": "S2E"})  # fmt: skip
         gold[f"long question {n}?"] = LETTERS[n]
         clip(root / "videos" / f"l{n}.mp4", n)
     write(root, None, "validation", rows)
@@ -196,7 +217,14 @@ def mlvu(root: Path) -> dict[str, str]:
     for n, kind in enumerate(MLVU):
         letter = "ABCDBCD"[n]
         question = f"mlvu question {n}?\n(A) cat\n(B) dog\n(C) owl\n(D) fox"
-        rows.append({"video_name": f"{n % 2}/m{n}.mp4", "question": question, "task_type": kind, "answer": letter})
+        rows.append(
+            {
+                "video_name": f"{n % 2}/m{n}.mp4",
+                "question": question,
+                "task_type": kind,
+                "answer": letter,
+            }
+        )
         gold[f"mlvu question {n}?"] = f"{letter})"
         clip(root / "video" / f"{n % 2}" / f"m{n}.mp4", n)
     write(root, None, "test", rows)

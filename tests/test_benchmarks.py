@@ -26,6 +26,7 @@ class Actor:
     base = None
     budgets = (1.0, 0.9)
     turns = 2
+    shown = 3
 
     def __init__(self, dense, sparse):
         self.says = (dense, sparse)
@@ -40,7 +41,10 @@ class Actor:
                 pixels, _ = load_media(media, 4)
                 assert pixels.size
             self.asked.append(prompt)
-            said = [Said(say(prompt), [1.0, 1.0 - k / 2], 8, 0.1, 10, 1) for k, say in enumerate(self.says)]
+            said = [
+                Said(say(prompt), [1.0, 1.0 - k / 2], 8, 0.1, 10, 1)
+                for k, say in enumerate(self.says)
+            ]
             out.append(Answered(said, 0.0, 0.0))
         return out
 
@@ -126,7 +130,9 @@ def test_mvbench_counts_empty_answers(data):
     """One right and one empty answer of two: half, where lmms-eval says 100."""
     root, gold = data
     right = oracle(gold["mvbench"])
-    actor = Actor(right, lambda p: right(p) if "question 0" in p.messages[-1]["content"][-1]["text"] else "")
+    actor = Actor(
+        right, lambda p: right(p) if "question 0" in p.messages[-1]["content"][-1]["text"] else ""
+    )
     scored = measure(SUITES["mvbench"], actor, Conditions(), None, root)
     result = record(SUITES["mvbench"], scored, actor, Conditions(), [0.9], 1.0)
     assert scored[0].headline == [100.0, 100.0]
@@ -205,7 +211,7 @@ def test_a_wrong_column_is_one_line(tmp_path):
     from standins import picture, write
 
     write(tmp_path / "mme", None, "test", [{"image": picture(0), "prompt": "x"}])
-    with pytest.raises(RunError, match="mme: .*question"):
+    with pytest.raises(RunError, match=r"mme: .*question"):
         measure(SUITES["mme"], Actor(constant(""), constant("")), Conditions(), None, tmp_path)
 
 

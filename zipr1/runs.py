@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from zipr1.errors import InputError
 from zipr1.recipe import Probes, Sparse, load
 
-# The embedded model's prompts are short, so nothing is too short to be pruned: the section `sparse` of recipes/tiny.yaml.
+# The section `sparse` of recipes/tiny.yaml: the embedded model's prompts are short, so none is too short to be pruned.
 TINY = Sparse(skip="layer", keep_last=1, probes=Probes(recent=12, random=0), dense_below=0)
 
 

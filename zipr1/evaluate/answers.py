@@ -123,11 +123,10 @@ class Answerer:
         try:
             size = self.batch * 4
             known: Features = {}
+            seen: set[str] = set()
             for start in range(0, len(mine), size):
                 chunk = mine[start : start + size]
-                answered, known = self._chunk(
-                    [asked[i]() for i in chunk], conditions, known, chunk[0]
-                )
+                answered, known = self._chunk([asked[i]() for i in chunk], conditions, known, seen)
                 found += zip(chunk, answered, strict=True)
                 tell(chunk[-1] + 1)
         except InputError as error:
@@ -140,17 +139,24 @@ class Answerer:
         return [every[i] for i in range(len(asked))]
 
     def _chunk(
-        self, prompts: Sequence[Prompt], conditions: Conditions, known: Features, first: int
+        self, prompts: Sequence[Prompt], conditions: Conditions, known: Features, seen: set[str]
     ) -> tuple[list[Answered], Features]:
-        """Answers of some questions, and the features of their pictures, which the next ones may ask about too."""
+        """Answers of some questions, and the features of their pictures, which the next ones may ask about too.
+
+        seen: pictures that are drawn already; changed here.
+        """
         encoded, decoding, shots = self._encode(prompts, conditions)
+        drawn = []
+        for b, one in enumerate(encoded):
+            if len(one.visuals) == 1 and one.picture not in seen and len(seen) < self.shown:
+                seen.add(one.picture)
+                drawn.append(b)
         features, vision = self._look(encoded, known)
         answered = [Answered([], d, v) for d, v in zip(decoding, vision, strict=True)]
         kept: list[list[Any]] = [[] for _ in prompts]
         for rows in by_length([len(e) for e in encoded], self.batch):
             few = [encoded[b] for b in rows]
             for setting, model in self._passes():
-                show = setting is not None and any(first + b < self.shown for b in rows)
                 request = None if setting is None else Request(setting)
                 began = time.perf_counter()
                 answers = self.policy.generate(
@@ -175,10 +181,10 @@ class Answerer:
                             len(answers.tokens[row]),
                         )
                     )
-                    if show and answers.kept is not None and not kept[b]:
+                    if b in drawn and answers.kept is not None and not kept[b]:
                         kept[b] = answers.kept[row]
         for b, (one, positions) in enumerate(zip(answered, kept, strict=True)):
-            if first + b < self.shown and positions and len(encoded[b].visuals) == 1:
+            if b in drawn and positions:
                 one.pictures = gallery.draw(self.policy, encoded[b], shots[b], positions)
         return answered, {e.picture: features[e.picture] for e in encoded if e.visuals}
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from zipr1.models import Encoded, Policy
 
-SIDE = 224  # px of the longer side of a shown frame
+SIDE = 192  # px of the longer side of a shown frame
 MOMENTS = 4  # steps of time shown of a clip
 
 

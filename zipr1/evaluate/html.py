@@ -34,7 +34,7 @@ tr.mean td { font-weight: 600; background: #fafbfc; }
 .wide .pair { flex-direction: column; }
 .pair figure { margin: 0; flex: 1; min-width: 0; }
 .pair img { width: 100%; border-radius: 6px; display: block; image-rendering: auto; }
-.wide .pair img { max-width: 900px; }
+.wide .pair img { max-width: 780px; }
 figcaption { color: var(--soft); font-size: 12px; margin-top: 3px; }
 .question { font-weight: 600; margin: 12px 0 6px; white-space: pre-wrap; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 12px; margin: 0; font-size: 14px; }
@@ -137,7 +137,7 @@ def _table(results: dict[str, Any]) -> str:
 def _shot(one: dict[str, Any], kind: str) -> str:
     plain, lit = (f"data:image/jpeg;base64,{p}" for p in one["pictures"])
     answers = "".join(
-        f"<dt>{'dense' if name == '1' else name if name == 'base' else f'p = {name}'}</dt><dd>{escape(text) or '-'}</dd>"
+        f"<dt>{ {'1': 'dense', 'base': 'base'}.get(name, f'p = {name}') }</dt><dd>{escape(text) or '-'}</dd>"
         for name, text in one["said"].items()
     )
     share = (

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from zipr1.data import HELDOUT_SEED
-from zipr1.data.digits import cache_directory, prompts
+from zipr1.data.digits import prompts
 from zipr1.errors import InputError
 from zipr1.suites import EMBEDDED, Suite, Task
 
@@ -60,11 +60,13 @@ def _write_questions(task: str, number: int, path: Path) -> None:
         :number
     ]:
         media = prompt.media[0]
-        still = isinstance(media.source, np.ndarray)
         for name in ("id", "picture", "kind", "answer"):
             rows[name].append(getattr(prompt, name))
         rows["messages"].append(json.dumps(prompt.messages))
-        rows["media"].append(Image.fromarray(media.source) if still else str(media.source))
+        if isinstance(media.source, np.ndarray):
+            rows["media"].append(Image.fromarray(media.source))
+        else:
+            rows["media"].append(str(media.source))
     table = datasets.Dataset.from_dict(rows)
     temporary = path.with_suffix(f".{os.getpid()}")
     table.to_parquet(temporary)
@@ -144,13 +146,6 @@ def how_to_get(suite: Suite, root: Path | None) -> str:
     unpack = f", unpack its archives in {base / suite.name}" if suite.kind == "video" else ""
     again = f"zipr1 eval --tasks {suite.name} --data-root {base}"
     return f"on a machine with a network: {command}{unpack}, then: {again}"
-
-
-def scratch() -> Path:
-    """Where overlays are written: a folder of the cache, so that prepared data sets are found again."""
-    path = cache_directory() / "eval"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def offline() -> bool:

@@ -24,13 +24,13 @@ def draw(records: Sequence[dict[str, Any]], results: dict[str, Any], root: Path)
     return out
 
 
-def _grid(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
+def _grid(count: int, height: float) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 
     columns = min(3, count)
     rows = -(-count // columns)
     figure = Figure(
-        figsize=(width * columns, height * rows), layout="constrained", facecolor="white"
+        figsize=((5.6, 10, 11)[columns - 1], height * rows), layout="constrained", facecolor="white"
     )
     axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
     for ax in axes[count:]:
@@ -42,7 +42,7 @@ def _pareto(records: Sequence[dict[str, Any]], results: dict[str, Any]) -> Any:
     """A panel a benchmark: score over kept tokens with 95 % intervals of the difference; dense and base as lines."""
     from matplotlib.ticker import PercentFormatter
 
-    figure, axes = _grid(len(records), 3.8, 2.9)
+    figure, axes = _grid(len(records), 2.9)
     for ax, record in zip(axes, records, strict=False):
         rows = [row for row in record["rows"] if row["p"] < 1 and row["sparse"] is not None]
         dense = record["rows"][0]["dense"]
@@ -82,7 +82,7 @@ def _layers(records: Sequence[dict[str, Any]]) -> Any:
     """A panel a benchmark: the kept share of tokens by layer, a line a budget."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    figure, axes = _grid(len(records), 3.8, 2.4)
+    figure, axes = _grid(len(records), 2.4)
     for ax, record in zip(axes, records, strict=False):
         for p, ratios in record["layers"].items():
             if float(p) < 1:

@@ -145,8 +145,16 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
 
 def table(results: dict[str, Any], width: int = 120) -> Table:
     """For a terminal of `width` columns; a narrow one gets fewer."""
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left", title_style="bold",
-                  caption_justify="left", title=f"{results['model']}: {machine(results)}", caption=caption(results))  # fmt: skip
+    shown = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        title=f"{results['model']}: {machine(results)}",
+        title_justify="left",
+        title_style="bold",
+        caption=caption(results),
+        caption_justify="left",
+    )
     names = headings(results)
     left_out = () if width >= 100 else ("KV", "time")
     there = [k for k, name in enumerate(names) if name not in left_out]

@@ -271,6 +271,7 @@ def _bar(console: Console, suite: Suite, limit: int | None) -> Iterator[Callable
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    watched = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not watched) as bar:
         one = bar.add_task(suite.name, total=limit)
         yield lambda task, done: bar.update(one, completed=done, description=task)
