@@ -19,7 +19,6 @@ from rich.console import Console
 
 pytest.importorskip("lmms_eval")
 
-import zipr1
 from zipr1.data import HELDOUT_SEED
 from zipr1.data.digits import prompts
 from zipr1.errors import InputError, RunError
@@ -27,8 +26,10 @@ from zipr1.evaluate import session
 from zipr1.evaluate.answers import Answerer, Conditions, cut
 from zipr1.evaluate.scores import Units, paired
 from zipr1.evaluate.session import Wanted
+from zipr1.evaluate.sparsity import TINY
+from zipr1.models import load_policy
 from zipr1.models.loading import resolve
-from zipr1.runs import TINY
+from zipr1.recipe import Model
 
 QUIET = Console(file=io.StringIO())
 CONDITIONS = Conditions(max_new_tokens=6, frames=16, fps=None)
@@ -36,7 +37,7 @@ CONDITIONS = Conditions(max_new_tokens=6, frames=16, fps=None)
 
 @pytest.fixture(scope="module")
 def policy():
-    return zipr1.load("tiny")
+    return load_policy(Model())
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from lmms_eval.protocol import ChatMessages
 from zipr1.episode import Media, Prompt
 from zipr1.errors import InputError
 from zipr1.evaluate.answers import Answered, Answerer, Conditions
+from zipr1.evaluate.sparsity import sparsity_of
 from zipr1.models import load_policy
 from zipr1.recipe import Model
-from zipr1.runs import sparsity_of
 
 # Tasks that set no length of answers get this one, lmms-eval's own habit.
 MAX_NEW_TOKENS = 128

@@ -17,11 +17,11 @@ from rich.console import Console
 from zipr1.errors import InputError, RunError, ZipError
 from zipr1.evaluate import ranks
 from zipr1.evaluate.folder import Folder, identity
+from zipr1.evaluate.sparsity import sparsity_of
 from zipr1.machine import describe
 from zipr1.models import Policy, load_policy
 from zipr1.models.loading import resolve as resolve_model
 from zipr1.recipe import Recipe, load, validate
-from zipr1.runs import sparsity_of
 from zipr1.suites import Suite, resolve
 from zipr1.yamltext import override
 
@@ -125,7 +125,7 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
 
 def check_installed() -> None:
     """Raises InputError, with what to install, where lmms-eval or what it needs is missing."""
-    hint = f"pip install 'zipr1[eval]' and pip install --no-deps lmms-eval=={LMMS_EVAL} (make eval-extra does both)"
+    hint = f"pip install 'zipr1[eval]' and pip install --no-deps lmms-eval=={LMMS_EVAL} (make install does both)"
     if importlib.util.find_spec("lmms_eval") is None:
         raise InputError(f"zipr1 eval needs lmms-eval: {hint}")
     if importlib.util.find_spec("torchvision") is not None:
