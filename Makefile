@@ -1,7 +1,7 @@
 # Each target starts from nothing but python3 and make.
 #
 #   make install   the environment in .venv
-#   make demo      train the tiny model on this machine, into a new folder under runs/, and time what came of it
+#   make demo      train the tiny model on this machine, into a new folder under runs/, evaluate and time it
 #   make test      every test that needs neither a GPU nor a network (it uses a GPU where there is one)
 #   make lint      formatting, lint, types, who may import whom
 #   make format    mend what can be mended
@@ -16,12 +16,13 @@ LMMS_EVAL := $(shell sed -n 's/^lmms-eval==/lmms-eval==/p' constraints.txt)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test lint format bench eval-extra clean
+.PHONY: install demo test lint format bench clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
 
 # torch first: a matching one is kept. A CUDA build of it brings its own triton, so our pin steps aside there.
+# lmms-eval last and without its dependencies: they would bring a torchvision that breaks a CPU build of torch.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys' 2>/dev/null || { echo "error: no $(PYTHON) found; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) -V) is too old; Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
@@ -30,11 +31,13 @@ $(STAMP): pyproject.toml constraints.txt
 	sed '/^triton==/d' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt $(TORCH)
 	@$(BIN)/python -c 'import importlib.metadata as m, sys; sys.exit(any(r.startswith("triton") for r in m.requires("torch") or []))' && cp constraints.txt $(VENV)/constraints.txt || true
-	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e ".[dev,eval]"
+	$(BIN)/python -m pip install -q --no-deps $(LMMS_EVAL)
 	@touch $@
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/zipr1 train recipes/tiny.yaml
+	HF_HUB_OFFLINE=1 $(BIN)/zipr1 eval --budget 1.0,0.975,0.94
 	HF_HUB_OFFLINE=1 $(BIN)/zipr1 profile --batch 1,8 --seconds 1
 
 test: $(STAMP)
@@ -53,13 +56,9 @@ format: $(STAMP)
 bench: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python kernels/bench/rollout.py
 	HF_HUB_OFFLINE=1 $(BIN)/zipr1 profile --model qwen2.5-vl-3b --measure-tflops
+	HF_HUB_OFFLINE=1 $(BIN)/python kernels/bench/evaluation.py
 	$(BIN)/python kernels/bench/run.py --backward
 	$(BIN)/python kernels/bench/run.py --length 256 320 384 448 512 1024 --seconds 1
-
-# lmms-eval without its dependencies: they would bring a torchvision that breaks a CPU build of torch.
-eval-extra: $(STAMP)
-	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e ".[dev,eval]"
-	$(BIN)/python -m pip install -q --no-deps $(LMMS_EVAL)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

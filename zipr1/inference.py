@@ -41,7 +41,7 @@ def load(
 ) -> tuple[Any, ChatProcessor]:
     """See `zipr1.load`."""
     where, folder = "zipr1.load", Path(path)
-    sparse = changed(manifest.settings_of(path) or Sparse(), budget, settings, where)
+    sparse = changed(manifest.sparsity_of(path)[0], budget, settings, where)
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise InputError(f"{where}: dtype {dtype!r}; allowed: {', '.join(WEIGHT_DTYPES)}")
     wanted, data = Model(path=path), Data()

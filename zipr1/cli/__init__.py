@@ -18,6 +18,7 @@ from rich.markup import escape
 
 import zipr1
 from zipr1 import stopping
+from zipr1.cli.eval import evaluate
 from zipr1.cli.export import export
 from zipr1.cli.profile import profile
 from zipr1.cli.train import train
@@ -33,8 +34,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
+app.command("eval")(evaluate)
 app.command()(profile)
 app.command()(export)
+
+# What a stopped command leaves behind.
+LEFT = {
+    "train": "saved checkpoints are complete: go on with --resume DIR",
+    "eval": "finished benchmarks are kept: the same command goes on",
+    "profile": "nothing was written",
+    "export": "nothing was written: the folder is made whole or not at all",
+}
 
 # What a disk or a file's owner can refuse; any other OSError is ours to explain, with a traceback.
 REFUSED = {
@@ -73,9 +83,7 @@ def main() -> None:
         _leave(str(error), error.exit_code)
     except stopping.Stopped as stop:
         name = "stopped by SIGTERM" if stop.number == signal.SIGTERM else "interrupted"
-        left = stop.note or "saved checkpoints are complete: go on with --resume DIR"
-        if sys.argv[1:2] == ["export"]:
-            left = "nothing was written: the folder is made whole or not at all"
+        left = stop.note or LEFT.get(sys.argv[1] if len(sys.argv) > 1 else "", LEFT["train"])
         _leave(f"{name}; {left}", 128 + stop.number)
     except MemoryError:
         _leave("out of memory; use a smaller batch (train.micro_batch, evaluation.batch)", 1)

@@ -14,9 +14,9 @@ from zipr1.data import digits
 from zipr1.data.media import load_media
 from zipr1.episode import Media, Prompt
 from zipr1.errors import InputError
+from zipr1.manifest import sparsity_of
 from zipr1.models import Encoded, Policy, choose_device, load_policy, random_model
-from zipr1.recipe import Model, Recipe, Sparse
-from zipr1.recipe import load as load_recipe
+from zipr1.recipe import Model, Sparse
 
 QUESTION = "Describe this."
 # The same budget of frames for whoever names a clip and no recipe.
@@ -130,8 +130,7 @@ def load(
             card.shape_of(model)  # which names the nearest bundled config
         policy = load_policy(Model.model_validate({"path": model, "dtype": dtype}), device)
         shape = card.Shape.of(policy.core.config.to_dict(), model)
-        recipe = recipe_of(model)
-        sparse = recipe.sparse if recipe else Sparse()
+        sparse, _ = sparsity_of(model)
         subject = Subject(policy.core, shape, shape.layers, sparse, "its own", policy)
     size = torch.empty(0, dtype=subject.dtype).element_size()
     subject.shape = replace(subject.shape, size=size)
@@ -143,12 +142,6 @@ def load(
     # A profile shows what sparsity costs where it does not pay, too.
     subject.sparse = subject.sparse.model_copy(update={"dense_below": 0})
     return subject
-
-
-def recipe_of(model: str) -> Recipe | None:
-    """The resolved recipe of a run directory; None for other models."""
-    path = Path(model) / "recipe.yaml"
-    return load_recipe(path) if path.is_file() else None
 
 
 def given_prompt(image: Path | None, video: Path | None) -> Prompt:

@@ -1,0 +1,116 @@
+"""`zipr1 eval`: benchmarks through lmms-eval, dense beside sparse."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zipr1.cli.profile import numbers
+
+
+def evaluate(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Recipe values: sparse.skip=attention data.max_frames=32"
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A run, a model folder, a hub id, or tiny. Default: the newest run, else tiny."
+        ),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Benchmarks: mmbench,videomme, or image, video, paper13; list shows all."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=0, help="First questions of each benchmark; 0 takes all.")
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="Values of p: 0.975,0.94; 1.0 is dense. Default: the model's own."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The folder (without it, one under runs/ named by what is measured).",
+        ),
+    ] = None,
+    data_root: Annotated[
+        Path | None,
+        typer.Option(help="Local copies: a folder for each benchmark, with parquet and mp4 files."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 (without it, cuda where there is one).")
+    ] = None,
+    base: Annotated[
+        bool, typer.Option(help="Measure the untouched model that a run was trained from, too.")
+    ] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="End stdout with the results as one line of JSON.")
+    ] = False,
+) -> None:
+    """Scores and savings of a model, dense beside sparse, on lmms-eval's benchmarks.
+
+    For example: zipr1 eval --tasks mmbench,videomme --budget 1.0,0.975,0.94 --limit 200
+
+    Finished benchmarks are kept: the same command goes on where it was stopped.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=as_json)
+    names = [
+        name.strip()
+        for item in tasks or ["digits,moving_digits"]
+        for name in item.split(",")
+        if name.strip()
+    ]
+    if "list" in names:
+        _list(console)
+        return
+    budgets = numbers("--budget", budget, float)
+
+    from zipr1.evaluate import session
+    from zipr1.jsontext import dumps
+    from zipr1.runs import find_model
+
+    found, why = find_model(model)
+    if model is None:
+        console.print(why, soft_wrap=True, highlight=False)
+    wanted = session.Wanted(
+        found, names, budgets, limit, output, data_root, device, overrides or [], base
+    )
+    result = session.run(wanted, sys.argv, console)
+    if as_json:
+        print(dumps(result), flush=True)
+
+
+def _list(console: object) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from zipr1.suites import GROUPS, SUITES
+
+    assert isinstance(console, Console)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("name", "kind", "lmms-eval task", "metric", "range", "answer"):
+        table.add_column(name, overflow="fold")
+    for suite in SUITES.values():
+        more = f" (+{len(suite.tasks) - 1})" if len(suite.tasks) > 1 else ""
+        clip = f", {suite.frames} frames" if suite.kind == "video" else ""
+        table.add_row(suite.name, suite.kind, suite.tasks[0].name + more, suite.metric, f"0-{suite.top:g}",
+                      f"{suite.max_new_tokens} tokens{clip}")  # fmt: skip
+    console.print(table)
+    for name, members in GROUPS.items():
+        console.print(f"[bold]{name}[/]: {', '.join(members)}", highlight=False)
+    console.print("any other task of lmms-eval by its own name", style="dim")

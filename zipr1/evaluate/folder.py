@@ -1,0 +1,103 @@
+"""What an evaluation leaves behind, written benchmark by benchmark, so that a kill costs only the one under way.
+
+DIR/eval.json               what was measured: model, budgets, conditions
+    benchmarks/<name>.json  one benchmark, complete once it is there
+    results.json  report.md  report.html  pareto.png  layers.png
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from zipr1.errors import InputError, RunError
+from zipr1.jsontext import dumps, plain
+
+
+def identity(path: str) -> str:
+    """A hash that changes with a model's files: their names, sizes and times; of a hub id, its name."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    seen = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
+
+
+class Folder:
+    """One evaluation's folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @classmethod
+    def open(
+        cls, output: Path | None, model: str, meta: dict[str, Any], base: Path = Path("runs")
+    ) -> Folder:
+        """A new folder, or the one in which the same evaluation was begun.
+
+        output: None is `runs/eval-<model>-<hash of meta>`, so that the same command goes on where it stopped.
+        Raises InputError for a folder that holds something else.
+        """
+        meta = plain(meta)
+        if output is None:
+            name = re.sub(r"[^\w.-]+", "-", Path(model).name or model).strip("-")
+            digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:8]
+            output = base / f"eval-{name}-{digest}"
+        folder = cls(output)
+        written = output / "eval.json"
+        if output.exists() and not output.is_dir():
+            raise InputError(f"{output}: this is a file; give a folder to --output")
+        try:
+            if written.is_file():
+                old = json.loads(written.read_text())
+                changed = sorted(k for k in {*old, *meta} if old.get(k) != meta.get(k))
+                if changed:
+                    first = changed[0]
+                    raise InputError(
+                        f"{output}: holds another evaluation ({', '.join(changed)} differ; {first} was "
+                        f"{old.get(first)!r} and is {meta.get(first)!r}); give another --output"
+                    )
+            else:
+                if output.exists() and any(not p.name.startswith(".") for p in output.iterdir()):
+                    raise InputError(
+                        f"{output}: is not empty and holds no evaluation; give another --output"
+                    )
+                (output / "benchmarks").mkdir(parents=True, exist_ok=True)
+                folder.write("eval.json", dumps(meta, indent=2) + "\n")
+        except InputError:
+            raise
+        except (OSError, ValueError) as error:
+            raise InputError(f"{output}: cannot be used ({error}); give another --output") from None
+        return folder
+
+    def done(self, name: str) -> bool:
+        """Whether this benchmark has a result here; failed ones are tried again."""
+        found = self.read(name)
+        return found is not None and "error" not in found
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        try:
+            return dict(json.loads((self.root / "benchmarks" / f"{name}.json").read_text()))
+        except (OSError, ValueError):
+            return None
+
+    def save(self, name: str, values: dict[str, Any]) -> None:
+        (self.root / "benchmarks").mkdir(exist_ok=True)
+        self.write(f"benchmarks/{name}.json", dumps(values) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        """A whole file, replaced at once."""
+        path = self.root / name
+        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise RunError(
+                f"{path}: cannot be written ({error.strerror}); free some space, then run again"
+            ) from None

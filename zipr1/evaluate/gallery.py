@@ -1,0 +1,60 @@
+"""Pictures of what stays: each visual token as bright as the share of layers that keep it, as JPEG in base64."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from zipr1.models import Encoded, Policy
+
+SIDE = 192  # px of the longer side of a shown frame
+MOMENTS = 4  # steps of time shown of a clip
+
+
+def draw(
+    policy: Policy, encoded: Encoded, pixels: np.ndarray, kept: Sequence[torch.Tensor]
+) -> list[str]:
+    """`[as it is, what is kept]` of a question's only picture or clip (moments side by side).
+
+    pixels: uint8 `(H, W, 3)` or `(F, H, W, 3)`. kept: by layer, positions in the prompt.
+    """
+    visual = np.isin(encoded.ids.numpy(), list(policy.processor.placeholder.values()))
+    shares = np.zeros(len(visual))
+    for positions in kept:
+        shares[positions.numpy()] += 1 / len(kept)
+    t, h, w = encoded.visuals[0].grid
+    merge = policy.processor.settings.merge
+    share = shares[visual].reshape(t, h // merge, w // merge)
+    frames = pixels[None] if pixels.ndim == 3 else pixels
+    moments = sorted({round(m) for m in np.linspace(0, t - 1, min(t, MOMENTS))})
+    plain, lit = [], []
+    for moment in moments:
+        # A temporal patch spans several frames; the first of them is shown.
+        frame = Image.fromarray(frames[min(len(frames) - 1, moment * len(frames) // t)])
+        scale = SIDE / max(frame.size)
+        size = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
+        picture = np.asarray(frame.resize(size, Image.Resampling.BICUBIC), np.float32) / 255
+        cells = Image.fromarray((share[moment] * 255).astype(np.uint8))
+        light = (
+            np.asarray(cells.resize(size, Image.Resampling.NEAREST), np.float32)[..., None] / 255
+        )
+        grey = picture.mean(-1, keepdims=True)
+        dark = 0.22 * grey + np.array([0.03, 0.04, 0.10], np.float32)
+        plain.append(picture)
+        lit.append(light * picture + (1 - light) * dark)
+    return [_jpeg(plain), _jpeg(lit)]
+
+
+def _jpeg(frames: Sequence[np.ndarray]) -> str:
+    gap = np.ones((frames[0].shape[0], 4, 3), np.float32)
+    row = [part for frame in frames for part in (gap, frame)][1:]
+    out = io.BytesIO()
+    Image.fromarray((np.concatenate(row, 1).clip(0, 1) * 255).astype(np.uint8)).save(
+        out, "JPEG", quality=90
+    )
+    return base64.b64encode(out.getvalue()).decode()

@@ -1,0 +1,72 @@
+"""Several processes that share one evaluation: `torchrun --nproc-per-node 2 -m zipr1.cli eval ...`.
+
+Only questions are shared out; every process scores all answers, so one and several processes score alike. lmms-eval
+is told that it runs alone, for its own sharing changes the order of samples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from zipr1.errors import InputError
+
+T = TypeVar("T")
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+def start() -> None:
+    """Join the other processes, if a launcher started several. Raises InputError if they cannot be reached."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1" or dist.is_initialized():
+        return
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(hours=12))
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"WORLD_SIZE is {count} and the processes do not meet ({reason}); start them with torchrun, "
+            "or unset WORLD_SIZE"
+        ) from None
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value: T) -> list[T]:
+    """What every process holds, in the order of ranks, on every process."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def agree(failure: str | None) -> str | None:
+    """The first failure of any process, known to all of them."""
+    return next((f for f in gather(failure) if f is not None), None)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, the environment looks like that of a single process."""
+    hidden = {name: os.environ.pop(name) for name in LAUNCHER if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)

@@ -1,0 +1,253 @@
+"""results.json, the table on the terminal, and report.md: the same numbers three times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from zipr1.evaluate.folder import Folder
+from zipr1.jsontext import dumps, plain
+from zipr1.suites import SUITES, Suite
+
+
+def collect(
+    folder: Folder, suites: Sequence[Suite], meta: dict[str, Any], info: dict[str, Any]
+) -> dict[str, Any]:
+    """results.json: what lies in `folder`, in the order of the suites."""
+    there = {p.stem for p in (folder.root / "benchmarks").glob("*.json")}
+    order = [*SUITES, *sorted(there - set(SUITES))]
+    found = [r for r in (folder.read(name) for name in order if name in there) if r is not None]
+    asked = {suite.name for suite in suites}
+    good = [r for r in found if "error" not in r]
+    return dict(
+        plain(
+            {
+                "rows": [row for r in good for row in r["rows"]],
+                "averages": averages(good),
+                "errors": [r for r in found if "error" in r and r["task"] in asked],
+                "notes": list(dict.fromkeys(note for r in good for note in r["notes"])),
+                "model": meta["model"],
+                "base": meta["base"],
+                "conditions": meta,
+                "machine": info,
+                "lmms_eval": "0.7.3",
+            }
+        )
+    )
+
+
+def averages(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over benchmarks for each p: of images, of videos, of all; MME counts / 28 and OCRBench / 10."""
+    rows = []
+    groups = {"image": ("image",), "video": ("video",), "all": ("image", "video")}
+    for name, kinds in groups.items():
+        some = [r for r in records if r["kind"] in kinds]
+        if len(some) < 2:
+            continue
+        for p in dict.fromkeys(row["p"] for r in some for row in r["rows"]):
+            here = [(r["average"], row) for r in some for row in r["rows"] if row["p"] == p]
+            row: dict[str, Any] = {"group": name, "p": p, "benchmarks": len(here)}
+            for key in ("dense", "sparse", "difference", "base", "base_difference"):
+                values = [one.get(key) for _, one in here]
+                if all(v is not None for v in values):
+                    row[key] = float(
+                        np.mean([v / scale for v, (scale, _) in zip(values, here, strict=True)])
+                    )
+            row["token_ratio"] = float(np.mean([one["token_ratio"] for _, one in here]))
+            rows.append(row)
+    return rows
+
+
+def write(folder: Folder, results: dict[str, Any], console: Console) -> None:
+    """Every file of the report, and the table."""
+    from zipr1.evaluate import html, plots
+
+    folder.write("results.json", dumps(results, indent=2) + "\n")
+    records = [
+        r
+        for r in (folder.read(t) for t in dict.fromkeys(row["task"] for row in results["rows"]))
+        if r
+    ]
+    drawings = plots.draw(records, results, folder.root) if records else {}
+    folder.write("report.md", markdown(results, records, list(drawings)))
+    folder.write("report.html", html.page(results, records, drawings))
+    if results["rows"]:
+        console.print(table(results, console.width))
+    for note in results["notes"]:
+        console.print(f"corrected: {note}", highlight=False, style="dim")
+    console.print(f"report: {folder.root / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+def headings(results: dict[str, Any]) -> list[str]:
+    against = "base" if results["base"] else "dense"
+    base = ["base"] if results["base"] else []
+    return [
+        "benchmark",
+        "n",
+        *base,
+        "dense",
+        "p",
+        "sparse",
+        f"- {against} (95 %)",
+        "kept",
+        "KV",
+        "time",
+    ]
+
+
+def cells(results: dict[str, Any]) -> list[list[str]]:
+    """The table as text, a list a row; averages last."""
+    rows = []
+    based = bool(results["base"])
+    key = "base_difference" if based else "difference"
+    last = ""
+    for row in results["rows"]:
+        first = row["task"] != last
+        last = row["task"]
+        top = row["top"]
+        rows.append(
+            [
+                row["task"] if first else "",
+                f"{row['n']:,}" if first else "",
+                *([score(row.get("base"), top) if first else ""] if based else []),
+                score(row["dense"], top) if first else "",
+                f"{row['p']:g}",
+                score(row["sparse"], top),
+                difference(row.get(key), row.get(f"{key}_ci"), top),
+                f"{row['token_ratio']:.1%}",
+                size(row["kv_bytes"]),
+                f"{row['seconds'] / row['dense_seconds']:.2f}x" if row["dense_seconds"] else "-",
+            ]
+        )
+    for row in results["averages"]:
+        rows.append(
+            [
+                f"mean, {row['group']}",
+                f"{row['benchmarks']} sets",
+                *([score(row.get("base"), 100)] if based else []),
+                score(row.get("dense"), 100),
+                f"{row['p']:g}",
+                score(row.get("sparse"), 100),
+                difference(row.get(key), None, 100),
+                f"{row['token_ratio']:.1%}",
+                "",
+                "",
+            ]
+        )
+    return rows
+
+
+def table(results: dict[str, Any], width: int = 120) -> Table:
+    """For a terminal of `width` columns; a narrow one gets fewer."""
+    shown = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        title=f"{results['model']}: {machine(results)}",
+        title_justify="left",
+        title_style="bold",
+        caption=caption(results),
+        caption_justify="left",
+    )
+    names = headings(results)
+    left_out = () if width >= 100 else ("KV", "time")
+    there = [k for k, name in enumerate(names) if name not in left_out]
+    for k in there:
+        shown.add_column(names[k], justify="right" if k else "left", no_wrap=True)
+    for row in cells(results):
+        style = "bold" if row[0].startswith("mean, ") else ""
+        shown.add_row(*(Text(row[k], style=style) for k in there))
+    return shown
+
+
+def machine(results: dict[str, Any]) -> str:
+    hardware = results["machine"]["hardware"]
+    name = hardware["device_name"] or f"{hardware['cpus']} CPU cores"
+    return f"{results['conditions']['dtype']}, {name}"
+
+
+def caption(results: dict[str, Any]) -> str:
+    text = "dense: these weights with p = 1"
+    if results["base"]:
+        text = f"base: {results['base']}, untouched, dense; {text}"
+    return f"{text}; kept: tokens, mean over layers; KV: bytes after a prefill; time: in the language model, of dense's"
+
+
+def score(value: float | None, top: float) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if top <= 100 else f"{value:.1f}"
+
+
+def difference(value: float | None, interval: Sequence[float] | None, top: float) -> str:
+    if value is None:
+        return "-"
+    digits = 2 if top <= 100 else 1
+    text = f"{value:+.{digits}f}"
+    if interval is None:
+        return text
+    half = max(interval[1] - value, value - interval[0])
+    return f"{text} ± {half:.{digits}f}"
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit, one in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= one:
+            return f"{count / one:.{0 if count >= 100 * one else 1}f} {unit}"
+    return f"{count:.0f} B"
+
+
+def conditions_text(record: dict[str, Any]) -> str:
+    """How one benchmark was asked, in words."""
+    c = record["conditions"]
+    words = [
+        f"{record['prompt_tokens']:,.0f} prompt tokens on average",
+        f"answers of at most {c['max_new_tokens']} tokens",
+    ]
+    if record["kind"] == "video":
+        rate = f"{c['fps']:g} frames a second" if c["fps"] else "all frames"
+        words.append(f"{rate}, at most {c['frames']}, of at most {c['frame_pixels']:,} pixels")
+    words.append(
+        f"decoding {record['decoding_seconds']:.1f} s, vision {record['vision_seconds']:.1f} s, once for all budgets"
+    )
+    return ", ".join(words)
+
+
+def markdown(
+    results: dict[str, Any], records: Sequence[dict[str, Any]], drawings: Sequence[str]
+) -> str:
+    """report.md."""
+    names = headings(results)
+    lines = [
+        f"# {results['model']}",
+        "",
+        f"{machine(results)}; lmms-eval {results['lmms_eval']}; {results['machine']['started']}",
+        "",
+        f"`{' '.join(results['machine']['command'])}`",
+        "",
+        "| " + " | ".join(names) + " |",
+        "|" + "---|" * len(names),
+        *("| " + " | ".join(row) + " |" for row in cells(results)),
+        "",
+        f"*{caption(results)}. Greedy answers; the same pictures and frames for all columns.*",
+        "",
+        *(f"![{name}]({name}.png)\n" for name in drawings),
+        *(f"* **{r['task']}**: {conditions_text(r)}" for r in records),
+    ]
+    if results["notes"]:
+        lines += [
+            "",
+            "## Corrections of lmms-eval's scores",
+            "",
+            *(f"* {n}" for n in results["notes"]),
+        ]
+    if results["errors"]:
+        lines += ["", "## Without a result", "", *(f"* {e['error']}" for e in results["errors"])]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,196 @@
+"""From lmms-eval's samples to scores that can be compared pair by pair.
+
+A benchmark's score is a weighted sum over its units (a question; for MME the two questions about a picture; for
+MMBench the rotations of one question). With s_u and t_u in [0, 1] the results of two models on unit u and weights w_u,
+
+    difference = sum_u w_u (s_u - t_u),    V = G / (G - 1) * sum_g ( sum_{u in g} (w_u (s_u - t_u) - difference / n) )^2
+
+over clusters g of units that share a picture or clip; 95 % interval: difference +- 1.96 sqrt(V). Where V is 0,
++- 1.96^2 / (G + 1.96^2) of the whole range, as in zipr1/intervals.py. The weighted sum of one model's units must be
+lmms-eval's own number; where it is not, that is corrected or noted, and the report says so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from zipr1.evaluate.harness import Scored
+from zipr1.intervals import Z
+from zipr1.suites import Suite
+
+# Fields of a sample's document that say which picture or clip it is about.
+CLUSTERS = (
+    "picture",
+    "videoID",
+    "video",
+    "video_name",
+    "video_path",
+    "video_idx",
+    "video_id",
+    "image_id",
+)
+PAIRS = (("parsed_pred", "answer"), ("pred_answer", "answer"), ("pred", "ground_truth"))
+
+
+@dataclass
+class Units:
+    """score: `(n,)` in [0, 1], or None where samples hold no number. weight: `(n,)`, summing to the highest score."""
+
+    score: np.ndarray | None
+    weight: np.ndarray
+    cluster: list[Any]
+
+    @property
+    def total(self) -> float | None:
+        return None if self.score is None else float((self.score * self.weight).sum())
+
+
+def right(value: Any) -> float:
+    """How right one sample is, from what its scorer logged: a number, a score, or an answer beside the gold one."""
+    if isinstance(value, bool | int | float | np.number):
+        return float(value)
+    if isinstance(value, dict):
+        if isinstance(value.get("score"), int | float):
+            return float(value["score"])
+        for said, wanted in PAIRS:
+            if said in value and wanted in value:
+                return float(str(value[said]) == str(value[wanted]))
+    raise ValueError("no number")
+
+
+def _values(scored: Scored, turn: int) -> list[tuple[dict[str, Any], Any]]:
+    """(sample, what the metric logged); samples that do not count for the metric are left out."""
+    return [
+        (sample, sample[key])
+        for sample in scored.samples[turn]
+        for key in scored.task.metric
+        if key in sample
+    ]
+
+
+def _cluster(sample: dict[str, Any], index: int) -> Any:
+    doc = sample.get("doc", {})
+    return next((str(doc[name]) for name in CLUSTERS if doc.get(name)), f"#{index}")
+
+
+def _mean(scored: Scored, turn: int, top: float) -> Units:
+    pairs = _values(scored, turn)
+    try:
+        score = np.array([right(value) for _, value in pairs])
+    except ValueError:
+        score = None
+    if score is not None and len(score) and (score.min() < 0 or score.max() > 1):
+        score = None
+    clusters = [_cluster(sample, i) for i, (sample, _) in enumerate(pairs)]
+    return Units(score, np.full(len(pairs), top / max(1, len(pairs))), clusters)
+
+
+def _macro(field: str) -> Callable[[Scored, int, float], Units]:
+    """The mean over the values of `field` of the means within them."""
+
+    def units(scored: Scored, turn: int, top: float) -> Units:
+        plain = _mean(scored, turn, top)
+        kinds = [value[field] for _, value in _values(scored, turn)]
+        sizes = Counter(kinds)
+        weight = np.array([top / len(sizes) / sizes[kind] for kind in kinds])
+        return Units(plain.score, weight, plain.cluster)
+
+    return units
+
+
+def _mme(scored: Scored, turn: int, top: float) -> Units:
+    """A unit is a picture's two questions: half for each right one, half again for both; 200 points a category."""
+    found: dict[tuple[str, str], float] = {}
+    for _, value in _values(scored, turn):
+        key = (value["category"], value["question_id"])
+        found[key] = found.get(key, 0) + value["score"]
+    sizes = Counter(category for category, _ in found)
+    score = np.array([(n / 2 + (n == 2)) / 2 for n in found.values()])
+    weight = np.array([200 / sizes[category] for category, _ in found])
+    return Units(score, weight, list(found))
+
+
+def _mmbench(scored: Scored, turn: int, top: float) -> Units:
+    """A unit is a question with its rotated options, right if all are; judged by lmms-eval's own matching."""
+    from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
+
+    found: dict[int, list[Any]] = {}
+    for _, value in _values(scored, turn):
+        found.setdefault(int(value["index"]) % 1_000_000, []).append(value)
+    # A limit may leave rotations without their question, which lmms-eval does not count.
+    found = {key: rows for key, rows in found.items() if any(r["index"] < 1_000_000 for r in rows)}
+    score = [mmbench_evaluator.eval_result(rows, "static")[0] for rows in found.values()]
+    return Units(np.array(score, float), np.full(len(found), top / len(found)), list(found))
+
+
+UNITS: dict[str, Callable[[Scored, int, float], Units]] = {
+    "mean": _mean,
+    "mme": _mme,
+    "mmbench": _mmbench,
+    "mmstar": _macro("l2_category"),
+    "mlvu": _macro("task_type"),
+}
+
+
+def suite_units(suite: Suite, scored: Sequence[Scored], turn: int) -> Units:
+    """A benchmark's units at one budget; its tasks count alike."""
+    parts = [UNITS[suite.units](one, turn, suite.top / len(scored)) for one in scored]
+    score = None
+    if all(part.score is not None for part in parts):
+        score = np.concatenate([part.score for part in parts if part.score is not None])
+    clusters = [(k, c) for k, part in enumerate(parts) for c in part.cluster]
+    return Units(score, np.concatenate([part.weight for part in parts]), clusters)
+
+
+def suite_score(
+    suite: Suite, scored: Sequence[Scored], turn: int, units: Units, notes: list[str]
+) -> float | None:
+    """The shown score: lmms-eval's number where it is right, else ours, with a note that names the correction."""
+    own = [one.headline[turn] for one in scored]
+    theirs = None
+    if all(number is not None for number in own):
+        theirs = sum(number for number in own if number is not None) * suite.scale / len(own)
+    ours = units.total
+    if ours is None or theirs is None or abs(ours - theirs) <= 2e-4 * suite.top:
+        return theirs if theirs is not None else ours
+    note = CORRECTIONS.get(suite.name)
+    if note is None:
+        return _noted(
+            notes,
+            "the mean over the logged samples is not lmms-eval's number, which is shown",
+            theirs,
+        )
+    return _noted(notes, note, ours)
+
+
+# Where the score over samples replaces lmms-eval's number when they differ, and why.
+CORRECTIONS = {
+    "mvbench": "MVBench: empty answers count as wrong; lmms-eval leaves them out of the denominator",
+    "ocrbench": "OCRBench: the sum is divided by the number of questions asked; lmms-eval divides by 1000 always",
+    "mlvu": "MLVU: the mean is over the kinds of question asked; lmms-eval counts absent kinds as 0",
+}
+
+
+def _noted(notes: list[str], note: str, value: float) -> float:
+    if note not in notes:
+        notes.append(note)
+    return value
+
+
+def paired(a: Units, b: Units, top: float) -> tuple[float, list[float]] | None:
+    """(score of a - score of b, its 95 % interval) over the same units; None where samples hold no numbers."""
+    if a.score is None or b.score is None or len(a.score) != len(b.score) or not len(a.score):
+        return None
+    d = a.weight * (a.score - b.score)
+    index = {c: i for i, c in enumerate(dict.fromkeys(a.cluster))}
+    groups = len(index)
+    total = float(d.sum())
+    sums = np.bincount([index[c] for c in a.cluster], d - total / len(d))
+    variance = groups / (groups - 1) * float((sums**2).sum()) if groups > 1 else 0.0
+    half = Z * np.sqrt(variance) if variance > 1e-18 else Z * Z / (groups + Z * Z) * top
+    return total, [max(-top, total - float(half)), min(top, total + float(half))]

@@ -1,0 +1,277 @@
+"""One evaluation, in numbered steps: what is asked for, the model, the folder, the benchmarks, the report."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from zipr1.errors import InputError, RunError, ZipError
+from zipr1.evaluate import ranks
+from zipr1.evaluate.folder import Folder, identity
+from zipr1.machine import describe
+from zipr1.manifest import sparsity_of
+from zipr1.models import Policy, load_policy
+from zipr1.models.loading import resolve as resolve_model
+from zipr1.recipe import Recipe, load, validate
+from zipr1.suites import Suite, resolve
+from zipr1.yamltext import override
+
+if TYPE_CHECKING:
+    from zipr1.evaluate.answers import Conditions
+
+LMMS_EVAL = "0.7.3"
+# Recipe keys that mean something here.
+READ = (
+    "model.",
+    "sparse.",
+    "data.max_frames",
+    "data.fps",
+    "train.max_new_tokens",
+    "evaluation.batch",
+)
+BATCH = 16
+
+
+@dataclass
+class Wanted:
+    """What a user asks for. tasks: names of suites, groups and lmms-eval's tasks. budgets: p of each, 1.0 is dense.
+
+    limit: first questions of each benchmark; None takes the suite's own, 0 all. changes: `a.b=c` of a recipe.
+    base: measure the untouched model too, where `model` is a run. output: None is a folder named by all of this.
+    """
+
+    model: str
+    tasks: Sequence[str]
+    budgets: Sequence[float]
+    limit: int | None = None
+    output: Path | None = None
+    data_root: Path | None = None
+    device: str | None = None
+    changes: Sequence[str] = ()
+    base: bool = True
+
+
+def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, Any]:
+    """Measure every benchmark and write results.json, report.md, report.html and plots; return results.json.
+
+    A benchmark that fails is reported and does not stop the others; one that was finished before is not repeated.
+    Raises RunError at the end if any failed, InputError before anything is measured for wrong input.
+    """
+    # 1. what is asked for, in full
+    check_installed()
+    suites = _suites(wanted.tasks)
+    recipe, source, keys = _settings(wanted)
+    budgets = _budgets(wanted.budgets, recipe)
+    if wanted.data_root is not None and not wanted.data_root.is_dir():
+        raise InputError(
+            f"--data-root {wanted.data_root}: no such folder; give one with a folder for each benchmark"
+        )
+    ranks.start()
+    try:
+        # 2. the model, and the one it was trained from
+        policy = load_policy(recipe.model, wanted.device)
+        base, base_name, base_note = _base(wanted, recipe)
+        meta = {
+            "model": wanted.model,
+            "base": base_name,
+            "sparse": recipe.sparse.model_dump(mode="json"),
+            "budgets": list(budgets),
+            "limit": wanted.limit,
+            "dtype": str(policy.core.dtype).removeprefix("torch."),
+            "max_pixels": policy.processor.settings.max_pixels,
+            "changes": list(wanted.changes),
+            "data_root": str(wanted.data_root.resolve()) if wanted.data_root else None,
+            "weights": identity(resolve_model(recipe.model.path)),
+        }
+        # 3. where results go; what is there already
+        folder = Folder.open(wanted.output, wanted.model, meta)
+        loud = ranks.rank() == 0
+        quiet = console if loud else Console(file=io.StringIO())
+        quiet.print(
+            f"{wanted.model}: sparsity of {source}; "
+            + (f"base: {base_name}; " if base_name else f"{base_note}; " if base_note else "")
+            + f"results in {folder.root}",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
+        info = describe(command, str(policy.device))
+        # 4. one benchmark after another, each written when it is done
+        asked = [p for p in budgets if p in wanted.budgets or p < 1]
+        _measure_all(wanted, suites, policy, base, recipe, keys, budgets, asked, folder, quiet)
+        # 5. everything together
+        from zipr1.evaluate import report
+
+        results = report.collect(folder, suites, meta, info)
+        if loud:
+            report.write(folder, results, quiet)
+    finally:
+        ranks.stop()
+    if results["errors"]:
+        names = ", ".join(error["task"] for error in results["errors"])
+        raise RunError(
+            f"{len(results['errors'])} of {len(suites)} benchmarks have no result ({names}); the others are in "
+            f"{folder.root}, and the same command tries again"
+        )
+    return results
+
+
+def check_installed() -> None:
+    """Raises InputError, with what to install, where lmms-eval or what it needs is missing."""
+    hint = f"pip install 'zipr1[eval]' and pip install --no-deps lmms-eval=={LMMS_EVAL} (make install does both)"
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise InputError(f"zipr1 eval needs lmms-eval: {hint}")
+    if importlib.util.find_spec("torchvision") is not None:
+        try:
+            importlib.import_module("torchvision")
+        except (ImportError, RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise InputError(
+                f"torchvision is broken here and takes lmms-eval with it ({reason}); pip uninstall torchvision"
+            ) from None
+    try:
+        with _silence():
+            importlib.import_module("lmms_eval.evaluator")
+    except ImportError as error:
+        raise InputError(f"lmms-eval cannot be imported ({error}); {hint}") from None
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Importing lmms-eval turns off all warnings of the process and all of loguru's handlers."""
+    import warnings
+
+    filters = warnings.filters[:]
+    try:
+        yield
+    finally:
+        warnings.filters[:] = filters  # type: ignore[index]
+
+
+def _suites(names: Sequence[str]) -> list[Suite]:
+    try:
+        return resolve(names)
+    except InputError:
+        from zipr1.evaluate.harness import task_names
+
+        return resolve(names, task_names())
+
+
+def _settings(wanted: Wanted) -> tuple[Recipe, str, set[str]]:
+    """A recipe that holds what is read here, where its sparsity comes from, and the keys given on the command line."""
+    sparse, source = sparsity_of(wanted.model)
+    values: dict[str, Any] = {"model": {"path": wanted.model}, "sparse": sparse.model_dump()}
+    keys = [override(values, text) for text in wanted.changes]
+    for key in keys:
+        if not any(key == name or key.startswith(name) for name in READ):
+            raise InputError(
+                f"command line: `{key}`: not read by zipr1 eval; allowed: {', '.join(READ)}"
+            )
+        if key in ("model.path", "sparse.p"):
+            raise InputError(
+                f"command line: `{key}`: use --{'model' if key == 'model.path' else 'budget'}"
+            )
+    return validate(values, "command line", keys), source, set(keys)
+
+
+def _budgets(given: Sequence[float], recipe: Recipe) -> list[float]:
+    """All budgets, dense first; without any the model's own beside dense."""
+    for p in given:
+        if not 0 < p <= 1:
+            raise InputError(
+                f"--budget {p}: outside (0, 1]; give shares such as 0.975, or 1.0 for dense"
+            )
+    return sorted({1.0, *(given or [recipe.sparse.p])}, reverse=True)
+
+
+def _base(wanted: Wanted, recipe: Recipe) -> tuple[Policy | None, str | None, str | None]:
+    """The untouched model that a run was trained from: (it, its name, why there is none)."""
+    written = Path(wanted.model) / "recipe.yaml"
+    if not wanted.base or not written.is_file():
+        return None, None, None
+    trained = load(written)
+    if trained.train.stage != "rl" or trained.model.train_vision:
+        return None, None, None
+    settings = recipe.model.model_copy(
+        update={"path": trained.model.path, "revision": trained.model.revision}
+    )
+    try:
+        return load_policy(settings, wanted.device), trained.model.path, None
+    except InputError as error:
+        return None, None, f"the base is not measured ({error})"
+
+
+def _measure_all(
+    wanted: Wanted,
+    suites: Sequence[Suite],
+    policy: Policy,
+    base: Policy | None,
+    recipe: Recipe,
+    keys: set[str],
+    budgets: Sequence[float],
+    asked: Sequence[float],
+    folder: Folder,
+    console: Console,
+) -> None:
+    from zipr1.evaluate.answers import Answerer
+    from zipr1.evaluate.records import record
+
+    batch = recipe.evaluation.batch if "evaluation.batch" in keys else BATCH
+    answerer = Answerer(policy, recipe.sparse, budgets, batch, base=base)
+    for suite in suites:
+        done = ranks.gather(folder.done(suite.name))[0]
+        if done:
+            console.print(f"{suite.name}: finished before, not repeated", highlight=False)
+            continue
+        conditions = conditions_of(suite, recipe, keys)
+        limit = suite.limit if wanted.limit is None else wanted.limit or None
+        began = time.monotonic()
+        try:
+            from zipr1.evaluate.harness import measure
+
+            with _bar(console, suite, limit) as tell:
+                scored = measure(suite, answerer, conditions, limit, wanted.data_root, tell)
+            result = record(suite, scored, answerer, conditions, asked, time.monotonic() - began)
+        except ZipError as error:
+            result = {"task": suite.name, "error": " ".join(str(error).split())}
+            console.print(
+                f"[bold red]failed:[/] {result['error']}", soft_wrap=True, highlight=False
+            )
+        if ranks.rank() == 0:
+            folder.save(suite.name, result)
+    ranks.gather(None)  # what the first process wrote is there for all
+
+
+def conditions_of(suite: Suite, recipe: Recipe, keys: set[str]) -> Conditions:
+    """The suite's frames, fps, pixels and length of answers, but for what the command line says."""
+    from zipr1.evaluate.answers import Conditions
+
+    return Conditions(
+        recipe.train.max_new_tokens if "train.max_new_tokens" in keys else suite.max_new_tokens,
+        recipe.data.max_frames if "data.max_frames" in keys else suite.frames,
+        recipe.data.fps if "data.fps" in keys else suite.fps,
+        suite.frame_pixels,
+    )
+
+
+@contextlib.contextmanager
+def _bar(console: Console, suite: Suite, limit: int | None) -> Iterator[Callable[[str, int], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    watched = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not watched) as bar:
+        one = bar.add_task(suite.name, total=limit)
+        yield lambda task, done: bar.update(one, completed=done, description=task)
