@@ -56,9 +56,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """A finished run directory of the embedded model; no test may change it."""
-    import runs
+    import tinyruns
 
-    return runs.make_run(tmp_path_factory.mktemp("runs") / "tiny")
+    return tinyruns.make_run(tmp_path_factory.mktemp("runs") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import sys
 import sysconfig
 
 import pytest
-import runs
+import tinyruns
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -56,13 +56,13 @@ json.dump(tokenizer.decode(said, skip_special_tokens=True), open(out + ".json", 
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory):
     model = {"path": "tiny", "lora": {"rank": 4, "alpha": 8}}
-    return runs.make_run(tmp_path_factory.mktemp("lora") / "run", model=model)
+    return tinyruns.make_run(tmp_path_factory.mktemp("lora") / "run", model=model)
 
 
 @torch.no_grad()
 def test_a_process_without_zipr1_gives_the_runs_logits_and_text(run, exported, tmp_path):
-    policy = runs.policy_of(run)
-    prompt = runs.questions()[0]
+    policy = tinyruns.policy_of(run)
+    prompt = tinyruns.questions()[0]
     pixels = prompt.media[0].source
     encoded = policy.encode(prompt, [(pixels, None)], 1000)
     inputs = verify.stock_inputs(policy, encoded)
@@ -86,7 +86,7 @@ def test_a_process_without_zipr1_gives_the_runs_logits_and_text(run, exported, t
 
 def test_the_same_run_gives_the_same_bytes(run, exported, tmp_path):
     result = export(run, tmp_path / "again", device="cpu")
-    assert runs.hashes(tmp_path / "again") == runs.hashes(exported)
+    assert tinyruns.hashes(tmp_path / "again") == tinyruns.hashes(exported)
     assert result["check"]["same_text"] == result["check"]["n"] == 4
     assert result["check"]["logits_error"] < 1e-5
     assert result["bytes"] == sum(p.stat().st_size for p in exported.iterdir())
@@ -98,7 +98,7 @@ def test_every_format_answers_as_the_run_and_is_reproducible(lora_run, tmp_path,
     for name in ("a", "b"):
         result = export(lora_run, tmp_path / name, format, "float32", "cpu")
         assert result["check"]["logits_error"] < 1e-5
-    assert runs.hashes(tmp_path / "a") == runs.hashes(tmp_path / "b")
+    assert tinyruns.hashes(tmp_path / "a") == tinyruns.hashes(tmp_path / "b")
     base, trained, ours = (
         load_policy(Model(path=str(path)), "cpu") for path in ("tiny", lora_run, tmp_path / "a")
     )
@@ -120,7 +120,7 @@ def test_dtypes_and_shards(run, tmp_path, monkeypatch):
     assert len(shards) > 1 and (tmp_path / "half" / "model.safetensors.index.json").is_file()
     assert {t.dtype for s in shards for t in load_file(s).values()} == {torch.bfloat16}
     assert result["dtype"] == "bfloat16" and 1e-4 < result["check"]["logits_error"] < 6e-2
-    config = runs.read(tmp_path / "half" / "config.json")
+    config = tinyruns.read(tmp_path / "half" / "config.json")
     assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
     load_policy(Model(path=str(tmp_path / "half")), "cpu")
     shards[1].unlink()
@@ -129,17 +129,17 @@ def test_dtypes_and_shards(run, tmp_path, monkeypatch):
 
 
 def test_zipr1_json_tells_how_to_run_it(run, exported):
-    about = runs.read(exported / "zipr1.json")
+    about = tinyruns.read(exported / "zipr1.json")
     sparse = about["sparse"]
     assert (sparse["p"], sparse["rule"], sparse["skip"]) == (0.9, "top_p", "layer")
     assert sparse["probes"] == {"recent": 8, "random": 4}
     assert about["results"]["after"]["token_ratio_by_layer"] == [0.4, 0.3, 0.2, 0.1]
     assert about["provenance"]["base"] == "tiny" and about["provenance"]["step"] == 7
-    assert about["provenance"]["recipe_sha256"] == runs.recipe().sha256()
+    assert about["provenance"]["recipe_sha256"] == tinyruns.recipe().sha256()
     assert (
         manifest.settings_of(str(exported))
         == manifest.settings_of(str(run))
-        == runs.recipe().sparse
+        == tinyruns.recipe().sparse
     )
     assert manifest.settings_of("tiny") is None
     assert str(run) not in "".join(p.read_text() for p in exported.glob("*.json"))
@@ -165,24 +165,24 @@ def test_the_card_tells_what_was_measured(run, exported):
 
 
 def test_an_unfinished_run_says_so(tmp_path):
-    run = runs.make_run(tmp_path / "run", finished=False)
+    run = tinyruns.make_run(tmp_path / "run", finished=False)
     export(run, tmp_path / "out", device="cpu")
     assert (
         "Nothing: the run was exported at step 7 of 7" in (tmp_path / "out/README.md").read_text()
     )
-    assert runs.read(tmp_path / "out/zipr1.json")["provenance"]["finished"] is False
+    assert tinyruns.read(tmp_path / "out/zipr1.json")["provenance"]["finished"] is False
 
 
 def test_the_base_is_followed_back_through_runs(run, tmp_path):
     from zipr1.export.source import open_run
 
-    second = runs.make_run(tmp_path / "second", model={"path": str(run)})
+    second = tinyruns.make_run(tmp_path / "second", model={"path": str(run)})
     source = open_run(second)
     assert (source.base, source.licence()) == ("tiny", "apache-2.0")
     (tmp_path / "base").mkdir()
     shutil.copytree(run / "last" / "model", tmp_path / "base", dirs_exist_ok=True)
     (tmp_path / "base/README.md").write_text("---\nlicense: other\nlicense_name: qwen\n---\n# Hi\n")
-    third = open_run(runs.make_run(tmp_path / "third", model={"path": str(tmp_path / "base")}))
+    third = open_run(tinyruns.make_run(tmp_path / "third", model={"path": str(tmp_path / "base")}))
     assert third.licence() == "qwen" and not third.base_is_public
 
 
@@ -217,7 +217,7 @@ def test_damage_is_told_in_one_line(exported, tmp_path, damage, message):
     elif damage == "missing":
         weights.unlink()
     elif damage == "foreign":
-        values = runs.read(about)
+        values = tinyruns.read(about)
         values["weights"]["model.safetensors"]["header"] = "0" * 64
         about.write_text(json.dumps(values))
     elif damage == "other":
@@ -225,7 +225,7 @@ def test_damage_is_told_in_one_line(exported, tmp_path, damage, message):
     elif damage == "list":
         about.write_text("[1]")
     elif damage == "later":
-        about.write_text(json.dumps(runs.read(about) | {"zipr1": 99}))
+        about.write_text(json.dumps(tinyruns.read(about) | {"zipr1": 99}))
     else:
         save_file({"x": torch.zeros(1)}, folder / "extra.safetensors")
     with pytest.raises(InputError, match=message) as caught:
@@ -262,7 +262,7 @@ def test_a_killed_exports_leftovers_are_no_model_and_are_replaced(run, exported,
     (tmp_path / ".tmp-out" / "model.safetensors").write_text("half")
     export(run, tmp_path / "out", device="cpu")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert runs.hashes(tmp_path / "out") == runs.hashes(exported)
+    assert tinyruns.hashes(tmp_path / "out") == tinyruns.hashes(exported)
 
 
 def test_weights_that_changed_on_the_way_are_found(lora_run, tmp_path, monkeypatch):
@@ -311,13 +311,13 @@ def test_wrong_arguments(run, tmp_path, change, message):
 def test_a_run_without_a_checkpoint(tmp_path):
     from zipr1.checkpoint import RunDir
 
-    RunDir.open(runs.recipe(), tmp_path / "run", info={})
+    RunDir.open(tinyruns.recipe(), tmp_path / "run", info={})
     with pytest.raises(InputError, match="no complete checkpoint yet"):
         export(tmp_path / "run", tmp_path / "x", device="cpu")
 
 
 def test_questions_whose_files_are_gone_are_replaced_by_digits():
-    lost = runs.recipe(data={"source": "gone.jsonl", "heldout": "gone.jsonl"})
+    lost = tinyruns.recipe(data={"source": "gone.jsonl", "heldout": "gone.jsonl"})
     prompts, origin = verify.samples(lost)
     assert origin == "embedded digits" and len(prompts) == 4
     assert len({p.task for p in prompts}) == 3

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import runs
 import tinymodels
+import tinyruns
 import torch
 from PIL import Image
 from transformers import (
@@ -48,7 +48,7 @@ def plain():
 
 def encode(processor, prompts):
     return processor.apply_chat_template(
-        [runs.chat(p) for p in prompts],
+        [tinyruns.chat(p) for p in prompts],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
@@ -67,7 +67,7 @@ def hooks(model):
 
 def expected(run, prompts, settings):
     """Answers and kept counts as training and evaluation make them."""
-    policy = runs.policy_of(run)
+    policy = tinyruns.policy_of(run)
     media = [[load_media(m, 16) for m in p.media] for p in prompts]
     encoded = [policy.encode(p, m, 1000) for p, m in zip(prompts, media, strict=True)]
     request = None if settings is None else Request(settings)
@@ -76,8 +76,8 @@ def expected(run, prompts, settings):
 
 
 def test_a_loaded_run_answers_as_its_evaluation_does(run, exported):
-    prompts = runs.questions()
-    wanted, counts = expected(run, prompts, runs.recipe().sparse)
+    prompts = tinyruns.questions()
+    wanted, counts = expected(run, prompts, tinyruns.recipe().sparse)
     for path in (run, exported):
         model, processor = zipr1.load(path, device="cpu")
         inputs = encode(processor, prompts)
@@ -99,7 +99,7 @@ def test_both_families_answer_as_the_policy(family, tmp_path):
     encoded = tinymodels.encode(policy, prompts)
     settings = model._zipr1.settings
     wanted = policy.generate(encoded, policy.look(encoded), Request(settings), 6)
-    chats = [runs.chat(p) for p in prompts]
+    chats = [tinyruns.chat(p) for p in prompts]
     chats[1][0]["content"][0]["fps"] = prompts[1].media[0].fps
     inputs = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True)
     assert ("second_per_grid_ts" in inputs) == (family == "qwen2_5_vl")
@@ -111,10 +111,10 @@ def test_both_families_answer_as_the_policy(family, tmp_path):
 
 
 def test_budgets_by_load_and_by_block(run, exported):
-    prompts = runs.questions()
+    prompts = tinyruns.questions()
     model, processor = zipr1.load(exported, 0.6, device="cpu")
     inputs = encode(processor, prompts)
-    tight = runs.recipe().sparse.model_copy(update={"p": 0.6})
+    tight = tinyruns.recipe().sparse.model_copy(update={"p": 0.6})
     assert answers(model, processor, inputs) == expected(run, prompts, tight)[0]
     least = zipr1.stats(model).token_ratio
     with zipr1.sparse(model, budget=0.95):
@@ -131,7 +131,7 @@ def test_budgets_by_load_and_by_block(run, exported):
 @torch.no_grad()
 def test_budget_one_is_bit_for_bit_the_stock_model(plain):
     model, processor = zipr1.load("tiny", 1.0, device="cpu")
-    inputs = encode(processor, runs.questions())
+    inputs = encode(processor, tinyruns.questions())
     wanted = plain(**inputs).logits
     assert torch.equal(model(**inputs).logits, wanted)
     for way in ("sdpa", "eager"):
@@ -147,7 +147,7 @@ def test_budget_one_is_bit_for_bit_the_stock_model(plain):
 @torch.no_grad()
 def test_a_block_leaves_a_stock_model_as_it_was(plain, run):
     _, processor = zipr1.load("tiny", device="cpu")
-    inputs = encode(processor, runs.questions())
+    inputs = encode(processor, tinyruns.questions())
     before = hooks(plain)
     wanted = plain(**inputs).logits
     with zipr1.sparse(plain, 0.7, skip="layer", **FREE):
@@ -169,7 +169,7 @@ def test_a_block_leaves_a_stock_model_as_it_was(plain, run):
 def test_a_dense_model_beside_a_sparse_one_is_not_disturbed(plain):
     """Both use our attention, and the dense one has padding, which only its mask tells."""
     model, processor = zipr1.load("tiny", 0.7, device="cpu", **FREE)
-    inputs = encode(processor, runs.questions())
+    inputs = encode(processor, tinyruns.questions())
     wanted = plain(**inputs).logits
     plain.set_attn_implementation({"text_config": attention.ATTENTION})
     with zipr1.sparse(model, 0.8):
@@ -182,7 +182,7 @@ def test_a_dense_model_beside_a_sparse_one_is_not_disturbed(plain):
 def test_threads_with_a_model_each_and_with_one_model(loaded):
     model, processor = loaded
     other, _ = zipr1.load("tiny", 0.7, device="cpu", skip="layer", **FREE)
-    few, many = (encode(processor, runs.questions()[s]) for s in (slice(0, 2), slice(1, 5)))
+    few, many = (encode(processor, tinyruns.questions()[s]) for s in (slice(0, 2), slice(1, 5)))
     jobs = [(model, few), (model, many), (other, few), (other, many)]
     wanted = [m.generate(**i, **GREEDY).tolist() for m, i in jobs]
     counts = []
@@ -202,7 +202,7 @@ def test_threads_with_a_model_each_and_with_one_model(loaded):
 
 def test_a_pass_that_failed_frees_the_model(loaded):
     model, processor = loaded
-    inputs = encode(processor, runs.questions()[:1])
+    inputs = encode(processor, tinyruns.questions()[:1])
     wanted = answers(model, processor, inputs)
     with pytest.raises(InputError, match="KV cache"):
         model(**inputs, past_key_values=StaticCache(config=model.config, max_cache_len=500))
@@ -215,7 +215,7 @@ def test_a_pass_that_failed_frees_the_model(loaded):
 
 def test_a_padded_batch_is_its_rows_one_by_one(loaded):
     model, processor = loaded
-    prompts = runs.questions()
+    prompts = tinyruns.questions()
     together = answers(model, processor, encode(processor, prompts))
     counts = zipr1.stats(model).kept
     for b, prompt in enumerate(prompts):
@@ -225,7 +225,7 @@ def test_a_padded_batch_is_its_rows_one_by_one(loaded):
 
 def test_sampling_beams_and_returned_sequences(plain, loaded):
     model, processor = loaded
-    inputs = encode(processor, runs.questions()[:3])
+    inputs = encode(processor, tinyruns.questions()[:3])
     torch.manual_seed(1)
     first = model.generate(**inputs, max_new_tokens=4, do_sample=True, num_return_sequences=3)
     torch.manual_seed(1)
@@ -234,7 +234,7 @@ def test_sampling_beams_and_returned_sequences(plain, loaded):
     kept = zipr1.stats(model).kept
     assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[0], kept[3])
     greedy = model.generate(**inputs, **GREEDY, num_beams=1)
-    one = encode(processor, runs.questions()[:1])
+    one = encode(processor, tinyruns.questions()[:1])
     beams = [
         model.generate(**some, max_new_tokens=4, do_sample=False, num_beams=3)
         for some in (one, inputs)
@@ -255,7 +255,7 @@ def test_sampling_beams_and_returned_sequences(plain, loaded):
 
 def test_streaming(loaded):
     model, processor = loaded
-    inputs = encode(processor, runs.questions()[:1])
+    inputs = encode(processor, tinyruns.questions()[:1])
     wanted = answers(model, processor, inputs)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     thread = threading.Thread(target=model.generate, kwargs={**inputs, **GREEDY, "streamer": streamer})  # fmt: skip
@@ -266,10 +266,10 @@ def test_streaming(loaded):
 
 def test_pipelines(loaded):
     model, processor = loaded
-    prompts = runs.questions()[:2]
+    prompts = tinyruns.questions()[:2]
     wanted = answers(model, processor, encode(processor, prompts))
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
-    chats = [runs.chat(p) for p in prompts]
+    chats = [tinyruns.chat(p) for p in prompts]
     for chat in chats:
         for part in chat[0]["content"]:
             if part["type"] == "image":
@@ -281,7 +281,7 @@ def test_pipelines(loaded):
 
 def test_a_second_turn_goes_on_with_the_same_cache(loaded):
     model, processor = loaded
-    inputs = encode(processor, runs.questions()[:1])
+    inputs = encode(processor, tinyruns.questions()[:1])
     first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
     cache = first.past_key_values
     assert isinstance(cache, PrunedCache)
@@ -317,7 +317,7 @@ def test_a_second_turn_goes_on_with_the_same_cache(loaded):
 )
 def test_what_cannot_work_is_refused_by_name(loaded, plain, options, named):
     model, processor = loaded
-    inputs = encode(processor, runs.questions()[:1])
+    inputs = encode(processor, tinyruns.questions()[:1])
     if "assistant_model" in options:
         options = {"assistant_model": plain}
     with pytest.raises(InputError, match=f"generate: {named}"):
@@ -333,7 +333,7 @@ def test_what_cannot_work_is_refused_by_name(loaded, plain, options, named):
 
 def test_a_static_cache_works_where_everything_is_kept(loaded):
     model, processor = loaded
-    inputs = encode(processor, runs.questions()[:1])
+    inputs = encode(processor, tinyruns.questions()[:1])
     with zipr1.sparse(model, budget=1.0):
         wanted = answers(model, processor, inputs)
         assert answers(model, processor, inputs, prompt_lookup_num_tokens=2) == wanted
@@ -341,7 +341,7 @@ def test_a_static_cache_works_where_everything_is_kept(loaded):
 
 def test_more_that_is_refused_by_name(loaded):
     model, processor = loaded
-    inputs = encode(processor, runs.questions()[:1])
+    inputs = encode(processor, tinyruns.questions()[:1])
     used = DynamicCache(config=model.config)
     with zipr1.sparse(model, budget=1.0):
         model(**inputs, past_key_values=used)
@@ -384,17 +384,17 @@ def test_adapters_in_memory():
 
 def test_short_prompts_say_why_they_stay_dense():
     model, processor = zipr1.load("tiny", device="cpu")
-    answers(model, processor, encode(processor, runs.questions()[:1]))
+    answers(model, processor, encode(processor, tinyruns.questions()[:1]))
     assert "1 stayed dense, being shorter than dense_below = 384" in str(zipr1.stats(model))
 
 
 def test_the_processor_takes_paths_pictures_arrays_and_frames(loaded, tmp_path):
     _, processor = loaded
-    prompts = runs.questions()
+    prompts = tinyruns.questions()
     pixels = prompts[0].media[0].source
     Image.fromarray(pixels).save(tmp_path / "a.png")
     wanted = encode(processor, prompts[:1])
-    chat = runs.chat(prompts[0])
+    chat = tinyruns.chat(prompts[0])
     options = {"add_generation_prompt": True, "tokenize": True}
     for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(pixels), pixels):
         chat[0]["content"][0]["image"] = source
@@ -406,7 +406,7 @@ def test_the_processor_takes_paths_pictures_arrays_and_frames(loaded, tmp_path):
         assert all(torch.equal(got[k], wanted[k]) for k in wanted)
     clip, fps = load_media(prompts[3].media[0], 16)
     wanted = encode(processor, prompts[3:4])
-    chat = runs.chat(prompts[3])
+    chat = tinyruns.chat(prompts[3])
     for source in (clip, [Image.fromarray(f) for f in clip]):
         chat[0]["content"][0] |= {"video": source, "fps": fps}
         got = processor.apply_chat_template(chat, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import runs
+import tinyruns
 import torch
 
 import zipr1
@@ -33,7 +33,7 @@ def turn(model, processor, chat, cache=None, **options):
 
 def converse(model, processor, prompt, keep=True):
     """Three turns; what was said, what was kept, and the cache."""
-    chat, said, stats, cache = runs.chat(prompt)[:1], [], [], None
+    chat, said, stats, cache = tinyruns.chat(prompt)[:1], [], [], None
     for following in (*ASKED, None):
         text, cache, _ = turn(model, processor, chat, cache if keep else None)
         said.append(text)
@@ -49,7 +49,7 @@ def converse(model, processor, prompt, keep=True):
 @pytest.mark.parametrize("skip", ["attention", "layer"])
 def test_a_single_turn_is_that_of_evict(loaded, skip):
     model, processor = loaded
-    chats = [runs.chat(p) for p in runs.questions()]
+    chats = [tinyruns.chat(p) for p in tinyruns.questions()]
     inputs = processor.apply_chat_template(
         chats, add_generation_prompt=True, tokenize=True, return_dict=True
     )
@@ -75,7 +75,7 @@ def test_a_single_turn_is_that_of_evict(loaded, skip):
 
 def test_everything_kept_is_the_dense_conversation(loaded):
     model, processor = loaded
-    prompt = runs.questions()[0]
+    prompt = tinyruns.questions()[0]
     with zipr1.sparse(model, budget=1.0):
         wanted, _, dense = converse(model, processor, prompt)
         again, _, _ = converse(model, processor, prompt, keep=False)
@@ -92,7 +92,7 @@ def test_everything_kept_is_the_dense_conversation(loaded):
 
 def test_each_turn_chooses_among_everything(loaded):
     model, processor = loaded
-    prompt = runs.questions()[0]
+    prompt = tinyruns.questions()[0]
     with zipr1.sparse(model, kv="retain"):
         _, stats, cache = converse(model, processor, prompt)
     lengths = [int(s.lengths[0]) for s in stats]
@@ -100,7 +100,7 @@ def test_each_turn_chooses_among_everything(loaded):
     assert cache.layers[0].whole[0].shape[2] == lengths[2]
     assert len({tuple(s.kept[0].tolist()) for s in stats}) > 1
     # At the first layer keys do not depend on what was dropped: those of the whole conversation, sent anew.
-    chat = runs.chat(prompt)[:1]
+    chat = tinyruns.chat(prompt)[:1]
     with zipr1.sparse(model, budget=1.0):
         _, fresh, _ = turn(model, processor, chat)
     first = fresh.layers[0].keys[:, :, : lengths[0]]
@@ -181,12 +181,12 @@ def test_a_turns_probes_are_its_own_tokens(monkeypatch):
 def test_conversations_that_take_turns_do_not_mix(loaded, kv):
     """transformers keeps one conversation's place offset on the model; the other's pictures must not move it."""
     model, processor = loaded
-    image, clip = runs.questions()[0], runs.questions()[4]
+    image, clip = tinyruns.questions()[0], tinyruns.questions()[4]
     with zipr1.sparse(model, kv=kv):
         alone, _, _ = converse(model, processor, image)
-        chat = runs.chat(image)[:1]
+        chat = tinyruns.chat(image)[:1]
         first, cache, _ = turn(model, processor, chat)
-        turn(model, processor, runs.chat(clip)[:1])  # another shape of picture, another offset
+        turn(model, processor, tinyruns.chat(clip)[:1])  # another shape of picture, another offset
         chat += [{"role": "assistant", "content": first}, {"role": "user", "content": ASKED[0]}]
         offset = model.model.rope_deltas.clone()
         second, _, _ = turn(model, processor, chat, cache)
@@ -196,7 +196,7 @@ def test_conversations_that_take_turns_do_not_mix(loaded, kv):
 
 def test_what_a_later_turn_cannot_bring_is_named(loaded):
     model, processor = loaded
-    chat = runs.chat(runs.questions()[0])[:1]
+    chat = tinyruns.chat(tinyruns.questions()[0])[:1]
     with zipr1.sparse(model, kv="retain"):
         _, cache, inputs = turn(model, processor, chat)
         with pytest.raises(
@@ -206,7 +206,7 @@ def test_what_a_later_turn_cannot_bring_is_named(loaded):
         longer = [
             *chat,
             {"role": "assistant", "content": "red"},
-            *runs.chat(runs.questions()[1])[:1],
+            *tinyruns.chat(tinyruns.questions()[1])[:1],
         ]
         with pytest.raises(InputError, match="a later turn brings a picture"):
             turn(model, processor, longer, cache)
