@@ -148,6 +148,17 @@ def test_a_plan_needs_no_datasets_library_and_a_known_model_needs_no_network(mon
         train.dry_run(load(path, ["model.path=nobody/nothing"]), None, Console(quiet=True))
 
 
+def test_a_family_that_is_not_counted_is_tried_all_the_same(tmp_path, monkeypatch):
+    def unknown(config, name):
+        raise InputError("model_type is 'other'")
+
+    monkeypatch.setattr("zipr1.dryrun.Shape.of", unknown)
+    recipe = load(RECIPES[0].with_name("tiny.yaml"), ["data.prompts=8", "data.heldout_prompts=4"])
+    result = train.dry_run(recipe, "cpu", Console(quiet=True))
+    assert result["not_checked"] == "memory (model_type is 'other')"
+    assert "memory" not in result and result["visual_tokens"]["min"] >= 64
+
+
 def test_data_that_is_here_is_checked_though_the_model_is_not(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "q"}\n')
     path = next(p for p in RECIPES if p.stem == "qwen2vl")
