@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from zipr1 import plan, train
 from zipr1.card import Shape, bundled, shape_of
 from zipr1.data import digits
+from zipr1.errors import InputError
 from zipr1.models.loading import add_lora
 from zipr1.pictures import Pictures
 from zipr1.pressure import Pressure
@@ -135,3 +137,36 @@ def test_every_recipe_is_planned_without_network_or_gpu(path, tmp_path, monkeypa
     card = 24e9 if "24 GB" in header else 80e9
     assert peak * 2**30 < card - 2 * 2**30
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_needs_no_datasets_library_and_a_known_model_needs_no_network(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    path = next(p for p in RECIPES if p.stem == "qwen2vl")
+    result = train.dry_run(load(path), None, Console(quiet=True))
+    assert "needs the datasets library" in result["not_checked"]
+    with pytest.raises(InputError, match=r"model\.path: nobody/nothing does not load"):
+        train.dry_run(load(path, ["model.path=nobody/nothing"]), None, Console(quiet=True))
+
+
+def test_a_family_that_is_not_counted_is_tried_all_the_same(tmp_path, monkeypatch):
+    def unknown(config, name):
+        raise InputError("model_type is 'other'")
+
+    monkeypatch.setattr("zipr1.dryrun.Shape.of", unknown)
+    recipe = load(RECIPES[0].with_name("tiny.yaml"), ["data.prompts=8", "data.heldout_prompts=4"])
+    result = train.dry_run(recipe, "cpu", Console(quiet=True))
+    assert result["not_checked"] == "memory (model_type is 'other')"
+    assert "memory" not in result and result["visual_tokens"]["min"] >= 64
+
+
+def test_data_that_is_here_is_checked_though_the_model_is_not(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "q"}\n')
+    path = next(p for p in RECIPES if p.stem == "qwen2vl")
+    changes = [f"data.{key}={tmp_path / 'rows.jsonl'}" for key in ("source", "heldout")]
+    changes += ["data.columns={}", "data.on_bad_row=error"]
+    with pytest.raises(InputError, match=r"rows\.jsonl: row 1: no answer; columns: question"):
+        train.dry_run(load(path, changes), None, Console(quiet=True))
+    (tmp_path / "rows.jsonl").write_text('{"question": "q", "answer": "x"}\n')
+    result = train.dry_run(load(path, changes), None, Console(quiet=True))
+    assert result["training_prompts"] == 1
+    assert "tokenizer" in result["not_checked"] and "data" not in result["not_checked"]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -44,6 +45,19 @@ def test_without_a_terminal_about_ten_plain_lines():
         "training 100/100  accuracy 90.0%  tokens kept 28.4%  KL to dense 0.0123"
     )
     assert "\x1b" not in text(c)
+
+
+def test_the_time_split_says_what_the_step_waited_for():
+    seconds = {"data": 0.1, "vision": 0.4, "rollout": 0.5, "update": 1.0}
+    c = console(120, terminal=True)
+    with Progress(c, 2) as progress:
+        progress.update(0, {**METRICS, "seconds": seconds})
+    for part, share in {"data": "5.0%", "vision": "20.0%", "update": "50.0%"}.items():
+        assert re.search(rf"time: {part} +{share}", text(c))
+    c = console()
+    with Progress(c, 1) as progress:
+        progress.update(0, {**METRICS, "seconds": seconds})
+    assert "data 5.0% of the time" in text(c)
 
 
 def test_resumed_progress_counts_its_own_steps():

@@ -133,6 +133,8 @@ CASES = {
         ("sat a cat", "a cat sat"): pytest.approx((1 + 1 / 2 + 2 / 3) / 3),
         ("yes", "Yes."): 1,
         ("cat cat cat", "cat"): pytest.approx(1 / 2),  # a word counts as often as it is right
+        # 2 words of 3; the pair "cat cat" of 2; "cat cat" in order.
+        ("cat cat dog", "cat cat bird"): pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3),
         ("dog", "a cat sat"): 0,
         ("", "a cat"): 0,
         ("a cat", ""): 0,

@@ -19,7 +19,7 @@ from rich.table import Table
 from zipr1 import data, plan, supervised
 from zipr1.card import Shape
 from zipr1.episode import Prompt
-from zipr1.errors import Missing
+from zipr1.errors import InputError, Missing
 from zipr1.metrics import question
 from zipr1.models import Encoded, Policy, load_policy
 from zipr1.models.loading import is_here
@@ -42,12 +42,13 @@ def dry_run(recipe: Recipe, device: str | None, console: Console) -> dict[str, A
     policy = _policy(recipe, device, unchecked)
     shape = plan.bundled_shape(recipe.model.path)
     if policy is not None:
-        shape = Shape.of(policy.core.config.to_dict(), recipe.model.path)
-    assert shape is not None
-    if policy is None or prompts is None:
+        shape = _shape(policy, unchecked)
+    if policy is not None and prompts is not None:
+        result = _tried(recipe, shape, policy, *prompts, console)
+    elif shape is not None:
         result = _counted(recipe, shape, prompts)
     else:
-        result = _tried(recipe, shape, policy, *prompts, console)
+        raise InputError(f"nothing to plan with: {'; '.join(unchecked)}")
     if unchecked:
         result["not_checked"] = "; ".join(unchecked)
     console.print(_table(result))
@@ -86,6 +87,15 @@ def _policy(recipe: Recipe, device: str | None, unchecked: list[str]) -> Policy 
     return load_policy(recipe.model, device, recipe.seed)
 
 
+def _shape(policy: Policy, unchecked: list[str]) -> Shape | None:
+    """Sizes to count with; None, and a note, for a family that is not counted."""
+    try:
+        return Shape.of(policy.core.config.to_dict(), policy.name)
+    except InputError as error:
+        unchecked.append(f"memory ({error})")
+        return None
+
+
 def _counted(
     recipe: Recipe, shape: Shape, prompts: tuple[list[Prompt], list[Prompt]] | None
 ) -> dict[str, Any]:
@@ -105,7 +115,7 @@ def _counted(
 
 def _tried(
     recipe: Recipe,
-    shape: Shape,
+    shape: Shape | None,
     policy: Policy,
     prompts: list[Prompt],
     questions: list[Prompt],
@@ -131,8 +141,11 @@ def _tried(
         "heldout_questions": len(questions),
         "prompt_tokens": _spread(tokens),
         "visual_tokens": _spread(visual),
-        **plan.outline(shape, recipe, int(tokens.max()), size),
+        "stage": recipe.train.stage,
+        "steps": recipe.train.steps,
     }
+    if shape is not None:
+        result |= plan.outline(shape, recipe, int(tokens.max()), size)
     result["parameters"] = sum(p.numel() for p in policy.core.parameters())
     result["trainable"] = sum(p.numel() for _, p in policy.trainable())
     if recipe.train.stage == "rl":

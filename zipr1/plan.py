@@ -18,8 +18,6 @@ from zipr1.recipe import Recipe
 KEPT_HIDDEN, KEPT_MLP = 24, 3
 # Logits that exist at once, in numbers, and how often: as they are, their logarithms, the reference's, gradients.
 LOGITS, COPIES = 2**24, 6
-# Bytes of vision features that are remembered (zipr1/pictures.py).
-REMEMBERED = 2**28
 # An A100: operations a second in bfloat16 and in float32 by TF32, bytes a second; and the share of them that
 # reinforcement learning reaches: EasyR1 reports 16 % of an H100 for Qwen2.5-VL-7B (assets/baselines.md).
 RATES = {2: 312e12, 4: 156e12}
@@ -112,12 +110,11 @@ def memory(
         "kv_cache": s.layers * 2 * s.heads * s.dim * tokens * size,
         "activations": kept,
         "logits": min(answers, max(LOGITS, s.vocab)) * 4 * COPIES,
-        "features": 0 if recipe.model.train_vision else REMEMBERED,
         "vision": patches * (10 * s.vision_hidden + 3 * int(s.vision_mlp)) * size,
     }  # fmt: skip
     if not rl:
         parts["kv_cache"] = 0
-    fixed = sum(parts[k] for k in ("weights", "reference", "gradients", "optimizer", "features"))
+    fixed = sum(parts[k] for k in ("weights", "reference", "gradients", "optimizer"))
     # One after the other: the tower, the rollouts, the update.
     rollout = parts["kv_cache"] + (layer + scores if rl else 0)
     parts["peak"] = fixed + max(parts["vision"], rollout, kept + parts["logits"])

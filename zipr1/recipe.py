@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from zipr1 import advice
 from zipr1.errors import InputError
+from zipr1.mistakes import problem
 from zipr1.yamltext import override, parse, read, show
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -323,9 +323,7 @@ def validate(
             blamed = any(
                 f"{key}.".startswith(f"{o}.") or o.startswith(f"{key}.") for o in overridden
             )
-            problems.append(
-                f"{'command line' if blamed else source}: {advice.problem(Recipe, key, item)}"
-            )
+            problems.append(f"{'command line' if blamed else source}: {problem(key, item, Recipe)}")
         raise InputError("; ".join(problems)) from None
 
 

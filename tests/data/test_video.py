@@ -97,6 +97,19 @@ def test_bad_clips_are_named(clip, backend, tmp_path, name, content, words):
     assert "\n" not in str(error.value)
 
 
+def test_a_clip_damaged_near_its_end_is_found_when_it_is_looked_at(backend, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (40, 64, 96, 3), dtype=np.uint8)
+    path = tmp_path / "clip.mp4"
+    video.write(path, frames, 10.0)
+    assert video.look(path) == (40, 64, 96, 10.0)
+    content = bytearray(path.read_bytes())
+    place = len(content) * 3 // 4  # in the last frames; the index behind them is whole
+    content[place : place + len(content) // 5] = bytes(len(content) // 5)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"clip\.mp4: cannot be read as a video"):
+        video.look(path)
+
+
 def test_a_sound_file_is_no_clip(backend, tmp_path):
     import av
 

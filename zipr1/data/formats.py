@@ -61,15 +61,12 @@ def video_r1(row: Row) -> Row:
         if not isinstance(options, list) or not options:
             raise InputError("`options` is empty; a multiple choice needs the texts of its options")
         lines += ["Options:", *(str(option).strip() for option in options)]
-    path = row["path"]
-    if isinstance(path, str):
-        path = path.removeprefix("./")
     return {
         **_kept(row, "task", "picture"),
         "id": row.get("problem_id", row.get("id")),
         "kind": kind,
         "question": "\n".join([*lines, form]),
-        media: path,
+        media: row["path"],
         "answer": final(str(row.get("solution", ""))),
         "reward": row.get("reward", reward),
     }

@@ -113,7 +113,7 @@ def _datasets(path: Path, split: str, data: Data) -> Rows:
     try:
         import datasets
     except ImportError as error:
-        raise InputError(
+        raise Missing(
             f"{path}: a dataset needs the datasets library ({error}); pip install 'zipr1[data]'"
         ) from error
     try:

@@ -1,4 +1,5 @@
-"""What the writer of a wrong recipe is told: what came, what is allowed, which key was meant."""
+"""Mistakes in a recipe as one clear line: what came, what is allowed, and the nearest name. Not what is allowed itself:
+that is in the classes of zipr1/recipe.py."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ from pydantic import BaseModel
 from zipr1.yamltext import show
 
 
-def problem(root: type[BaseModel], key: str, item: Any) -> str:
-    """What is wrong with one value. root: the recipe's class; item: an error as pydantic tells it."""
+def problem(key: str, item: Any, root: type[BaseModel]) -> str:
+    """What is wrong with `key`, and what to write. item: an entry of pydantic's `ValidationError.errors()`."""
     kind, came, context = item["type"], show(item.get("input")), item.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"{key}: unknown key; {nearest(root, key)}"
+        return f"{key}: unknown key; {_nearest(key, root)}"
     if kind == "value_error":
         return f"{key}: {context['error']}" if key else str(context["error"])
     limit = next((f"{context[k]:g}" for k in ("gt", "ge", "lt", "le") if k in context), "")
@@ -36,10 +37,10 @@ def problem(root: type[BaseModel], key: str, item: Any) -> str:
     return f"{key}: got {came}; {allowed}"
 
 
-def nearest(root: type[BaseModel], key: str) -> str:
+def _nearest(key: str, root: type[BaseModel]) -> str:
     """What to write instead of an unknown key: a neighbour, the same name elsewhere, or the list."""
     *section, name = key.split(".")
-    here = root
+    here: type[BaseModel] = root
     for part in section:
         here = _section_of(here, part) or here
     near = difflib.get_close_matches(name, here.model_fields, n=1)
