@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from zipr1 import ranks, train
 from zipr1.recipe import load
 
+NONE = {"before": False, "after": False}
 RED = {"messages": [{"role": "user", "content": "what color is the two?"}], "answer": "red"}
 
 
@@ -111,9 +112,6 @@ def test_two_processes_are_one(tmp_path, model, kind):
     same(tmp_path / "one", tmp_path / "two")
     # The first rank alone speaks and writes.
     assert done.stdout.count("everything is in") == 1
-    # A finished run goes on, with whole tensors from the checkpoint, and finds nothing to do.
-    again = torchrun(str(recipe), "--output", str(tmp_path / "two"))
-    assert again.returncode == 0, again.stderr[-3000:]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -157,7 +155,12 @@ else:
 from zipr1.cli import main; main()
 """
     end = tinymodels.shared().processor.end_id
-    recipe = write(tmp_path / "r.yaml", model, train={"parallel": "fsdp", "max_new_tokens": 12})
+    recipe = write(
+        tmp_path / "r.yaml",
+        model,
+        evaluation=NONE,
+        train={"parallel": "fsdp", "max_new_tokens": 12},
+    )
     done = torchrun(
         str(recipe), "--output", str(tmp_path / "two"), program=program.replace("END", str(end))
     )
@@ -179,12 +182,37 @@ import zipr1.update
 zipr1.update.clipped_step = dies
 from zipr1.cli import main; main()
 """
-    recipe = write(tmp_path / "r.yaml", model)
+    recipe = write(tmp_path / "r.yaml", model, evaluation=NONE)
     done = torchrun(str(recipe), "--output", str(tmp_path / "two"), program=program)
     assert done.returncode != 0
     report = done.stderr[done.stderr.index("Root Cause") :]
     assert "rank      : 1" in report and "SIGKILL" in report
     assert not (tmp_path / "two" / "summary.json").exists()
+
+
+def test_sigterm_saves_on_all_ranks_and_the_shards_go_on(tmp_path, model):
+    """One rank alone hears the signal, in the middle of the second step; both stop after it."""
+    program = """
+import os, signal
+import zipr1.update
+step, calls = zipr1.update.clipped_step, []
+def hears(*arguments):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(*arguments)
+zipr1.update.clipped_step = hears
+from zipr1.cli import main; main()
+"""
+    train_ = {"parallel": "fsdp", "steps": 3, "save_every": 0}
+    recipe = write(tmp_path / "r.yaml", model, train=train_, evaluation=NONE)
+    alone(recipe, tmp_path / "one")
+    done = torchrun(str(recipe), "--output", str(tmp_path / "two"), program=program)
+    assert done.returncode != 0 and "exitcode  : 143" in done.stderr
+    assert (tmp_path / "two" / "last").resolve().name == "step-000002"
+    again = torchrun(str(recipe), "--output", str(tmp_path / "two"))
+    assert again.returncode == 0, again.stderr[-3000:]
+    same(tmp_path / "one", tmp_path / "two")
 
 
 def test_what_one_rank_refuses_all_refuse_with_its_number(tmp_path, model):

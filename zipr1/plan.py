@@ -77,7 +77,7 @@ def memory(
     weights, reference, gradients, optimizer: counted; `train.parallel: fsdp` shards them over `ranks`. kv_cache: of a
     micro-batch of rollouts, unpruned, with one layer's prefill beside it. activations: of a micro-batch in the update;
     with gradient checkpointing one hidden state a layer and one layer's worth. logits: at most LOGITS numbers at once.
-    features: those that are remembered, unless the tower is trained. vision: one longest picture in the tower.
+    vision: one longest picture in the tower.
     """
     size = size or weight_bytes(recipe)
     counts = parameters(s)

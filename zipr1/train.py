@@ -118,10 +118,10 @@ def _run(
         try:
             if recipe.train.stage == "rl" and done < recipe.train.steps:
                 rehearse(policy, recipe, pictures, prompts)
+            if ranks.size() > 1:
+                stopping.hold()  # no rank may leave alone: the others would wait for it
             for step in range(done, recipe.train.steps):
                 began = time.monotonic()
-                if ranks.size() > 1:
-                    stopping.hold()
                 # Dropout alone uses the global generator; a resumed run must find it as an unbroken one does.
                 torch.manual_seed(recipe.seed * 1_000_003 + step)
                 optimizer.set_rate(optim.learning_rate(recipe.optim, step, recipe.train.steps))
@@ -144,13 +144,15 @@ def _run(
                     save(folder, policy, optimizer, named, state, done)
                     true = snapshot(state)
                 stopping.check()
-                stopping.release()
+                if ranks.size() == 1:
+                    stopping.release()
         except stopping.Stopped as stop:
             stopping.hold()  # once is enough: a second signal must not spoil what the first one saves
             if done != folder.start_step:
                 save(folder, policy, optimizer, named, true, done)
             stop.note = f"step {done} is saved; go on with --resume {folder.root}"
             raise
+    stopping.release()
     return finish(policy, recipe, questions, before, folder, state["seconds"], console)
 
 

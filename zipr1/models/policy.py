@@ -289,10 +289,7 @@ class Policy:
         request: Request | None = None,
         model: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Teacher-forced logits `(B, T, V)` of the answers, and their mask `(B, T)` bool, from `answer_states`.
-
-        For short answers or small vocabularies: training takes the states and makes logits a chunk at a time.
-        """
+        """Teacher-forced logits `(B, T, V)` and mask `(B, T)` of `answer_states`; training makes them in chunks."""
         states, mask = self.answer_states(encoded, features, answers, request, model)
         return self.head(states, model), mask
 
