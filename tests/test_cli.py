@@ -73,7 +73,16 @@ def failing(monkeypatch, error):
     monkeypatch.setattr(zipr1, "train", fake, raising=False)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["eval", "--help"],
+        ["eval", "--tasks", "list"],
+        ["--version"],
+    ],
+)
 def test_help_loads_no_torch(arguments):
     code = (
         "import sys; from zipr1.cli import main; sys.argv = ['zipr1', *sys.argv[1:]]\n"
