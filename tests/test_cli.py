@@ -74,7 +74,16 @@ def failing(monkeypatch, error):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["export", "--help"], ["--version"]]
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["eval", "--help"],
+        ["eval", "--tasks", "list"],
+        ["profile", "--help"],
+        ["export", "--help"],
+        ["--version"],
+    ],
 )
 def test_help_loads_no_torch(arguments):
     code = (

@@ -282,7 +282,7 @@ COMMAND = [
     "--budget",
     "0.975",
     "--limit",
-    "12",
+    "60",
 ]
 
 
@@ -309,7 +309,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, number, code):
     if number == signal.SIGINT:
         assert "finished benchmarks are kept" in said and "Traceback" not in said
     stamp, out = first.stat().st_mtime_ns, io.StringIO()
-    session.run(wanted(tmp_path / "e", budgets=[0.975], limit=12), [], Console(file=out))
+    session.run(wanted(tmp_path / "e", budgets=[0.975], limit=60), [], Console(file=out))
     assert "digits: finished before" in out.getvalue() and first.stat().st_mtime_ns == stamp
     rows = json.loads((tmp_path / "e/results.json").read_text())["rows"]
     assert [row["task"] for row in rows] == ["digits", "moving_digits"]
@@ -321,7 +321,7 @@ def test_two_processes_score_as_one(tmp_path):
     two = start(tmp_path / "two", sys.executable, "-m", *launcher)
     said, _ = two.communicate(timeout=300)
     assert two.returncode == 0, said
-    session.run(wanted(tmp_path / "one", budgets=[0.975], limit=12), [], QUIET)
+    session.run(wanted(tmp_path / "one", budgets=[0.975], limit=60), [], QUIET)
     timed = ("seconds", "dense_seconds")
     rows, samples = [], []
     for name in ("one", "two"):

@@ -98,7 +98,10 @@ def main() -> None:
     except RuntimeError as error:
         if not _is_device_memory(error):
             raise
-        _leave("the device is out of memory; use a smaller train.micro_batch or model.lora", 1)
+        _leave(
+            "the device is out of memory; use a smaller train.micro_batch, evaluation.batch or model.lora",
+            1,
+        )
 
 
 def _is_device_memory(error: RuntimeError) -> bool:

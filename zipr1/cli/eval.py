@@ -102,15 +102,18 @@ def _list(console: object) -> None:
     from zipr1.suites import GROUPS, SUITES
 
     assert isinstance(console, Console)
+    wide = console.width >= 110
+    names = ["name", *(["kind"] if wide else []), "lmms-eval's task", *(["metric"] if wide else [])]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("name", "kind", "lmms-eval task", "metric", "range", "answer"):
+    for name in (*names, "range", "answer"):
         table.add_column(name, overflow="fold")
     for suite in SUITES.values():
-        more = f" (+{len(suite.tasks) - 1})" if len(suite.tasks) > 1 else ""
+        more = f" +{len(suite.tasks) - 1}" if len(suite.tasks) > 1 else ""
         clip = f", {suite.frames} frames" if suite.kind == "video" else ""
-        table.add_row(suite.name, suite.kind, suite.tasks[0].name + more, suite.metric, f"0-{suite.top:g}",
-                      f"{suite.max_new_tokens} tokens{clip}")  # fmt: skip
+        known = [suite.name, suite.kind, suite.tasks[0].name + more, suite.metric]
+        shown = known if wide else [known[0], known[2]]
+        table.add_row(*shown, f"0-{suite.top:g}", f"{suite.max_new_tokens} tokens{clip}")
     console.print(table)
     for name, members in GROUPS.items():
         console.print(f"[bold]{name}[/]: {', '.join(members)}", highlight=False)
-    console.print("any other task of lmms-eval by its own name", style="dim")
+    console.print("zipr1 eval --tasks NAME also takes any other task of lmms-eval", style="dim")

@@ -183,9 +183,9 @@ class Answerer:
                     )
                     if b in drawn and answers.kept is not None and not kept[b]:
                         kept[b] = answers.kept[row]
-        for b, (what, positions) in enumerate(zip(answered, kept, strict=True)):
+        for b, positions in enumerate(kept):
             if b in drawn and positions:
-                what.pictures = gallery.draw(self.policy, encoded[b], shots[b], positions)
+                answered[b].pictures = gallery.draw(self.policy, encoded[b], shots[b], positions)
         return answered, {e.picture: features[e.picture] for e in encoded if e.visuals}
 
     def _passes(self) -> list[tuple[Sparse | None, Any]]:

@@ -107,7 +107,7 @@ def _measure_task(
                 task, manager
             )  # some tasks count in globals, so each scoring gets new ones
         except (Exception, SystemExit) as error:  # noqa: BLE001  lmms-eval exits where data is missing
-            failure = _reason(error, suite, task)
+            failure = _reason(error, suite, task, manager)
         failure = ranks.agree(failure)
         if failure is None:
             try:
@@ -126,7 +126,7 @@ def _measure_task(
             except ZipError as error:
                 failure = f"{suite.name}: {error}"
             except (Exception, SystemExit) as error:  # noqa: BLE001  lmms-eval exits where data is missing
-                failure = _reason(error, suite, task)
+                failure = _reason(error, suite, task, manager)
         failure = ranks.agree(failure)
         if failure is not None or result is None:
             raise RunError(failure or f"{suite.name}: lmms-eval gave no result for {task.name}")
@@ -225,7 +225,7 @@ def _manager(suite: Suite, folder: Path, limit: int | None, data_root: Path | No
     return TaskManager("ERROR", model_name="zipr1")
 
 
-def _reason(error: BaseException, suite: Suite, task: Task) -> str:
+def _reason(error: BaseException, suite: Suite, task: Task, manager: TaskManager) -> str:
     """One line: what failed, and for missing data what to do."""
     while isinstance(error, RetryError):
         inner = error.last_attempt.exception()
@@ -233,20 +233,23 @@ def _reason(error: BaseException, suite: Suite, task: Task) -> str:
             break
         error = inner
     text = " ".join(str(error).split())[:240]
+    hub = task.hub or str(manager._get_config(task.name).get("dataset_path", ""))
     kind = type(error).__name__
     missing = ("ConnectionError", "LocalTokenNotFoundError", "LocalEntryNotFoundError", "OfflineModeIsEnabled",
                "DatasetNotFoundError", "ConnectTimeout", "GatedRepoError", "RepositoryNotFoundError",
                "HfHubHTTPError", "ConnectError")  # fmt: skip
     if kind in missing or "offline" in text.lower():
-        return f"{suite.name}: its data set {task.hub} is not here ({kind}); {local.how_to_get(suite, None)}"
+        return f"{suite.name}: its data set {hub} is not here ({kind}); {local.how_to_get(suite, None, hub)}"
     if (
         isinstance(error, SystemExit)
         or "does not exist" in text
         or isinstance(error, FileNotFoundError)
     ):
-        return f"{suite.name}: a file is missing ({text}); {local.how_to_get(suite, None)}"
+        return f"{suite.name}: a file is missing ({text}); {local.how_to_get(suite, None, hub)}"
     if isinstance(error, KeyError | IndexError):
-        return f"{suite.name}: {task.name} finds no {text} in the data; copy the data set {task.hub} again"
+        return (
+            f"{suite.name}: {task.name} finds no {text} in the data; copy the data set {hub} again"
+        )
     return f"{suite.name}: {task.name} failed in lmms-eval ({kind}: {text})"
 
 

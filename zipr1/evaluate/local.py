@@ -18,7 +18,7 @@ import numpy as np
 from zipr1.data import HELDOUT_SEED
 from zipr1.data.digits import prompts
 from zipr1.errors import InputError
-from zipr1.suites import EMBEDDED, Suite, Task
+from zipr1.suites import SUITES, Suite, Task
 
 CLIPS = (".mp4", ".mkv", ".avi", ".mov", ".webm")
 EMBEDDED_QUESTIONS = 2000
@@ -135,14 +135,13 @@ def _is_of(path: Path, task: Task, several: bool) -> bool:
     return split_named and not other_configs
 
 
-def how_to_get(suite: Suite, root: Path | None) -> str:
-    """The exact commands that bring a benchmark's data."""
-    if suite.name in EMBEDDED or not suite.tasks[0].hub:
-        return "give the name of a benchmark that zipr1 eval --tasks list shows"
+def how_to_get(suite: Suite, root: Path | None, hub: str = "") -> str:
+    """The exact commands that bring a benchmark's data. hub: its data set where the suite does not name one."""
+    hub = suite.tasks[0].hub or hub
+    if suite.name not in SUITES:
+        return f"on a machine with a network: hf download --repo-type dataset {hub}, then copy its HF_HOME here"
     base = root or Path("data")
-    command = (
-        f"hf download --repo-type dataset {suite.tasks[0].hub} --local-dir {base / suite.name}"
-    )
+    command = f"hf download --repo-type dataset {hub} --local-dir {base / suite.name}"
     unpack = f", unpack its archives in {base / suite.name}" if suite.kind == "video" else ""
     again = f"zipr1 eval --tasks {suite.name} --data-root {base}"
     return f"on a machine with a network: {command}{unpack}, then: {again}"

@@ -209,7 +209,9 @@ def conditions_text(record: dict[str, Any]) -> str:
     c = record["conditions"]
     words = [
         f"{record['prompt_tokens']:,.0f} prompt tokens on average",
-        f"answers of at most {c['max_new_tokens']} tokens",
+        f"answers of at most {c['max_new_tokens']} tokens"
+        if c["max_new_tokens"]
+        else "answers as long as the task allows",
     ]
     if record["kind"] == "video":
         rate = f"{c['fps']:g} frames a second" if c["fps"] else "all frames"

@@ -21,7 +21,7 @@ import numpy as np
 
 from zipr1.evaluate.harness import Scored
 from zipr1.intervals import Z
-from zipr1.suites import Suite
+from zipr1.suites import SUITES, Suite
 
 # Fields of a sample's document that say which picture or clip it is about.
 CLUSTERS = (
@@ -156,6 +156,10 @@ def suite_score(
     if all(number is not None for number in own):
         theirs = sum(number for number in own if number is not None) * suite.scale / len(own)
     ours = units.total
+    if suite.name not in SUITES and None not in (ours, theirs):
+        # Of other tasks only the samples tell whether 1 or 100 is the highest score.
+        scaled = theirs * 100  # type: ignore[operator]
+        theirs = scaled if abs(scaled - ours) <= 2e-4 * suite.top else theirs  # type: ignore[operator]
     if ours is None or theirs is None or abs(ours - theirs) <= 2e-4 * suite.top:
         return theirs if theirs is not None else ours
     note = CORRECTIONS.get(suite.name)

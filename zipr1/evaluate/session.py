@@ -20,6 +20,7 @@ from zipr1.evaluate.folder import Folder, identity
 from zipr1.machine import describe
 from zipr1.manifest import sparsity_of
 from zipr1.models import Policy, load_policy
+from zipr1.models.loading import choose_device
 from zipr1.models.loading import resolve as resolve_model
 from zipr1.recipe import Recipe, load, validate
 from zipr1.suites import Suite, resolve
@@ -78,8 +79,10 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
     ranks.start()
     try:
         # 2. the model, and the one it was trained from
-        policy = load_policy(recipe.model, wanted.device)
-        base, base_name, base_note = _base(wanted, recipe)
+        device = wanted.device or ranks.device()
+        recipe = _with_dtype(recipe, device)
+        policy = load_policy(recipe.model, device)
+        base, base_name, base_note = _base(wanted, recipe, device)
         meta = {
             "model": wanted.model,
             "base": base_name,
@@ -181,6 +184,14 @@ def _settings(wanted: Wanted) -> tuple[Recipe, str, set[str]]:
     return validate(values, "command line", keys), source, set(keys)
 
 
+def _with_dtype(recipe: Recipe, device: str | None) -> Recipe:
+    """`auto` is bfloat16 on a GPU, where models are run so; nothing is trained here."""
+    if recipe.model.dtype != "auto" or choose_device(device).type == "cpu":
+        return recipe
+    model = recipe.model.model_copy(update={"dtype": "bfloat16"})
+    return recipe.model_copy(update={"model": model})
+
+
 def _budgets(given: Sequence[float], recipe: Recipe) -> list[float]:
     """All budgets, dense first; without any the model's own beside dense."""
     for p in given:
@@ -191,7 +202,9 @@ def _budgets(given: Sequence[float], recipe: Recipe) -> list[float]:
     return sorted({1.0, *(given or [recipe.sparse.p])}, reverse=True)
 
 
-def _base(wanted: Wanted, recipe: Recipe) -> tuple[Policy | None, str | None, str | None]:
+def _base(
+    wanted: Wanted, recipe: Recipe, device: str | None
+) -> tuple[Policy | None, str | None, str | None]:
     """The untouched model that a run was trained from: (it, its name, why there is none)."""
     written = Path(wanted.model) / "recipe.yaml"
     if not wanted.base or not written.is_file():
@@ -203,7 +216,7 @@ def _base(wanted: Wanted, recipe: Recipe) -> tuple[Policy | None, str | None, st
         update={"path": trained.model.path, "revision": trained.model.revision}
     )
     try:
-        return load_policy(settings, wanted.device), trained.model.path, None
+        return load_policy(settings, device), trained.model.path, None
     except InputError as error:
         return None, None, f"the base is not measured ({error})"
 
