@@ -78,8 +78,9 @@ def _run(
     check_lengths(recipe, [len(encoded) for encoded in first])
     sources = {"train": fingerprint(prompts), "heldout": fingerprint(questions)}
     about = describe(
-        command, str(policy.device), recipe.seed, recipe_sha256=recipe.sha256(), data=sources
-    )
+        command, str(policy.device), recipe.seed, ranks=ranks.size(),
+        recipe_sha256=recipe.sha256(), data=sources,
+    )  # fmt: skip
     folder = ranks.first(lambda: RunDir.open(recipe, output, resume, info=about))
     folder.writes = ranks.is_first()
     console.print(f"run: {folder.root}", soft_wrap=True, highlight=False)
