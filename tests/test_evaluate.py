@@ -287,7 +287,7 @@ COMMAND = [
 
 
 def start(folder, *launcher):
-    call = [*(launcher or [sys.executable, "-m", "zipr1.cli"]), *COMMAND, "--output", str(folder)]
+    call = [*(launcher or [sys.executable, "-m", "zipr1"]), *COMMAND, "--output", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     return subprocess.Popen(
@@ -317,7 +317,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, number, code):
 
 @pytest.mark.slow
 def test_two_processes_score_as_one(tmp_path):
-    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "zipr1.cli"]
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "zipr1"]
     two = start(tmp_path / "two", sys.executable, "-m", *launcher)
     said, _ = two.communicate(timeout=300)
     assert two.returncode == 0, said

@@ -2,9 +2,9 @@
 
 import pytest
 from standins import MVBENCH
-from zipr1.evaluate.sparsity import TINY, sparsity_of
 
 from zipr1.errors import InputError
+from zipr1.manifest import TINY, sparsity_of
 from zipr1.recipe import load
 from zipr1.suites import EMBEDDED, GROUPS, SUITES, resolve
 

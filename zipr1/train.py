@@ -81,8 +81,9 @@ def _run(
     check_lengths(recipe, [len(encoded) for encoded in first])
     hashes = {"train": data.identity(prompts), "heldout": data.identity(questions)}
     about = describe(
-        command, str(policy.device), recipe.seed, recipe_sha256=recipe.sha256(), data=hashes
-    )
+        command, str(policy.device), recipe.seed, ranks=ranks.size(),
+        recipe_sha256=recipe.sha256(), data=hashes,
+    )  # fmt: skip
     folder = ranks.first(lambda: RunDir.open(recipe, output, resume, info=about))
     folder.writes = ranks.is_first()
     for line in [f"run: {folder.root}", *effective(first, policy)]:

@@ -1,4 +1,4 @@
-"""Several processes that share one evaluation: `torchrun --nproc-per-node 2 -m zipr1.cli eval ...`.
+"""Several processes that share one evaluation: `torchrun --nproc-per-node 2 -m zipr1 eval ...`.
 
 Only questions are shared out; every process scores all answers, so one and several processes score alike. lmms-eval
 is told that it runs alone, for its own sharing changes the order of samples.
