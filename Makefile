@@ -41,7 +41,7 @@ demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/zipr1 profile --batch 1,8 --seconds 1
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -228,3 +228,16 @@ def test_a_truncated_clip_is_one_line(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises((RunError, InputError), match=r"m0\.mp4"):
         measure(SUITES["mlvu"], Actor(oracle(gold), constant("")), Conditions(), None, tmp_path)
+
+
+def test_a_cut_off_picture_stays_an_error():
+    """lmms-eval's import would have PIL fill it with grey."""
+    import io
+
+    from PIL import Image, ImageFile
+
+    out = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(out, "PNG")
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    with Image.open(io.BytesIO(out.getvalue()[:-2000])) as picture, pytest.raises(OSError):  # noqa: PT011
+        picture.load()

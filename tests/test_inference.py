@@ -383,7 +383,7 @@ def test_adapters_in_memory():
 
 
 def test_short_prompts_say_why_they_stay_dense():
-    model, processor = zipr1.load("tiny", device="cpu")
+    model, processor = zipr1.load("tiny", device="cpu", dense_below=384)
     answers(model, processor, encode(processor, tinyruns.questions()[:1]))
     assert "1 stayed dense, being shorter than dense_below = 384" in str(zipr1.stats(model))
 

@@ -29,6 +29,7 @@ import torch
 from lmms_eval.api.task import ConfigurableTask
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
+from PIL import ImageFile
 from tenacity import RetryError, stop_after_attempt
 
 from zipr1.errors import InputError, RunError, ZipError
@@ -36,6 +37,9 @@ from zipr1.evaluate import local, ranks
 from zipr1.evaluate.adapter import Adapter
 from zipr1.evaluate.answers import Answered, Answerer, Conditions
 from zipr1.suites import EMBEDDED, SUITES, Suite, Task
+
+# lmms-eval's import lets PIL fill what is missing of a cut-off picture with grey, everywhere in the process.
+ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 TASKS = Path(lmms_eval.tasks.__file__).parent
 
