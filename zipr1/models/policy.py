@@ -33,7 +33,8 @@ from zipr1.models.loading import (
     save_folder,
 )
 from zipr1.models.processors import Encoded, Processor, Visual
-from zipr1.models.rows import answer_places, choose, dense_bytes, groups, heldout_mass, padded
+from zipr1.models.last import finished_at, last_column
+from zipr1.models.rows import answer_slots, choose, dense_bytes, groups, heldout_mass, padded
 from zipr1.ranks import Parallel, whole_state
 from zipr1.recipe import Model
 
@@ -278,8 +279,12 @@ class Policy:
             for b, e in enumerate(encoded):
                 prompt[b, : len(e)] = True
             request.valid, request.prompt = valid, prompt
-        hidden = core.get_decoder()(**inputs, use_cache=False).last_hidden_state
-        return answer_places(hidden, [len(e) for e in encoded], [len(a) for a in answers])
+        where, mask = answer_slots(
+            [len(e) for e in encoded], [len(a) for a in answers], self.device
+        )
+        with finished_at(core, torch.zeros_like(valid).scatter(1, where, True), request):
+            hidden = core.get_decoder()(**inputs, use_cache=False).last_hidden_state
+        return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1])), mask
 
     def answer_logits(
         self,
@@ -319,12 +324,13 @@ class Policy:
         if request is not None:
             request.valid = request.prompt = valid
         with sparse_attention(core, request):
-            out = decoder(
-                **inputs,
-                attention_mask=None if bool(valid.all()) else valid.long(),
-                past_key_values=cache,
-                use_cache=True,
-            )
+            with finished_at(core, last_column(valid), request):
+                out = decoder(
+                    **inputs,
+                    attention_mask=None if bool(valid.all()) else valid.long(),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
             state = out.past_key_values
             counts = cache.prompt_counts() if cache is not None else None
             kv_bytes = cache.kv_bytes() if cache is not None else dense_bytes(state)

@@ -34,16 +34,15 @@ def padded(
     return ids, positions, valid
 
 
-def answer_places(
-    hidden: torch.Tensor, prompts: Sequence[int], answers: Sequence[int]
+def answer_slots(
+    prompts: Sequence[int], answers: Sequence[int], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of hidden states `(B, L, hidden)` of right-padded rows those that predict the answers' tokens, `(B, T, hidden)`,
-    and their mask `(B, T)` bool. prompts, answers: lengths."""
-    steps = torch.arange(max(answers), device=hidden.device)
-    starts = torch.tensor([n - 1 for n in prompts], device=hidden.device)
-    mask = steps[None] < torch.tensor(list(answers), device=hidden.device)[:, None]
-    where = (starts[:, None] + steps[None]).clamp(max=hidden.shape[1] - 1)
-    return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1])), mask
+    """Slots of right-padded rows that predict the answers' tokens, `(B, T)` int64, and their mask `(B, T)` bool; where
+    it is False, the row's first. prompts, answers: lengths."""
+    steps = torch.arange(max(answers), device=device)
+    starts = torch.tensor([n - 1 for n in prompts], device=device)
+    mask = steps[None] < torch.tensor(list(answers), device=device)[:, None]
+    return starts[:, None] + steps[None] * mask, mask
 
 
 def choose(logprobs: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
