@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zipr1.errors import InputError
-from zipr1.validate import check
 from zipr1.recipe import Recipe, differences, load, validate
+from zipr1.validate import check
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -165,15 +165,15 @@ def test_a_target_needs_a_method_that_presses_and_emphasis_needs_greedy_answers(
 
 def test_what_sharded_ranks_cannot_do(monkeypatch):
     sharded = {"stage": "supervised", "parallel": "fsdp", "prompts": 3}
-    with pytest.raises(InputError, match="optim.name muon works on whole matrices"):
+    with pytest.raises(InputError, match=r"optim\.name muon works on whole matrices"):
         check(Recipe(train=sharded, optim={"name": "muon"}))
     rows = {"source": "rows.jsonl"}
     check(Recipe(train=sharded, data=rows))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="train.prompts 3 is no multiple of the 2 ranks"):
+    with pytest.raises(InputError, match=r"train\.prompts 3 is no multiple of the 2 ranks"):
         check(Recipe(train=sharded, data=rows))
     sharded["prompts"] = 4
     check(Recipe(train=sharded, data=rows))
-    with pytest.raises(InputError, match="data.on_bad_row skip"):
+    with pytest.raises(InputError, match=r"data\.on_bad_row skip"):
         check(Recipe(train=sharded, data={**rows, "on_bad_row": "skip"}))
     check(Recipe(train={**sharded, "parallel": "ddp", "prompts": 3}, data=rows))

@@ -13,8 +13,7 @@ from zipr1_kernels import pack_indices, sparse_prefill
 
 from zipr1 import losses, optim
 from zipr1.errors import RunError
-from zipr1.models import Request, replay_masks, shared_states, sparse_attention
-from zipr1.models import attention, last
+from zipr1.models import Request, attention, last, replay_masks, shared_states, sparse_attention
 from zipr1.models.attention import gated_prefill
 from zipr1.pressure import Pressure
 from zipr1.recipe import Budgets, Efficiency, Optim, Ppo, Probes, Sparse

@@ -68,9 +68,9 @@ def last_column(valid: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def finished_at(model: Any, wanted: torch.Tensor, request: Request | None = None) -> Iterator[None]:
-    """Inside, a prefill of a transformers model finishes the last layer at `wanted` `(B, L)` bool alone; what it returns
-    elsewhere means nothing. request: the sparse prefill's, which is told; a dense one is hooked, if without gradient:
-    its layers could be computed again in backward, when the hooks are gone."""
+    """Inside, a prefill of a transformers model finishes the last layer at `wanted` `(B, L)` bool alone; what it
+    returns elsewhere means nothing. request: the sparse prefill's, which is told; a dense one is hooked, if without
+    gradient: its layers could be computed again in backward, when the hooks are gone."""
     if request is not None:
         request.wanted = wanted
     if request is not None or torch.is_grad_enabled():

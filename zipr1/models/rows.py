@@ -35,14 +35,13 @@ def padded(
 
 
 def answer_slots(
-    prompts: Sequence[int], answers: Sequence[int], device: torch.device
+    prompts: torch.Tensor, answers: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Slots of right-padded rows that predict the answers' tokens, `(B, T)` int64, and their mask `(B, T)` bool; where
-    it is False, the row's first. prompts, answers: lengths."""
-    steps = torch.arange(max(answers), device=device)
-    starts = torch.tensor([n - 1 for n in prompts], device=device)
-    mask = steps[None] < torch.tensor(list(answers), device=device)[:, None]
-    return starts[:, None] + steps[None] * mask, mask
+    it is False, the row's first. prompts `(B,)` int64, answers: lengths."""
+    steps = torch.arange(max(answers), device=prompts.device)
+    mask = steps < torch.tensor(list(answers), device=prompts.device)[:, None]
+    return prompts[:, None] - 1 + steps * mask, mask
 
 
 def choose(logprobs: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
