@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from zipr1.errors import InputError
 from zipr1.recipe import Recipe, differences, load, validate
+from zipr1.validate import check
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -160,3 +161,19 @@ def test_a_target_needs_a_method_that_presses_and_emphasis_needs_greedy_answers(
         check(Recipe(budgets={"sampling": "grid"}))
     with pytest.raises(InputError, match=r"emphasis 9.0 needs .* or data.emphasis=0"):
         check(Recipe(efficiency=Efficiency(max_accuracy_drop=None), data=Data(emphasis=9.0)))
+
+
+def test_what_sharded_ranks_cannot_do(monkeypatch):
+    sharded = {"stage": "supervised", "parallel": "fsdp", "prompts": 3}
+    with pytest.raises(InputError, match=r"optim\.name muon works on whole matrices"):
+        check(Recipe(train=sharded, optim={"name": "muon"}))
+    rows = {"source": "rows.jsonl"}
+    check(Recipe(train=sharded, data=rows))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"train\.prompts 3 is no multiple of the 2 ranks"):
+        check(Recipe(train=sharded, data=rows))
+    sharded["prompts"] = 4
+    check(Recipe(train=sharded, data=rows))
+    with pytest.raises(InputError, match=r"data\.on_bad_row skip"):
+        check(Recipe(train=sharded, data={**rows, "on_bad_row": "skip"}))
+    check(Recipe(train={**sharded, "parallel": "ddp", "prompts": 3}, data=rows))

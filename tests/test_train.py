@@ -344,3 +344,31 @@ def test_tensorboard_is_said_to_be_missing_before_the_first_step(tmp_path, model
     with pytest.raises(InputError, match=r"zipr1\[tensorboard\]"):
         start(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_best_goes_to_the_mean_that_was_worth_most(tmp_path):
+    """share right + 1 - token ratio, of the greedy answers where known, over the steps since the checkpoint before."""
+    from types import SimpleNamespace
+
+    from zipr1.metrics import merit
+
+    tasks = {"a": {"token_ratio": 0.2, "gap": 0.0}, "b": {"token_ratio": 0.4, "gap": 0.0}}
+    greedy = {"accuracy": 0.1, "token_ratio": 0.9, "sparse_accuracy": 0.5, "inference": tasks}
+    assert merit(greedy) == pytest.approx(0.5 + 1 - 0.3)
+    assert merit({"accuracy": 0.75, "token_ratio": 0.5}) == pytest.approx(1.25)
+    assert merit({"accuracy": 0.75}) == pytest.approx(0.75)
+
+    said = []
+    folder = SimpleNamespace(
+        save_checkpoint=lambda step, write, keep, best: said.append(best),
+        recipe=SimpleNamespace(train=SimpleNamespace(save_total_limit=2)),
+    )
+    policy = SimpleNamespace(weights=lambda: None)
+    state: dict = {}
+    # Means 0.625, 0.5 (its last step alone would be best), 0.75, 0.75 (no better, so not it).
+    for step, shares in enumerate([(0.5, 0.75), (0.125, 0.875), (0.75,), (0.5, 1.0)]):
+        for share in shares:
+            train.remember(state, {"accuracy": share})
+        train.save(folder, policy, SimpleNamespace(parts=[]), [], state, step)
+    assert said == [True, False, True, False]
+    assert state["merit"]["best"] == pytest.approx(0.75)

@@ -13,7 +13,7 @@ from zipr1_kernels import pack_indices, sparse_prefill
 
 from zipr1 import losses, optim
 from zipr1.errors import RunError
-from zipr1.models import Request, replay_masks, shared_states, sparse_attention
+from zipr1.models import Request, attention, last, replay_masks, shared_states, sparse_attention
 from zipr1.models.attention import gated_prefill
 from zipr1.pressure import Pressure
 from zipr1.recipe import Budgets, Efficiency, Optim, Ppo, Probes, Sparse
@@ -403,3 +403,46 @@ def test_losses_reach_the_scores_only_through_the_gate():
     name = next(n for n in grads["pathwise"] if n.endswith("layers.0.self_attn.q_proj.weight"))
     difference = (grads["pathwise+through"][name] - grads["pathwise"][name]).abs().max()
     assert difference > 0.01 * grads["pathwise"][name].abs().max()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+def test_the_last_layer_is_finished_where_it_is_read_and_nothing_changes(
+    monkeypatch, skip, checkpointing
+):
+    """Answers, log-probabilities, the KL to the reference, and all gradients, beside the whole last layer."""
+    sparse = Sparse(probes=Probes(recent=3, random=6), skip=skip, dense_below=0)
+    method = Efficiency(method="cut+pathwise")
+    settings = recipe(sparse=sparse, efficiency=method, ppo=Ppo(kl=1.0))
+
+    def run():
+        policy, batch = roll(settings, tinymodels.mixed())
+        policy.settings = policy.settings.model_copy(
+            update={"gradient_checkpointing": checkpointing}
+        )
+        if checkpointing:
+            policy.core.gradient_checkpointing_enable({"use_reentrant": False})
+        rows = flatten(batch, settings, even(1.0, policy.layers))
+        seen: list[int] = []
+        mlp = policy.decoder.layers[-1].mlp
+        hook = mlp.gate_proj.register_forward_pre_hook(
+            lambda m, x: seen.append(x[0][..., 0].numel())
+        )
+        said = backward(policy, settings, batch, rows, list(range(len(rows.tokens))), 1.0)
+        hook.remove()
+        gradient = {n: p.grad.clone() for n, p in policy.trainable() if p.grad is not None}
+        rollouts = [r for g in batch.groups for r in g.rollouts]
+        return rollouts, said, gradient, max(seen), sum(len(t) for t in rows.tokens)
+
+    short, said, gradient, most, answers = run()
+    for module in (attention, last):
+        monkeypatch.setattr(module, "ends", lambda decoder: [])
+    whole, wanted, expected, before, _ = run()
+    assert most == answers < before
+    for a, b in zip(short, whole, strict=True):
+        assert torch.equal(a.tokens, b.tokens)
+        torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-5, rtol=1e-5)
+    assert said == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert gradient.keys() == expected.keys()
+    for name, value in gradient.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-3)

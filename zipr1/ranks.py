@@ -1,4 +1,4 @@
-"""Several processes of one run, one for each device, as `torchrun` and `accelerate launch` start them.
+"""Several processes of one run, one for each device, as `torchrun` starts them.
 
 Every rank reads the same recipe and prompts and keeps the same state; the questions of a step are dealt out whole, so
 a group is never split. Gradients are joined by PyTorch's DistributedDataParallel or its fully_shard (FSDP2); nothing

@@ -281,11 +281,10 @@ def score(
     paid = recipe.rewards.reduction if "answers" in methods else 0.0
     left = torch.tensor([[(relief or {}).get(g.prompt.task, 1.0)] for g in groups])
     total = advantages.group_reward(correct, paid * left * (1 - ratio), recipe.rewards.weight)
-    opened = advantages.gate(correct > 0)
-    for i, group in enumerate(groups):
-        for n, rollout in enumerate(group.rollouts):
-            rollout.rewards["reduction"] = float(opened[i] * (1 - ratio[i, n]))
-            rollout.rewards["total"] = float(total[i, n])
+    saved = advantages.gate(correct > 0)[:, None] * (1 - ratio)
+    for group, parts, totals in zip(groups, saved.tolist(), total.tolist(), strict=True):
+        for rollout, part, value in zip(group.rollouts, parts, totals, strict=True):
+            rollout.rewards["reduction"], rollout.rewards["total"] = part, value
     return total
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from zipr1 import ranks
 from zipr1.efficiency import parse
 from zipr1.errors import InputError
 from zipr1.recipe import Recipe
@@ -22,6 +23,8 @@ def check(recipe: Recipe) -> None:
         raise InputError(
             "model.dtype float16 cannot be trained in full; use float32, bfloat16, or model.lora"
         )
+    if recipe.train.parallel == "fsdp":
+        _check_sharded(recipe)
     if recipe.train.stage == "rl":
         if recipe.model.path == "scratch":
             raise InputError(
@@ -47,6 +50,25 @@ def check(recipe: Recipe) -> None:
             raise InputError(
                 f"efficiency.method {recipe.efficiency.method} differentiates top_p and sparse.rule is "
                 f"{recipe.sparse.rule}; use rule top_p or method answers"
+            )
+
+
+def _check_sharded(recipe: Recipe) -> None:
+    if recipe.optim.name == "muon":
+        raise InputError(
+            "optim.name muon works on whole matrices and train.parallel fsdp cuts them up; use adamw, or parallel ddp"
+        )
+    if recipe.train.stage == "supervised" and ranks.size() > 1:
+        # Passes are where sharded ranks wait for each other, so all must have the same number of rows.
+        if needs_prompts(recipe) and recipe.train.prompts % ranks.size():
+            raise InputError(
+                f"train.prompts {recipe.train.prompts} is no multiple of the {ranks.size()} ranks, as the supervised "
+                "stage with train.parallel fsdp needs; change it, or use parallel ddp"
+            )
+        if recipe.data.on_bad_row == "skip":
+            raise InputError(
+                "data.on_bad_row skip would leave ranks with different numbers of rows, and the supervised stage with "
+                "train.parallel fsdp needs the same; use error, or parallel ddp"
             )
 
 

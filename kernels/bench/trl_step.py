@@ -1,6 +1,6 @@
 """RL steps side by side with TRL's GRPOTrainer: the same model, pictures, questions, group size and answer length.
 
-    python kernels/bench/trl_step.py [--hidden 0] [--steps 6] [--rounds 2] [--venv build/trl] [--json]
+    python kernels/bench/trl_step.py [--hidden 0 | --model RUN] [--steps 6] [--rounds 2] [--venv build/trl] [--json]
 
 TRL lives in an environment of its own, made on the first call (`--venv`) with the pins of constraints.txt. The two
 take turns, `--rounds` times, each in a fresh process with the same number of threads; the first step of a process is
@@ -10,7 +10,8 @@ which asks each question once more); TRL runs dense. A second table tells where
 our step goes: the model's forward and backward passes, the optimizer, and the rest, which is the loop's overhead.
 
 --hidden 0: the embedded model, whose answers end after a token or two; another number: random weights of that width,
-whose answers run to the last token.
+whose answers run to the last token. --model: a trained run, or a model folder in one; ours is then as sparse as that
+run's recipe says, and what it learned to do without is really not computed.
 """
 
 from __future__ import annotations
@@ -43,9 +44,10 @@ def install(folder: Path) -> Path:
     return python
 
 
-def workload(folder: Path, hidden: int) -> None:
-    """A model folder, pictures, and rows of questions about them."""
+def workload(folder: Path, hidden: int, trained: Path | None) -> None:
+    """A model folder, pictures, rows of questions about them, and what of a trained run's recipe is about pruning."""
     import numpy as np
+    import yaml
     from PIL import Image
 
     from zipr1.data import digits
@@ -62,6 +64,12 @@ def workload(folder: Path, hidden: int) -> None:
             model.config["text"]["rope_parameters"] = {  # type: ignore[index]
                 **config["text"]["rope_parameters"], part: parts
             }  # fmt: skip
+    kept: dict[str, Any] = {"sparse": {"dense_below": 0}, "budgets": {}}
+    if trained is not None:
+        found = yaml.safe_load((trained / "recipe.yaml").read_text())
+        kept = {"sparse": found["sparse"], "budgets": found["budgets"]}
+        model = Model(path=str((trained / "last").resolve() / "model"))
+    (folder / "kept.json").write_text(json.dumps(kept))
     load_policy(model, "cpu").save(folder / "model")
     rows = []
     for i, prompt in enumerate(digits.prompts("train", "digits", 64, 1, seed=0)):
@@ -81,11 +89,12 @@ def ours(folder: Path, steps: int) -> dict[str, Any]:
     from zipr1.recipe import Budgets, Data, Efficiency, Model, Optim, Recipe, Sparse, Train
 
     rows = str(folder / "rows.jsonl")
+    kept = json.loads((folder / "kept.json").read_text())
     recipe = Recipe(
         model=Model(path=str(folder / "model")),
         data=Data(source=rows, heldout=rows),
-        sparse=Sparse(dense_below=0),
-        budgets=Budgets(count=GROUP),
+        sparse=Sparse(**kept["sparse"]),
+        budgets=Budgets(**{**kept["budgets"], "count": GROUP}),
         efficiency=Efficiency(max_accuracy_drop=None),
         optim=Optim(lr=1e-6, schedule="constant"),
         train=Train(steps=steps, prompts=QUESTIONS, max_new_tokens=NEW_TOKENS),
@@ -120,14 +129,15 @@ def ours(folder: Path, steps: int) -> dict[str, Any]:
     torch.Tensor.backward = timed("backward", torch.Tensor.backward)  # type: ignore[method-assign]
     optimizer.step = timed("optimizer", optimizer.step)  # type: ignore[method-assign]
     state: dict[str, Any] = {"pressure": {}, "right": {}}
-    seconds, split, tokens = [], [], []
+    seconds, split, tokens, ratios = [], [], [], []
     for step in range(steps):
         before, began = dict(spent), time.perf_counter()
         metrics, _ = train.rl_step(policy, recipe, pictures, prompts, optimizer, state, step)
         seconds.append(time.perf_counter() - began)
         split.append({k: spent[k] - before[k] for k in spent})
         tokens.append(metrics["answer_tokens"])
-    return {"seconds": seconds, "split": split, "answer_tokens": tokens}
+        ratios.append(metrics["token_ratio"])
+    return {"seconds": seconds, "split": split, "answer_tokens": tokens, "kept": ratios}
 
 
 def theirs(folder: Path, steps: int) -> dict[str, Any]:
@@ -230,6 +240,7 @@ def spread(values: list[float]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--hidden", type=int, default=0, help="0: the embedded model")
+    parser.add_argument("--model", type=Path, help="a trained run; default: nothing trained yet")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--venv", type=Path, default=ROOT / "build" / "trl")
@@ -245,7 +256,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {"zipr1": [], "trl": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        workload(folder, options.hidden)
+        workload(folder, options.hidden, options.model)
         for _ in range(options.rounds):
             found["zipr1"].append(child(Path(sys.executable), "zipr1", folder, options.steps))
             found["trl"].append(child(python, "trl", folder, options.steps))
@@ -264,6 +275,8 @@ def main() -> None:
         )
     ratio = rows[1]["s_p50"] / rows[0]["s_p50"]
     print(f"zipr1 makes {ratio:.2f} times as many questions a second")
+    kept = [ratio for run in found["zipr1"] for ratio in run["kept"]]
+    print(f"ours keeps {sum(kept) / len(kept):.1%} of the prompts' tokens")
     total = sum(s for run in found["zipr1"] for s in run["seconds"][1:])
     shares = {
         name: sum(part[name] for run in found["zipr1"] for part in run["split"][1:]) / total
@@ -272,7 +285,17 @@ def main() -> None:
     shares["rest"] = 1 - sum(shares.values())
     print("our step: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     if options.json:
-        print(json.dumps({"hidden": options.hidden, "rows": rows, "ratio": ratio, "split": shares}))
+        print(
+            json.dumps(
+                {
+                    "hidden": options.hidden,
+                    "rows": rows,
+                    "ratio": ratio,
+                    "kept": sum(kept) / len(kept),
+                    "split": shares,
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from zipr1_kernels import (
 from zipr1 import efficiency
 from zipr1.errors import InputError
 from zipr1.models.cache import PrunedCache
+from zipr1.models.last import ends, forwards, only_at
 from zipr1.models.skipping import Heads, Rows, skipping
 from zipr1.phases import phase
 from zipr1.recipe import Probes, Sparse
@@ -55,7 +56,8 @@ class Request:
     per layer, `(B, L)` bool, taken instead of choosing. scores: record cut points with their gradient.
     audit: record the mass kept for probes that did not choose. through: the range (low, high) of the thresholds; the
     kept tokens' keys and outputs then carry their chance of being kept as a factor of value 1, so that losses have a
-    gradient in the scores. force: take the sparse path even where it keeps all.
+    gradient in the scores. force: take the sparse path even where it keeps all. wanted: `(B, L)` bool, the places of a
+    prefill whose output is read, all of them kept; None: all.
     record: what the last prefill kept.
     """
 
@@ -69,6 +71,7 @@ class Request:
     audit: bool = False
     through: tuple[float, float] | None = None
     force: bool = False
+    wanted: torch.Tensor | None = None
     record: Record | None = None
 
     @property
@@ -295,6 +298,8 @@ def _before_decoder(
     _state.sparse = module.config
     if isinstance(cache, PrunedCache) and cache.get_seq_length() > 0:
         cache.expect(real)
+        if request is not None:
+            request.wanted = None  # it was of the prefill
         return args, {**kwargs, "zip_cache": cache}
     if request is None:
         _state.sparse = None
@@ -332,19 +337,24 @@ def _projecting(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
     return forward
 
 
-@contextlib.contextmanager
-def _forwards(swaps: list[tuple[Any, Any]]) -> Iterator[None]:
-    """Inside, modules have these forwards of their own instead of their class's (or whoever's it was)."""
-    before = [module.__dict__.get("forward") for module, _ in swaps]
-    for module, forward in swaps:
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for (module, _), own in zip(swaps, before, strict=True):
-            del module.forward
-            if own is not None:
-                module.forward = own
+def _read(request: Request, layer: int) -> Callable[[torch.Tensor], torch.Tensor | None]:
+    """Where the output of the last layer, number `layer`, is read, for an input of one of its `ends`."""
+
+    def places(x: torch.Tensor) -> torch.Tensor | None:
+        wanted = request.wanted
+        if wanted is None:
+            return None
+        _state.rows = None
+        if request.settings.skip != "layer":
+            return wanted
+        # The layer was handed the kept tokens of all rows, one after the other; answers' are always kept.
+        assert request.record is not None and request.valid is not None
+        keep = request.record.layers[layer].keep
+        if request.prompt is not None:
+            keep = keep | (request.valid & ~request.prompt)
+        return wanted[keep][None]
+
+    return places
 
 
 @contextlib.contextmanager
@@ -365,9 +375,14 @@ def sparse_attention(model: Any, request: Request | None) -> Iterator[Request | 
     if request.settings.skip != "layer":
         outputs = [layer.self_attn.o_proj for layer in decoder.layers]
         swaps = [(module, _projecting(module.forward)) for module in outputs]
+    places = _read(request, len(decoder.layers) - 1)
     handle = decoder.register_forward_pre_hook(before, with_kwargs=True)
     try:
-        with _forwards(swaps):
+        # The last layer's own swaps come after those of all layers, and call them where `wanted` is None.
+        with (
+            forwards(swaps),
+            forwards([(m, only_at(m.forward, places)) for m in ends(decoder)]),
+        ):
             yield request
     finally:
         _state.sparse = _state.rows = None

@@ -106,7 +106,7 @@ class Live:
         self.undo.callback(handle.remove)
 
     def _enter(self, module: torch.nn.Module, args: Any) -> None:
-        """Layers tell their hooks which rows they kept through the module, so one pass runs at a time."""
+        """One pass at a time: with kv: retain, hooks find the one under way where all threads see it."""
         me = threading.get_ident()
         if self.owner != me:  # it is where Ctrl-C ended a pass of this thread
             self.lock.acquire()

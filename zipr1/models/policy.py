@@ -24,6 +24,7 @@ from zipr1.errors import InputError
 from zipr1.models.attention import ATTENTION, Request, sparse_attention
 from zipr1.models.cache import PrunedCache
 from zipr1.models.families import FAMILIES, deepstack, towers
+from zipr1.models.last import finished_at, last_column
 from zipr1.models.loading import (
     add_lora,
     choose_device,
@@ -33,7 +34,7 @@ from zipr1.models.loading import (
     save_folder,
 )
 from zipr1.models.processors import Encoded, Processor, Visual
-from zipr1.models.rows import answer_places, choose, dense_bytes, groups, heldout_mass, padded
+from zipr1.models.rows import answer_slots, choose, dense_bytes, groups, heldout_mass, padded
 from zipr1.ranks import Parallel, whole_state
 from zipr1.recipe import Model
 
@@ -273,13 +274,14 @@ class Policy:
         """
         core = model or self.core
         inputs, valid = self.rows(encoded, features, answers, False, core)
+        lengths = torch.tensor([len(e) for e in encoded], device=self.device)
         if request is not None:
-            prompt = torch.zeros_like(valid)
-            for b, e in enumerate(encoded):
-                prompt[b, : len(e)] = True
-            request.valid, request.prompt = valid, prompt
-        hidden = core.get_decoder()(**inputs, use_cache=False).last_hidden_state
-        return answer_places(hidden, [len(e) for e in encoded], [len(a) for a in answers])
+            slots = torch.arange(valid.shape[1], device=self.device)
+            request.valid, request.prompt = valid, slots < lengths[:, None]
+        where, mask = answer_slots(lengths, [len(a) for a in answers])
+        with finished_at(core, torch.zeros_like(valid).scatter(1, where, True), request):
+            hidden = core.get_decoder()(**inputs, use_cache=False).last_hidden_state
+        return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1])), mask
 
     def answer_logits(
         self,
@@ -310,21 +312,20 @@ class Policy:
         uniforms[b, t]; a row of negative numbers, or None, is greedy. So what a row samples does not depend on
         the batch it is in.
         """
-        core = model or self.core
-        if request is not None and request.keeps_all:
-            request = None
+        core, request = model or self.core, None if request and request.keeps_all else request
         inputs, valid = self.rows(encoded, features, None, True, core)
         width, decoder = valid.shape[1], core.get_decoder()
         cache = PrunedCache() if request is not None else None
         if request is not None:
             request.valid = request.prompt = valid
         with sparse_attention(core, request):
-            out = decoder(
-                **inputs,
-                attention_mask=None if bool(valid.all()) else valid.long(),
-                past_key_values=cache,
-                use_cache=True,
-            )
+            with finished_at(core, last_column(valid), request):
+                out = decoder(
+                    **inputs,
+                    attention_mask=None if bool(valid.all()) else valid.long(),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
             state = out.past_key_values
             counts = cache.prompt_counts() if cache is not None else None
             kv_bytes = cache.kv_bytes() if cache is not None else dense_bytes(state)
@@ -343,12 +344,11 @@ class Policy:
                     break
                 if cache is None:
                     valid = torch.cat([valid, valid.new_ones(len(encoded), 1)], dim=1)
+                mask = valid.long() if cache is None and not bool(valid.all()) else None
                 hidden = decoder(
                     inputs_embeds=core.get_input_embeddings()(choice[:, None]),
                     position_ids=self.places((following + step)[None, :, None].expand(3, -1, -1)),
-                    attention_mask=valid.long()
-                    if cache is None and not bool(valid.all())
-                    else None,
+                    attention_mask=mask,
                     past_key_values=state,
                     use_cache=True,
                 ).last_hidden_state[:, -1]

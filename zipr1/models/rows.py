@@ -34,16 +34,14 @@ def padded(
     return ids, positions, valid
 
 
-def answer_places(
-    hidden: torch.Tensor, prompts: Sequence[int], answers: Sequence[int]
+def answer_slots(
+    prompts: torch.Tensor, answers: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of hidden states `(B, L, hidden)` of right-padded rows those that predict the answers' tokens, `(B, T, hidden)`,
-    and their mask `(B, T)` bool. prompts, answers: lengths."""
-    steps = torch.arange(max(answers), device=hidden.device)
-    starts = torch.tensor([n - 1 for n in prompts], device=hidden.device)
-    mask = steps[None] < torch.tensor(list(answers), device=hidden.device)[:, None]
-    where = (starts[:, None] + steps[None]).clamp(max=hidden.shape[1] - 1)
-    return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1])), mask
+    """Slots of right-padded rows that predict the answers' tokens, `(B, T)` int64, and their mask `(B, T)` bool; where
+    it is False, the row's first. prompts `(B,)` int64, answers: lengths."""
+    steps = torch.arange(max(answers), device=prompts.device)
+    mask = steps < torch.tensor(list(answers), device=prompts.device)[:, None]
+    return prompts[:, None] - 1 + steps * mask, mask
 
 
 def choose(logprobs: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:

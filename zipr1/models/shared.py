@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from zipr1.models.last import finished_at, last_column
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
 
@@ -30,7 +31,8 @@ def shared_states(
     core = model or policy.core
     decoder, device = core.get_decoder(), policy.device
     inputs, valid = policy.rows(encoded, features, None, True, core)
-    out = decoder(**inputs, attention_mask=valid.long(), use_cache=True)
+    with finished_at(core, last_column(valid)):
+        out = decoder(**inputs, attention_mask=valid.long(), use_cache=True)
     index = torch.tensor(list(owner), device=device)
     longest = max(len(a) for a in answers)
     counts = torch.tensor([len(a) for a in answers], device=device)
