@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tinyruns
 import torch
 from rich.console import Console
 
 pytest.importorskip("lmms_eval")
 
+import zipr1
 from zipr1.data import HELDOUT_SEED
 from zipr1.data.digits import prompts
 from zipr1.errors import InputError, RunError
@@ -30,6 +35,7 @@ from zipr1.manifest import TINY
 from zipr1.models import load_policy
 from zipr1.models.loading import resolve
 from zipr1.recipe import Model
+from zipr1.suites import SUITES
 
 QUIET = Console(file=io.StringIO())
 CONDITIONS = Conditions(max_new_tokens=6, frames=16, fps=None)
@@ -120,6 +126,31 @@ def test_bytes_are_those_of_the_cache(policy, questions):
 def test_pictures_are_drawn_of_different_questions(policy, questions):
     answered = ask(policy, questions, [1.0, 0.9], shown=3)
     assert [i for i, a in enumerate(answered) if a.pictures] == [0, 4, 8]
+
+
+def test_progress_is_seen_while_lmms_eval_is_silenced(policy, questions):
+    """After each batch; and on the terminal, although what lmms-eval prints is swallowed."""
+    done = []
+    asked = [lambda p=p: p for p in questions]
+    Answerer(policy, TINY, [1.0], 4, 0).answer(asked, CONDITIONS, done.append)
+    assert done == [4, 8, 12, 16]
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    with (
+        contextlib.redirect_stdout(terminal),
+        session._bar(Console(), SUITES["digits"], 16) as tell,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        tell("digits", 12)
+        end = time.monotonic() + 20  # the bar draws itself ten times a second
+        while "12/16" not in terminal.getvalue() and time.monotonic() < end:
+            time.sleep(0.01)
+        seen = terminal.getvalue()
+    assert "12/16" in seen
 
 
 @pytest.mark.parametrize("p", [0.0, -1.0, 1.5])
@@ -269,6 +300,60 @@ def test_wrong_input_is_one_line(tmp_path, more, message):
     with pytest.raises(InputError, match=message):
         session.run(wanted(tmp_path / "x", **more), [], QUIET)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture(scope="module")
+def folder_evaluated(exported, tmp_path_factory):
+    """An exported folder, moved to where its run's own base is not: what came out, and the folder."""
+    root = tmp_path_factory.mktemp("moved")
+    folder = shutil.copytree(exported, root / "model")
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(text.replace("path: tiny", "path: runs/of-elsewhere"))
+    asked = wanted(root / "eval", budgets=[0.9, 0.4], limit=6)
+    return session.run(replace(asked, model=str(folder)), [], QUIET), root
+
+
+def test_the_base_of_an_exported_folder_is_measured(folder_evaluated):
+    results, root = folder_evaluated
+    assert (
+        results["base"] == "tiny" and "path: tiny" not in (root / "model/recipe.yaml").read_text()
+    )
+    for task in ("digits", "moving_digits"):
+        asked = prompts("test", task, 2, 4, HELDOUT_SEED)[:6]
+        said = texts(ask(load_policy(Model()), asked, [1.0]), 0)
+        samples = json.loads((root / f"eval/benchmarks/{task}.json").read_text())["samples"]
+        assert [s["said"]["base"] for s in samples] == said
+
+
+@pytest.mark.parametrize("task", ["digits", "moving_digits"])
+def test_the_python_api_answers_as_the_evaluation(folder_evaluated, task):
+    """zipr1.load and zipr1.sparse, with transformers' own generate: the same words from the same share of tokens."""
+    _, root = folder_evaluated
+    samples = json.loads((root / f"eval/benchmarks/{task}.json").read_text())["samples"]
+    chats = [tinyruns.chat(p) for p in prompts("test", task, 2, 4, HELDOUT_SEED)[:6]]
+
+    def same(model, processor, p):
+        suite = SUITES[task]
+        inputs = processor.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=True, max_frames=suite.frames, fps=suite.fps
+        )
+        out = model.generate(**inputs, max_new_tokens=suite.max_new_tokens, do_sample=False)
+        words = processor.batch_decode(
+            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        assert [w.strip() for w in words] == [s["said"][f"{p:g}"] for s in samples]
+        stats = zipr1.stats(model)
+        shares = (stats.kept / stats.lengths[:, None]).mean(1)
+        assert shares.tolist() == pytest.approx([s["token_ratio"][f"{p:g}"] for s in samples])
+
+    for p in (0.9, 0.4):
+        same(*zipr1.load(root / "model", budget=p, device="cpu"), p)
+    dense, processor = zipr1.load(root / "model", budget=1.0, device="cpu")
+    for p in (0.9, 0.4):
+        with zipr1.sparse(dense, budget=p):
+            same(dense, processor, p)
+    said = [tuple(s["said"][name] for name in ("1", "0.9", "0.4")) for s in samples]
+    assert any(len(set(words)) > 1 for words in said)  # the budget matters here
 
 
 def test_lmms_eval_finds_the_model():

@@ -94,9 +94,7 @@ def test_intervals_of_rare_differences_cover_the_truth():
     """2 % of 100 answers turn wrong, four questions a picture: most samples have two or fewer."""
     rng = np.random.default_rng(2)
     pictures = np.repeat(np.arange(25), 4)
-    found = [
-        paired_difference(np.ones(100), rng.random(100) >= 0.02, pictures) for _ in range(400)
-    ]
+    found = [paired_difference(np.ones(100), rng.random(100) >= 0.02, pictures) for _ in range(400)]
     inside = sum(low <= 0.02 <= high for _, low, high in found)
     assert inside / 400 >= 0.95 and any(mean == 0 for mean, _, _ in found)
 

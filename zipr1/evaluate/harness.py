@@ -17,7 +17,6 @@ import shutil
 import tempfile
 import warnings
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,13 +113,14 @@ def _measure_task(
     adapter = Adapter(answerer, conditions, lambda done: tell(task.name, done), _changed)
     scored = Scored(task, [], [], [])
     keys: list[str] = []
-    guessed: set[tuple[int, str]] = set()
+    guessed: list[set[str]] = []
     for turn in range(answerer.turns):
         adapter.turn = turn
         failure, result = None, None
         try:
             # Some tasks count in globals, so each scoring gets new ones.
-            fresh = _load(task, manager, lambda doc, turn=turn: guessed.add((turn, doc)))
+            guessed.append(set())
+            fresh = _load(task, manager, guessed[-1])
         except (Exception, SystemExit) as error:  # noqa: BLE001  lmms-eval exits where data is missing
             failure = _reason(error, suite, task, manager)
         failure = ranks.agree(failure)
@@ -154,8 +154,7 @@ def _measure_task(
     scored.task = Task(task.name, tuple(keys), task.hub, task.config, task.split, task.videos)
     order = sorted(adapter.answered, key=lambda key: key[2])
     scored.answered = [adapter.answered[key] for key in order]
-    if guessed:
-        most = max(Counter(turn for turn, _ in guessed).values())
+    if most := max(len(documents) for documents in guessed):
         scored.notes.append(
             f"{task.name}: where an answer names no option ({most} of {len(order)} at most), lmms-eval guesses; the "
             "guess is made the same for dense and sparse"
@@ -198,10 +197,10 @@ def letter(text: str) -> str | None:
     return found[-1].upper() if found else None
 
 
-def _load(task: Task, manager: TaskManager, guessed: Callable[[str], object]) -> Any:
+def _load(task: Task, manager: TaskManager, guessed: set[str]) -> Any:
     """A new Task object that scores a document alike whatever was scored before.
 
-    guessed: called with what identifies a document whose scorer drew a random number.
+    guessed: gets what identifies each document whose scorer drew a random number.
     """
     found = manager.load_task_or_group([task.name], "chat")
     objects = [t for t in found.values() if isinstance(t, ConfigurableTask)]
@@ -219,7 +218,7 @@ def _load(task: Task, manager: TaskManager, guessed: Callable[[str], object]) ->
         before = random.getstate()
         result = process(doc, results, **more)
         if random.getstate() != before:
-            guessed(known)
+            guessed.add(known)
         return result
 
     one.process_results = seeded

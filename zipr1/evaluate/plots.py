@@ -60,9 +60,15 @@ def _pareto(records: Sequence[dict[str, Any]], results: dict[str, Any]) -> Any:
         top = record["rows"][0]["top"]
         if rows and all(row.get(key) for row in rows):
             # No score lies outside 0 to top, whatever the interval of the difference.
-            low = [v - max(0, min(v, against + row[key][0])) for v, row in zip(y, rows, strict=True)]
-            high = [min(top, max(v, against + row[key][1])) - v for v, row in zip(y, rows, strict=True)]
-            ax.errorbar(x, y, [low, high], fmt="none", color="C0", alpha=0.45, capsize=2.5, linewidth=1)
+            low = [
+                v - max(0, min(v, against + row[key][0])) for v, row in zip(y, rows, strict=True)
+            ]
+            high = [
+                min(top, max(v, against + row[key][1])) - v for v, row in zip(y, rows, strict=True)
+            ]
+            ax.errorbar(
+                x, y, [low, high], fmt="none", color="C0", alpha=0.45, capsize=2.5, linewidth=1
+            )
         ax.plot(x, y, "o-", color="C0", markersize=5, linewidth=1.2, label="sparse")
         for k, row in enumerate(rows):
             ax.annotate(f"{row['p']:g}", (row["token_ratio"], row["sparse"]), fontsize=7, color="0.35",

@@ -6,8 +6,9 @@ MMBench the rotations of one question). With s_u and t_u in [0, 1] the results o
     difference = sum_u w_u (s_u - t_u),    V = G / (G - 1) * sum_g ( sum_{u in g} (w_u (s_u - t_u) - difference / n) )^2
 
 over clusters g of units that share a picture or clip; 95 % interval: difference +- 1.96 sqrt(V). Where no unit
-differs, +- 1.96^2 / (N + 1.96^2) of the whole range, with N = (sum_u w_u)^2 / sum_u w_u^2, as in zipr1/intervals.py. The weighted sum of one model's units must be
-lmms-eval's own number; where it is not, that is corrected or noted, and the report says so.
+differs, +- 1.96^2 / (N + 1.96^2) of the whole range, with N = (sum_u w_u)^2 / sum_u w_u^2, as in zipr1/intervals.py.
+The weighted sum of one model's units must be lmms-eval's own number; where it is not, that is corrected or noted, and
+the report says so.
 """
 
 from __future__ import annotations

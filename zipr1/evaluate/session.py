@@ -302,7 +302,8 @@ def _bar(console: Console, suite: Suite, limit: int | None) -> Iterator[Callable
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    watched = console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not watched) as bar:
+    # A file of its own: `console` writes to sys.stdout, which is swallowed while lmms-eval works.
+    shown = Console(file=console.file)
+    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bar:
         one = bar.add_task(suite.name, total=limit)
         yield lambda task, done: bar.update(one, completed=done, description=task)
