@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import pytest
@@ -114,6 +115,8 @@ def test_limits_never_cut_mme_pairs(data):
     scored = measure(SUITES["mme"], actor, Conditions(), 3, root)
     assert len(actor.asked) == 4
     assert row_of("mme", scored, actor)["dense"] == pytest.approx(400)  # two categories of 200
+    assert any("4 questions in place of 3" in note for note in scored[0].notes)
+    assert measure(SUITES["mme"], actor, Conditions(), 4, root)[0].notes == []
 
 
 def test_ocrbench_counts_what_was_asked(data):
@@ -134,8 +137,9 @@ def test_mvbench_counts_empty_answers(data):
     actor = Actor(
         right, lambda p: right(p) if "question 0" in p.messages[-1]["content"][-1]["text"] else ""
     )
-    scored = measure(SUITES["mvbench"], actor, Conditions(), None, root)
-    result = record(SUITES["mvbench"], scored, actor, Conditions(), [0.9], 1.0)
+    suite = dataclasses.replace(SUITES["mvbench"], tasks=SUITES["mvbench"].tasks[:2])
+    scored = measure(suite, actor, Conditions(), None, root)
+    result = record(suite, scored, actor, Conditions(), [0.9], 1.0)
     assert scored[0].headline == [100.0, 100.0]
     assert result["rows"][0]["sparse"] == pytest.approx(50)
     assert any("MVBench" in note for note in result["notes"])
@@ -159,6 +163,13 @@ def test_guesses_are_the_same_for_both(data):
             row = row_of(name, scored, actor)
             assert row["difference"] == pytest.approx(0)
             found.append(row["dense"])
+            guesses = [note for note in scored[0].notes if "lmms-eval guesses" in note]
+            assert len(guesses) == 1 and f"({row['n'] // len(scored)} of" in guesses[0]
+    actor = Actor(lambda p: "A", lambda p: "no idea")
+    [scored] = measure(SUITES["egoschema"], actor, Conditions(), None, root)
+    assert "(5 of 5 at most)" in scored.notes[0]
+    actor = Actor(lambda p: "A", lambda p: "B")
+    assert measure(SUITES["egoschema"], actor, Conditions(), None, root)[0].notes == []
     assert found[:4] == found[4:]
 
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tinyruns
 import torch
 from rich.console import Console
 
 pytest.importorskip("lmms_eval")
 
+import zipr1
 from zipr1.data import HELDOUT_SEED
 from zipr1.data.digits import prompts
 from zipr1.errors import InputError, RunError
@@ -30,6 +35,7 @@ from zipr1.manifest import TINY
 from zipr1.models import load_policy
 from zipr1.models.loading import resolve
 from zipr1.recipe import Model
+from zipr1.suites import SUITES
 
 QUIET = Console(file=io.StringIO())
 CONDITIONS = Conditions(max_new_tokens=6, frames=16, fps=None)
@@ -43,7 +49,7 @@ def policy():
 @pytest.fixture(scope="module")
 def questions():
     return [
-        p for task in ("digits", "moving_digits") for p in prompts("test", task, 4, 4, HELDOUT_SEED)
+        p for task in ("digits", "moving_digits") for p in prompts("test", task, 2, 4, HELDOUT_SEED)
     ]
 
 
@@ -91,7 +97,7 @@ def test_batches_and_shared_passes_change_nothing(policy, questions):
     budgets = [1.0, 0.975, 0.9]
     before = policy.vision_calls
     together = ask(policy, questions, budgets, batch=4)
-    assert policy.vision_calls - before == 8  # pictures: 4 images and 4 clips, 4 questions each
+    assert policy.vision_calls - before == 4  # pictures: 2 images and 2 clips, 4 questions each
     alone = ask(policy, questions, budgets, batch=1)
     for turn, p in enumerate(budgets):
         assert texts(together, turn) == texts(alone, turn)
@@ -122,6 +128,31 @@ def test_pictures_are_drawn_of_different_questions(policy, questions):
     assert [i for i, a in enumerate(answered) if a.pictures] == [0, 4, 8]
 
 
+def test_progress_is_seen_while_lmms_eval_is_silenced(policy, questions):
+    """After each batch; and on the terminal, although what lmms-eval prints is swallowed."""
+    done = []
+    asked = [lambda p=p: p for p in questions]
+    Answerer(policy, TINY, [1.0], 4, 0).answer(asked, CONDITIONS, done.append)
+    assert done == [4, 8, 12, 16]
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    with (
+        contextlib.redirect_stdout(terminal),
+        session._bar(Console(), SUITES["digits"], 16) as tell,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        tell("digits", 12)
+        end = time.monotonic() + 20  # the bar draws itself ten times a second
+        while "12/16" not in terminal.getvalue() and time.monotonic() < end:
+            time.sleep(0.01)
+        seen = terminal.getvalue()
+    assert "12/16" in seen
+
+
 @pytest.mark.parametrize("p", [0.0, -1.0, 1.5])
 def test_budgets_outside_the_range_are_refused(policy, p):
     with pytest.raises(InputError, match="outside"):
@@ -146,7 +177,12 @@ def test_paired_difference_by_hand():
     assert interval == pytest.approx([-25 - 1.959963984540054 * 75, -25 + 1.959963984540054 * 75])
     assert paired(a, b, 100)[1] == [-100, 100]  # never outside the range
     same = paired(a, a, 100)
-    assert same[0] == 0 and same[1][1] == pytest.approx(100 * 1.96**2 / (2 + 1.96**2), rel=1e-3)
+    assert same[0] == 0 and same[1][1] == pytest.approx(100 * 1.96**2 / (4 + 1.96**2), rel=1e-3)
+    # Units that weigh 3 and 1 count as (3 + 1)^2 / (9 + 1) = 1.6 equal ones.
+    uneven = Units(np.ones(2), np.array([75.0, 25.0]), [0, 1])
+    assert paired(uneven, uneven, 100)[1][1] == pytest.approx(
+        100 * 1.96**2 / (1.6 + 1.96**2), rel=1e-3
+    )
 
 
 def wanted(tmp, **more):
@@ -257,12 +293,67 @@ def test_a_folder_of_something_else_is_left_alone(evaluated, tmp_path):
         ({"changes": ["sparse.p=0.5"]}, "use --budget"),
         ({"changes": ["sparse.skp=layer"]}, "did you mean sparse.skip"),
         ({"data_root": Path("/nowhere")}, "no such folder"),
+        ({"data_root": Path("."), "tasks": ["mme", "ai2d"]}, "not read for ai2d; it serves mme, "),
     ],
 )
 def test_wrong_input_is_one_line(tmp_path, more, message):
     with pytest.raises(InputError, match=message):
         session.run(wanted(tmp_path / "x", **more), [], QUIET)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture(scope="module")
+def folder_evaluated(exported, tmp_path_factory):
+    """An exported folder, moved to where its run's own base is not: what came out, and the folder."""
+    root = tmp_path_factory.mktemp("moved")
+    folder = shutil.copytree(exported, root / "model")
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(text.replace("path: tiny", "path: runs/of-elsewhere"))
+    asked = wanted(root / "eval", budgets=[0.9, 0.4], limit=6)
+    return session.run(replace(asked, model=str(folder)), [], QUIET), root
+
+
+def test_the_base_of_an_exported_folder_is_measured(folder_evaluated):
+    results, root = folder_evaluated
+    assert (
+        results["base"] == "tiny" and "path: tiny" not in (root / "model/recipe.yaml").read_text()
+    )
+    for task in ("digits", "moving_digits"):
+        asked = prompts("test", task, 2, 4, HELDOUT_SEED)[:6]
+        said = texts(ask(load_policy(Model()), asked, [1.0]), 0)
+        samples = json.loads((root / f"eval/benchmarks/{task}.json").read_text())["samples"]
+        assert [s["said"]["base"] for s in samples] == said
+
+
+@pytest.mark.parametrize("task", ["digits", "moving_digits"])
+def test_the_python_api_answers_as_the_evaluation(folder_evaluated, task):
+    """zipr1.load and zipr1.sparse, with transformers' own generate: the same words from the same share of tokens."""
+    _, root = folder_evaluated
+    samples = json.loads((root / f"eval/benchmarks/{task}.json").read_text())["samples"]
+    chats = [tinyruns.chat(p) for p in prompts("test", task, 2, 4, HELDOUT_SEED)[:6]]
+
+    def same(model, processor, p):
+        suite = SUITES[task]
+        inputs = processor.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=True, max_frames=suite.frames, fps=suite.fps
+        )
+        out = model.generate(**inputs, max_new_tokens=suite.max_new_tokens, do_sample=False)
+        words = processor.batch_decode(
+            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        assert [w.strip() for w in words] == [s["said"][f"{p:g}"] for s in samples]
+        stats = zipr1.stats(model)
+        shares = (stats.kept / stats.lengths[:, None]).mean(1)
+        assert shares.tolist() == pytest.approx([s["token_ratio"][f"{p:g}"] for s in samples])
+
+    for p in (0.9, 0.4):
+        same(*zipr1.load(root / "model", budget=p, device="cpu"), p)
+    dense, processor = zipr1.load(root / "model", budget=1.0, device="cpu")
+    for p in (0.9, 0.4):
+        with zipr1.sparse(dense, budget=p):
+            same(dense, processor, p)
+    said = [tuple(s["said"][name] for name in ("1", "0.9", "0.4")) for s in samples]
+    assert any(len(set(words)) > 1 for words in said)  # the budget matters here
 
 
 def test_lmms_eval_finds_the_model():
@@ -273,17 +364,8 @@ def test_lmms_eval_finds_the_model():
     assert get_model("zipr1") is Adapter
 
 
-COMMAND = [
-    "eval",
-    "--model",
-    "tiny",
-    "--tasks",
-    "digits,moving_digits",
-    "--budget",
-    "0.975",
-    "--limit",
-    "60",
-]
+LIMIT = 30  # two batches for one process, one for each of two
+COMMAND = f"eval --model tiny --tasks digits,moving_digits --budget 0.975 --limit {LIMIT}".split()
 
 
 def start(folder, *launcher):
@@ -291,43 +373,61 @@ def start(folder, *launcher):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     return subprocess.Popen(
-        call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+        call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of COMMAND, run by one process to its end."""
+    folder = tmp_path_factory.mktemp("whole") / "one"
+    session.run(wanted(folder, budgets=[0.975], limit=LIMIT), [], QUIET)
+    return folder
+
+
+def measured(folder):
+    """What does not depend on the clock: rows, and every answer."""
+    timed = ("seconds", "dense_seconds")
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    samples = [
+        json.loads((folder / f"benchmarks/{name}.json").read_text())["samples"]
+        for name in ("digits", "moving_digits")
+    ]
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows], samples
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_an_interrupted_evaluation_goes_on(tmp_path, number, code):
-    one = start(tmp_path / "e")
-    first = tmp_path / "e/benchmarks/digits.json"
-    while not first.exists() and one.poll() is None:
+def test_an_interrupted_evaluation_goes_on(tmp_path, whole):
+    """SIGINT and SIGKILL while the second benchmark is measured: the first is kept, and the end is the same."""
+    folders = {number: tmp_path / str(number.value) for number in (signal.SIGINT, signal.SIGKILL)}
+    running = {number: start(folder) for number, folder in folders.items()}
+    waiting = dict(running)
+    while waiting:
+        for number, one in list(waiting.items()):
+            if (folders[number] / "benchmarks/digits.json").exists() or one.poll() is not None:
+                one.send_signal(number)
+                del waiting[number]
         time.sleep(0.01)
-    one.send_signal(number)
-    said, _ = one.communicate(timeout=120)
-    assert one.returncode == code, said
-    assert not (tmp_path / "e/results.json").exists()
-    if number == signal.SIGINT:
-        assert "finished benchmarks are kept" in said and "Traceback" not in said
-    stamp, out = first.stat().st_mtime_ns, io.StringIO()
-    session.run(wanted(tmp_path / "e", budgets=[0.975], limit=60), [], Console(file=out))
-    assert "digits: finished before" in out.getvalue() and first.stat().st_mtime_ns == stamp
-    rows = json.loads((tmp_path / "e/results.json").read_text())["rows"]
-    assert [row["task"] for row in rows] == ["digits", "moving_digits"]
+    for number, folder in folders.items():
+        said, _ = running[number].communicate(timeout=120)
+        assert running[number].returncode == (130 if number == signal.SIGINT else -9), said
+        assert not (folder / "results.json").exists()
+        if number == signal.SIGINT:
+            assert "finished benchmarks are kept" in said and "Traceback" not in said
+        first, out = folder / "benchmarks/digits.json", io.StringIO()
+        stamp = first.stat().st_mtime_ns
+        session.run(wanted(folder, budgets=[0.975], limit=LIMIT), [], Console(file=out))
+        assert "digits: finished before" in out.getvalue() and first.stat().st_mtime_ns == stamp
+        assert measured(folder) == measured(whole)
 
 
 @pytest.mark.slow
-def test_two_processes_score_as_one(tmp_path):
+def test_two_processes_score_as_one(tmp_path, whole):
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "zipr1"]
     two = start(tmp_path / "two", sys.executable, "-m", *launcher)
     said, _ = two.communicate(timeout=300)
     assert two.returncode == 0, said
-    session.run(wanted(tmp_path / "one", budgets=[0.975], limit=60), [], QUIET)
-    timed = ("seconds", "dense_seconds")
-    rows, samples = [], []
-    for name in ("one", "two"):
-        found = json.loads((tmp_path / name / "results.json").read_text())["rows"]
-        rows.append([{k: v for k, v in row.items() if k not in timed} for row in found])
-        task = json.loads((tmp_path / name / "benchmarks/digits.json").read_text())
-        samples.append(task["samples"])
-    assert rows[0] == rows[1] and len(rows[0]) == 2
-    assert samples[0] == samples[1]
+    assert measured(tmp_path / "two") == measured(whole)
+    assert len(measured(whole)[0]) == 2

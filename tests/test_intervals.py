@@ -77,6 +77,28 @@ def test_no_difference_still_has_a_width():
     assert paired_difference(x, x) == pytest.approx((0.0, -half, half))
 
 
+def test_no_difference_is_surer_than_one():
+    # Ten pictures of four questions: one changed answer, m = 1/40, cluster sums 9/10 and -1/10: V = 10/9 * 0.9 / 40^2
+    a, b = np.ones(40), np.ones(40)
+    pictures = np.arange(40) // 4
+    same = paired_difference(a, b, pictures)
+    assert same == pytest.approx((0.0, -(Z**2) / (40 + Z**2), Z**2 / (40 + Z**2)))
+    b[7] = 0
+    one = paired_difference(a, b, pictures)
+    assert one == pytest.approx((1 / 40, 1 / 40 - Z / 40, 1 / 40 + Z / 40))
+    # Every answer differs alike: only pictures were sampled.
+    assert paired_difference(a, np.zeros(40), pictures)[1] == pytest.approx(1 - Z**2 / (10 + Z**2))
+
+
+def test_intervals_of_rare_differences_cover_the_truth():
+    """2 % of 100 answers turn wrong, four questions a picture: most samples have two or fewer."""
+    rng = np.random.default_rng(2)
+    pictures = np.repeat(np.arange(25), 4)
+    found = [paired_difference(np.ones(100), rng.random(100) >= 0.02, pictures) for _ in range(400)]
+    inside = sum(low <= 0.02 <= high for _, low, high in found)
+    assert inside / 400 >= 0.95 and any(mean == 0 for mean, _, _ in found)
+
+
 def test_the_interval_covers_the_truth():
     rng = np.random.default_rng(1)
     clusters = np.repeat(np.arange(100), 3)

@@ -20,6 +20,8 @@ def test_names_open_groups_once():
     assert [s.tasks[0].name for s in resolve(["ai2d"], others=["ai2d"])] == ["ai2d"]
     with pytest.raises(InputError, match="did you mean videomme"):
         resolve(["video_mme"])
+    with pytest.raises(InputError, match="names no benchmark"):
+        resolve([])
 
 
 def test_tasks_and_metrics_are_lmms_evals():

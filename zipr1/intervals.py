@@ -11,7 +11,10 @@ number of questions stands in:
 
     ( m + z^2 / 2G +- z sqrt( m (1 - m) / G + z^2 / 4G^2 ) ) / ( 1 + z^2 / G )
 
-and for a difference its half-width at no success in G trials: d +- z^2 / (G + z^2).
+and for a difference d +- z^2 / (G + z^2). Where not one pair differs it is d +- z^2 / (n + z^2), the score interval
+without discordant pairs (Tango 1998): V treats a single differing question as one of n independent ones, and a
+sample without any must not be less sure than that one. (Over the embedded tasks at p = 0.97, 0.9 and 0.8, 400
+questions four a picture, clusters widened differences by no more than n independent questions would have.)
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ def paired_difference(
     if len(x) != len(y):
         raise InputError(f"a has {len(x)} outcomes and b {len(y)}; give the same questions to both")
     mean, error, groups = _mean_error(x - y, clusters)
-    half = Z * error if error > 0 else Z * Z / (groups + Z * Z)
+    trials = groups if (x != y).any() else len(x)
+    half = Z * error if error > 0 else Z * Z / (trials + Z * Z)
     return mean, max(-1.0, mean - half), min(1.0, mean + half)
 
 

@@ -134,8 +134,12 @@ GROUPS["paper13"] = GROUPS["image"] + GROUPS["video"]
 def resolve(names: Sequence[str], others: Sequence[str] = ()) -> list[Suite]:
     """The suites that names mean, each once; groups are opened. others: lmms-eval's own task names, taken as they are.
 
-    Raises InputError for an unknown name, with the nearest one.
+    Raises InputError for an unknown name, with the nearest one, and for no name at all.
     """
+    if not names:
+        raise InputError(
+            "--tasks: names no benchmark; give some, such as mmbench,videomme; zipr1 eval --tasks list shows them"
+        )
     found: dict[str, Suite] = {}
     for name in names:
         members = GROUPS.get(name, (name,))

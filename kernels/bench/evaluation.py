@@ -21,6 +21,7 @@ from zipr1.evaluate.sparsity import sparsity_of
 from zipr1.data import digits
 from zipr1.episode import Prompt
 from zipr1.evaluate.answers import Answerer, Conditions
+from zipr1.manifest import sparsity_of
 from zipr1.models import load_policy
 from zipr1.recipe import Model
 

@@ -60,3 +60,13 @@ def test_the_share_kept_is_the_one_asked_for():
     gaps = problem.kept.index[0].diff()
     assert int(gaps.max()) > 5 and int(gaps.min()) == 1, "scattered, not a prefix"
     assert torch.equal(problem.by_sort()[:, 1], problem.kept.index[0])
+
+
+def test_budgets_in_one_pass_are_timed():
+    import evaluation
+
+    rows = evaluation.measure("tiny", 2, 1)
+    assert [row["task"] for row in rows] == ["digits", "moving_digits"]
+    for row in rows:
+        ratio = row["three_passes_s"] / row["one_pass_s"]
+        assert abs(row["speedup"] / ratio - 1) < 0.05 and 0 < row["vision_share"] < 1

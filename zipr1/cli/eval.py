@@ -31,7 +31,12 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=0, help="First questions of each benchmark; 0 takes all.")
+        int | None,
+        typer.Option(
+            min=0,
+            help="First questions of each benchmark; 0 takes all. Default: 400 of digits, 200 of moving_digits, "
+            "all of the others.",
+        ),
     ] = None,
     budget: Annotated[
         list[str] | None,
@@ -47,7 +52,9 @@ def evaluate(
     ] = None,
     data_root: Annotated[
         Path | None,
-        typer.Option(help="Local copies: a folder for each benchmark, with parquet and mp4 files."),
+        typer.Option(
+            help="Local copies: a folder for each of the thirteen, with parquet and mp4 files."
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1 (without it, cuda where there is one).")

@@ -126,9 +126,14 @@ class Answerer:
             seen: set[str] = set()
             for start in range(0, len(mine), size):
                 chunk = mine[start : start + size]
-                answered, known = self._chunk([asked[i]() for i in chunk], conditions, known, seen)
+
+                def told(done: int, start: int = start) -> None:
+                    tell(min(len(asked), (start + done) * ranks.world()))
+
+                answered, known = self._chunk(
+                    [asked[i]() for i in chunk], conditions, known, seen, told
+                )
                 found += zip(chunk, answered, strict=True)
-                tell(chunk[-1] + 1)
         except InputError as error:
             failure = str(error)
         parts = ranks.gather((found, failure))
@@ -139,11 +144,16 @@ class Answerer:
         return [every[i] for i in range(len(asked))]
 
     def _chunk(
-        self, prompts: Sequence[Prompt], conditions: Conditions, known: Features, seen: set[str]
+        self,
+        prompts: Sequence[Prompt],
+        conditions: Conditions,
+        known: Features,
+        seen: set[str],
+        tell: Callable[[int], None],
     ) -> tuple[list[Answered], Features]:
         """Answers of some questions, and the features of their pictures, which the next ones may ask about too.
 
-        seen: pictures that are drawn already; changed here.
+        seen: pictures that are drawn already; changed here. tell: called after each batch with how many are done.
         """
         encoded, decoding, shots = self._encode(prompts, conditions)
         drawn = []
@@ -154,7 +164,9 @@ class Answerer:
         features, vision = self._look(encoded, known)
         answered = [Answered([], d, v) for d, v in zip(decoding, vision, strict=True)]
         kept: list[list[Any]] = [[] for _ in prompts]
+        done = 0
         for rows in by_length([len(e) for e in encoded], self.batch):
+            done += len(rows)
             few = [encoded[b] for b in rows]
             for setting, model in self._passes():
                 request = None if setting is None else Request(setting)
@@ -183,6 +195,7 @@ class Answerer:
                     )
                     if b in drawn and answers.kept is not None and not kept[b]:
                         kept[b] = answers.kept[row]
+            tell(done)
         for b, positions in enumerate(kept):
             if b in drawn and positions:
                 answered[b].pictures = gallery.draw(self.policy, encoded[b], shots[b], positions)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import os
 import random
@@ -58,10 +59,16 @@ class Scored:
     notes: list[str] = field(default_factory=list)
 
 
+@functools.cache
+def _register() -> TaskManager:
+    """lmms-eval's register of its own tasks; making it parses two thousand files: seconds."""
+    return TaskManager("ERROR", model_name="zipr1")
+
+
 def task_names() -> list[str]:
-    """The names of lmms-eval's own tasks (it parses two thousand files: seconds)."""
+    """The names of lmms-eval's own tasks."""
     with _guarded():
-        return sorted(TaskManager("ERROR").all_tasks)
+        return sorted(_register().all_tasks)
 
 
 def measure(
@@ -76,18 +83,25 @@ def measure(
 
     Raises ZipError with one line for data that is missing or wrong; under several processes on all of them.
     """
-    if limit is not None and suite.pairs > 1:
+    asked = limit
+    if limit is not None:
         limit = -(-limit // suite.pairs) * suite.pairs
     folder = Path(tempfile.mkdtemp(prefix="zipr1-eval-"))
     try:
         with _guarded(), ranks.alone(), _home(suite, folder, data_root), _few_tries():
             manager = _manager(suite, folder, limit, data_root)
-            return [
+            scored = [
                 _measure_task(suite, task, manager, answerer, conditions, limit, folder, tell)
                 for task in suite.tasks
             ]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    if limit != asked:
+        scored[0].notes.append(
+            f"{suite.name}: a limit of {limit} questions in place of {asked}: a picture's {suite.pairs} questions are "
+            "scored together"
+        )
+    return scored
 
 
 def _measure_task(
@@ -103,13 +117,14 @@ def _measure_task(
     adapter = Adapter(answerer, conditions, lambda done: tell(task.name, done), _changed)
     scored = Scored(task, [], [], [])
     keys: list[str] = []
+    guessed: list[set[str]] = []
     for turn in range(answerer.turns):
         adapter.turn = turn
         failure, result = None, None
         try:
-            fresh = _load(
-                task, manager
-            )  # some tasks count in globals, so each scoring gets new ones
+            # Some tasks count in globals, so each scoring gets new ones.
+            guessed.append(set())
+            fresh = _load(task, manager, guessed[-1])
         except (Exception, SystemExit) as error:  # noqa: BLE001  lmms-eval exits where data is missing
             failure = _reason(error, suite, task, manager)
         failure = ranks.agree(failure)
@@ -143,6 +158,11 @@ def _measure_task(
     scored.task = Task(task.name, tuple(keys), task.hub, task.config, task.split, task.videos)
     order = sorted(adapter.answered, key=lambda key: key[2])
     scored.answered = [adapter.answered[key] for key in order]
+    if most := max(len(documents) for documents in guessed):
+        scored.notes.append(
+            f"{task.name}: where an answer names no option ({most} of {len(order)} at most), lmms-eval guesses; the "
+            "guess is made the same for dense and sparse"
+        )
     if task.name == "mmmu_pro_vision":
         scored.notes.append(
             "MMMU-Pro vision: the letter is parsed from the answer, which lmms-eval compares whole"
@@ -181,8 +201,11 @@ def letter(text: str) -> str | None:
     return found[-1].upper() if found else None
 
 
-def _load(task: Task, manager: TaskManager) -> Any:
-    """A new Task object that scores a document alike whatever was scored before."""
+def _load(task: Task, manager: TaskManager, guessed: set[str]) -> Any:
+    """A new Task object that scores a document alike whatever was scored before.
+
+    guessed: gets what identifies each document whose scorer drew a random number.
+    """
     found = manager.load_task_or_group([task.name], "chat")
     objects = [t for t in found.values() if isinstance(t, ConfigurableTask)]
     if len(found) != 1 or not objects:
@@ -194,12 +217,13 @@ def _load(task: Task, manager: TaskManager) -> Any:
 
     def seeded(doc: Any, results: Any, **more: Any) -> Any:
         # Scorers that find no letter guess by random.choice: the same guess for dense and sparse answers.
-        random.seed(
-            zlib.crc32(
-                repr(sorted((k, str(v)[:200]) for k, v in doc.items() if not _heavy(v))).encode()
-            )
-        )
-        return process(doc, results, **more)
+        known = repr(sorted((k, str(v)[:200]) for k, v in doc.items() if not _heavy(v)))
+        random.seed(zlib.crc32(known.encode()))
+        before = random.getstate()
+        result = process(doc, results, **more)
+        if random.getstate() != before:
+            guessed.add(known)
+        return result
 
     one.process_results = seeded
     return one
@@ -226,7 +250,7 @@ def _manager(suite: Suite, folder: Path, limit: int | None, data_root: Path | No
         return TaskManager(
             "ERROR", include_path=str(folder), include_defaults=False, model_name="zipr1"
         )
-    return TaskManager("ERROR", model_name="zipr1")
+    return _register()
 
 
 def _reason(error: BaseException, suite: Suite, task: Task, manager: TaskManager) -> str:

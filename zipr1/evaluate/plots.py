@@ -57,19 +57,29 @@ def _pareto(records: Sequence[dict[str, Any]], results: dict[str, Any]) -> Any:
             )
         x = [row["token_ratio"] for row in rows]
         y = [row["sparse"] for row in rows]
-        bars = [[row["sparse"] - against - row[key][0], row[key][1] - row["sparse"] + against] for row in rows
-                if row.get(key)]  # fmt: skip
-        if rows and len(bars) == len(rows):
-            low, high = zip(*bars, strict=True)
-            ax.errorbar(x, y, [[max(0, v) for v in low], [max(0, v) for v in high]], fmt="none", color="C0",
-                        alpha=0.45, capsize=2.5, linewidth=1)  # fmt: skip
+        top = record["rows"][0]["top"]
+        if rows and all(row.get(key) for row in rows):
+            # No score lies outside 0 to top, whatever the interval of the difference.
+            low = [
+                v - max(0, min(v, against + row[key][0])) for v, row in zip(y, rows, strict=True)
+            ]
+            high = [
+                min(top, max(v, against + row[key][1])) - v for v, row in zip(y, rows, strict=True)
+            ]
+            ax.errorbar(
+                x, y, [low, high], fmt="none", color="C0", alpha=0.45, capsize=2.5, linewidth=1
+            )
         ax.plot(x, y, "o-", color="C0", markersize=5, linewidth=1.2, label="sparse")
         for k, row in enumerate(rows):
             ax.annotate(f"{row['p']:g}", (row["token_ratio"], row["sparse"]), fontsize=7, color="0.35",
                         textcoords="offset points", xytext=(5, 6 if k % 2 else -11))  # fmt: skip
+        bottom, above = ax.get_ylim()
+        if above > top:
+            ax.set_ylim(bottom, top + 0.04 * (top - bottom))
+            ax.set_yticks([tick for tick in ax.get_yticks() if bottom <= tick <= top])
         ax.set_title(record["task"], loc="left", fontsize=10, fontweight="bold")
         ax.set_xlabel("tokens kept", fontsize=8)
-        ax.set_xlim(0, max([*x, 0.3]) * 1.25 if x else 1)
+        ax.set_xlim(0, min(max([*x, 0.3]) * 1.25, 1.05))
         ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)

@@ -5,9 +5,10 @@ MMBench the rotations of one question). With s_u and t_u in [0, 1] the results o
 
     difference = sum_u w_u (s_u - t_u),    V = G / (G - 1) * sum_g ( sum_{u in g} (w_u (s_u - t_u) - difference / n) )^2
 
-over clusters g of units that share a picture or clip; 95 % interval: difference +- 1.96 sqrt(V). Where V is 0,
-+- 1.96^2 / (G + 1.96^2) of the whole range, as in zipr1/intervals.py. The weighted sum of one model's units must be
-lmms-eval's own number; where it is not, that is corrected or noted, and the report says so.
+over clusters g of units that share a picture or clip; 95 % interval: difference +- 1.96 sqrt(V). Where no unit
+differs, +- 1.96^2 / (N + 1.96^2) of the whole range, with N = (sum_u w_u)^2 / sum_u w_u^2, as in zipr1/intervals.py.
+The weighted sum of one model's units must be lmms-eval's own number; where it is not, that is corrected or noted, and
+the report says so.
 """
 
 from __future__ import annotations
@@ -196,5 +197,6 @@ def paired(a: Units, b: Units, top: float) -> tuple[float, list[float]] | None:
     total = float(d.sum())
     sums = np.bincount([index[c] for c in a.cluster], d - total / len(d))
     variance = groups / (groups - 1) * float((sums**2).sum()) if groups > 1 else 0.0
-    half = Z * np.sqrt(variance) if variance > 1e-18 else Z * Z / (groups + Z * Z) * top
+    trials = groups if d.any() else float(a.weight.sum() ** 2 / (a.weight**2).sum())
+    half = Z * np.sqrt(variance) if variance > 1e-18 else Z * Z / (trials + Z * Z) * top
     return total, [max(-top, total - float(half)), min(top, total + float(half))]

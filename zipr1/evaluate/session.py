@@ -18,12 +18,12 @@ from zipr1.errors import InputError, RunError, ZipError
 from zipr1.evaluate import ranks
 from zipr1.evaluate.folder import Folder, identity
 from zipr1.machine import describe
-from zipr1.manifest import sparsity_of
+from zipr1.manifest import read, sparsity_of
 from zipr1.models import Policy, load_policy
 from zipr1.models.loading import choose_device
 from zipr1.models.loading import resolve as resolve_model
 from zipr1.recipe import Recipe, load, validate
-from zipr1.suites import Suite, resolve
+from zipr1.suites import GROUPS, SUITES, Suite, resolve
 from zipr1.yamltext import override
 
 if TYPE_CHECKING:
@@ -72,10 +72,7 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
     suites = _suites(wanted.tasks)
     recipe, source, keys = _settings(wanted)
     budgets = _budgets(wanted.budgets, recipe)
-    if wanted.data_root is not None and not wanted.data_root.is_dir():
-        raise InputError(
-            f"--data-root {wanted.data_root}: no such folder; give one with a folder for each benchmark"
-        )
+    _check_data_root(wanted.data_root, suites)
     ranks.start()
     try:
         # 2. the model, and the one it was trained from
@@ -167,6 +164,22 @@ def _suites(names: Sequence[str]) -> list[Suite]:
         return resolve(names, task_names())
 
 
+def _check_data_root(root: Path | None, suites: Sequence[Suite]) -> None:
+    """Raises InputError for a folder that is not there, and for tasks whose local copies nobody knows how to read."""
+    if root is None:
+        return
+    if not root.is_dir():
+        raise InputError(
+            f"--data-root {root}: no such folder; give one with a folder for each benchmark"
+        )
+    others = [suite.name for suite in suites if suite.name not in SUITES]
+    if others:
+        raise InputError(
+            f"--data-root {root}: not read for {', '.join(others)}; it serves {', '.join(GROUPS['paper13'])}: "
+            "evaluate other tasks without it, from the hub or its cache"
+        )
+
+
 def _settings(wanted: Wanted) -> tuple[Recipe, str, set[str]]:
     """A recipe that holds what is read here, where its sparsity comes from, and the keys given on the command line."""
     sparse, source = sparsity_of(wanted.model)
@@ -205,18 +218,23 @@ def _budgets(given: Sequence[float], recipe: Recipe) -> list[float]:
 def _base(
     wanted: Wanted, recipe: Recipe, device: str | None
 ) -> tuple[Policy | None, str | None, str | None]:
-    """The untouched model that a run was trained from: (it, its name, why there is none)."""
-    written = Path(wanted.model) / "recipe.yaml"
+    """The untouched model that a run or an exported folder was trained from: (it, its name, why there is none).
+
+    A run's recipe names it; an exported folder's zipr1.json does, which still holds where the run is not at hand.
+    """
+    root = Path(wanted.model)
+    written = root / "recipe.yaml"
     if not wanted.base or not written.is_file():
         return None, None, None
     trained = load(written)
     if trained.train.stage != "rl" or trained.model.train_vision:
         return None, None, None
+    origin = (read(root) or {}).get("base") or trained.model.model_dump()
     settings = recipe.model.model_copy(
-        update={"path": trained.model.path, "revision": trained.model.revision}
+        update={"path": origin["path"], "revision": origin["revision"]}
     )
     try:
-        return load_policy(settings, device), trained.model.path, None
+        return load_policy(settings, device), settings.path, None
     except InputError as error:
         return None, None, f"the base is not measured ({error})"
 
@@ -284,7 +302,8 @@ def _bar(console: Console, suite: Suite, limit: int | None) -> Iterator[Callable
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    watched = console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not watched) as bar:
+    # A file of its own: `console` writes to sys.stdout, which is swallowed while lmms-eval works.
+    shown = Console(file=console.file)
+    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bar:
         one = bar.add_task(suite.name, total=limit)
         yield lambda task, done: bar.update(one, completed=done, description=task)
