@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from zipr1.evaluate.sparsity import sparsity_of
 
 from zipr1.data import digits
 from zipr1.episode import Prompt
