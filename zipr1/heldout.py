@@ -112,7 +112,7 @@ def evaluate(
                             few, features.reference, None, recipe.train.max_new_tokens, model=model
                         )
                 else:
-                    request = Request(setting, audit=True)
+                    request = Request(setting, audit=range(len(few)))
                     answers = policy.generate(
                         few, features.policy, request, recipe.train.max_new_tokens
                     )

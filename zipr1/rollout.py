@@ -29,7 +29,8 @@ class Batch:
 
     low: lower end of the thresholds' range in this step. cut_logprobs: per group `(N,)` log-probability of the kept
     counts when sampled; None unless `cut` is used. checks: per prompt the greedy answer at the inference p beside the
-    dense one; None where neither a target nor a constraint asks for it. heldout: mean mass kept for held-out probes.
+    dense one; None where neither a target nor a constraint asks for it. heldout: mean mass kept for held-out probes,
+    of one rollout of each prompt.
     With several ranks (`together`) groups are all of them, and `encoded` is None for other ranks' prompts.
     """
 
@@ -112,20 +113,22 @@ def roll_out(
     seed, heldout = probe_seed(recipe, step), []
     lengths = [len(encoded[row // each]) for row in range(len(p))]
     room = most_tokens(policy, recipe, update=False)
+    # One rollout of each prompt is audited: the greedy one, or each budget in turn.
+    audited = budgets.count if checked else step % budgets.count
     for rows in by_length(
         [n + settings.max_new_tokens for n in lengths], settings.micro_batch, room
     ):
         request = Request(
-            recipe.sparse, thresholds=p[rows], seed=seed, scores=wants_cut, audit=True
-        )
+            recipe.sparse, thresholds=p[rows], seed=seed, scores=wants_cut,
+            audit=[b for b, row in enumerate(rows) if row % each == audited],
+        )  # fmt: skip
         answers = policy.generate(
             [encoded[row // each] for row in rows], features, request, settings.max_new_tokens, u[rows],
             settings.temperature,
         )  # fmt: skip
-        assert (
-            answers.kept is not None and answers.counts is not None and answers.heldout is not None
-        )
-        heldout.append(answers.heldout)
+        assert answers.kept is not None and answers.counts is not None
+        if answers.heldout is not None:
+            heldout.append(answers.heldout)
         if wants_cut:
             assert request.record is not None
             layers = [layer for layer in request.record.layers if layer.cut is not None]

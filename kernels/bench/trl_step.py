@@ -1,6 +1,6 @@
 """RL steps side by side with TRL's GRPOTrainer: the same model, pictures, questions, group size and answer length.
 
-    python kernels/bench/trl_step.py [--hidden 0 | --model RUN] [--steps 6] [--rounds 2] [--venv build/trl] [--json]
+    python kernels/bench/trl_step.py [--model tiny | 3b | RUN] [--steps 12] [--rounds 3] [--venv build/trl] [--json]
 
 TRL lives in an environment of its own, made on the first call (`--venv`) with the pins of constraints.txt. The two
 take turns, `--rounds` times, each in a fresh process with the same number of threads; the first step of a process is
@@ -9,9 +9,10 @@ to a frozen reference. Ours prunes the prompt and adds its efficiency term (with
 which asks each question once more); TRL runs dense. A second table tells where
 our step goes: the model's forward and backward passes, the optimizer, and the rest, which is the loop's overhead.
 
---hidden 0: the embedded model, whose answers end after a token or two; another number: random weights of that width,
-whose answers run to the last token. --model: a trained run, or a model folder in one; ours is then as sparse as that
-run's recipe says, and what it learned to do without is really not computed.
+--model tiny: the embedded model, whose answers end after a token or two. RUN: `tiny` after a run of recipes/tiny.yaml.
+Both prune as that recipe says. 3b: random weights with the proportions of Qwen2.5-VL-3B at an eighth of its width and
+about a quarter of its depth, tower included, and pictures of 256 tokens; its answers run to the last token, and it
+prunes as a recipe does that says nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +30,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS, GROUP, NEW_TOKENS = 4, 8, 16
 
+# Qwen2.5-VL-3B: 2048 wide, 11008 in the MLP, 36 layers, 8 query heads a key head; 1280, 3420 and 32 in the tower.
+TEXT = {"hidden_size": 256, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
+        "num_key_value_heads": 1}  # fmt: skip
+VISION = {"depth": 7, "hidden_size": 160, "intermediate_size": 428, "num_heads": 5,
+          "fullatt_block_indexes": [6]}  # fmt: skip
+SIDE = 256  # pixels: 16 x 16 tokens of 16 x 16 pixels
+
 
 def install(folder: Path) -> Path:
     """The Python of an environment with TRL. torchvision comes alone, for transformers' processors."""
@@ -44,8 +52,8 @@ def install(folder: Path) -> Path:
     return python
 
 
-def workload(folder: Path, hidden: int, trained: Path | None) -> None:
-    """A model folder, pictures, rows of questions about them, and what of a trained run's recipe is about pruning."""
+def workload(folder: Path, kind: str) -> None:
+    """A model folder, pictures, rows of questions about them, and what of the model's recipe is about pruning."""
     import numpy as np
     import yaml
     from PIL import Image
@@ -54,26 +62,26 @@ def workload(folder: Path, hidden: int, trained: Path | None) -> None:
     from zipr1.models import load_policy
     from zipr1.recipe import Model, load
 
-    model = Model(path="tiny")
-    if hidden:
+    kept: dict[str, Any] = {"sparse": {"dense_below": 0}, "budgets": {}}
+    if kind == "3b":
         config = load(ROOT / "recipes" / "tiny_base.yaml").model.config
         assert config is not None
-        text = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": 8}
-        model = Model(path="scratch", config={**config, "text": {**config["text"], **text}})
-        for part, parts in (("mrope_section", [hidden // 32, 3 * hidden // 64, 3 * hidden // 64]),):
-            model.config["text"]["rope_parameters"] = {  # type: ignore[index]
-                **config["text"]["rope_parameters"], part: parts
-            }  # fmt: skip
-    kept: dict[str, Any] = {"sparse": {"dense_below": 0}, "budgets": {}}
-    if trained is not None:
-        found = yaml.safe_load((trained / "recipe.yaml").read_text())
+        parts = {"text": {**config["text"], **TEXT}, "vision": {**config["vision"], **VISION}}
+        model = Model(path="scratch", config={**config, **parts}, min_pixels=SIDE**2)
+    else:
+        run = ROOT / "recipes" / "tiny.yaml" if kind == "tiny" else Path(kind) / "recipe.yaml"
+        found = yaml.safe_load(run.read_text())
         kept = {"sparse": found["sparse"], "budgets": found["budgets"]}
-        model = Model(path=str((trained / "last").resolve() / "model"))
+        trained = str((Path(kind) / "last").resolve() / "model")
+        model = Model(path="tiny" if kind == "tiny" else trained)
     (folder / "kept.json").write_text(json.dumps(kept))
     load_policy(model, "cpu").save(folder / "model")
     rows = []
     for i, prompt in enumerate(digits.prompts("train", "digits", 64, 1, seed=0)):
-        Image.fromarray(np.asarray(prompt.media[0].source)).save(folder / f"{i}.png")
+        picture = Image.fromarray(np.asarray(prompt.media[0].source))
+        if kind == "3b":
+            picture = picture.resize((SIDE, SIDE))
+        picture.save(folder / f"{i}.png")
         text = next(p["text"] for p in prompt.messages[-1]["content"] if p["type"] == "text")
         rows.append({"prompt": text, "images": [f"{i}.png"], "answer": prompt.answer})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -239,10 +247,9 @@ def spread(values: list[float]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--hidden", type=int, default=0, help="0: the embedded model")
-    parser.add_argument("--model", type=Path, help="a trained run; default: nothing trained yet")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--model", default="tiny", metavar="tiny|3b|RUN")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--venv", type=Path, default=ROOT / "build" / "trl")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -256,7 +263,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {"zipr1": [], "trl": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        workload(folder, options.hidden, options.model)
+        workload(folder, options.model)
         for _ in range(options.rounds):
             found["zipr1"].append(child(Path(sys.executable), "zipr1", folder, options.steps))
             found["trl"].append(child(python, "trl", folder, options.steps))
@@ -288,7 +295,7 @@ def main() -> None:
         print(
             json.dumps(
                 {
-                    "hidden": options.hidden,
+                    "model": options.model,
                     "rows": rows,
                     "ratio": ratio,
                     "kept": sum(kept) / len(kept),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ class Request:
     thresholds: `(B, D)`, `(B, 1)` or None for `settings.p`. seed: of the probes. valid, prompt: `(B, L)` bool, real
     tokens and those of the prompt; None: from the attention mask, all of them prompt. replay: kept prompt slots
     per layer, `(B, L)` bool, taken instead of choosing. scores: record cut points with their gradient.
-    audit: record the mass kept for probes that did not choose. through: the range (low, high) of the thresholds; the
+    audit: rows for which the mass kept for probes that did not choose is recorded. through: the range (low, high) of the thresholds; the
     kept tokens' keys and outputs then carry their chance of being kept as a factor of value 1, so that losses have a
     gradient in the scores. force: take the sparse path even where it keeps all. wanted: `(B, L)` bool, the places of a
     prefill whose output is read, all of them kept; None: all.
@@ -68,7 +68,7 @@ class Request:
     prompt: torch.Tensor | None = None
     replay: list[torch.Tensor] | None = None
     scores: bool = False
-    audit: bool = False
+    audit: Sequence[int] = ()
     through: tuple[float, float] | None = None
     force: bool = False
     wanted: torch.Tensor | None = None
@@ -115,6 +115,11 @@ class Pass:
         offsets = prompt.int().argmax(1)
         return cls(request, valid, prompt, lengths.tolist(), offsets.tolist(), Record(lengths))
 
+    def of(self, rows: torch.Tensor) -> Pass:
+        """Some rows alone, to be scored; rows `(b,)` int64."""
+        lengths, offsets = ([values[i] for i in rows.tolist()] for values in (self.lengths, self.offsets))
+        return Pass(self.request, self.valid[rows], self.prompt[rows], lengths, offsets, self.record)
+
     def threshold(self, layer: int) -> torch.Tensor:
         """`(B,)` p of each row at `layer`; beams and returned sequences repeat their row's."""
         rows, settings = self.prompt.shape[0], self.request.settings
@@ -157,7 +162,7 @@ class Pass:
                 keep = select(request.settings.rule, base, p, self.prompt, always, draw)
         if layer == len(self.record.layers):
             # A recomputed layer (gradient checkpointing) finds its record already there.
-            heldout = self.heldout(layer, heads, keep) if request.audit else None
+            heldout = self.heldout(layer, heads, keep) if len(request.audit) else None
             self.record.layers.append(LayerRecord(keep, scores, cut, heldout))
         return keep | (self.valid & ~self.prompt)
 
@@ -193,12 +198,14 @@ class Pass:
 
     @torch.no_grad()
     def heldout(self, layer: int, heads: Heads, keep: torch.Tensor) -> torch.Tensor:
-        """`(B,)` share of the score mass of fresh random probes that falls on kept tokens."""
+        """Share of the score mass of fresh random probes that falls on kept tokens, of each row that is audited."""
+        rows = torch.tensor(self.request.audit, device=keep.device)
+        few = self.of(rows)
         fresh = Probes(recent=0, random=max(8, self.request.settings.probes.random))
-        scores = self.score(layer, self.request.seed + 7919, fresh, heads, others=True)
+        scores = few.score(layer, self.request.seed + 7919, fresh, heads.of(rows), others=True)
         total = scores.sum(1)
         # A prompt so short that every token is a probe has none left to ask.
-        return torch.where(total > 0, (scores * keep).sum(1) / total.clamp_min(1e-12), 1.0)
+        return torch.where(total > 0, (scores * keep[rows]).sum(1) / total.clamp_min(1e-12), 1.0)
 
 
 def gated_prefill(

@@ -29,9 +29,8 @@ def only_at(
         wanted = places(x)
         if wanted is None:
             return stock(x)
-        # Indices rather than the mask: their gradient is a copy of rows.
         flat = wanted.flatten().nonzero()[:, 0]
-        out = stock(x.flatten(0, 1)[flat][None])[0]
+        out = stock(x.flatten(0, 1).index_select(0, flat)[None])[0]
         empty = out.new_zeros(x.shape[0] * x.shape[1], out.shape[-1])
         return empty.index_copy(0, flat, out).view(*x.shape[:2], -1)
 

@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 class Heads:
     """What choosing asks of a layer, computed when it is asked for.
 
-    queries: slots `(B, R)` -> `(B, HQ, R, D)`. keys: -> `(B, H, L, D)`. scale: of the logits.
+    queries: slots `(B, R)` -> `(B, HQ, R, D)`. keys: -> `(B, H, L, D)`. of: rows `(b,)` -> the same of these rows
+    alone. scale: of the logits.
     """
 
     queries: Callable[[torch.Tensor], torch.Tensor]
     keys: Callable[[], torch.Tensor]
+    of: Callable[[torch.Tensor], Heads]
     scale: float
 
     @classmethod
@@ -44,7 +46,10 @@ class Heads:
             index = slots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
             return query.gather(2, index)
 
-        return cls(queries, lambda: key, scale)
+        def of(rows: torch.Tensor) -> Heads:
+            return cls.given(query[rows], key[rows], scale)
+
+        return cls(queries, lambda: key, of, scale)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Rows:
     def flatten(self, x: torch.Tensor) -> torch.Tensor:
         """`(B, L, ...)` -> `(1, n, ...)`, the kept ones."""
         with phase("gathers"):
-            return x.flatten(0, 1)[self.kept.flat][None]
+            return x.flatten(0, 1).index_select(0, self.kept.flat)[None]
 
     def spread(self, rows: torch.Tensor, over: torch.Tensor) -> torch.Tensor:
         """`over` `(B, L, hidden)` with `rows` `(1, n, hidden)` in their places."""
@@ -69,13 +74,16 @@ class Rows:
             return x[0].unflatten(1, (len(self.kept.count), -1)).transpose(0, 1)
         with phase("gathers"):
             start = self.kept.count.cumsum(0) - self.kept.count
-            return x[0][:, start[:, None] + self.kept.packed.index].transpose(0, 1)
+            places = start[:, None] + self.kept.packed.index
+            rows = x[0].transpose(0, 1).index_select(0, places.flatten())
+            return rows.unflatten(0, places.shape).transpose(1, 2)
 
     def strip(self, x: torch.Tensor) -> torch.Tensor:
         """`(B, H, longest, D)` -> `(1, n, H, D)`, without the padding."""
         x = x.transpose(1, 2)
         with phase("gathers"):
-            return (x[self.kept.real] if self.kept.ragged else x.flatten(0, 1))[None]
+            x = x.flatten(0, 1)
+            return (x.index_select(0, self.kept.packed.flat) if self.kept.ragged else x)[None]
 
 
 def projections(layer: Any, hidden: torch.Tensor, place: tuple[torch.Tensor, ...]) -> Heads:
@@ -106,7 +114,11 @@ def projections(layer: Any, hidden: torch.Tensor, place: tuple[torch.Tensor, ...
         rotated: torch.Tensor = rotate(k[:, :0], k, *place)[1]
         return rotated
 
-    return Heads(queries, keys, attention.scaling)
+    def of(rows: torch.Tensor) -> Heads:
+        cos, sin = (x.expand(len(hidden), -1, -1)[rows] for x in place)
+        return projections(layer, hidden[rows], (cos, sin))
+
+    return Heads(queries, keys, of, attention.scaling)
 
 
 def skipping(layer: Any, stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

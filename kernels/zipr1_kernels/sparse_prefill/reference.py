@@ -19,7 +19,9 @@ def sparse_prefill(
     # padding itself computes is thrown away below.
     small_q, small_k, small_v = (gather_tokens(x, kept.index) for x in (q, k, v))
     packed = _causal(small_q, small_k, small_v, scale).transpose(1, 2)  # (B, n, HQ, DV)
-    rows = packed[kept.real] if kept.ragged else packed.flatten(0, 1)  # (sum of counts, HQ, DV)
+    rows = packed.flatten(0, 1)  # (sum of counts, HQ, DV)
+    if kept.ragged:
+        rows = rows.index_select(0, kept.packed.flat)
     out = rows.new_zeros(len(q) * q.shape[2], q.shape[1], v.shape[3])
     out.index_copy_(0, kept.flat, rows)
     return out.view(len(q), q.shape[2], *out.shape[1:]).transpose(1, 2)
