@@ -428,3 +428,20 @@ def test_several_pictures_none_and_both_kinds_in_one_batch():
     wanted = plain(**inputs).logits[0, -1]
     free = [i for i in range(len(wanted)) if i not in policy.processor.placeholder.values()]
     torch.testing.assert_close(logits[0, 0, free], wanted[free], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+@torch.no_grad()
+def test_a_row_is_audited_alone_as_with_the_others(skip):
+    policy = tinymodels.shared()
+    encoded = tinymodels.encode(policy, tinymodels.mixed())
+    features = policy.look(encoded)
+
+    def mass(rows, audit):
+        request = Request(sparse(0.6, skip=skip), audit=audit)
+        return policy.generate([encoded[b] for b in rows], features, request, 1).heldout
+
+    alone = torch.cat([mass([b], [0]) for b in range(4)])
+    assert len(alone.unique()) > 1 and bool((alone < 1).any())
+    torch.testing.assert_close(mass(range(4), [2, 0]), alone[[2, 0]])
+    assert mass(range(4), []) is None

@@ -108,7 +108,7 @@ class Rollout:
     @property
     def layer_ratios(self) -> list[float]:
         """Kept fraction of the prompt in each layer, in (0, 1]."""
-        return [len(k) / self.prompt_length for k in self.kept]
+        return [k.shape[0] / self.prompt_length for k in self.kept]
 
 
 @dataclass

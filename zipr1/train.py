@@ -7,6 +7,7 @@ unbroken one. The mathematics lives in update.py, losses.py, efficiency.py and a
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,7 @@ def run(
             return _run(policy, recipe, output, resume, command, console)
         finally:
             stopping.release()
+            gc.unfreeze()
 
 
 def _run(
@@ -110,7 +112,9 @@ def _run(
     if tensors is not None:
         optim.restore(optimizer, named, tensors)
 
-    # 3. train
+    # 3. train; what is loaded stays, and Python need not walk through it again to find out, 0.2 s each time
+    gc.collect()
+    gc.freeze()
     done, true = folder.start_step, copy.deepcopy(state)
     with (
         Progress(console, recipe.train.steps, start=folder.start_step) as progress,

@@ -1,6 +1,6 @@
 """RL steps side by side with TRL's GRPOTrainer: the same model, pictures, questions, group size and answer length.
 
-    python kernels/bench/trl_step.py [--model tiny | 3b | RUN] [--steps 12] [--rounds 3] [--venv build/trl] [--json]
+    python kernels/bench/trl_step.py [--model tiny | 3b | RUN] [--questions 8] [--rounds 3]
 
 TRL lives in an environment of its own, made on the first call (`--venv`) with the pins of constraints.txt. The two
 take turns, `--rounds` times, each in a fresh process with the same number of threads; the first step of a process is
@@ -18,6 +18,7 @@ prunes as a recipe does that says nothing.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-QUESTIONS, GROUP, NEW_TOKENS = 4, 8, 16
+GROUP, NEW_TOKENS = 8, 16
 
 # Qwen2.5-VL-3B: 2048 wide, 11008 in the MLP, 36 layers, 8 query heads a key head; 1280, 3420 and 32 in the tower.
 TEXT = {"hidden_size": 256, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -77,7 +78,7 @@ def workload(folder: Path, kind: str) -> None:
     (folder / "kept.json").write_text(json.dumps(kept))
     load_policy(model, "cpu").save(folder / "model")
     rows = []
-    for i, prompt in enumerate(digits.prompts("train", "digits", 64, 1, seed=0)):
+    for i, prompt in enumerate(digits.prompts("train", "digits", 128, 1, seed=0)):
         picture = Image.fromarray(np.asarray(prompt.media[0].source))
         if kind == "3b":
             picture = picture.resize((SIDE, SIDE))
@@ -87,7 +88,7 @@ def workload(folder: Path, kind: str) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def ours(folder: Path, steps: int) -> dict[str, Any]:
+def ours(folder: Path, steps: int, questions: int) -> dict[str, Any]:
     """Seconds of each step, and of what: `zipr1 train`'s own step on the rows."""
     import torch
 
@@ -105,7 +106,7 @@ def ours(folder: Path, steps: int) -> dict[str, Any]:
         budgets=Budgets(**{**kept["budgets"], "count": GROUP}),
         efficiency=Efficiency(max_accuracy_drop=None),
         optim=Optim(lr=1e-6, schedule="constant"),
-        train=Train(steps=steps, prompts=QUESTIONS, max_new_tokens=NEW_TOKENS),
+        train=Train(steps=steps, prompts=questions, max_new_tokens=NEW_TOKENS),
     )
     policy = load_policy(recipe.model, "cpu")
     prompts = data.load(recipe.data, "train", 0)
@@ -136,6 +137,8 @@ def ours(folder: Path, steps: int) -> dict[str, Any]:
     policy.core.model.visual.forward = timed("forward", policy.core.model.visual.forward)
     torch.Tensor.backward = timed("backward", torch.Tensor.backward)  # type: ignore[method-assign]
     optimizer.step = timed("optimizer", optimizer.step)  # type: ignore[method-assign]
+    gc.collect()
+    gc.freeze()  # as zipr1.train does
     state: dict[str, Any] = {"pressure": {}, "right": {}}
     seconds, split, tokens, ratios = [], [], [], []
     for step in range(steps):
@@ -148,7 +151,7 @@ def ours(folder: Path, steps: int) -> dict[str, Any]:
     return {"seconds": seconds, "split": split, "answer_tokens": tokens, "kept": ratios}
 
 
-def theirs(folder: Path, steps: int) -> dict[str, Any]:
+def theirs(folder: Path, steps: int, questions: int) -> dict[str, Any]:
     """Seconds of each step of GRPOTrainer on the same rows."""
     import torch
 
@@ -193,7 +196,7 @@ def theirs(folder: Path, steps: int) -> dict[str, Any]:
 
     settings = trl.GRPOConfig(
         output_dir=str(folder / "trl"),
-        per_device_train_batch_size=QUESTIONS * GROUP,
+        per_device_train_batch_size=questions * GROUP,
         num_generations=GROUP,
         steps_per_generation=1,
         max_completion_length=NEW_TOKENS,
@@ -219,7 +222,7 @@ def theirs(folder: Path, steps: int) -> dict[str, Any]:
     return {"seconds": seconds, "answer_tokens": lengths, "trl": trl.__version__}
 
 
-def child(python: Path, side: str, folder: Path, steps: int) -> dict[str, Any]:
+def child(python: Path, side: str, folder: Path, steps: int, questions: int) -> dict[str, Any]:
     command = [
         str(python),
         __file__,
@@ -229,6 +232,8 @@ def child(python: Path, side: str, folder: Path, steps: int) -> dict[str, Any]:
         str(folder),
         "--steps",
         str(steps),
+        "--questions",
+        str(questions),
     ]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -248,6 +253,7 @@ def spread(values: list[float]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--model", default="tiny", metavar="tiny|3b|RUN")
+    parser.add_argument("--questions", type=int, default=8, help="in a step")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--venv", type=Path, default=ROOT / "build" / "trl")
@@ -257,7 +263,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.side:
         work = {"zipr1": ours, "trl": theirs}[options.side]
-        print(json.dumps(work(options.folder, options.steps)))
+        print(json.dumps(work(options.folder, options.steps, options.questions)), flush=True)
+        gc.unfreeze()
         return
     python = install(options.venv)
     found: dict[str, list[dict[str, Any]]] = {"zipr1": [], "trl": []}
@@ -265,10 +272,12 @@ def main() -> None:
         folder = Path(name)
         workload(folder, options.model)
         for _ in range(options.rounds):
-            found["zipr1"].append(child(Path(sys.executable), "zipr1", folder, options.steps))
-            found["trl"].append(child(python, "trl", folder, options.steps))
+            for side, run_by in (("zipr1", Path(sys.executable)), ("trl", python)):
+                found[side].append(child(run_by, side, folder, options.steps, options.questions))
     rows = []
-    print(f"{QUESTIONS} questions x {GROUP} answers a step, at most {NEW_TOKENS} tokens each")
+    print(
+        f"{options.questions} questions x {GROUP} answers a step, at most {NEW_TOKENS} tokens each"
+    )
     print(f"{'':8}{'s/step p20':>12}{'p50':>8}{'p80':>8}{'questions/s':>13}{'tokens':>8}")
     for side, runs in found.items():
         seconds = [s for run in runs for s in run["seconds"][1:]]
@@ -276,9 +285,9 @@ def main() -> None:
         low, middle, high = spread(seconds)
         mean = sum(lengths) / max(1, len(lengths))
         rows.append({"side": side, "steps": len(seconds), "s_p20": low, "s_p50": middle, "s_p80": high,
-                     "questions_per_s": QUESTIONS / middle, "answer_tokens": mean})  # fmt: skip
+                     "questions_per_s": options.questions / middle, "answer_tokens": mean})  # fmt: skip
         print(
-            f"{side:8}{low:>12.3f}{middle:>8.3f}{high:>8.3f}{QUESTIONS / middle:>13.2f}{mean:>8.1f}"
+            f"{side:8}{low:>12.3f}{middle:>8.3f}{high:>8.3f}{options.questions / middle:>13.2f}{mean:>8.1f}"
         )
     ratio = rows[1]["s_p50"] / rows[0]["s_p50"]
     print(f"zipr1 makes {ratio:.2f} times as many questions a second")
@@ -296,6 +305,7 @@ def main() -> None:
             json.dumps(
                 {
                     "model": options.model,
+                    "questions": options.questions,
                     "rows": rows,
                     "ratio": ratio,
                     "kept": sum(kept) / len(kept),

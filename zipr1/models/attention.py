@@ -52,12 +52,12 @@ class Request:
     """A wish for sparsity, for the forward passes run inside `sparse_attention`.
 
     thresholds: `(B, D)`, `(B, 1)` or None for `settings.p`. seed: of the probes. valid, prompt: `(B, L)` bool, real
-    tokens and those of the prompt; None: from the attention mask, all of them prompt. replay: kept prompt slots
-    per layer, `(B, L)` bool, taken instead of choosing. scores: record cut points with their gradient.
-    audit: rows for which the mass kept for probes that did not choose is recorded. through: the range (low, high) of the thresholds; the
-    kept tokens' keys and outputs then carry their chance of being kept as a factor of value 1, so that losses have a
-    gradient in the scores. force: take the sparse path even where it keeps all. wanted: `(B, L)` bool, the places of a
-    prefill whose output is read, all of them kept; None: all.
+    tokens and those of the prompt; None: from the attention mask, all of them prompt. replay: kept prompt slots per
+    layer, `(B, L)` bool, taken instead of choosing. scores: record cut points with their gradient. audit: rows for
+    which the mass kept for probes that did not choose is recorded. through: the range (low, high) of the thresholds;
+    the kept tokens' keys and outputs then carry their chance of being kept as a factor of value 1, so that losses have
+    a gradient in the scores. force: take the sparse path even where it keeps all. wanted: `(B, L)` bool, the places of
+    a prefill whose output is read, all of them kept; None: all.
     record: what the last prefill kept.
     """
 
@@ -117,8 +117,12 @@ class Pass:
 
     def of(self, rows: torch.Tensor) -> Pass:
         """Some rows alone, to be scored; rows `(b,)` int64."""
-        lengths, offsets = ([values[i] for i in rows.tolist()] for values in (self.lengths, self.offsets))
-        return Pass(self.request, self.valid[rows], self.prompt[rows], lengths, offsets, self.record)
+        lengths, offsets = (
+            [values[i] for i in rows.tolist()] for values in (self.lengths, self.offsets)
+        )
+        return Pass(
+            self.request, self.valid[rows], self.prompt[rows], lengths, offsets, self.record
+        )
 
     def threshold(self, layer: int) -> torch.Tensor:
         """`(B,)` p of each row at `layer`; beams and returned sequences repeat their row's."""

@@ -49,8 +49,7 @@ Features = dict[str, torch.Tensor]
 class Answers:
     """What `generate` gives, a list entry per row. tokens `(T,)` with the end token if one came; logprobs `(T,)`
     float32. counts `(B, D)`: prompt tokens in the physical cache (None when dense). kept[b][d]: ascending int32
-    positions in the unpadded prompt. heldout: `(b,)` score mass kept for probes that took no part in choosing, of the rows
-    that were audited."""
+    positions in the unpadded prompt. heldout: `(b,)` score mass kept for other probes, of audited rows."""
 
     tokens: list[torch.Tensor]
     logprobs: list[torch.Tensor]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 
@@ -51,8 +52,8 @@ class Record:
         offsets: `(B,)` int64, slot of each prompt's first token. The form of `Rollout.kept`.
         """
         starts = offsets.tolist()
-        keeps = [layer.keep.cpu() for layer in self.layers]
+        keeps = [layer.keep.cpu().numpy() for layer in self.layers]
         return [
-            [(keep[b].nonzero()[:, 0] - start).to(torch.int32) for keep in keeps]
+            [torch.from_numpy((np.flatnonzero(keep[b]) - start).astype(np.int32)) for keep in keeps]
             for b, start in enumerate(starts)
         ]
