@@ -7,40 +7,22 @@ from html import escape
 from typing import Any
 
 from zipr1.evaluate import report
+from zipr1.page import document
 
 STYLE = """
-:root { color-scheme: light; --ink: #1d2330; --soft: #667085; --line: #e3e7ee; --good: #12715b; --blue: #1f77b4; }
-* { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--ink); margin: 0;
-       background: #f6f7f9; }
-main { max-width: 1080px; margin: 0 auto; padding: 32px 24px 64px; }
-h1 { font-size: 26px; margin: 0 0 4px; overflow-wrap: anywhere; }
-h2 { font-size: 18px; margin: 36px 0 12px; }
-.soft { color: var(--soft); font-size: 13px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 14px; margin: 24px 0; }
-.tile, .card { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 14px 18px; }
 .tile b { display: block; font-size: 26px; line-height: 1.25; font-variant-numeric: tabular-nums; }
-.card { overflow-x: auto; }
-.card svg { max-width: 100%; height: auto; display: block; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
-th { text-align: right; font-weight: 600; color: var(--soft); padding: 6px 10px; border-bottom: 2px solid var(--line);
-     white-space: nowrap; }
-td { text-align: right; padding: 6px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-tr.mean td { font-weight: 600; background: #fafbfc; }
 .shots { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 16px; }
 .shots .wide { grid-column: 1 / -1; }
 .pair { display: flex; gap: 8px; }
 .wide .pair { flex-direction: column; }
 .pair figure { margin: 0; flex: 1; min-width: 0; }
-.pair img { width: 100%; border-radius: 6px; display: block; image-rendering: auto; }
+.pair img { width: 100%; border-radius: 6px; margin: 0; }
 .wide .pair img { max-width: 780px; }
 figcaption { color: var(--soft); font-size: 12px; margin-top: 3px; }
 .question { font-weight: 600; margin: 12px 0 6px; white-space: pre-wrap; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 12px; margin: 0; font-size: 14px; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-code { background: #eef1f5; border-radius: 4px; padding: 1px 5px; font-size: 12.5px; overflow-wrap: anywhere; }
-li { margin: 3px 0; }
 """
 
 
@@ -82,12 +64,7 @@ def page(
                 f"<h2>{title}</h2>",
                 "<ul>" + "".join(f"<li>{escape(t)}</li>" for t in texts) + "</ul>",
             ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(results['model'])}: dense beside sparse</title><style>{STYLE}</style></head>"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
-    )
+    return document(f"{results['model']}: dense beside sparse", "".join(body), STYLE)
 
 
 def _tiles(results: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:

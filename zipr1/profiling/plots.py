@@ -109,7 +109,7 @@ def _memory(found: Mapping[str, Any], path: Path) -> tuple[Path, str]:
             )  # fmt: skip
         lengths = sorted({r["length"] for r in rows})
         ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.15 * max(r[key] for r in rows) / 2**20)
         ax.set_title(f"{title}, batch {batch}", loc="left", fontsize=10)
         ax.set_xlabel("prompt tokens")
         ax.set_ylabel("MiB")
