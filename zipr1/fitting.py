@@ -19,7 +19,7 @@ from zipr1.models.processors import PixelSettings
 from zipr1.pictures import Pictures
 from zipr1.pressure import Pressure
 from zipr1.recipe import Recipe
-from zipr1.rollout import Batch, roll_out
+from zipr1.rollout import roll_out
 from zipr1.update import backward, flatten
 
 LOOKED = 1024  # prompts whose lengths are estimated, evenly spaced
@@ -33,12 +33,9 @@ def rehearse(policy: Policy, recipe: Recipe, pictures: Pictures, prompts: Sequen
     count = min(most, recipe.train.prompts, len(few))
     longest = sorted(few, key=lambda p: length(p, policy, recipe), reverse=True)[:count]
     asked, encoded = pictures.usable(longest)
-
-    def work() -> Batch:
-        seen = pictures.look(encoded)
-        return roll_out(policy, recipe, asked, encoded, seen.policy, 0, seen.reference)
-
-    batch = policy.parallel.apart(work)
+    trained = policy.settings.train_vision
+    seen = policy.parallel.apart(lambda: pictures.look(encoded), policy=trained, reference=trained)
+    batch = roll_out(policy, recipe, asked, encoded, seen.policy, 0, seen.reference)
     generator = torch.Generator().manual_seed(0)
     for group in batch.groups:
         for rollout in group.rollouts:

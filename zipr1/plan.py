@@ -69,12 +69,19 @@ def weight_bytes(recipe: Recipe, gpu: bool = True) -> int:
     return {"auto": auto, "float32": 4}.get(recipe.model.dtype, 2)
 
 
+def computed(recipe: Recipe, size: int) -> int:
+    """Bytes of a number in what is computed: sharded weights may be gathered in another dtype than their own."""
+    return {"bfloat16": 2, "float32": 4}.get(recipe.train.param_dtype or "", size)
+
+
 def memory(
     s: Shape, recipe: Recipe, longest: int, size: int | None = None, ranks: int = 1
 ) -> dict[str, int]:
     """Bytes by part on one device, and their `peak`. longest: tokens of the longest prompt. size: bytes of a weight.
 
-    weights, reference, gradients, optimizer: counted; `train.parallel: fsdp` shards them over `ranks`. kv_cache: of a
+    weights, reference, gradients, optimizer: counted; `train.parallel: fsdp` shards them over `ranks`, but for a frozen
+    tower. gathered: the larger of two sharded models, which is whole while it answers. loading: both models before they
+    are sharded. kv_cache: of a
     micro-batch of rollouts, unpruned, with one layer's prefill beside it. activations: of a micro-batch in the update;
     with gradient checkpointing one hidden state a layer and one layer's worth. logits: at most LOGITS numbers at once.
     vision: one longest picture in the tower.
@@ -84,9 +91,10 @@ def memory(
     total, own = sum(counts.values()), trained(s, recipe)
     lora, rl = recipe.model.lora is not None, recipe.train.stage == "rl"
     shards = ranks if recipe.train.parallel == "fsdp" else 1
+    own_size, size = size, computed(recipe, size)
     # peft keeps adapters in float32, whatever the base is in.
-    learning = own * (4 if lora else size)
-    copied = total - (0 if recipe.model.train_vision else counts["vision"])
+    learning = own * (4 if lora else own_size)
+    tower = 0 if recipe.model.train_vision else counts["vision"]
     rows = min(recipe.train.micro_batch, math.ceil(rollout_rows(recipe) / ranks))
     length = longest + recipe.train.max_new_tokens
     tokens = rows * length
@@ -100,11 +108,10 @@ def memory(
         kept += s.layers * tokens * s.hidden * size
     answers = rows * recipe.train.max_new_tokens * s.vocab
     patches = longest * s.merge**2
-    # Sharded weights are gathered a decoder layer at a time, and the embeddings whole.
-    gathered = (s.layer_weights + s.vocab * s.hidden) * size if shards > 1 else 0
+    copied = (total - tower) * own_size if rl and not lora else 0
     parts = {
-        "weights": (total * size + (learning if lora else 0)) // shards + gathered,
-        "reference": copied * size // shards if rl and not lora else 0,
+        "weights": ((total - tower) * own_size + (learning if lora else 0)) // shards + tower * own_size,
+        "reference": copied // shards,
         "gradients": learning // shards,
         "optimizer": 2 * learning // shards,
         "kv_cache": s.layers * 2 * s.heads * s.dim * tokens * size,
@@ -115,9 +122,17 @@ def memory(
     if not rl:
         parts["kv_cache"] = 0
     fixed = sum(parts[k] for k in ("weights", "reference", "gradients", "optimizer"))
-    # One after the other: the tower, the rollouts, the update.
     rollout = parts["kv_cache"] + (layer + scores if rl else 0)
-    parts["peak"] = fixed + max(parts["vision"], rollout, kept + parts["logits"])
+    learn = kept + parts["logits"]
+    parts["loading"] = parts["gathered"] = 0
+    if shards > 1:
+        parts["loading"] = total * own_size + (learning if lora else 0) + copied
+        parts["gathered"] = (total - tower) * size if rl else 0
+        rollout += parts["gathered"]
+        # The update gathers a decoder layer at a time, and the embeddings whole.
+        learn += (s.layer_weights + s.vocab * s.hidden) * size
+    # One after the other: loading, the tower, the rollouts, the update.
+    parts["peak"] = max(parts["loading"], fixed + max(parts["vision"], rollout, learn))
     return parts
 
 
@@ -143,7 +158,7 @@ def hours(
     times (four with gradient checkpointing) over prompt and answer. A GPU is taken to reach REACHED of its operations
     and half of its bandwidth. It says days or hours, not minutes.
     """
-    size = size or weight_bytes(recipe)
+    size = computed(recipe, size or weight_bytes(recipe))
     rows, new = rollout_rows(recipe), recipe.train.max_new_tokens
     update = recipe.train.prompts * recipe.budgets.count
     length = min(length, s.limit - new)

@@ -4,9 +4,9 @@ Every rank reads the same recipe and prompts and keeps the same state; the quest
 a group is never split. Gradients are joined by PyTorch's DistributedDataParallel or its fully_shard (FSDP2); nothing
 of that is written here. A rank that dies ends the run: torchrun stops the others and names it.
 
-With FSDP2 weights are whole while answers are generated and pictures are looked at: those parts then need no
-communication, and cannot hang when one rank has less to do. Only the update runs in step, and there every rank makes
-the same number of passes (zipr1/update.py).
+With FSDP2 the policy's weights are whole while it answers, and then the reference's: those parts need no communication,
+and cannot hang when one rank has less to do. Only the update runs in step, and there every rank makes the same number
+of passes (zipr1/update.py).
 
 Alone, every function here does nothing or gives back what it was given.
 """
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -148,32 +148,40 @@ class Parallel:
     def spread(
         self,
         kind: str,
+        dtype: torch.dtype | None,
         model: torch.nn.Module,
         layers: Sequence[torch.nn.Module],
         reference: torch.nn.Module | None,
         reference_layers: Sequence[torch.nn.Module],
         frozen: Sequence[torch.nn.Parameter],
     ) -> None:
-        """Wrap the model in place; its parameters are other objects afterwards with `fsdp`."""
+        """Wrap the model in place; its parameters are other objects afterwards with `fsdp`. dtype: of gathered weights
+        and what is computed with them, by default the shards' own; gradients are summed in float32."""
         if size() == 1:
             return
         if kind == "ddp":
             self.model = DistributedDataParallel(Whole(model))
             return
+        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         pairs = [(model, layers)]
         if reference is not None:
             pairs.append((reference, reference_layers))
         for one, parts in pairs:
             for part in parts:
-                fully_shard(part)
-            self.sharded.append(fully_shard(Whole(one), ignored_params=set(frozen)))
+                fully_shard(part, mp_policy=mixed)
+            whole = fully_shard(Whole(one), mp_policy=mixed, ignored_params=set(frozen))
+            self.sharded.append(whole)
         self.model = self.sharded[0]
 
-    def apart(self, work: Callable[[], T]) -> T:
-        """Work without gradients that every rank does at its own pace, with whole weights."""
-        if not self.sharded:
-            return work()
-        return self._unsharded(work, list(self.sharded))
+    def apart(self, work: Callable[[], T], policy: bool = False, reference: bool = False) -> T:
+        """Work without gradients that every rank does at its own pace, with whole weights of the models it needs; with
+        adapters the reference is the policy. All ranks must come."""
+        roots = {}
+        if self.sharded and policy:
+            roots[0] = self.sharded[0]
+        if self.sharded and reference:
+            roots[len(self.sharded) - 1] = self.sharded[-1]
+        return self._unsharded(work, list(roots.values()))
 
     def _unsharded(self, work: Callable[[], T], roots: list[Any]) -> T:
         if not roots:

@@ -224,6 +224,8 @@ class Train(Section):
     save_every: steps between checkpoints (0: only at the end). save_total_limit: how many are kept; the best one is
         kept besides.
     parallel: what several ranks do: `ddp` replicates the model, `fsdp` shards weights, gradients and optimizer.
+    param_dtype: with fsdp, what weights are gathered in and computed with (None: model.dtype); the shards, which the
+        optimizer changes, stay in model.dtype.
     """
 
     stage: Literal["rl", "supervised"] = "rl"
@@ -236,6 +238,7 @@ class Train(Section):
     micro_tokens: Positive | None = None
     save_total_limit: Positive = 2
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    param_dtype: Literal["float32", "bfloat16"] | None = None
 
 
 class Supervised(Section):

@@ -85,7 +85,6 @@ def roll_out(
     low = budgets.low_at(step, settings.steps)
     wanted = recipe.efficiency
     checked = wanted.max_accuracy_drop is not None or wanted.target is not None
-    wants_cut = "cut" in efficiency.parse(recipe.efficiency.method)
     each = budgets.count + checked
     limits, uniforms = [], []
     for place in range(len(prompts)) if places is None else places:
@@ -107,55 +106,17 @@ def roll_out(
         uniforms.append(noise)
     p, u = torch.cat(limits), torch.cat(uniforms)
 
-    groups = [Group(prompt, []) for prompt in prompts]
-    made: list[Rollout | None] = [None] * len(p)
-    cuts = torch.zeros(len(p))
-    seed, heldout = probe_seed(recipe, step), []
-    lengths = [len(encoded[row // each]) for row in range(len(p))]
-    room = most_tokens(policy, recipe, update=False)
+    seed = probe_seed(recipe, step)
+    owners = [encoded[row // each] for row in range(len(p))]
     # One rollout of each prompt is audited: the greedy one, or each budget in turn.
-    audited = budgets.count if checked else step % budgets.count
-    for rows in by_length(
-        [n + settings.max_new_tokens for n in lengths], settings.micro_batch, room
-    ):
-        request = Request(
-            recipe.sparse, thresholds=p[rows], seed=seed, scores=wants_cut,
-            audit=[b for b, row in enumerate(rows) if row % each == audited],
-        )  # fmt: skip
-        answers = policy.generate(
-            [encoded[row // each] for row in rows], features, request, settings.max_new_tokens, u[rows],
-            settings.temperature,
-        )  # fmt: skip
-        assert answers.kept is not None and answers.counts is not None
-        if answers.heldout is not None:
-            heldout.append(answers.heldout)
-        if wants_cut:
-            assert request.record is not None
-            layers = [layer for layer in request.record.layers if layer.cut is not None]
-            logp = efficiency.cut_log_prob(
-                [layer.cut for layer in layers if layer.cut is not None],
-                [layer.keep for layer in layers],
-                low,
-                budgets.high,
-                budgets.per,
-            )
-            # Too short to be pruned: keeping everything was no choice.
-            short = request.record.lengths < recipe.sparse.dense_below
-            cuts[rows] = logp.masked_fill(short, 0.0).cpu()
-        for b, row in enumerate(rows):
-            length = len(encoded[row // each])
-            made[row] = Rollout(
-                thresholds=p[row],
-                tokens=answers.tokens[b],
-                logprobs=answers.logprobs[b],
-                kept=answers.kept[b],
-                prompt_length=length,
-                token_ratio=float(answers.counts[b].double().mean() / length),
-                text=policy.processor.decode(answers.tokens[b]),
-            )
+    audited = range(budgets.count if checked else step % budgets.count, len(p), each)
+    made, cuts, heldout = policy.parallel.apart(
+        lambda: sample(policy, recipe, owners, features, p, u, seed, low, audited), policy=True
+    )
+    groups = [Group(prompt, []) for prompt in prompts]
     greedy: list[Rollout] = []
     for place, group in enumerate(groups):
-        own = [r for r in made[place * each : (place + 1) * each] if r is not None]
+        own = made[place * each : (place + 1) * each]
         right = reward_of(group.prompt, recipe)
         for rollout in own:
             rollout.rewards["correct"] = right(rollout.text, group.prompt.answer)
@@ -168,16 +129,17 @@ def roll_out(
         reference or features,
         seed,
         low,
-        heldout=float(torch.cat(heldout).mean()),
+        heldout=heldout,
     )
-    if wants_cut:
+    if "cut" in efficiency.parse(wanted.method):
         batch.cut_logprobs = [c[: budgets.count] for c in cuts.split(each)]
     if checked:
         known = {} if known is None else known
         names = [fingerprint(prompt, e) for prompt, e in zip(prompts, encoded, strict=True)]
         new = [i for i, name in enumerate(names) if name not in known]
-        answered = dense_right(
-            policy, recipe, [prompts[i] for i in new], [encoded[i] for i in new], batch.reference
+        asked, about = [prompts[i] for i in new], [encoded[i] for i in new]
+        answered = policy.parallel.apart(
+            lambda: dense_right(policy, recipe, asked, about, batch.reference), reference=True
         )
         known |= {names[i]: right for i, right in zip(new, answered, strict=True)}
         dense = [known[name] for name in names]
@@ -195,6 +157,66 @@ def roll_out(
             "sparse": float(np.mean([rollout.rewards["correct"] for rollout in greedy])),
         }
     return batch
+
+
+def sample(
+    policy: Policy,
+    recipe: Recipe,
+    encoded: Sequence[Encoded],
+    features: Features,
+    p: torch.Tensor,
+    uniforms: torch.Tensor,
+    seed: int,
+    low: float,
+    audited: Sequence[int],
+) -> tuple[list[Rollout], torch.Tensor, float]:
+    """One answer to each prompt at its thresholds p `(B, D)`, by its uniforms `(B, T)`; seed: of the probes.
+
+    Returns the rollouts, the log-probabilities `(B,)` of their kept counts (0 unless `cut` is used; low: of the
+    thresholds' range), and the mean mass that the audited rows kept for held-out probes.
+    """
+    settings, budgets = recipe.train, recipe.budgets
+    wants_cut = "cut" in efficiency.parse(recipe.efficiency.method)
+    made: dict[int, Rollout] = {}
+    cuts, masses = torch.zeros(len(p)), []
+    room = most_tokens(policy, recipe, update=False)
+    lengths = [len(e) + settings.max_new_tokens for e in encoded]
+    for rows in by_length(lengths, settings.micro_batch, room):
+        request = Request(
+            recipe.sparse, thresholds=p[rows], seed=seed, scores=wants_cut,
+            audit=[b for b, row in enumerate(rows) if row in audited],
+        )  # fmt: skip
+        answers = policy.generate(
+            [encoded[row] for row in rows], features, request, settings.max_new_tokens, uniforms[rows],
+            settings.temperature,
+        )  # fmt: skip
+        assert answers.kept is not None and answers.counts is not None
+        if answers.heldout is not None:
+            masses.append(answers.heldout)
+        if wants_cut:
+            assert request.record is not None
+            layers = [layer for layer in request.record.layers if layer.cut is not None]
+            logp = efficiency.cut_log_prob(
+                [layer.cut for layer in layers if layer.cut is not None],
+                [layer.keep for layer in layers],
+                low,
+                budgets.high,
+                budgets.per,
+            )
+            # Too short to be pruned: keeping everything was no choice.
+            short = request.record.lengths < recipe.sparse.dense_below
+            cuts[rows] = logp.masked_fill(short, 0.0).cpu()
+        for b, row in enumerate(rows):
+            made[row] = Rollout(
+                thresholds=p[row],
+                tokens=answers.tokens[b],
+                logprobs=answers.logprobs[b],
+                kept=answers.kept[b],
+                prompt_length=len(encoded[row]),
+                token_ratio=float(answers.counts[b].double().mean() / len(encoded[row])),
+                text=policy.processor.decode(answers.tokens[b]),
+            )
+    return [made[row] for row in range(len(p))], cuts, float(torch.cat(masses).mean())
 
 
 def together(batch: Batch, drawn: Sequence[Prompt], places: Sequence[int]) -> Batch:

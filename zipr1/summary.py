@@ -45,7 +45,9 @@ def measure(
         found = policy.parallel.apart(
             lambda: evaluate(
                 policy, recipe, mine, settings, lambda done: bar.update(task, completed=done)
-            )
+            ),
+            policy=True,
+            reference=None in settings,
         )
     return [joined(prompts, ranks.gather(result.plain())) for result in found]
 

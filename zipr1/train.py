@@ -106,7 +106,7 @@ def _run(
     if folder.checkpoint is not None:
         tensors, state = load_state(folder.checkpoint)
         policy.load_weights(folder.checkpoint / "model")
-    policy.spread(recipe.train.parallel)
+    policy.spread(recipe.train)
     named = policy.trainable()
     optimizer = optim.build(named, recipe.optim)
     if tensors is not None:
@@ -182,21 +182,13 @@ def rl_step(
     waiting = iter(mine)  # a bad row may be missing, the others are in order
     places = [next(i for i in waiting if drawn[i] is prompt) for prompt in asked]
     clock.append(time.monotonic())
-    seen = policy.parallel.apart(lambda: pictures.look(encoded))
+    trained = policy.settings.train_vision
+    seen = policy.parallel.apart(lambda: pictures.look(encoded), policy=trained, reference=trained)
     clock.append(time.monotonic())
     # 2. roll out every question at every budget
-    batch = policy.parallel.apart(
-        lambda: roll_out(
-            policy,
-            recipe,
-            asked,
-            encoded,
-            seen.policy,
-            step,
-            seen.reference,
-            state["right"],
-            places,
-        )
+    known = state["right"]
+    batch = roll_out(
+        policy, recipe, asked, encoded, seen.policy, step, seen.reference, known, places
     )
     batch = together(batch, drawn, places)
     stopping.check()

@@ -25,6 +25,11 @@ def check(recipe: Recipe) -> None:
         )
     if recipe.train.parallel == "fsdp":
         _check_sharded(recipe)
+    elif recipe.train.param_dtype is not None:
+        raise InputError(
+            f"train.param_dtype {recipe.train.param_dtype} is what sharded weights are gathered in and train.parallel "
+            "is ddp; use parallel fsdp, or leave param_dtype out"
+        )
     if recipe.train.stage == "rl":
         if recipe.model.path == "scratch":
             raise InputError(

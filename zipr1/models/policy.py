@@ -36,7 +36,7 @@ from zipr1.models.loading import (
 from zipr1.models.processors import Encoded, Processor, Visual
 from zipr1.models.rows import answer_slots, choose, dense_bytes, groups, heldout_mass, padded
 from zipr1.ranks import Parallel, whole_state
-from zipr1.recipe import Model
+from zipr1.recipe import Model, Train
 
 # Placeholders are never sampled: an answer with one would ask for a picture that is not there. Finite, so that
 # a KL over the vocabulary has no inf - inf.
@@ -102,10 +102,11 @@ class Policy:
         if self.adapted is None and self.twin is None:
             self.twin = frozen_copy(self.core)
 
-    def spread(self, kind: str) -> None:
-        """One model over all ranks, `ddp` or `fsdp`; nothing where there is one. After `keep_reference`."""
+    def spread(self, train: Train) -> None:
+        """One model over all ranks, as `train.parallel` says; nothing where there is one. After `keep_reference`."""
         self.parallel.spread(
-            kind,
+            train.parallel,
+            getattr(torch, train.param_dtype) if train.param_dtype else None,
             self.adapted or self.core,
             self.decoder.layers,
             self.twin,
