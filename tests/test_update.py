@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zipr1_kernels import pack_indices, sparse_prefill
 
 from zipr1 import losses, optim
+from zipr1 import update as stepping
 from zipr1.errors import RunError
 from zipr1.models import Request, attention, last, replay_masks, shared_states, sparse_attention
 from zipr1.models.attention import gated_prefill
@@ -446,3 +447,66 @@ def test_the_last_layer_is_finished_where_it_is_read_and_nothing_changes(
     assert gradient.keys() == expected.keys()
     for name, value in gradient.items():
         torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-3)
+
+
+def moved(settings):
+    """A policy that is no longer its reference, and rollouts of it."""
+    policy, batch = roll(settings, tinymodels.mixed())
+    generator = torch.Generator().manual_seed(5)
+    for _, parameter in policy.trainable():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return policy, batch
+
+
+def gradients(settings, policy, batch):
+    optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
+    said = one_update(settings, batch, policy, 1.0, optimizer)
+    return said, {n: p.grad.clone() for n, p in policy.trainable()}
+
+
+def test_some_answers_are_held_to_the_reference_at_p_1():
+    plain = recipe(ppo=Ppo(kl=0.7))
+    policy, batch = moved(plain)
+    _, without = gradients(plain, policy, batch)
+    said, found = gradients(recipe(ppo=Ppo(kl=0.7, dense=0.25)), policy, batch)
+
+    rows = flatten(batch, plain, even(1.0, policy.layers))
+    four = [b for b in range(16) if (b + batch.probe_seed) % 4 == 0]
+    assert len(four) == 4
+    policy.core.zero_grad()
+    each = []
+    for b in four:  # one by one, with plain logits
+        one = ([batch.encoded[rows.prompt[b]]], batch.features, [rows.tokens[b]])
+        new, _ = policy.answer_logits(*one)
+        with torch.no_grad():
+            old, _ = policy.answer_logits(*one, model=policy.twin)
+        each.append(losses.kl_full(new[0], old[0]).mean())
+    (0.7 * sum(each) / 4).backward()
+    assert said["kl_dense"] == pytest.approx(float(sum(each).detach()) / 4, rel=1e-4)
+    assert said["kl_dense"] > 1e-3
+    for name, parameter in policy.trainable():
+        torch.testing.assert_close(
+            found[name] - without[name], parameter.grad, atol=1e-5, rtol=1e-3
+        )
+
+
+def test_micro_batches_and_minibatches_read_the_same_answers_at_p_1(monkeypatch):
+    asked, stock = [], stepping.backward_dense
+    monkeypatch.setattr(
+        stepping, "backward_dense", lambda *a: (asked[-1].append((a[4], a[5])), stock(*a))[1]
+    )
+    grads = []
+    for size in (64, 3):
+        settings = recipe(ppo=Ppo(kl=0.7, dense=0.25))
+        settings = settings.model_copy(
+            update={"train": settings.train.model_copy(update={"micro_batch": size})}
+        )
+        policy, batch = moved(settings)
+        asked.append([])
+        grads.append(gradients(settings, policy, batch)[1])
+    whole, parts = asked
+    assert len(whole) == 1 and whole[0][1] == 1
+    assert sorted(b for rows, _ in parts for b in rows) == sorted(whole[0][0])
+    assert sum(share for _, share in parts) == pytest.approx(1)
+    for name, gradient in grads[0].items():
+        torch.testing.assert_close(gradient, grads[1][name], atol=1e-5, rtol=1e-3)

@@ -192,6 +192,8 @@ class Ppo(Section):
 
     kl_estimator, at each answer token: `full` sums KL(policy || dense) over the vocabulary, `forward` sums
         KL(dense || policy), `jeffreys` is the mean of the two, `k2` half the squared log-ratio of the sampled word.
+    dense: share of the rollouts whose answers are also read at p = 1, where the KL to the dense reference holds the
+        model to what it was: trained without, it forgets how to answer dense. 0: none.
     baseline: `leave_one_out` or `mean` of the group; scale: `none` or the group's `std`.
     """
 
@@ -201,6 +203,7 @@ class Ppo(Section):
     minibatches: Positive = 1
     kl: Rate = 0.5
     kl_estimator: Literal["full", "forward", "jeffreys", "k2"] = "full"
+    dense: Annotated[float, Field(ge=0, le=1)] = 0.0
     baseline: Literal["leave_one_out", "mean"] = "leave_one_out"
     scale: Literal["none", "std"] = "none"
 

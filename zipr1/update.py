@@ -100,6 +100,7 @@ def update(
             # In order, so that rollouts of one prompt meet in a micro-batch and share their reference.
             mini = sorted(part.tolist())
             optimizer.zero_grad()
+            dense = dense_rows(recipe, batch, mini)
             own = [b for b in mini if batch.encoded[rows.prompt[b]] is not None]
             places = by_length([rows.lengths[b] for b in own], recipe.train.micro_batch, room)
             micro = [[own[i] for i in part] for part in places]
@@ -107,6 +108,11 @@ def update(
             for turn in range(passes):
                 chosen = micro[turn] if turn < len(micro) else here[:1]
                 share = len(chosen) / len(mini) if turn < len(micro) else 0.0
+                some = [b for b in chosen if b in dense and share]
+                if some or (dense and policy.parallel.sharded):
+                    part = len(some) / len(dense)
+                    kl = backward_dense(policy, recipe, batch, rows, some or chosen[:1], part)
+                    said["kl_dense"] += kl * part / steps
                 parts = backward(policy, recipe, batch, rows, chosen, share, turn + 1 == passes)
                 for name, value in parts.items() if share else ():
                     if name == "ratio_max":
@@ -118,6 +124,14 @@ def update(
             )
             norms += norm / steps
     return {**totals(said), "grad_norm": norms}
+
+
+def dense_rows(recipe: Recipe, batch: Batch, mini: Sequence[int]) -> set[int]:
+    """Which rows of a minibatch are read at p = 1, too: one in `1 / ppo.dense`, others in each step."""
+    if not recipe.ppo.dense or not recipe.ppo.kl:
+        return set()
+    every = round(1 / recipe.ppo.dense)
+    return {b for b in mini if (b + batch.probe_seed) % every == 0}
 
 
 def totals(said: dict[str, float]) -> dict[str, float]:
@@ -212,6 +226,37 @@ def backward(
     with sparse_attention(policy.core, request), policy.recomputing():
         policy.parallel.backward(work, last)
     return parts
+
+
+def backward_dense(
+    policy: Policy,
+    recipe: Recipe,
+    batch: Batch,
+    rows: Rows,
+    some: Sequence[int],
+    share: float,
+) -> float:
+    """The mean divergence from the reference of some rows, run dense. Its gradient times `ppo.kl` and `share` is added
+    to the parameters'; the ranks' are not yet summed."""
+    encoded = [batch.encoded[rows.prompt[b]] for b in some]
+    tokens = [rows.tokens[b] for b in some]
+    reference = policy.parallel.refer(lambda: look_up(policy, batch, rows, some))
+    said: list[float] = []
+
+    def work() -> torch.Tensor:
+        features = batch.features
+        if policy.settings.train_vision:
+            features = policy.look(encoded)
+        states, mask = policy.answer_states(encoded, features, tokens)
+        padded = pad(tokens, mask.shape[1]).to(policy.device)
+        _, each = token_scores(policy, recipe, states, padded, mask, reference)
+        kl = (each.sum(1) / mask.sum(1)).mean()
+        said.append(float(kl.detach()))
+        return recipe.ppo.kl * kl * share
+
+    with policy.recomputing():
+        policy.parallel.backward(work, last=False)
+    return said[0]
 
 
 @dataclass(frozen=True)
