@@ -112,6 +112,23 @@ def test_sharding_divides_and_memory_grows_with_what_it_should():
     assert few == many
 
 
+def test_sharded_models_are_whole_while_they_load_and_while_they_answer():
+    s, every = shape_of("qwen2.5-vl-7b"), 4
+    counts = plan.parameters(s)
+    total, tower = sum(counts.values()), counts["vision"]
+    train = {"parallel": "fsdp", "micro_batch": 1}
+    plain, mixed = (
+        plan.memory(s, Recipe(train=Train(**train, param_dtype=d)), 500, ranks=64)
+        for d in (None, "bfloat16")
+    )
+    for parts in (plain, mixed):
+        assert parts["loading"] == every * (2 * total - tower) <= parts["peak"]
+        assert parts["optimizer"] == 8 * (total - tower) // 64
+        assert parts["weights"] == every * (total - tower) // 64 + every * tower
+    assert plain["gathered"] == 4 * (total - tower) == 2 * mixed["gathered"]
+    assert plan.memory(s, Recipe(train=Train(**train)), 500)["gathered"] == 0
+
+
 RECIPES = sorted(
     p for p in Path(__file__).parents[1].glob("recipes/*.yaml") if not p.name.startswith("tiny")
 )

@@ -198,6 +198,8 @@ def _table(result: dict[str, Any]) -> Table:
         name = key.replace("_", " ")
         if key == "memory":
             for part, size in value.items():
+                if not size:
+                    continue
                 bold = "[bold]" if part == "peak" else ""
                 label = "peak (estimate)" if part == "peak" else part.replace("_", " ")
                 table.add_row(f"{bold}memory, {label}", f"{bold}{_size(size)}")
