@@ -36,7 +36,7 @@ def write(path: Path, base: Path, **sections: dict[str, Any]) -> Path:
         "sparse": {"probes": {"recent": 3, "random": 6}, "dense_below": 0},
         "budgets": {"low": 0.6, "high": 0.9, "count": 3},
         "optim": {"lr": 1e-3},
-        "ppo": {"minibatches": 2, "kl": 1.0},
+        "ppo": {"minibatches": 2, "kl": 1.0, "dense": 0.34},
         "efficiency": {"target": 0.5, "method": "cut+pathwise"},
         # Three questions for two ranks, and passes of two rows: the ranks have different numbers of them.
         "train": {"steps": 2, "prompts": 3, "max_new_tokens": 4, "micro_batch": 2},
@@ -112,6 +112,39 @@ def test_two_processes_are_one(tmp_path, model, kind):
     same(tmp_path / "one", tmp_path / "two")
     # The first rank alone speaks and writes.
     assert done.stdout.count("everything is in") == 1
+
+
+def test_steps_too_small_for_bfloat16_land_in_the_shards_that_it_is_gathered_from(tmp_path, model):
+    program = """
+import torch
+from zipr1.models import policy
+stock, seen = policy.Policy.head, set()
+def head(self, hidden, model=None):
+    seen.add((hidden.dtype, (model or self.core).lm_head.weight.dtype))
+    return stock(self, hidden, model)
+policy.Policy.head = head
+from zipr1.cli import main
+try:
+    main()
+finally:
+    print("computed in", sorted(map(str, seen)), flush=True)
+"""
+    small = {"optim": {"lr": 1e-6, "weight_decay": 0.0, "schedule": "constant", "warmup": 0.0}}
+    sharded = {"parallel": "fsdp", "param_dtype": "bfloat16"}
+    recipe = write(tmp_path / "r.yaml", model, **small, train=sharded, evaluation=NONE)
+    done = torchrun(str(recipe), "--output", str(tmp_path / "two"), program=program)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "computed in ['(torch.bfloat16, torch.bfloat16)']" in done.stdout
+    before, after = load_file(next(model.glob("*.safetensors"))), weights(tmp_path / "two")
+    large = [k for k in before if float(before[k].abs().median()) > 1e-3 and "visual" not in k]
+    assert large and all(after[k].dtype == before[k].dtype for k in large)
+    for name in large:
+        moved = (after[name] - before[name]).abs()
+        assert 0 < float(moved.max()) < 1e-5
+        # In bfloat16 itself hardly one of the larger weights would have changed.
+        big = before[name].abs() > 1e-2
+        unmoved = after[name][big].bfloat16() == before[name][big].bfloat16()
+        assert len(unmoved) and float(unmoved.float().mean()) > 0.9
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
