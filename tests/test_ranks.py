@@ -9,14 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tinymodels
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from zipr1 import ranks, train
-from zipr1.recipe import load
+from zipr1 import data, ranks, train
+from zipr1.data import video
+from zipr1.recipe import Data, load
 
 NONE = {"before": False, "after": False}
 RED = {"messages": [{"role": "user", "content": "what color is the two?"}], "answer": "red"}
@@ -29,8 +31,9 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-def write(path: Path, base: Path, **sections: dict[str, Any]) -> Path:
+def write(path: Path, base: Path, seed: int = 0, **sections: dict[str, Any]) -> Path:
     values: dict[str, Any] = {
+        "seed": seed,
         "model": {"path": str(base)},
         "data": {"prompts": 16, "heldout_prompts": 3},
         "sparse": {"probes": {"recent": 3, "random": 6}, "dense_below": 0},
@@ -47,15 +50,22 @@ def write(path: Path, base: Path, **sections: dict[str, Any]) -> Path:
     return path
 
 
-def torchrun(*arguments: str, program: str | None = None, wait: int = 150):
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+# multi_gpu is how it starts several processes on one machine, GPUs or not.
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+              "--mixed_precision=no", "--dynamo_backend=no")  # fmt: skip
+
+
+def torchrun(
+    *arguments: str, program: str | None = None, wait: int = 150, launcher: Any = TORCHRUN
+):
     """Two processes; program: run in each of them before zipr1."""
     main = program or "from zipr1.cli import main; main()"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     script = Path(arguments[0]).parent / "main.py"
     script.write_text(main)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
-        [*command, str(script), "train", *arguments, "--device", "cpu"],
+        [sys.executable, "-m", *launcher, str(script), "train", *arguments, "--device", "cpu"],
         env=environment, capture_output=True, text=True, timeout=wait,
     )  # fmt: skip
 
@@ -103,11 +113,13 @@ def alone(recipe: Path, output: Path) -> None:
     train.run(load(recipe), output, "auto", "cpu", ["zipr1"], Console(quiet=True))
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_are_one(tmp_path, model, kind):
+@pytest.mark.parametrize(
+    ("kind", "launcher"), [("ddp", TORCHRUN), ("fsdp", TORCHRUN), ("ddp", ACCELERATE)]
+)
+def test_two_processes_are_one(tmp_path, model, kind, launcher):
     recipe = write(tmp_path / "r.yaml", model, train={"parallel": kind})
     alone(recipe, tmp_path / "one")
-    done = torchrun(str(recipe), "--output", str(tmp_path / "two"))
+    done = torchrun(str(recipe), "--output", str(tmp_path / "two"), launcher=launcher)
     assert done.returncode == 0, done.stderr[-3000:]
     same(tmp_path / "one", tmp_path / "two")
     # The first rank alone speaks and writes.
@@ -149,7 +161,7 @@ finally:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_ranks_with_text_pictures_and_clips_wait_for_nobody(tmp_path, model, kind):
-    """One rank has text alone, the other an image or a clip, and the tower is trained."""
+    """One rank has text alone, the other an image and a clip, and the tower is trained."""
     from PIL import Image
 
     Image.new("RGB", (64, 48), "red").save(tmp_path / "a.png")
@@ -160,13 +172,30 @@ def test_ranks_with_text_pictures_and_clips_wait_for_nobody(tmp_path, model, kin
         "images": ["a.png"],
         "answer": "red",
     }
-    rows = [RED, shown, RED, RED]
+    video.write(tmp_path / "a.mp4", np.full((4, 32, 32, 3), 90, np.uint8), 4.0)
+    moving = {
+        "messages": [
+            {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "where?"}]}
+        ],
+        "videos": ["a.mp4"],
+        "answer": "red",
+    }
+    rows = [RED, shown, RED, moving]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"source": str(tmp_path / "rows.jsonl"), "heldout": str(tmp_path / "rows.jsonl")}
+
+    def shows(seed: int) -> list[int]:
+        """How many media the questions of the first step have, in their order: the ranks take turns."""
+        prompts = data.load(Data(**source), "train", seed)
+        return [len(p.media) for p in data.draw(prompts, seed, 0, 4)]
+
+    seed = next(n for n in range(50) if shows(n) == [0, 1, 0, 1])
     recipe = write(
         tmp_path / "r.yaml",
         model,
+        seed=seed,
         model={"train_vision": True, "gradient_checkpointing": True},
-        data={"source": str(tmp_path / "rows.jsonl"), "heldout": str(tmp_path / "rows.jsonl")},
+        data=source,
         train={"parallel": kind, "prompts": 4, "steps": 1},
     )
     alone(recipe, tmp_path / "one")

@@ -170,8 +170,13 @@ def test_what_sharded_ranks_cannot_do(monkeypatch):
     rows = {"source": "rows.jsonl"}
     check(Recipe(train=sharded, data=rows))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match=r"train\.prompts 3 is no multiple of the 2 ranks"):
-        check(Recipe(train=sharded, data=rows))
+    for data in (rows, {}):  # {}: embedded lessons
+        with pytest.raises(InputError, match=r"train\.prompts 3 is no multiple of the 2 ranks"):
+            check(Recipe(train=sharded, data=data))
+    with pytest.raises(InputError, match=r"train\.prompts 1 leaves some of the 2 ranks without"):
+        check(Recipe(train={"prompts": 1}))
+    with pytest.raises(InputError, match=r"train\.param_dtype bfloat16 .*use parallel fsdp"):
+        check(Recipe(train={"param_dtype": "bfloat16"}))
     sharded["prompts"] = 4
     check(Recipe(train=sharded, data=rows))
     with pytest.raises(InputError, match=r"data\.on_bad_row skip"):

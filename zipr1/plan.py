@@ -165,7 +165,9 @@ def hours(
     one = add(prefill(s, length, 1.0, "none", 0).values()).flops
     work = recipe.train.prompts * vision(s, visual).flops + rows * one
     passes = 1 + 3 + recipe.model.gradient_checkpointing
-    work += update * passes * (1 + recipe.ppo.dense) * recipe.ppo.epochs * one * (length + new) / length
+    work += (
+        update * passes * (1 + recipe.ppo.dense) * recipe.ppo.epochs * one * (length + new) / length
+    )
     batch = min(rows, recipe.train.micro_batch)
     moved = (
         new * math.ceil(rows / batch) * decode(s, length, 1.0, "none", batch).bytes * size / s.size

@@ -215,17 +215,19 @@ def backward(
             parts["cut_clip_fraction"] = float(stats["clip_fraction"])
             parts["cut_ratio_mean"] = float(stats["ratio_mean"])
         parts["loss"], parts["kl"] = float(loss.detach()), float(kl.detach())
-        if (
-            ranks.size() > 1
-            and policy.settings.train_vision
-            and not any(e.visuals for e in encoded)
-        ):
-            loss = loss + policy.blank()
-        return loss * share
+        return with_tower(policy, encoded, loss * share)
 
     with sparse_attention(policy.core, request), policy.recomputing():
         policy.parallel.backward(work, last)
     return parts
+
+
+def with_tower(policy: Policy, encoded: Sequence[Any], loss: torch.Tensor) -> torch.Tensor:
+    """The loss, with a gradient of 0 for a trained tower that these rows do not look through: the other ranks wait."""
+    shown = any(e.visuals for e in encoded)
+    if ranks.size() > 1 and policy.settings.train_vision and not shown:
+        return loss + policy.blank()
+    return loss
 
 
 def backward_dense(
@@ -252,7 +254,7 @@ def backward_dense(
         _, each = token_scores(policy, recipe, states, padded, mask, reference)
         kl = (each.sum(1) / mask.sum(1)).mean()
         said.append(float(kl.detach()))
-        return recipe.ppo.kl * kl * share
+        return with_tower(policy, encoded, recipe.ppo.kl * kl * share)
 
     with policy.recomputing():
         policy.parallel.backward(work, last=False)

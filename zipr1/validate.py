@@ -15,6 +15,11 @@ def check(recipe: Recipe) -> None:
     """What can be known wrong before anything is loaded. Raises InputError."""
     methods = parse(recipe.efficiency.method)
     find(recipe.rewards.correct)
+    if recipe.train.prompts < ranks.size():
+        raise InputError(
+            f"train.prompts {recipe.train.prompts} leaves some of the {ranks.size()} ranks without a question; raise "
+            "it, or start fewer ranks"
+        )
     if recipe.model.lora and recipe.model.train_vision:
         raise InputError(
             "model.lora trains adapters alone; set model.train_vision false, or leave lora out"
@@ -65,7 +70,7 @@ def _check_sharded(recipe: Recipe) -> None:
         )
     if recipe.train.stage == "supervised" and ranks.size() > 1:
         # Passes are where sharded ranks wait for each other, so all must have the same number of rows.
-        if needs_prompts(recipe) and recipe.train.prompts % ranks.size():
+        if recipe.train.prompts % ranks.size():
             raise InputError(
                 f"train.prompts {recipe.train.prompts} is no multiple of the {ranks.size()} ranks, as the supervised "
                 "stage with train.parallel fsdp needs; change it, or use parallel ddp"
