@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from zipr1 import stopping, train
+from zipr1 import loggers, stopping, train
 from zipr1.errors import InputError, RunError
 from zipr1.recipe import load
 
@@ -201,7 +202,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(tmp_path
     recipe = write(tmp_path / "r.yaml", model, evaluation={"before": False})
     program = """
 import resource, signal
-from zipr1 import stopping, train
+from zipr1 import loggers, stopping, train
 save = train.save
 def full(folder, policy, optimizer, named, state, step):
     if step == 2:
@@ -336,14 +337,52 @@ def test_a_run_can_be_the_model_of_another(tmp_path, model):
         assert before["token_ratio"] == pytest.approx(after["token_ratio"], abs=2e-3)
 
 
-def test_tensorboard_is_said_to_be_missing_before_the_first_step(tmp_path, model, monkeypatch):
+def test_a_place_for_metrics_that_is_missing_is_said_before_anything_is_loaded(
+    tmp_path, model, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    recipe = write(
-        tmp_path / "r.yaml", model, log={"to": ["tensorboard"]}, evaluation={"before": False}
-    )
+    monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("loaded"))
+    recipe = write(tmp_path / "r.yaml", model, log={"to": ["tensorboard"]})
     with pytest.raises(InputError, match=r"zipr1\[tensorboard\]"):
         start(recipe, tmp_path / "run")
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    with pytest.raises(InputError, match=r"zipr1\[tensorboard\]"):
+        train.dry_run(load(recipe), "cpu", QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_place_for_metrics_opens_before_the_first_measurement(tmp_path, model, monkeypatch):
+    def refuse(*_):
+        raise InputError("no key")
+
+    monkeypatch.setitem(loggers.WRITERS, "tensorboard", refuse)
+    monkeypatch.setattr(train, "measure_before", lambda *_: pytest.fail("measured"))
+    recipe = write(tmp_path / "r.yaml", model, log={"to": ["tensorboard"]})
+    with pytest.raises(InputError, match="no key"):
+        start(recipe, tmp_path / "run")
+
+
+def test_tensorboard_holds_the_numbers_of_metrics_jsonl_and_those_of_a_resumed_run_once(
+    tmp_path, model
+):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe, out = write(tmp_path / "r.yaml", model, log={"to": ["tensorboard"]}), tmp_path / "run"
+    start(recipe, out)
+    # Killed after its third step, with a checkpoint of the first two: one step is done again.
+    shutil.rmtree(out / "checkpoints" / "step-000003")
+    (out / "last").unlink()
+    time.sleep(1.1)  # files of events are ordered by their second
+    start(recipe, out)
+    assert len(list((out / "tensorboard").iterdir())) == 2
+    shown = EventAccumulator(str(out / "tensorboard"))
+    shown.Reload()
+    rows = [dict(loggers.flat(row)) for row in steps(out)]
+    assert len(rows) == 3 and {"loss", "lr", "token_ratio"} <= set(rows[0])
+    for name in set().union(*rows) - {"step"}:
+        found = [(event.step, event.value) for event in shown.Scalars(name)]
+        wanted = [(i, row[name]) for i, row in enumerate(rows) if name in row]
+        assert found == [(i, pytest.approx(value, rel=1e-6)) for i, value in wanted]
+    assert {"seconds/rollout", "seconds/update"} <= set(shown.Tags()["scalars"])
 
 
 def test_best_goes_to_the_mean_that_was_worth_most(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zipr1 import ranks
+from zipr1 import loggers, ranks
 from zipr1.efficiency import parse
 from zipr1.errors import InputError
 from zipr1.recipe import Recipe
@@ -15,6 +15,7 @@ def check(recipe: Recipe) -> None:
     """What can be known wrong before anything is loaded. Raises InputError."""
     methods = parse(recipe.efficiency.method)
     find(recipe.rewards.correct)
+    loggers.check(recipe)
     if recipe.model.lora and recipe.model.train_vision:
         raise InputError(
             "model.lora trains adapters alone; set model.train_vision false, or leave lora out"
