@@ -16,6 +16,7 @@ import tinymodels
 import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file
 
 from zipr1 import loggers, stopping, train
 from zipr1.errors import InputError, RunError
@@ -195,6 +196,37 @@ def test_a_signal_in_the_middle_of_a_step_saves_a_true_state(tmp_path, model, mo
     assert (tmp_path / "run" / "last").resolve().name == f"step-{done:06d}"
     start(recipe, tmp_path / "run")
     assert steps(tmp_path / "run") == steps(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_is_refused_for_whole_models(tmp_path, model, dtype):
+    recipe = write(tmp_path / "r.yaml", model, model={"dtype": dtype}, optim={"lr": 2e-6})
+    match = rf"{dtype} cannot be trained in full.*optim\.lr 2e-06 .*use float32 or auto, or .*lora"
+    with pytest.raises(InputError, match=match):
+        start(recipe, tmp_path / "run")
+    with pytest.raises(InputError, match=match):
+        train.dry_run(load(recipe), "cpu", QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_of_adapters_land_though_the_base_is_bfloat16(tmp_path, model):
+    """A third step of AdamW at 1e-6 moves every weight by about that: in bfloat16 it would round to nothing."""
+    settings = {"dtype": "bfloat16", "lora": {"rank": 4, "alpha": 8}}
+    recipe = write(
+        tmp_path / "r.yaml", model, model=settings,
+        optim={"lr": 1e-6, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0},
+        train={"save_total_limit": 3}, evaluation={"before": False, "after": False},
+    )  # fmt: skip
+    start(recipe, tmp_path / "run")
+    two, three = (
+        load_file(tmp_path / "run" / f"checkpoints/step-{step:06d}/model/adapter/adapter_model.safetensors")
+        for step in (2, 3)
+    )
+    moved = torch.cat([(three[name] - two[name]).abs().flatten() for name in two])
+    assert {value.dtype for value in three.values()} == {torch.float32}
+    assert (moved > 0).float().mean() > 0.9 and 2e-7 < moved.median() < 2e-6
+    halves = [torch.equal(three[n].bfloat16(), two[n].bfloat16()) for n in two if "lora_A" in n]
+    assert sum(halves) > 0.5 * len(halves)
 
 
 def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(tmp_path, model):

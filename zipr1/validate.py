@@ -20,9 +20,10 @@ def check(recipe: Recipe) -> None:
         raise InputError(
             "model.lora trains adapters alone; set model.train_vision false, or leave lora out"
         )
-    if recipe.model.dtype == "float16" and recipe.model.lora is None:
+    if recipe.model.dtype in ("bfloat16", "float16") and recipe.model.lora is None:
         raise InputError(
-            "model.dtype float16 cannot be trained in full; use float32, bfloat16, or model.lora"
+            f"model.dtype {recipe.model.dtype} cannot be trained in full: steps as small as optim.lr "
+            f"{recipe.optim.lr:g} get lost in rounding; use float32 or auto, or train adapters with model.lora={{}}"
         )
     if recipe.train.parallel == "fsdp":
         _check_sharded(recipe)
