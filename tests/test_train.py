@@ -234,7 +234,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(tmp_path
     recipe = write(tmp_path / "r.yaml", model, evaluation={"before": False})
     program = """
 import resource, signal
-from zipr1 import loggers, stopping, train
+from zipr1 import stopping, train
 save = train.save
 def full(folder, policy, optimizer, named, state, step):
     if step == 2:
