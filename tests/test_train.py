@@ -219,7 +219,11 @@ def test_steps_of_adapters_land_though_the_base_is_bfloat16(tmp_path, model):
     )  # fmt: skip
     start(recipe, tmp_path / "run")
     two, three = (
-        load_file(tmp_path / "run" / f"checkpoints/step-{step:06d}/model/adapter/adapter_model.safetensors")
+        load_file(
+            tmp_path
+            / "run"
+            / f"checkpoints/step-{step:06d}/model/adapter/adapter_model.safetensors"
+        )
         for step in (2, 3)
     )
     moved = torch.cat([(three[name] - two[name]).abs().flatten() for name in two])

@@ -220,7 +220,9 @@ def _table(result: dict[str, Any]) -> Table:
             parts = (f"{k.replace('_', ' ')} {v:,}" for k, v in value.items())
             table.add_row(name, ", ".join(parts))
         elif key == "a100_hours":
-            table.add_row("hours on one A100", f"{value:,.0f} (estimate), on eight {value / 8:,.0f}")
+            table.add_row(
+                "hours on one A100", f"{value:,.0f} (estimate), on eight {value / 8:,.0f}"
+            )
         elif key == "not_checked":
             continue
         elif isinstance(value, float):
