@@ -54,7 +54,9 @@ def dry_run(recipe: Recipe, device: str | None, console: Console) -> dict[str, A
     console.print(_table(result))
     if unchecked:
         line = f"not checked here: {'; '.join(unchecked)}"
-        console.print(line, soft_wrap=True, highlight=False, markup=False, style="yellow")
+        # One line for a file or a pipe; whole words in a terminal.
+        wrap = not console.is_terminal
+        console.print(line, soft_wrap=wrap, highlight=False, markup=False, style="yellow")
     return result
 
 
@@ -136,7 +138,7 @@ def _tried(
     for prompt, sample in list(zip(samples, encoded, strict=True))[:2]:
         _show(policy, prompt, sample, console)
     for line in effective(encoded, policy):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=not console.is_terminal, highlight=False)
     if lessons:
         encoded = [lesson.encoded for lesson in supervised.lesson(policy, recipe, 0, -1)]
     tokens, visual = _lengths(pictures, prompts, encoded)
@@ -223,6 +225,8 @@ def _table(result: dict[str, Any]) -> Table:
             table.add_row(
                 "hours on one A100", f"{value:,.0f} (estimate), on eight {value / 8:,.0f}"
             )
+        elif key == "recipe_sha256":
+            table.add_row("recipe sha256", value[:16])
         elif key == "not_checked":
             continue
         elif isinstance(value, float):
