@@ -222,9 +222,8 @@ def _table(result: dict[str, Any]) -> Table:
             parts = (f"{k.replace('_', ' ')} {v:,}" for k, v in value.items())
             table.add_row(name, ", ".join(parts))
         elif key == "a100_hours":
-            table.add_row(
-                "hours on one A100", f"{value:,.0f} (estimate), on eight {value / 8:,.0f}"
-            )
+            one, eight = (f"{v:,.0f}" if v >= 10 else f"{v:.1f}" for v in (value, value / 8))
+            table.add_row("hours on one A100", f"{one} (estimate), on eight {eight}")
         elif key == "recipe_sha256":
             table.add_row("recipe sha256", value[:16])
         elif key == "not_checked":
