@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from zipr1 import machine
 from zipr1.checkpoint import (
     RunDir,
     is_complete,
@@ -262,3 +263,24 @@ def test_run_json_says_what_ran(root):
     assert kept["hardware"]["memory_bytes"] > 2**28
     assert (kept["seed"], kept["command"]) == (4, ["zipr1", "train"])
     assert kept["git"] is None or len(kept["git"]["commit"]) == 40
+
+
+def test_the_commit_is_that_of_our_checkout_and_no_other(tmp_path, monkeypatch):
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path / "clone"), *who, *arguments], check=True)
+
+    code = tmp_path / "clone" / "zipr1" / "__init__.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("one = 1\n")
+    monkeypatch.setattr(machine.zipr1, "__file__", str(code))
+    assert machine.git_commit() is None  # a folder without git
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "someone's project")
+    assert machine.git_commit() is None  # installed inside of a repository that does not hold it
+    git("add", ".")
+    git("commit", "-q", "-m", "ours")
+    clean = machine.git_commit()
+    assert clean is not None and len(clean["commit"]) == 40 and not clean["changed"]
+    code.write_text("one = 2\n")
+    assert machine.git_commit() == {**clean, "changed": True}

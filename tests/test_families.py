@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -202,6 +204,49 @@ def test_it_trains_and_what_it_leaves_loads(tmp_path, family):
     again = load_policy(Model(path=str(tmp_path / "run")), "cpu")
     assert again.core.config.model_type == family
     assert again.processor.settings == shared(family).processor.settings
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_dry_run_plans_it(tmp_path, family, lora):
+    """Every part of the memory, counted by hand from the sizes in TEXT: KV of 4 rows, gradients, two moments."""
+    picture(tmp_path / "a.png")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "which?", "image": "a.png", "answer": "red"}\n')
+    values = {
+        "model": {
+            "path": str(folder(family, tmp_path / "base")),
+            "lora": {"rank": 2, "alpha": 4} if lora else None,
+            "gradient_checkpointing": True,
+        },
+        "data": {"source": str(rows), "heldout": str(rows)},
+        "sparse": {"dense_below": 0},
+        "budgets": {"count": 2},
+        "train": {"steps": 1, "prompts": 2, "max_new_tokens": 3},
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        console = Console(record=True, width=80, file=open(os.devnull, "w"))  # noqa: SIM115
+        result = train.dry_run(validate(values), "cpu", console)
+    text = console.export_text()
+    assert "memory, peak (estimate)" in text and "not_checked" not in result
+    assert ("pixels (one tile)" in text) == (family != "qwen3_vl")
+    core = shared(family).core
+    total = sum(p.numel() for p in core.parameters())
+    # Two of rank 2 for each of q (64, 64), k and v (64, 32), o (64, 64), gate, up and down (64, 96), in 3 layers.
+    own = 3 * 2 * (2 * 128 + 2 * 96 + 3 * 160) if lora else result["trainable"]
+    parts = result["memory"]
+    assert result["parameters"] == total and result["trainable"] == own
+    if not lora:
+        tower = sum(p.numel() for p in shared(family).tower())
+        assert own == total - tower and parts["reference"] == 4 * own
+    assert parts["weights"] == 4 * (total + own * lora)
+    assert (parts["gradients"], parts["optimizer"]) == (4 * own, 8 * own)
+    # Keys and values of 2 heads of 16 numbers in 3 layers: 2 questions, 2 rollouts and a greedy answer each.
+    assert result["rollout_rows"] + result["greedy_rows"] == 6
+    assert parts["kv_cache"] == 3 * 2 * 2 * 16 * 6 * (result["prompt_tokens"]["max"] + 3) * 4
+    fixed = sum(parts[k] for k in ("weights", "reference", "gradients", "optimizer"))
+    assert parts["peak"] >= fixed + parts["activations"] + parts["logits"]
 
 
 def picture(path: Path) -> None:

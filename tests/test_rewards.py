@@ -33,6 +33,15 @@ CASES = {
         ("seven", "<answer>seven</answer>"): 1,
         ("<think>seven</think> eight", "seven"): 0,
         ("<answer></answer>", "seven"): 0,
+        ("12 %", "12%"): 1,
+        ("१२", "12"): 0,
+        ("नमस्त", "नमस्ते"): 0,  # a vowel sign is part of its word
+        ("café", "cafe\u0301"): 1,
+        ("１２ ％", "12%"): 1,
+        ("   ", "seven"): 0,
+        ("<answer>seven</answer> <answer>", "seven"): 1,  # cut after a tag
+        (r"\boxed{\mathbf{\text{seven}}}", "seven"): 1,
+        ("<think>it is seven", "it is seven"): 0,  # cut while thinking
     },
     "choice": {
         ("B", "B"): 1,
@@ -56,6 +65,34 @@ CASES = {
         ("**B**", "B"): 1,
         ("E", "<answer>E</answer>"): 1,
         ("AB", "A"): 0,
+        ("The answer is (B).", "B"): 1,
+        ("B) because A is wrong", "B"): 1,
+        ("The correct answer is: **C**", "C"): 1,
+        (r"So the answer is $\textbf{(B)}$", "B"): 1,
+        (r"\(B\)", "B"): 1,
+        ("\uff22", "B"): 1,  # a wide letter
+        ("答案：（B）", "B"): 1,
+        ("B\n\nExplanation: A is too small.", "B"): 1,
+        ("The answer is B. Option A is wrong.", "B"): 1,
+        ("Option A is wrong, so the answer is B", "B"): 1,
+        ("option B is wrong; option C is right", "C"): 0,  # which of two is not said by "option"
+        ("I choose B because A is wrong", "B"): 1,
+        ("The answer could be A, but the answer is B.", "B"): 1,
+        ("The answer is A or B", "A"): 0,  # hedging does not pay
+        ("A, B", "A"): 0,
+        ("(A)(B)", "A"): 0,
+        ("B, a dog", "B"): 1,
+        ("The answer is not A, it is B", "B"): 1,
+        ("It isn't B", "B"): 0,
+        ("A dog is in the picture", "A"): 0,  # the article
+        ("The answer is a cat", "A"): 0,
+        ("the answer is (a)", "A"): 1,
+        ("the answer is a.", "A"): 1,
+        ("A is right", "A"): 1,
+        ("It's B!", "B"): 1,
+        ('"B"', "B"): 1,
+        ("The answer is B and I am sure", "B"): 1,
+        ("  ", "A"): 0,
     },
     "number": {
         ("12", "12"): 1,
@@ -83,6 +120,36 @@ CASES = {
         ("1e400", "1"): 0,
         (".5", "0.5"): 1,
         ("2e5 or e7", "7"): 1,  # e7 has no mantissa: it is a letter and a 7
+        ("The answer is 12.", "12"): 1,
+        ("1,234.50", "1234.5"): 1,
+        ("12 %", "0.12"): 1,
+        ("12%", "12"): 1,  # asked in percent, or not
+        ("12", "12%"): 1,
+        ("12 percent.", "12"): 1,
+        ("12%", "1200"): 0,
+        ("12", "0.12"): 0,
+        ("12% of 50", "5000"): 0,
+        ("–3", "-3"): 1,
+        ("The answer is 3/4.", "0.75"): 1,
+        ("x = -3/4", "-0.75"): 1,
+        ("1 1/2", "1.5"): 1,
+        ("½", "0.5"): 1,
+        ("1½", "1.5"): 1,
+        ("3/4/2020", "2020"): 1,  # a date
+        ("1/2 = 0.5", "0.5"): 1,
+        (r"\boxed{-\frac12}", "-0.5"): 1,
+        (r"\boxed{1{,}234}", "1234"): 1,
+        (r"\boxed{2 \times 10^{-3}}", "0.002"): 1,
+        ("2×10³", "2000"): 1,
+        ("10^3", "1000"): 1,
+        ("5 m^2", "5"): 1,
+        ("5 m²", "5"): 1,
+        ("1\u202f234", "1234"): 1,
+        ("１２", "12"): 1,
+        (r"\boxed{\sqrt{2}}", "2"): 0,  # a root is not its number
+        (r"\sqrt{4} = 2", "2"): 1,
+        ("   ", "0"): 0,
+        ("<think>so it is 8", "8"): 0,
     },
     "relaxed": {  # 5 % of the right value, ends included
         ("105", "100"): 1,
@@ -96,6 +163,7 @@ CASES = {
         ("No", "Yes"): 0,
         ("2019", "Group 2018"): 0,  # words with a number in them are no number
         ("Group 2018", "group 2018"): 1,
+        ("12%", "12"): 0,  # as ChartQA counts
     },
     "regression": {
         ("100", "100"): 1,
@@ -108,6 +176,9 @@ CASES = {
         ("none", "100"): 0,
         ("1e400", "100"): 0,
         ("<answer>50</answer> of 100", "100"): 0.5,
+        ("12%", "12"): 1,
+        ("3/4", "1"): 0.75,
+        ("  ", "1"): 0,
     },
     "ocr": {
         ("the quick brown fox", "the quick brown fox"): 1,
@@ -123,6 +194,10 @@ CASES = {
         ("出口在左", "出口在右"): 0.75,  # a word a character
         ("ＥＸＩＴ", "exit"): 1,
         ("<answer>stop</answer>", "STOP"): 1,
+        ("   ", "fox"): 0,
+        ("नमस्त", "नमस्ते"): 0,
+        ("नमस्ते दुनिया", "नमस्ते"): 0,  # one word too many for one
+        ("stop.", "STOP"): 1,
     },
     "rouge": {
         ("a cat sat", "a cat sat"): 1,
@@ -139,6 +214,8 @@ CASES = {
         ("", "a cat"): 0,
         ("a cat", ""): 0,
         ("<think>dog</think><answer>a cat</answer>", "a cat"): 1,
+        ("   ", "a cat"): 0,
+        ("नमस्त", "नमस्ते"): 0,
     },
     "anls": {
         ("Hello World", "hello  world"): 1,
@@ -150,6 +227,10 @@ CASES = {
         ("", ""): 0,
         ("", "a"): 0,
         (r"\boxed{hello}", "hello"): 1,
+        ("１２", "12"): 1,
+        ("café", "cafe\u0301"): 1,
+        (" ", "x"): 0,
+        ("yes.", "yes"): pytest.approx(0.75),
     },
 }
 

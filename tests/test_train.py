@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import tinymodels
 import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file
 
-from zipr1 import stopping, train
+from zipr1 import loggers, stopping, train
 from zipr1.errors import InputError, RunError
 from zipr1.recipe import load
 
@@ -196,6 +198,41 @@ def test_a_signal_in_the_middle_of_a_step_saves_a_true_state(tmp_path, model, mo
     assert steps(tmp_path / "run") == steps(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_is_refused_for_whole_models(tmp_path, model, dtype):
+    recipe = write(tmp_path / "r.yaml", model, model={"dtype": dtype}, optim={"lr": 2e-6})
+    match = rf"{dtype} cannot be trained in full.*optim\.lr 2e-06 .*use float32 or auto, or .*lora"
+    with pytest.raises(InputError, match=match):
+        start(recipe, tmp_path / "run")
+    with pytest.raises(InputError, match=match):
+        train.dry_run(load(recipe), "cpu", QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_of_adapters_land_though_the_base_is_bfloat16(tmp_path, model):
+    """A third step of AdamW at 1e-6 moves every weight by about that: in bfloat16 it would round to nothing."""
+    settings = {"dtype": "bfloat16", "lora": {"rank": 4, "alpha": 8}}
+    recipe = write(
+        tmp_path / "r.yaml", model, model=settings,
+        optim={"lr": 1e-6, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0},
+        train={"save_total_limit": 3}, evaluation={"before": False, "after": False},
+    )  # fmt: skip
+    start(recipe, tmp_path / "run")
+    two, three = (
+        load_file(
+            tmp_path
+            / "run"
+            / f"checkpoints/step-{step:06d}/model/adapter/adapter_model.safetensors"
+        )
+        for step in (2, 3)
+    )
+    moved = torch.cat([(three[name] - two[name]).abs().flatten() for name in two])
+    assert {value.dtype for value in three.values()} == {torch.float32}
+    assert (moved > 0).float().mean() > 0.9 and 2e-7 < moved.median() < 2e-6
+    halves = [torch.equal(three[n].bfloat16(), two[n].bfloat16()) for n in two if "lora_A" in n]
+    assert sum(halves) > 0.5 * len(halves)
+
+
 def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(tmp_path, model):
     """A limit on the size of files stands for the disk: the write fails in the middle of the weights."""
     recipe = write(tmp_path / "r.yaml", model, evaluation={"before": False})
@@ -336,14 +373,52 @@ def test_a_run_can_be_the_model_of_another(tmp_path, model):
         assert before["token_ratio"] == pytest.approx(after["token_ratio"], abs=2e-3)
 
 
-def test_tensorboard_is_said_to_be_missing_before_the_first_step(tmp_path, model, monkeypatch):
+def test_a_place_for_metrics_that_is_missing_is_said_before_anything_is_loaded(
+    tmp_path, model, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    recipe = write(
-        tmp_path / "r.yaml", model, log={"to": ["tensorboard"]}, evaluation={"before": False}
-    )
+    monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("loaded"))
+    recipe = write(tmp_path / "r.yaml", model, log={"to": ["tensorboard"]})
     with pytest.raises(InputError, match=r"zipr1\[tensorboard\]"):
         start(recipe, tmp_path / "run")
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    with pytest.raises(InputError, match=r"zipr1\[tensorboard\]"):
+        train.dry_run(load(recipe), "cpu", QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_place_for_metrics_opens_before_the_first_measurement(tmp_path, model, monkeypatch):
+    def refuse(*_):
+        raise InputError("no key")
+
+    monkeypatch.setitem(loggers.WRITERS, "tensorboard", refuse)
+    monkeypatch.setattr(train, "measure_before", lambda *_: pytest.fail("measured"))
+    recipe = write(tmp_path / "r.yaml", model, log={"to": ["tensorboard"]})
+    with pytest.raises(InputError, match="no key"):
+        start(recipe, tmp_path / "run")
+
+
+def test_tensorboard_holds_the_numbers_of_metrics_jsonl_and_those_of_a_resumed_run_once(
+    tmp_path, model
+):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe, out = write(tmp_path / "r.yaml", model, log={"to": ["tensorboard"]}), tmp_path / "run"
+    start(recipe, out)
+    # Killed after its third step, with a checkpoint of the first two: one step is done again.
+    shutil.rmtree(out / "checkpoints" / "step-000003")
+    (out / "last").unlink()
+    time.sleep(1.1)  # files of events are ordered by their second
+    start(recipe, out)
+    assert len(list((out / "tensorboard").iterdir())) == 2
+    shown = EventAccumulator(str(out / "tensorboard"))
+    shown.Reload()
+    rows = [dict(loggers.flat(row)) for row in steps(out)]
+    assert len(rows) == 3 and {"loss", "lr", "token_ratio"} <= set(rows[0])
+    for name in set().union(*rows) - {"step"}:
+        found = [(event.step, event.value) for event in shown.Scalars(name)]
+        wanted = [(i, row[name]) for i, row in enumerate(rows) if name in row]
+        assert found == [(i, pytest.approx(value, rel=1e-6)) for i, value in wanted]
+    assert {"seconds/rollout", "seconds/update"} <= set(shown.Tags()["scalars"])
 
 
 def test_best_goes_to_the_mean_that_was_worth_most(tmp_path):

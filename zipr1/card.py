@@ -41,7 +41,8 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Qwen2-VL or Qwen2.5-VL model. size: bytes of a number."""
+    """Sizes of a Qwen2-VL or Qwen2.5-VL model. size: bytes of a number. counted: parameters by part, of a loaded model
+    of another family (plan.py), which cannot be had from the sizes."""
 
     name: str
     hidden: int
@@ -63,6 +64,7 @@ class Shape:
     frames: int
     tied: bool = False
     size: int = 2
+    counted: Mapping[str, int] | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any], name: str = "model") -> Shape:

@@ -42,8 +42,8 @@ def dry_run(recipe: Recipe, device: str | None, console: Console) -> dict[str, A
     policy = _policy(recipe, device, unchecked)
     shape = plan.bundled_shape(recipe.model.path)
     if policy is not None:
-        shape = _shape(policy, unchecked)
-    if policy is not None and prompts is not None:
+        shape = _shape(policy)
+    if policy is not None and shape is not None and prompts is not None:
         result = _tried(recipe, shape, policy, *prompts, console)
     elif shape is not None:
         result = _counted(recipe, shape, prompts)
@@ -54,7 +54,9 @@ def dry_run(recipe: Recipe, device: str | None, console: Console) -> dict[str, A
     console.print(_table(result))
     if unchecked:
         line = f"not checked here: {'; '.join(unchecked)}"
-        console.print(line, soft_wrap=True, highlight=False, markup=False, style="yellow")
+        # One line for a file or a pipe; whole words in a terminal.
+        wrap = not console.is_terminal
+        console.print(line, soft_wrap=wrap, highlight=False, markup=False, style="yellow")
     return result
 
 
@@ -87,13 +89,19 @@ def _policy(recipe: Recipe, device: str | None, unchecked: list[str]) -> Policy 
     return load_policy(recipe.model, device, recipe.seed)
 
 
-def _shape(policy: Policy, unchecked: list[str]) -> Shape | None:
-    """Sizes to count with; None, and a note, for a family that is not counted."""
-    try:
-        return Shape.of(policy.core.config.to_dict(), policy.name)
-    except InputError as error:
-        unchecked.append(f"memory ({error})")
-        return None
+def _shape(policy: Policy) -> Shape:
+    """Sizes to count with, and parameters as they are without adapters."""
+    own = [(n, p) for n, p in policy.core.named_parameters() if "lora_" not in n]
+    total, vision = sum(p.numel() for _, p in own), sum(p.numel() for p in policy.tower())
+    ends = (policy.core.get_input_embeddings(), policy.core.get_output_embeddings())
+    embeddings = sum(p.numel() for p in {id(m.weight): m.weight for m in ends}.values())
+    parts = {
+        "vision": vision,
+        "decoder": total - vision - embeddings,
+        "embeddings": embeddings,
+    }
+    merge = policy.processor.settings.merge
+    return plan.loaded_shape(policy.core.config.to_dict(), policy.name, merge, parts)
 
 
 def _counted(
@@ -115,7 +123,7 @@ def _counted(
 
 def _tried(
     recipe: Recipe,
-    shape: Shape | None,
+    shape: Shape,
     policy: Policy,
     prompts: list[Prompt],
     questions: list[Prompt],
@@ -130,7 +138,7 @@ def _tried(
     for prompt, sample in list(zip(samples, encoded, strict=True))[:2]:
         _show(policy, prompt, sample, console)
     for line in effective(encoded, policy):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=not console.is_terminal, highlight=False)
     if lessons:
         encoded = [lesson.encoded for lesson in supervised.lesson(policy, recipe, 0, -1)]
     tokens, visual = _lengths(pictures, prompts, encoded)
@@ -144,9 +152,7 @@ def _tried(
         "stage": recipe.train.stage,
         "steps": recipe.train.steps,
     }
-    if shape is not None:
-        result |= plan.outline(shape, recipe, int(tokens.max()), size)
-    result["parameters"] = sum(p.numel() for p in policy.core.parameters())
+    result |= plan.outline(shape, recipe, int(tokens.max()), size)
     result["trainable"] = sum(p.numel() for _, p in policy.trainable())
     if recipe.train.stage == "rl":
         policy.keep_reference()
@@ -197,25 +203,29 @@ def _table(result: dict[str, Any]) -> Table:
     for key, value in result.items():
         name = key.replace("_", " ")
         if key == "memory":
+            shards = "peak_of_8_ranks" in value
             for part, size in value.items():
-                if not size:
-                    continue
-                bold = "[bold]" if part == "peak" else ""
-                label = "peak (estimate)" if part == "peak" else part.replace("_", " ")
-                table.add_row(f"{bold}memory, {label}", f"{bold}{_size(size)}")
+                if size:
+                    bold = "[bold]" if part.startswith("peak") else ""
+                    table.add_row(f"{bold}memory, {_part(part, shards)}", f"{bold}{_size(size)}")
         elif key == "checkpoints":
-            table.add_row(name, f"{value['written']} of {_size(value['bytes'])}")
+            each = f"{value['written']} of {_size(value['bytes'])}"
+            table.add_row(name, f"{each}, at most {value['kept']} kept")
         elif key == "sampled":
             for sample in value:
+                said = dict.fromkeys(_line(text, 60) for text in sample["texts"])
                 table.add_row(
                     "sampled",
-                    escape(f"{sample['question']} -> {', '.join(dict.fromkeys(sample['texts']))}"),
+                    escape(f"{_line(sample['question'], 200)} -> {', '.join(said)}"),
                 )
         elif isinstance(value, dict):
             parts = (f"{k.replace('_', ' ')} {v:,}" for k, v in value.items())
             table.add_row(name, ", ".join(parts))
         elif key == "a100_hours":
-            table.add_row("hours on one A100 (estimate)", f"{value:,.0f}")
+            one, eight = (f"{v:,.0f}" if v >= 10 else f"{v:.1f}" for v in (value, value / 8))
+            table.add_row("hours on one A100", f"{one} (estimate), on eight {eight}")
+        elif key == "recipe_sha256":
+            table.add_row("recipe sha256", value[:16])
         elif key == "not_checked":
             continue
         elif isinstance(value, float):
@@ -223,6 +233,21 @@ def _table(result: dict[str, Any]) -> Table:
         elif value is not None:
             table.add_row(name, f"{value:,}" if isinstance(value, int) else escape(str(value)))
     return table
+
+
+def _part(name: str, shards: bool) -> str:
+    """What a part of the memory is called. shards: its parts are divided among ranks."""
+    if name == "peak":
+        return f"peak{' on one GPU' if shards else ''} (estimate)"
+    if name.startswith("peak_of_"):
+        return f"peak on each of {name.split('_')[2]}"
+    return name.replace("_", " ")
+
+
+def _line(text: str, most: int) -> str:
+    """A text on one line, what is over `most` characters left out."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _size(size: int) -> str:

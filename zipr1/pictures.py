@@ -206,9 +206,10 @@ def effective(encoded: Sequence[Encoded], policy: Policy) -> list[str]:
         seen = [v for e in encoded for v in e.visuals if v.kind == kind]
         if not seen:
             continue
+        most = "one tile" if settings.tile else f"at most {settings.of(kind).max_pixels:,}"
         parts = [
             f"{_between([v.grid[1] * settings.patch for v in seen])} x "
-            f"{_between([v.grid[2] * settings.patch for v in seen])} pixels (at most {settings.of(kind).max_pixels:,})"
+            f"{_between([v.grid[2] * settings.patch for v in seen])} pixels ({most})"
         ]
         if kind == "video":
             rates = [settings.temporal / v.seconds for v in seen if v.seconds]

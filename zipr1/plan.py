@@ -8,6 +8,7 @@ CUDA context, about 1 GiB. tests/test_plan.py holds it against the measured peak
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from zipr1.card import Shape, add, bundled, decode, prefill, shape_of, vision
@@ -26,6 +27,8 @@ BANDWIDTH, REACHED = 2.0e12, 0.16
 
 def parameters(s: Shape) -> dict[str, int]:
     """Numbers of parameters: `vision` (with its merger), `decoder`, `embeddings` (in, and out unless tied)."""
+    if s.counted is not None:
+        return dict(s.counted)
     h, m, wide = s.vision_hidden, int(s.vision_mlp), s.merge**2 * s.vision_hidden
     norm = h if s.vision_gated else 2 * h  # RMSNorm has no bias
     attention = 4 * h * h + 4 * h
@@ -143,8 +146,10 @@ def checkpoints(s: Shape, recipe: Recipe, size: int | None = None) -> dict[str, 
     lora = recipe.model.lora is not None
     learning = trained(s, recipe) * (4 if lora else size)
     saved = learning if lora else sum(parameters(s).values()) * size
+    written = math.ceil(steps / every) if every else 1
     return {
-        "written": math.ceil(steps / every) if every else 1,
+        "written": written,
+        "kept": min(written, recipe.train.save_total_limit + 1),  # the best one besides
         "bytes": saved + 2 * learning,
     }
 
@@ -174,6 +179,38 @@ def hours(
     )
     seconds = work / (RATES[size] * REACHED) + moved / (BANDWIDTH / 2)
     return recipe.train.steps * seconds / ranks / 3600
+
+
+def loaded_shape(
+    config: Mapping[str, Any], name: str, merge: int, counted: Mapping[str, int]
+) -> Shape:
+    """Sizes of a loaded model of any family, for `memory` and `checkpoints`. config: as config.json has it. merge:
+    patches on a side of a visual token. counted: parameters of `vision`, `decoder` and `embeddings`."""
+    if config["model_type"] in ("qwen2_vl", "qwen2_5_vl"):
+        return Shape.of(config, name)
+    text, seen = config["text_config"], config["vision_config"]
+    heads, patch = text["num_attention_heads"], seen["patch_size"]
+    return Shape(
+        name=name,
+        hidden=text["hidden_size"],
+        layers=text["num_hidden_layers"],
+        q_heads=heads,
+        heads=text.get("num_key_value_heads") or heads,
+        dim=text.get("head_dim") or text["hidden_size"] // heads,
+        mlp=text["intermediate_size"],
+        vocab=text["vocab_size"],
+        limit=text["max_position_embeddings"],
+        vision_depth=seen.get("depth") or seen["num_hidden_layers"],
+        vision_hidden=seen["hidden_size"],
+        vision_mlp=seen["intermediate_size"],
+        vision_gated=False,
+        full_blocks=seen.get("depth") or seen["num_hidden_layers"],
+        window=0,
+        patch=patch if isinstance(patch, int) else patch[0],
+        merge=merge,
+        frames=seen.get("temporal_patch_size", 1),
+        counted=counted,
+    )
 
 
 def bundled_shape(path: str) -> Shape | None:

@@ -40,6 +40,8 @@ class Lora(Section):
 class Model(Section):
     """path: `tiny`, a run directory, a model folder, a hub id; `scratch` builds `config` with random weights.
 
+    dtype: of the weights; `auto` is bfloat16 under adapters on a GPU, else float32. Adapters are float32 always, and
+        whole models are trained in float32 alone.
     min_pixels, max_pixels: bounds of a picture after resizing; max_frame_pixels: of a clip's frame (None: max_pixels).
     """
 

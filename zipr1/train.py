@@ -6,6 +6,7 @@ unbroken one. The mathematics lives in update.py, losses.py, efficiency.py and a
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import time
@@ -56,9 +57,9 @@ def run(
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(recipe.seed)
     policy = load_policy(recipe.model, ranks.device(device), recipe.seed)
-    with ranks.joined(policy.device):
+    with ranks.joined(policy.device), contextlib.ExitStack() as opened:
         try:
-            return _run(policy, recipe, output, resume, command, console)
+            return _run(policy, recipe, output, resume, command, console, opened)
         finally:
             stopping.release()
             gc.unfreeze()
@@ -71,6 +72,7 @@ def _run(
     resume: str,
     command: Sequence[str],
     console: Console,
+    opened: contextlib.ExitStack,
 ) -> dict[str, Any]:
     # 1. the questions, and a folder for the run
     prompts = data.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
@@ -90,6 +92,7 @@ def _run(
     folder.writes = ranks.is_first()
     for line in [f"run: {folder.root}", *effective(first, policy)]:
         console.print(line, soft_wrap=True, highlight=False)
+    writer = opened.enter_context(board(recipe, folder.root, folder.start_step))
     # 2. the reference and how it answers; then the weights to go on from, on all devices
     if recipe.train.stage == "rl":
         policy.keep_reference()
@@ -116,10 +119,7 @@ def _run(
     gc.collect()
     gc.freeze()
     done, true = folder.start_step, copy.deepcopy(state)
-    with (
-        Progress(console, recipe.train.steps, start=folder.start_step) as progress,
-        board(recipe, folder.root) as writer,
-    ):
+    with Progress(console, recipe.train.steps, start=folder.start_step) as progress:
         try:
             if recipe.train.stage == "rl" and done < recipe.train.steps:
                 rehearse(policy, recipe, pictures, prompts)

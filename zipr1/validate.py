@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zipr1 import ranks
+from zipr1 import loggers, ranks
 from zipr1.efficiency import parse
 from zipr1.errors import InputError
 from zipr1.recipe import Recipe
@@ -20,13 +20,15 @@ def check(recipe: Recipe) -> None:
             f"train.prompts {recipe.train.prompts} leaves some of the {ranks.size()} ranks without a question; raise "
             "it, or start fewer ranks"
         )
+    loggers.check(recipe)
     if recipe.model.lora and recipe.model.train_vision:
         raise InputError(
             "model.lora trains adapters alone; set model.train_vision false, or leave lora out"
         )
-    if recipe.model.dtype == "float16" and recipe.model.lora is None:
+    if recipe.model.dtype in ("bfloat16", "float16") and recipe.model.lora is None:
         raise InputError(
-            "model.dtype float16 cannot be trained in full; use float32, bfloat16, or model.lora"
+            f"model.dtype {recipe.model.dtype} cannot be trained in full: steps as small as optim.lr "
+            f"{recipe.optim.lr:g} get lost in rounding; use float32 or auto, or train adapters with model.lora={{}}"
         )
     if recipe.train.parallel == "fsdp":
         _check_sharded(recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from zipr1.data import identity, load, rows, video
 from zipr1.data.formats import FORMATS, VIDEO_R1, detect
 from zipr1.data.media import load_media
+from zipr1.episode import Media
 from zipr1.errors import InputError, Missing
 from zipr1.recipe import Data, Recipe, Rewards
 from zipr1.rollout import reward_of
@@ -137,6 +139,23 @@ KNOWN = {
         "4",
         ["a.png"],
     ),
+    "verl, media as Qwen's tools write them": (
+        {
+            "prompt": [{"role": "user", "content": "<image><video>Who?"}],
+            "images": [{"image": "a.png"}],
+            "videos": [{"type": "video", "video": "clips/c.mp4", "fps": 2.0}],
+            "reward_model": {"ground_truth": "4"},
+        },
+        [("user", ["image", "video", "Who?"])],
+        "4",
+        ["a.png", "c.mp4"],
+    ),
+    "ms-swift, one picture without a list": (
+        {"messages": TURN, "images": "a.png", "solution": "x"},
+        [("user", ["image", "Who?"])],
+        "x",
+        ["a.png"],
+    ),
     "EasyR1": (
         {"images": ["a.png"], "problem": "<image>Find x.", "answer": "4"},
         [("user", ["image", "Find x."])],
@@ -159,6 +178,15 @@ def test_rows_of_other_tools(folder, case):
     assert shape(prompt) == messages
     assert (prompt.answer, names(prompt)) == (answer, media)
     assert prompt.row == "rows.jsonl: row 1"
+
+
+def test_a_picture_inside_of_the_row(folder):
+    inline = base64.b64encode((folder / "a.png").read_bytes()).decode()
+    (prompt,) = read(
+        folder, {"messages": TURN, "images": [f"data:image/png;base64,{inline}"], "solution": "x"}
+    )
+    pixels, _ = load_media(prompt.media[0], 1)
+    assert (pixels == load_media(Media("image", folder / "a.png"), 1)[0]).all()
 
 
 def test_every_format_is_tried():

@@ -120,6 +120,13 @@ def test_media_root_is_used(folder, tmp_path_factory):
         rows.load(path, Data())
 
 
+def test_a_home_folder_is_found(folder, monkeypatch):
+    _write(folder, [GOOD])
+    monkeypatch.setenv("HOME", str(folder))
+    (p,) = rows.load("~/rows.jsonl", Data(media_root="~"))
+    assert p.media[0].source == folder / "a.png"
+
+
 BAD = {
     "not json": ('{"question": ', "not JSON"),
     "no object": ([1], "list"),
@@ -145,7 +152,22 @@ BAD = {
     "text": ({**GOOD, "image": "rows.jsonl"}, "not an image"),
     "url": ({**GOOD, "image": "https://x.org/a.png"}, "URL"),
     "no path": ({**GOOD, "image": 3}, "image 3"),
-    "images text": ({"question": "q", "images": "a.png", "answer": "x"}, "`images` is str"),
+    "no base64": ({**GOOD, "image": "data:image/png;base64,@"}, "image data:.* not base64"),
+    "cut base64": ({**GOOD, "image": "data:image/png;base64,iVBORw0KGgo="}, "image in the row"),
+    "bare base64": ({**GOOD, "image": "iVBOR" * 1000}, r"image iVBOR.* 5,000 characters; .* path"),
+    "empty cell": ('{"question": "q", "answer": NaN}', "answer is empty"),
+    "audio": ({"question": "<audio>?", "audios": ["a.wav"], "answer": "x"}, "audio is not handled"),
+    "boxes": (
+        {
+            "messages": [
+                {"role": "user", "content": "<image>where is <ref-object>?"},
+                {"role": "assistant", "content": "<bbox>"},
+            ],
+            "images": ["a.png"],
+            "objects": {"ref": ["cat"], "bbox": [[1, 2, 3, 4]]},
+        },
+        "`objects` with <bbox>",
+    ),
     "twice": ({**GOOD, "images": ["a.png"]}, "both `images` and `image`"),
     "video": ({"question": "q", "video": "gone.mp4", "answer": "x"}, "no such video file"),
     "empty video": ({"question": "q", "video": "empty.mp4", "answer": "x"}, r"empty \(0 bytes\)"),

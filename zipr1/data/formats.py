@@ -14,6 +14,7 @@ mllm_demo.json, verl's RLHFDataset and data preparation (docs), EasyR1's example
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -116,6 +117,11 @@ def sharegpt(row: Row) -> Row:
 def plain(row: Row) -> Row:
     """TRL (`prompt`, `image` or `images`, `solution`), ms-swift (`messages`, `images`, `solution`; `query` and
     `response`), EasyR1 (`problem`, `images`, `answer`) and our own: these differ in names alone."""
+    # ms-swift writes boxes and names of its grounding rows into the text; left as they are, they would be the answer.
+    if row.get("objects") and re.search("<bbox>|<ref-object>", repr(row)):
+        raise InputError(
+            "`objects` with <bbox> or <ref-object> in the text is not handled; write boxes and names out as text"
+        )
     return row
 
 
@@ -131,6 +137,8 @@ FORMATS = (
 def detect(row: Row) -> Format:
     """The format of a row by its columns. Raises InputError where none fits, naming the columns."""
     has = {name for name, value in row.items() if value is not None}
+    if row.get("audios") or row.get("audio"):
+        raise InputError("audio is not handled; allowed media: images and videos")
     for known in FORMATS:
         if all(c in has if isinstance(c, str) else has & set(c) for c in known.columns):
             return known

@@ -54,7 +54,7 @@ def read(source: str, data: Data) -> tuple[str, Path, Rows]:
         ends = [int(end) if end else None for end in match.groups()[1:]]
         name, folder, rows = read(match[1], data)
         return name, folder, iter(list(rows)[slice(*ends)])
-    path, split = _place(source)
+    path, split = _place(str(Path(source).expanduser()) if source.startswith("~") else source)
     if path.suffix.lower() in READERS and not path.is_dir():
         if not path.is_file():
             raise Missing(f"{path}: no such data file; check data.source and data.heldout")

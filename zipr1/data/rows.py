@@ -6,6 +6,7 @@ placeholders and answers in the order of the rows, then every picture and clip o
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import logging
 import re
@@ -29,13 +30,15 @@ log = logging.getLogger("zipr1")
 
 ROLES = ("system", "user", "assistant")
 _PLACEHOLDER = re.compile(r"<(image|video)>")
+_INLINE = re.compile(r"data:image/[\w.+-]+;base64,")
+LONGEST = 1024  # characters of a path
 Size = tuple[int, int, int, float]
 
 
 def load(source: str | Path, data: Data) -> list[Prompt]:
     """All rows of a source, in its order. A bad row stops with its number, or is counted (`data.on_bad_row`)."""
     name, folder, rows = read(str(source), data)
-    root = Path(data.media_root) if data.media_root else folder
+    root = Path(data.media_root).expanduser() if data.media_root else folder
     stem = Path(name).stem
     made: list[Prompt] = []
     bad: list[tuple[int, str]] = []
@@ -150,7 +153,7 @@ def _answers(row: dict[str, Any], said: str | None) -> list[str]:
                     raise InputError(
                         f"{name} is {type(value).__name__}; allowed: text, a number or a list of them"
                     )
-                if not str(value).strip():
+                if not str(value).strip() or value != value:  # NaN: an empty cell of a table
                     raise InputError(f"{name} is empty; write the right answer")
             return list(dict.fromkeys(str(value).strip() for value in values))
     if said is not None:
@@ -169,11 +172,7 @@ def _listed(row: dict[str, Any], kind: str) -> list[Any]:
     if not given:
         return []
     value = row[given[0]]
-    if given[0] == kind and not isinstance(value, list):
-        return [value]
-    if not isinstance(value, list):
-        raise InputError(f"`{given[0]}` is {type(value).__name__}; allowed: a list of paths")
-    return list(value)
+    return list(value) if isinstance(value, list) else [value]  # one may stand without a list
 
 
 def _messages(
@@ -277,13 +276,22 @@ def _media(kind: str, value: Any, root: Path) -> Media:
     if isinstance(value, dict) and value.get("bytes"):
         value = value["bytes"]  # how Hugging Face datasets store pictures in parquet
     elif isinstance(value, dict):
-        value = value.get("path")
+        value = value.get("path") or value.get(kind)  # the latter in verl
+    if kind == "image" and isinstance(value, str) and (match := _INLINE.match(value)):
+        try:
+            return Media("image", base64.b64decode(value[match.end() :], validate=True))
+        except ValueError as error:
+            raise InputError(f"{kind} {value:.40}...: not base64 ({error}); give a path") from error
     if kind == "image" and (isinstance(value, bytes) or hasattr(value, "read")):
         return Media("image", value)
     if not isinstance(value, str) or not value:
         raise InputError(f"{kind} {value!r:.60}; allowed: the path of a file")
     if re.match(r"(https?|s3|gs)://", value):
         raise InputError(f"{kind} {value:.80}: a URL; only local files are read; download it first")
+    if len(value) > LONGEST:
+        raise InputError(
+            f"{kind} {value:.40}...: {len(value):,} characters; give the path of a file"
+        )
     return Media("image" if kind == "image" else "video", root / value.removeprefix("file://"))
 
 

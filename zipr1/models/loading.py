@@ -9,6 +9,7 @@ import copy
 import importlib.resources
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -200,15 +201,16 @@ def add_lora(model: Any, lora: Lora) -> Any:
     """Adapters on the language model's projections; everything else frozen."""
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=LORA_TARGETS,
-        ),
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=LORA_TARGETS,
     )
+    with warnings.catch_warnings():
+        # peft asks transformers by an older name.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return get_peft_model(model, settings)
 
 
 def frozen_copy(model: Any) -> Any:

@@ -6,23 +6,21 @@ Both rest on the edit distance of Levenshtein, over words or over characters.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 
+from zipr1.rewards.exact import MARKS, plain
 from zipr1.rewards.final import final
 
 # Scripts written without spaces count a word a character: Chinese and Japanese, Thai, Lao, Khmer, Burmese.
-_TOKEN = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
-    r"|[^\W_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
-)
+_DENSE = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_TOKEN = re.compile(rf"[{_DENSE}]|[^\W_{_DENSE}](?:[^\W_{_DENSE}]|[{MARKS}])*")
 # Answers less alike than this are simply wrong (Biten et al., 2019, "Scene Text Visual Question Answering").
 ALIKE = 0.5
 
 
 def tokens(text: str) -> list[str]:
     """Lower-case runs of letters and digits, in order."""
-    return _TOKEN.findall(unicodedata.normalize("NFKC", text).casefold())
+    return _TOKEN.findall(plain(text))
 
 
 def edits(a: Sequence[str], b: Sequence[str]) -> int:
@@ -52,7 +50,7 @@ def ocr(said: str, wanted: str) -> float:
 def anls(said: str, wanted: str) -> float:
     """Average normalised Levenshtein similarity of one answer: 1 - edits / the longer length, in characters, and 0
     where that is below one half. Case and runs of spaces do not count."""
-    heard, right = (" ".join(final(text).casefold().split()) for text in (said, wanted))
+    heard, right = (" ".join(plain(final(text)).split()) for text in (said, wanted))
     longer = max(len(heard), len(right))
     if not longer or abs(len(heard) - len(right)) > (1 - ALIKE) * longer:
         return 0.0

@@ -6,23 +6,28 @@ import re
 
 _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.IGNORECASE | re.DOTALL)
 _THOUGHT = re.compile(r"\A.*</think>", re.IGNORECASE | re.DOTALL)
+_UNFINISHED = re.compile(r"<think>.*\Z", re.IGNORECASE | re.DOTALL)
 _BOXES = (r"\boxed{", r"\fbox{")
 # What LaTeX wraps around words: \text{cat}, \mathrm{cat}, \textbf{cat}.
 _WRAPPED = re.compile(r"\\(?:text\w*|math\w+)\s*\{([^{}]*)\}")
 
 
 def final(text: str) -> str:
-    """The answer proper, stripped: in tags, then in a box inside of them; the whole text where there is neither.
+    """The answer proper, stripped: in tags (the last that hold something), then in a box inside of them; the whole text
+    where there is neither.
 
-    A tag that was never closed (the answer was cut at its longest) counts up to the end; so does a box.
+    A tag that was never closed (the answer was cut at its longest) counts up to the end; so does a box. Thinking that
+    was never closed is no answer.
     """
     if found := _TAGGED.findall(text):
-        text = found[-1]
+        text = next((inside for inside in reversed(found) if inside.strip()), "")
     else:
-        text = _THOUGHT.sub("", text)
+        text = _UNFINISHED.sub("", _THOUGHT.sub("", text))
     inside = boxed(text)
     if inside is not None:
-        text = _WRAPPED.sub(r"\1", inside)
+        text = inside
+        while (plainer := _WRAPPED.sub(r"\1", text)) != text:
+            text = plainer
     return text.strip().strip("$").strip()
 
 
