@@ -110,9 +110,9 @@ def update(
                 share = len(chosen) / len(mini) if turn < len(micro) else 0.0
                 some = [b for b in chosen if b in dense and share]
                 if some or (dense and policy.parallel.sharded):
-                    part = len(some) / len(dense)
-                    kl = backward_dense(policy, recipe, batch, rows, some or chosen[:1], part)
-                    said["kl_dense"] += kl * part / steps
+                    asked = len(some) / len(dense)
+                    kl = backward_dense(policy, recipe, batch, rows, some or chosen[:1], asked)
+                    said["kl_dense"] += kl * asked / steps
                 parts = backward(policy, recipe, batch, rows, chosen, share, turn + 1 == passes)
                 for name, value in parts.items() if share else ():
                     if name == "ratio_max":
