@@ -197,12 +197,16 @@ def _training(source: Source) -> str:
 
 
 def _limits(source: Source) -> str:
+    dense = source.recipe.ppo.dense
+    care = "trained to answer sparse alone, it may answer worse dense"
+    if dense:
+        care = f"in training {dense:.1%} of them were held to the base there"
     lines = [
         "* Measured on held-out questions of the kinds it was trained on, by the run; other kinds may lose more.",
         "* Sparsity is of the prompt. A pruned cache cannot be un-pruned: for several turns about one picture use "
         '`kv="retain"`, or send the conversation again.',
         "* Whatever does not know zipr1 runs it dense and saves nothing. The run did not measure the model's own dense "
-        "answers (the dense column is the untouched base); trained to answer sparse, it may answer worse dense.",
+        f"answers (the dense column is the untouched base); {care}.",
     ]
     for task, block in (source.summary.get("by_task") or {}).items():
         lost = -(block.get("difference") or 0.0)
