@@ -1,6 +1,6 @@
 """RL steps side by side with TRL's GRPOTrainer: the same model, pictures, questions, group size and answer length.
 
-    python kernels/bench/trl_step.py [--model tiny | 3b | RUN] [--questions 8] [--rounds 3]
+    python kernels/bench/trl_step.py [--model tiny | 3b | 3b-quarter | RUN] [--questions 8] [--rounds 3]
 
 TRL lives in an environment of its own, made on the first call (`--venv`) with the pins of constraints.txt. The two
 take turns, `--rounds` times, each in a fresh process with the same number of threads; the first step of a process is
@@ -12,7 +12,8 @@ our step goes: the model's forward and backward passes, the optimizer, and the r
 --model tiny: the embedded model, whose answers end after a token or two. RUN: `tiny` after a run of recipes/tiny.yaml.
 Both prune as that recipe says. 3b: random weights with the proportions of Qwen2.5-VL-3B at an eighth of its width and
 about a quarter of its depth, tower included, and pictures of 256 tokens; its answers run to the last token, and it
-prunes as a recipe does that says nothing.
+prunes as a recipe does that says nothing. 3b-quarter: the same with `skip: layer` and thresholds at which it keeps
+about a quarter of its tokens, as a trained model would.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def workload(folder: Path, kind: str) -> None:
     from zipr1.recipe import Model, load
 
     kept: dict[str, Any] = {"sparse": {"dense_below": 0}, "budgets": {}}
-    if kind == "3b":
+    if kind == "3b-quarter":
+        kept = {"sparse": {"dense_below": 0, "skip": "layer"}, "budgets": {"low": 0.2, "high": 0.3}}
+    if kind.startswith("3b"):
         config = load(ROOT / "recipes" / "tiny_base.yaml").model.config
         assert config is not None
         parts = {"text": {**config["text"], **TEXT}, "vision": {**config["vision"], **VISION}}
@@ -80,7 +83,7 @@ def workload(folder: Path, kind: str) -> None:
     rows = []
     for i, prompt in enumerate(digits.prompts("train", "digits", 128, 1, seed=0)):
         picture = Image.fromarray(np.asarray(prompt.media[0].source))
-        if kind == "3b":
+        if kind.startswith("3b"):
             picture = picture.resize((SIDE, SIDE))
         picture.save(folder / f"{i}.png")
         text = next(p["text"] for p in prompt.messages[-1]["content"] if p["type"] == "text")
@@ -252,7 +255,7 @@ def spread(values: list[float]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--model", default="tiny", metavar="tiny|3b|RUN")
+    parser.add_argument("--model", default="tiny", metavar="tiny|3b|3b-quarter|RUN")
     parser.add_argument("--questions", type=int, default=8, help="in a step")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
