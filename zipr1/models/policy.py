@@ -366,10 +366,11 @@ class Policy:
         )
 
     def weights(self) -> dict[str, torch.Tensor] | None:
-        """Whole weights on the CPU, where each rank holds a part; all ranks must ask. None: the model has them."""
+        """Whole weights on the CPU of the first rank, where each holds a part; all ranks must ask. None: the model has
+        them."""
         if not self.parallel.sharded:
             return None
-        return whole_state(self.adapted or self.core)
+        return whole_state((self.adapted or self.core).state_dict(keep_vars=True))
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """A model folder in Hugging Face format (adapters stay beside the base they were trained on).
