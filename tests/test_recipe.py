@@ -163,22 +163,13 @@ def test_a_target_needs_a_method_that_presses_and_emphasis_needs_greedy_answers(
         check(Recipe(efficiency=Efficiency(max_accuracy_drop=None), data=Data(emphasis=9.0)))
 
 
-def test_what_sharded_ranks_cannot_do(monkeypatch):
-    sharded = {"stage": "supervised", "parallel": "fsdp", "prompts": 3}
+def test_what_several_ranks_cannot_do(monkeypatch):
     with pytest.raises(InputError, match=r"optim\.name muon works on whole matrices"):
-        check(Recipe(train=sharded, optim={"name": "muon"}))
-    rows = {"source": "rows.jsonl"}
-    check(Recipe(train=sharded, data=rows))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for data in (rows, {}):  # {}: embedded lessons
-        with pytest.raises(InputError, match=r"train\.prompts 3 is no multiple of the 2 ranks"):
-            check(Recipe(train=sharded, data=data))
-    with pytest.raises(InputError, match=r"train\.prompts 1 leaves some of the 2 ranks without"):
-        check(Recipe(train={"prompts": 1}))
+        check(Recipe(train={"parallel": "fsdp"}, optim={"name": "muon"}))
     with pytest.raises(InputError, match=r"train\.param_dtype bfloat16 .*use parallel fsdp"):
         check(Recipe(train={"param_dtype": "bfloat16"}))
-    sharded["prompts"] = 4
-    check(Recipe(train=sharded, data=rows))
-    with pytest.raises(InputError, match=r"data\.on_bad_row skip"):
-        check(Recipe(train=sharded, data={**rows, "on_bad_row": "skip"}))
-    check(Recipe(train={**sharded, "parallel": "ddp", "prompts": 3}, data=rows))
+    check(Recipe(train={"prompts": 3}))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(InputError, match=r"train\.prompts 3 leaves some of 4 ranks without"):
+        check(Recipe(train={"prompts": 3}))
+    check(Recipe(train={"stage": "supervised", "prompts": 3}))

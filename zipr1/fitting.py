@@ -31,8 +31,12 @@ def rehearse(policy: Policy, recipe: Recipe, pictures: Pictures, prompts: Sequen
     few = prompts[:: max(1, len(prompts) // LOOKED)]
     most = -(-recipe.train.micro_batch // recipe.budgets.count)
     count = min(most, recipe.train.prompts, len(few))
-    longest = sorted(few, key=lambda p: length(p, policy, recipe), reverse=True)[:count]
-    asked, encoded = pictures.usable(longest)
+    longest = sorted(few, key=lambda p: length(p, policy, recipe), reverse=True)
+    asked: list[Prompt] = []
+    while not asked:  # rows that may be skipped are only known to be bad once they are read
+        tried, longest = longest[:count], longest[count:]
+        asked, encoded = pictures.usable(tried, least=int(not longest))
+
     trained = policy.settings.train_vision
     seen = policy.parallel.apart(lambda: pictures.look(encoded), policy=trained, reference=trained)
     batch = roll_out(policy, recipe, asked, encoded, seen.policy, 0, seen.reference)

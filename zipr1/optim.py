@@ -112,12 +112,15 @@ def clipped_step(
 def state_tensors(
     optimizer: Optimizers, named: Sequence[tuple[str, torch.nn.Parameter]]
 ) -> dict[str, torch.Tensor]:
-    """Moments and step counts by parameter name, to be saved as safetensors."""
-    return {
-        f"{name}/{key}": ranks.whole(torch.as_tensor(value))
-        for name, parameter in named
-        for key, value in optimizer.state_of(parameter).items()
-    }
+    """Moments and step counts by parameter name, to be saved as safetensors; of several ranks the first has them. All
+    ranks must ask."""
+    return ranks.whole_state(
+        {
+            f"{name}/{key}": torch.as_tensor(value)
+            for name, parameter in named
+            for key, value in optimizer.state_of(parameter).items()
+        }
+    )
 
 
 def restore(

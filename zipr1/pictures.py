@@ -129,9 +129,11 @@ class Pictures:
             )
         return length, sum(v.tokens for v in visuals)
 
-    def usable(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Encoded]]:
+    def usable(
+        self, prompts: Sequence[Prompt], least: int = 1
+    ) -> tuple[list[Prompt], list[Encoded]]:
         """Prompts that can be decoded and tokenised, with what came of it. A bad one is an InputError, or with
-        `data.on_bad_row: skip` left out with a warning. Raises InputError if none is left."""
+        `data.on_bad_row: skip` left out with a warning. Raises InputError if fewer than `least` (0 or 1) are left."""
         if self.data.on_bad_row == "error":
             return list(prompts), self.encode(prompts)
         good: list[Prompt] = []
@@ -143,7 +145,7 @@ class Pictures:
                 good.append(prompt)
             except InputError as error:
                 log.warning("skipped %s: %s", prompt.id, error)
-        if not good:
+        if len(good) < least:
             raise InputError(
                 f"all of {len(prompts)} rows are bad, the first is {prompts[0].id}; mend the data"
             )

@@ -1,8 +1,8 @@
-"""Several processes of one run, one for each device, as `torchrun` starts them.
+"""Several processes of one run, one for each device, as `torchrun` or `accelerate launch` starts them.
 
 Every rank reads the same recipe and prompts and keeps the same state; the questions of a step are dealt out whole, so
 a group is never split. Gradients are joined by PyTorch's DistributedDataParallel or its fully_shard (FSDP2); nothing
-of that is written here. A rank that dies ends the run: torchrun stops the others and names it.
+of that is written here. A rank that dies ends the run: the launcher stops the others and names it.
 
 With FSDP2 the policy's weights are whole while it answers, and then the reference's: those parts need no communication,
 and cannot hang when one rank has less to do. Only the update runs in step, and there every rank makes the same number
@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -24,9 +25,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from zipr1.errors import InputError, ZipError
+from zipr1 import stopping
+from zipr1.errors import InputError, RunError, ZipError
 
 T = TypeVar("T")
+
+# Seconds that a rank waits before it leaves because another one is gone. The launcher looks every tenth of one and
+# blames the first it misses, so the dead rank must be found before this one is.
+GRACE = 1.0
 
 
 def size() -> int:
@@ -43,26 +49,72 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def check_launcher(parallel: str) -> None:
+    """Whether accelerate started what the user asked it for; its own settings are not read. parallel: the recipe's
+    `train.parallel`. Raises InputError."""
+    told = os.environ
+    # Without a GPU and without --multi_gpu it starts one process, with an address for the others but no number.
+    if "ACCELERATE_MIXED_PRECISION" in told and "MASTER_ADDR" in told and "WORLD_SIZE" not in told:
+        raise InputError(
+            "accelerate was asked for several processes and started one; add --multi_gpu, which is right on CPUs too, "
+            "or use torchrun"
+        )
+    if size() > 1 and told.get("ACCELERATE_USE_FSDP") == "true" and parallel != "fsdp":
+        raise InputError(
+            f"accelerate was started with --use_fsdp and train.parallel is {parallel}; add train.parallel=fsdp, or "
+            "start it with --multi_gpu"
+        )
+    if told.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise InputError(
+            "accelerate was started with --use_deepspeed; start it with --multi_gpu, and set train.parallel=fsdp to "
+            "cut up the weights"
+        )
+
+
 def device(asked: str | None) -> str | None:
-    """The device of this rank: `cuda` becomes `cuda:LOCAL_RANK`. Raises InputError for one device asked of all."""
+    """The device of this rank: `cuda` becomes `cuda:LOCAL_RANK`. Raises InputError for one device asked of all, and
+    for a rank without one."""
     if size() == 1 or asked == "cpu" or not torch.cuda.is_available():
         return asked
     if asked not in (None, "cuda"):
         raise InputError(f"--device {asked}: each of {size()} ranks takes its own; leave it out")
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    own, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if own >= there:
+        raise InputError(
+            f"process {own + 1} of this machine has no GPU of its own, there are {there}; start {there}, or use "
+            "--device cpu"
+        )
+    return f"cuda:{own}"
 
 
 @contextlib.contextmanager
 def joined(where: torch.device) -> Iterator[None]:
-    """Inside, the ranks can talk. where: this rank's device."""
+    """Inside, the ranks can talk. where: this rank's device. Raises InputError if they do not meet, and RunError if
+    one of them is gone."""
     if size() == 1:
         yield
         return
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"WORLD_SIZE is {size()} and the processes do not meet ({reason}); start them with torchrun, or unset "
+            "WORLD_SIZE"
+        ) from None
     try:
         yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        stopping.hold()  # the launcher's signal, which comes now, would be told as the reason
+        time.sleep(GRACE)
+        raise RunError(
+            "another rank is gone, the launcher names it below (Root Cause); saved checkpoints are complete, the same "
+            "command with --output goes on"
+        ) from None
     finally:
         # After an error the others may be gone: torchrun ends them, and there is nobody to say goodbye to.
         if dist.is_initialized():
@@ -100,20 +152,36 @@ def deal(count: int) -> list[int]:
     return list(range(rank(), count, size()))
 
 
+def evened(dealt: Sequence[Sequence[int]]) -> list[list[int]]:
+    """What each rank has, after those with most gave to those with none. All ranks do it alike, without a word.
+    Raises InputError where there is less than one thing for each."""
+    out = [list(own) for own in dealt]
+    if sum(map(len, out)) < len(out):
+        raise InputError(
+            f"only {sum(map(len, out))} of the step's questions can be used and each of {len(out)} ranks needs one; "
+            "mend the data, or raise train.prompts"
+        )
+    for poor in out:
+        if not poor:
+            poor.append(max(out, key=len).pop())
+    return out
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A shard's whole tensor; any other as it is. All ranks must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict in whole tensors on the CPU. All ranks must ask."""
+def whole_state(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU, by name, on the rank that writes files; nothing on the others. All ranks must ask."""
     # One at a time, so that no device ever holds the whole model; tied weights stay one tensor.
-    found: dict[int, torch.Tensor] = {}
-    named = model.state_dict(keep_vars=True)
-    for value in named.values():
+    found: dict[int, torch.Tensor | None] = {}
+    for value in tensors.values():
         if id(value) not in found:
-            found[id(value)] = whole(value.detach()).cpu()
-    return {name: found[id(value)] for name, value in named.items()}
+            full = whole(value.detach())
+            found[id(value)] = full.cpu() if is_first() else None
+    out = {name: found[id(value)] for name, value in tensors.items()}
+    return {name: value for name, value in out.items() if value is not None}
 
 
 def like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:

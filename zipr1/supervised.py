@@ -98,18 +98,22 @@ def rows(policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], step: int) -
 
 
 def backward(policy: Policy, batch: Sequence[Lesson]) -> tuple[float, float]:
-    """The gradient of the mean cross-entropy over the answer tokens of all ranks, added to the parameters'; the mean,
-    and the share of tokens predicted right. batch: this rank's part."""
-    count = sum(ranks.gather(sum(answer_tokens(policy, lesson) for lesson in batch)))
+    """The gradient of the mean cross-entropy over the answer tokens of the step, summed over ranks and added to the
+    parameters'; the mean, and the share of tokens predicted right. batch: the whole step's, the same on all ranks."""
+    count = sum(answer_tokens(policy, lesson) for lesson in batch)
+    # A rank without a row of its own takes one that does not count: passes are where sharded ranks wait for each other.
+    own = [batch[i] for i in ranks.deal(len(batch))]
+    share = float(bool(own))
+    own = own or list(batch[:1])
     said = [0.0, 0.0]
 
     def work() -> torch.Tensor:
-        total, right, _ = loss(policy, batch)
-        said[:] = [float(total.detach() / count), right / count]
-        seen = any(lesson.encoded.visuals for lesson in batch)
+        total, right, _ = loss(policy, own, split=len(batch) >= 2 * ranks.size())
+        said[:] = [share * float(total.detach() / count), share * right / count]
+        seen = any(lesson.encoded.visuals for lesson in own)
         if ranks.size() > 1 and policy.settings.train_vision and not seen:
             total = total + policy.blank()
-        return total / count
+        return total * share / count
 
     policy.parallel.backward(work, last=True)
     parts = ranks.gather(said)
@@ -120,13 +124,16 @@ def answer_tokens(policy: Policy, lesson: Lesson) -> int:
     return int(policy.processor.answer_mask(lesson.encoded.ids)[1:].sum())
 
 
-def loss(policy: Policy, batch: Sequence[Lesson]) -> tuple[torch.Tensor, float, int]:
+def loss(
+    policy: Policy, batch: Sequence[Lesson], split: bool = True
+) -> tuple[torch.Tensor, float, int]:
     """Cross-entropy summed over answer tokens, how many of them are predicted right, and their number.
 
     Long and short conversations run apart: padding pictures to the length of clips cost a third of the time.
+    split: False where another rank may have one row only, and so one pass.
     """
     order = sorted(batch, key=len)
-    half = len(order) // 2
+    half = len(order) // 2 if split else 0
     total, right, count = torch.zeros((), device=policy.device), 0.0, 0
     for part in (order[:half], order[half:]):
         if part:

@@ -26,7 +26,7 @@ from zipr1.fitting import rehearse
 from zipr1.loggers import board
 from zipr1.machine import describe
 from zipr1.metrics import merit, rollout_lines, step_metrics
-from zipr1.models import Policy, load_policy
+from zipr1.models import Encoded, Policy, load_policy
 from zipr1.optim import Optimizers
 from zipr1.pictures import Pictures, effective
 from zipr1.pressure import draw_weights, press
@@ -81,7 +81,7 @@ def _run(
     prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     if recipe.data.on_bad_row == "skip":
         questions, _ = pictures.usable(questions)
-    _, first = pictures.usable(prompts[: FIRST if recipe.sparse.dense_below else 1])
+    _, first = pictures.usable(prompts[: FIRST if recipe.sparse.dense_below else 1], least=0)
     check_lengths(recipe, [len(encoded) for encoded in first])
     hashes = {"train": data.identity(prompts), "heldout": data.identity(questions)}
     about = describe(
@@ -177,10 +177,7 @@ def rl_step(
     # 1. take the step's questions and look at their pictures, once in the run
     weights = draw_weights(recipe.data.emphasis, state["pressure"])
     drawn = data.draw(prompts, recipe.seed, step, recipe.train.prompts, weights)
-    mine = ranks.deal(len(drawn))
-    asked, encoded = pictures.usable([drawn[i] for i in mine])
-    waiting = iter(mine)  # a bad row may be missing, the others are in order
-    places = [next(i for i in waiting if drawn[i] is prompt) for prompt in asked]
+    asked, encoded, places = take(pictures, drawn)
     clock.append(time.monotonic())
     trained = policy.settings.train_vision
     seen = policy.parallel.apart(lambda: pictures.look(encoded), policy=trained, reference=trained)
@@ -214,6 +211,22 @@ def rl_step(
     return metrics, batch
 
 
+def take(
+    pictures: Pictures, drawn: Sequence[Prompt]
+) -> tuple[list[Prompt], list[Encoded], list[int]]:
+    """This rank's questions of the step, ready for the model, and their places in it. Every rank has one at least."""
+    mine = ranks.deal(len(drawn))
+    asked, encoded = pictures.usable([drawn[i] for i in mine], least=int(ranks.size() == 1))
+    waiting = iter(mine)  # a bad row may be missing, the others are in order
+    places = [next(i for i in waiting if drawn[i] is prompt) for prompt in asked]
+    if ranks.size() > 1 and pictures.data.on_bad_row == "skip":
+        even = ranks.evened(ranks.gather(places))[ranks.rank()]
+        if even != places:
+            asked, encoded = pictures.usable([drawn[i] for i in even])
+            places = even
+    return asked, encoded, places
+
+
 def supervised_step(
     policy: Policy,
     recipe: Recipe,
@@ -230,7 +243,7 @@ def supervised_step(
         batch = supervised.lesson(policy, recipe, step, stage)
     policy.core.train()
     optimizer.zero_grad()
-    value, right = supervised.backward(policy, [batch[i] for i in ranks.deal(len(batch))])
+    value, right = supervised.backward(policy, batch)
     norm = optim.clipped_step(optimizer, policy.trainable(), recipe.optim.max_grad_norm, value)
     policy.core.eval()
     state["skill"] += 0.05 * (right - state["skill"])

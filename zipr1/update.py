@@ -257,7 +257,7 @@ def backward_dense(
         return with_tower(policy, encoded, recipe.ppo.kl * kl * share)
 
     with policy.recomputing():
-        policy.parallel.backward(work, last=False)
+        policy.parallel.backward(work, False)
     return said[0]
 
 

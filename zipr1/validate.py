@@ -13,13 +13,9 @@ from zipr1.rewards import find
 
 def check(recipe: Recipe) -> None:
     """What can be known wrong before anything is loaded. Raises InputError."""
+    ranks.check_launcher(recipe.train.parallel)
     methods = parse(recipe.efficiency.method)
     find(recipe.rewards.correct)
-    if recipe.train.prompts < ranks.size():
-        raise InputError(
-            f"train.prompts {recipe.train.prompts} leaves some of the {ranks.size()} ranks without a question; raise "
-            "it, or start fewer ranks"
-        )
     loggers.check(recipe)
     if recipe.model.lora and recipe.model.train_vision:
         raise InputError(
@@ -30,14 +26,22 @@ def check(recipe: Recipe) -> None:
             f"model.dtype {recipe.model.dtype} cannot be trained in full: steps as small as optim.lr "
             f"{recipe.optim.lr:g} get lost in rounding; use float32 or auto, or train adapters with model.lora={{}}"
         )
-    if recipe.train.parallel == "fsdp":
-        _check_sharded(recipe)
-    elif recipe.train.param_dtype is not None:
+    sharded = recipe.train.parallel == "fsdp"
+    if sharded and recipe.optim.name == "muon":
+        raise InputError(
+            "optim.name muon works on whole matrices and train.parallel fsdp cuts them up; use adamw, or parallel ddp"
+        )
+    if not sharded and recipe.train.param_dtype is not None:
         raise InputError(
             f"train.param_dtype {recipe.train.param_dtype} is what sharded weights are gathered in and train.parallel "
             "is ddp; use parallel fsdp, or leave param_dtype out"
         )
     if recipe.train.stage == "rl":
+        if recipe.train.prompts < ranks.size():
+            raise InputError(
+                f"train.prompts {recipe.train.prompts} leaves some of {ranks.size()} ranks without a question; raise "
+                "it, or start fewer"
+            )
         if recipe.model.path == "scratch":
             raise InputError(
                 "train.stage rl needs a trained model and model.path is scratch; name a model"
@@ -62,25 +66,6 @@ def check(recipe: Recipe) -> None:
             raise InputError(
                 f"efficiency.method {recipe.efficiency.method} differentiates top_p and sparse.rule is "
                 f"{recipe.sparse.rule}; use rule top_p or method answers"
-            )
-
-
-def _check_sharded(recipe: Recipe) -> None:
-    if recipe.optim.name == "muon":
-        raise InputError(
-            "optim.name muon works on whole matrices and train.parallel fsdp cuts them up; use adamw, or parallel ddp"
-        )
-    if recipe.train.stage == "supervised" and ranks.size() > 1:
-        # Passes are where sharded ranks wait for each other, so all must have the same number of rows.
-        if recipe.train.prompts % ranks.size():
-            raise InputError(
-                f"train.prompts {recipe.train.prompts} is no multiple of the {ranks.size()} ranks, as the supervised "
-                "stage with train.parallel fsdp needs; change it, or use parallel ddp"
-            )
-        if recipe.data.on_bad_row == "skip":
-            raise InputError(
-                "data.on_bad_row skip would leave ranks with different numbers of rows, and the supervised stage with "
-                "train.parallel fsdp needs the same; use error, or parallel ddp"
             )
 
 

@@ -367,15 +367,13 @@ class Policy:
         )
 
     def weights(self) -> dict[str, torch.Tensor] | None:
-        """Whole weights on the CPU, where each rank holds a part; all ranks must ask. None: the model has them."""
+        """Whole weights, on the first rank's CPU, if each holds a part (else None); all ranks must ask."""
         if not self.parallel.sharded:
             return None
-        return whole_state(self.adapted or self.core)
+        return whole_state((self.adapted or self.core).state_dict(keep_vars=True))
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-        """A model folder in Hugging Face format (adapters stay beside the base they were trained on).
-
-        weights: what `weights` gave."""
+        """A model folder in Hugging Face format (adapters stay beside their base). weights: what `weights` gave."""
         if self.adapted is not None:
             self.adapted.save_pretrained(
                 folder / "adapter", save_embedding_layers=False, state_dict=weights
