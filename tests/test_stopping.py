@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from zipr1 import stopping
+from zipr1 import ranks, stopping
 
 
 @pytest.fixture(autouse=True)
@@ -24,11 +24,11 @@ def test_at_once_unless_it_is_held():
     stopping.hold()
     stopping.handle(signal.SIGTERM)  # waits
     with pytest.raises(stopping.Stopped) as stop:
-        stopping.check()
+        stopping.check(ranks.gather)
     assert stop.value.number == 15
-    stopping.check()  # and is raised once
+    stopping.check(ranks.gather)  # and is raised once
     stopping.hold()
-    stopping.check()
+    stopping.check(ranks.gather)
 
 
 def test_no_exception_handler_takes_it_for_a_failure():

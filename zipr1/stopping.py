@@ -6,6 +6,7 @@ change of the weights it waits for the end of the step. Several ranks wait for a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import FrameType
 
 
@@ -38,11 +39,9 @@ def hold() -> None:
     _Waiting.held = True
 
 
-def check() -> None:
-    """End here if a signal waits, on any rank. All ranks must ask."""
-    from zipr1 import ranks  # here: the command line imports this file, and --help no torch
-
-    number = max(ranks.gather(_Waiting.number)) if ranks.size() > 1 else _Waiting.number
+def check(gather: Callable[[int], list[int]]) -> None:
+    """End here if a signal waits, on any rank. gather: everyone's value (ranks.gather); all ranks must ask."""
+    number = max(gather(_Waiting.number))
     if number and _Waiting.held:
         release()
         raise Stopped(number)

@@ -148,7 +148,7 @@ def _run(
                 if done == recipe.train.steps or (every and done % every == 0):
                     save(folder, policy, optimizer, named, state, done)
                     true = snapshot(state)
-                stopping.check()
+                stopping.check(ranks.gather)
                 if ranks.size() == 1:
                     stopping.release()
         except stopping.Stopped as stop:
@@ -188,7 +188,7 @@ def rl_step(
         policy, recipe, asked, encoded, seen.policy, step, seen.reference, known, places
     )
     batch = together(batch, drawn, places)
-    stopping.check()
+    stopping.check(ranks.gather)
     clock.append(time.monotonic())
     # 3. weigh saved tokens: toward the target, within the constraint
     pressure = press(
