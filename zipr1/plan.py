@@ -84,10 +84,9 @@ def memory(
 
     weights, reference, gradients, optimizer: counted; `train.parallel: fsdp` shards them over `ranks`, but for a frozen
     tower. gathered: the larger of two sharded models, which is whole while it answers. loading: both models before they
-    are sharded. kv_cache: of a
-    micro-batch of rollouts, unpruned, with one layer's prefill beside it. activations: of a micro-batch in the update;
-    with gradient checkpointing one hidden state a layer and one layer's worth. logits: at most LOGITS numbers at once.
-    vision: one longest picture in the tower.
+    are sharded. kv_cache: of a micro-batch of rollouts, unpruned, with one layer's prefill beside it. activations: of a
+    micro-batch in the update; with gradient checkpointing one hidden state a layer and one layer's worth. logits: at
+    most LOGITS numbers at once. vision: one longest picture in the tower.
     """
     size = size or weight_bytes(recipe)
     counts = parameters(s)

@@ -14,9 +14,8 @@ class LayerRecord:
 
     keep: `(B, L)` bool, kept slots; padding is False. scores: `(B, L)` float32, higher is more
     important, with gradient in training. cut: `(B, L)` share of mass ahead of each token, see
-    `zipr1_kernels.cut_points`. heldout_mass: `(b,)` float32 in [0, 1], of the rows
-    that are audited the share of the score mass of probes that did not take part in the choice which fell on kept
-    tokens. None: not computed.
+    `zipr1_kernels.cut_points`. heldout_mass: `(b,)` float32 in [0, 1], of the rows that are audited the share of
+    the score mass of probes that did not take part in the choice which fell on kept tokens. None: not computed.
     """
 
     keep: torch.Tensor
