@@ -5,8 +5,9 @@
 The embedded questions of kind `second`, asked as a conversation: the first question, the model's own greedy answer,
 the second question. Ways: `dense` (budget 1, cache kept), `evict` and `retain` (cache kept), `again` (sparse, the whole
 conversation sent anew). Each RUN is one seed of the same recipe; `tiny` asks the untouched base, which with
-`--budget 1` is the reference. Conversations go one at a time. kept: mean token ratio of the second turn's prefill; KV:
-bytes held after the second answer; ms: both turns of one conversation, without preprocessing.
+`--budget 1` is the reference. Conversations go one at a time. - dense: points of the second turn to the same weights
+run dense; kept: mean token ratio of the second turn's prefill; KV: bytes held after the second answer; ms: both turns
+of one conversation, without preprocessing.
 """
 
 from __future__ import annotations
@@ -123,13 +124,17 @@ def main() -> None:
     print(
         f"{len(arguments.runs)} runs, {arguments.split} digits, {torch.get_num_threads()} threads"
     )
-    print("| | n | way | first turn right | second turn right | kept | KV, kB | ms |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| | n | way | first turn right | second turn right | - dense | kept | KV, kB | ms |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for task, title in TASKS.items():
         for way in WAYS:
             some = [r for r in rows if (r["task"], r["way"]) == (task, way)]
-            cells = [spread([100 * r[k] for r in some], " %") for k in ("first", "second", "kept")]
+            dense = [r for r in rows if (r["task"], r["way"]) == (task, "dense")]
+            behind = [100 * (r["second"] - d["second"]) for r, d in zip(some, dense, strict=True)]
+            cells = [spread([100 * r[k] for r in some], " %") for k in ("first", "second")]
             cells += [
+                spread(behind),
+                spread([100 * r["kept"] for r in some], " %"),
                 spread([r["kv_bytes"] / 1000 for r in some]),
                 spread([r["ms"] for r in some]),
             ]
