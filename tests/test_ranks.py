@@ -230,7 +230,7 @@ def dealt(recipe: Path, wanted: list[list[int]]) -> int:
     for seed in range(1000):
         rows = data.load(made.data, "train", seed)
         ids = [p.id for p in data.load(made.data, "train", 0)]
-        drawn = [ids.index(p.id) for p in data.draw(rows, seed, 0, made.train.prompts)]
+        drawn = [ids.index(p.id) for p in data.Deck(rows, seed, made.train.prompts).draw(0)]
         if [sorted(drawn[0::2]), sorted(drawn[1::2])] == wanted:
             return seed
     raise AssertionError("no such seed")

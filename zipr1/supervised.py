@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from zipr1 import data, losses, ranks
+from zipr1 import losses, ranks
 from zipr1.data import digits
 from zipr1.episode import Prompt
 from zipr1.models import Encoded, Policy
@@ -87,11 +87,10 @@ def _conversations(pairs: Sequence[tuple[str, str]]) -> list[list[tuple[str, str
     return out
 
 
-def rows(policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], step: int) -> list[Lesson]:
-    """The step's prompts with their right answers appended."""
-    drawn = data.draw(prompts, recipe.seed, step, recipe.train.prompts)
+def rows(policy: Policy, recipe: Recipe, prompts: Sequence[Prompt]) -> list[Lesson]:
+    """A step's prompts with their right answers appended."""
     batch = []
-    for prompt, encoded in zip(*Pictures(policy, recipe).usable(drawn), strict=True):
+    for prompt, encoded in zip(*Pictures(policy, recipe).usable(prompts), strict=True):
         ids = torch.cat([encoded.ids, policy.processor.answer_ids(prompt.answer)])
         batch.append(Lesson(policy.place(ids, encoded.visuals, encoded.picture)))
     return batch

@@ -83,6 +83,7 @@ def _run(
         questions, _ = pictures.usable(questions)
     _, first = pictures.usable(prompts[: FIRST if recipe.sparse.dense_below else 1], least=0)
     check_lengths(recipe, [len(encoded) for encoded in first])
+    deck = data.Deck(prompts, recipe.seed, recipe.train.prompts)
     hashes = {"train": data.identity(prompts), "heldout": data.identity(questions)}
     about = describe(
         command, str(policy.device), recipe.seed, ranks=ranks.size(),
@@ -131,11 +132,9 @@ def _run(
                 torch.manual_seed(recipe.seed * 1_000_003 + step)
                 optimizer.set_rate(optim.learning_rate(recipe.optim, step, recipe.train.steps))
                 if recipe.train.stage == "supervised":
-                    metrics = supervised_step(policy, recipe, prompts, optimizer, state, step)
+                    metrics = supervised_step(policy, recipe, deck, optimizer, state, step)
                 else:
-                    metrics, batch = rl_step(
-                        policy, recipe, pictures, prompts, optimizer, state, step
-                    )
+                    metrics, batch = rl_step(policy, recipe, pictures, deck, optimizer, state, step)
                     folder.append_rollouts(rollout_lines(step, batch))
                 metrics["lr"] = optimizer.param_groups[0]["lr"]
                 state["seconds"] += time.monotonic() - began
@@ -165,7 +164,7 @@ def rl_step(
     policy: Policy,
     recipe: Recipe,
     pictures: Pictures,
-    prompts: Sequence[Prompt],
+    deck: data.Deck,
     optimizer: Optimizers,
     state: dict[str, Any],
     step: int,
@@ -176,7 +175,7 @@ def rl_step(
     clock = [time.monotonic()]
     # 1. take the step's questions and look at their pictures, once in the run
     weights = draw_weights(recipe.data.emphasis, state["pressure"])
-    drawn = data.draw(prompts, recipe.seed, step, recipe.train.prompts, weights)
+    drawn = deck.draw(step, weights)
     asked, encoded, places = take(pictures, drawn)
     clock.append(time.monotonic())
     trained = policy.settings.train_vision
@@ -200,7 +199,7 @@ def rl_step(
     )
     # 4. rewards, advantages, and the clipped update, while threads decode the next step's media
     weights = draw_weights(recipe.data.emphasis, state["pressure"])
-    following = data.draw(prompts, recipe.seed, step + 1, recipe.train.prompts, weights)
+    following = deck.draw(step + 1, weights)
     pictures.ahead([following[i] for i in ranks.deal(len(following))])
     order = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     parts = update(policy, recipe, batch, optimizer, pressure, order)
@@ -230,15 +229,15 @@ def take(
 def supervised_step(
     policy: Policy,
     recipe: Recipe,
-    prompts: Sequence[Prompt],
+    deck: data.Deck,
     optimizer: Optimizers,
     state: dict[str, float],
     step: int,
 ) -> dict[str, Any]:
     """One step of cross-entropy on answers. state: stage of the curriculum and running accuracy, changed here."""
     stage = int(state["stage"])
-    if prompts:
-        batch = supervised.rows(policy, recipe, prompts, step)
+    if deck.prompts:
+        batch = supervised.rows(policy, recipe, deck.draw(step))
     else:
         batch = supervised.lesson(policy, recipe, step, stage)
     policy.core.train()

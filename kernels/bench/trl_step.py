@@ -140,13 +140,14 @@ def ours(folder: Path, steps: int, questions: int) -> dict[str, Any]:
     policy.core.model.visual.forward = timed("forward", policy.core.model.visual.forward)
     torch.Tensor.backward = timed("backward", torch.Tensor.backward)  # type: ignore[method-assign]
     optimizer.step = timed("optimizer", optimizer.step)  # type: ignore[method-assign]
+    deck = data.Deck(prompts, recipe.seed, recipe.train.prompts)
     gc.collect()
     gc.freeze()  # as zipr1.train does
     state: dict[str, Any] = {"pressure": {}, "right": {}}
     seconds, split, tokens, ratios = [], [], [], []
     for step in range(steps):
         before, began = dict(spent), time.perf_counter()
-        metrics, _ = train.rl_step(policy, recipe, pictures, prompts, optimizer, state, step)
+        metrics, _ = train.rl_step(policy, recipe, pictures, deck, optimizer, state, step)
         seconds.append(time.perf_counter() - began)
         split.append({k: spent[k] - before[k] for k in spent})
         tokens.append(metrics["answer_tokens"])

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from zipr1.data import digits, rows
+from zipr1.data.deck import Deck as Deck
 from zipr1.episode import Prompt
 from zipr1.errors import InputError
 from zipr1.recipe import Data
@@ -51,32 +51,6 @@ def load(data: Data, split: Split, seed: int) -> list[Prompt]:
     return chosen if split == "train" else chosen[: data.heldout_prompts]
 
 
-def draw(
-    prompts: Sequence[Prompt],
-    seed: int,
-    step: int,
-    count: int,
-    weights: dict[str, float] | None = None,
-) -> list[Prompt]:
-    """The `count` questions of a step: epochs without replacement, shuffled by (seed, epoch).
-
-    weights: by `Prompt.task_kind`, missing ones 1: then each step draws anew by them, without replacement within
-    the step. They move draws between the kinds of a task, never between tasks, whose shares stay those of `prompts`.
-    """
-    if weights and len(prompts) > count:
-        each = np.array([weights.get(prompt.task_kind, 1.0) for prompt in prompts])
-        _, task = np.unique([prompt.task for prompt in prompts], return_inverse=True)
-        each /= (np.bincount(task, each) / np.bincount(task))[task]
-        rng = np.random.default_rng([seed, 2, step])
-        chosen = rng.choice(len(prompts), count, replace=False, p=each / each.sum())
-        return [prompts[i] for i in chosen]
-    places = range(step * count, (step + 1) * count)
-    return [
-        prompts[_order(len(prompts), seed, place // len(prompts))[place % len(prompts)]]
-        for place in places
-    ]
-
-
 def identity(prompts: Sequence[Prompt]) -> str:
     """sha256 of questions: their texts, answers and rewards, and of each medium the pixels, the encoded bytes, or a
     file's name and size (clips are too large to read whole). The same rows in the same order give the same hash."""
@@ -95,11 +69,6 @@ def identity(prompts: Sequence[Prompt]) -> str:
             else:
                 digest.update(media.key.encode())
     return digest.hexdigest()
-
-
-@lru_cache(maxsize=4)
-def _order(count: int, seed: int, epoch: int) -> list[int]:
-    return [int(i) for i in np.random.default_rng([seed, 1, epoch]).permutation(count)]
 
 
 def _digits(data: Data, split: Split, seed: int) -> list[Prompt]:
