@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -298,6 +299,31 @@ def test_a_rank_whose_rows_are_all_bad_takes_one_of_the_others(tmp_path, model, 
     monkeypatch.setattr(pictures, "load_media", pictures.load_media)  # to be put back
     cannot_decode()
     equals_alone(tmp_path, recipe, cannot_decode)
+
+
+def count_wrappers() -> None:
+    """Say at the end how many wrappers outlive the group: a reducer that holds it last can wait forever."""
+    made: list[weakref.ref[Any]] = []
+    wrap, destroy = ranks.DistributedDataParallel, ranks.dist.destroy_process_group
+
+    def noted(model: Any) -> Any:
+        wrapper = wrap(model)
+        made.append(weakref.ref(wrapper))
+        return wrapper
+
+    def counted() -> None:
+        print(f"{len(made)} wrapped, {sum(one() is not None for one in made)} left", flush=True)
+        destroy()
+
+    ranks.DistributedDataParallel, ranks.dist.destroy_process_group = noted, counted
+
+
+def test_no_wrapper_outlives_the_group(tmp_path, model):
+    recipe = write(
+        tmp_path / "r.yaml", model, train={"stage": "supervised", "steps": 1}, evaluation=NONE
+    )
+    codes, said = pair(recipe, tmp_path / "out", count_wrappers)
+    assert codes == [0, 0] and all("1 wrapped, 0 left" in one for one in said), said
 
 
 @pytest.mark.parametrize(

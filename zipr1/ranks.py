@@ -14,6 +14,7 @@ Alone, every function here does nothing or gives back what it was given.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -240,6 +241,13 @@ class Parallel:
             whole = fully_shard(Whole(one), mp_policy=mixed, ignored_params=set(frozen))
             self.sharded.append(whole)
         self.model = self.sharded[0]
+
+    def close(self) -> None:
+        """Free the wrappers; before the ranks part. DDP's reducer, if it is the last to hold their group, waits for
+        gloo's thread without giving up Python's lock, for which that thread waits (pytorch/pytorch#56297)."""
+        if self.model is not None:
+            self.model, self.sharded = None, []
+            gc.collect()  # DDP refers to itself
 
     def apart(self, work: Callable[[], T], policy: bool = False, reference: bool = False) -> T:
         """Work without gradients that every rank does at its own pace, with whole weights of the models it needs; with

@@ -63,6 +63,7 @@ def run(
         finally:
             stopping.release()
             gc.unfreeze()
+            policy.parallel.close()
 
 
 def _run(
