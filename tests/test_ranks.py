@@ -381,12 +381,13 @@ def test_a_dead_rank_ends_the_run_and_is_named(tmp_path, model):
     """Killed in the rollouts: the other says in one line that it is not to blame, the launcher who is."""
     script = tmp_path / "main.py"
     script.write_text("""
-import os, signal
+import os, signal, time
 import zipr1.train
 real, calls = zipr1.train.roll_out, []
 def dies(*arguments):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 2:
+        time.sleep(2)  # the other waits, and knows before the launcher does
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 zipr1.train.roll_out = dies

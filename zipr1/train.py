@@ -61,9 +61,9 @@ def run(
         try:
             return _run(policy, recipe, output, resume, command, console, opened)
         finally:
-            stopping.release()
             gc.unfreeze()
             policy.parallel.close()
+            stopping.release()  # last: the launcher's signal may come in between, and is not the reason
 
 
 def _run(
