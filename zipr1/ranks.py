@@ -18,6 +18,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -88,6 +89,19 @@ def device(asked: str | None) -> str | None:
     return f"cuda:{own}"
 
 
+def meet(backend: str, timeout: timedelta | None = None) -> None:
+    """Join the other processes. timeout: of each word between them, by default PyTorch's. Raises InputError if they do
+    not meet."""
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')} and the processes do not meet ({reason}); start them with "
+            "torchrun, or unset WORLD_SIZE"
+        ) from None
+
+
 @contextlib.contextmanager
 def joined(where: torch.device) -> Iterator[None]:
     """Inside, the ranks can talk. where: this rank's device. Raises InputError if they do not meet, and RunError if
@@ -97,14 +111,7 @@ def joined(where: torch.device) -> Iterator[None]:
         return
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(
-            f"WORLD_SIZE is {size()} and the processes do not meet ({reason}); start them with torchrun, or unset "
-            "WORLD_SIZE"
-        ) from None
+    meet("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
     try:
         yield
     except RuntimeError as error:

@@ -21,6 +21,7 @@ from zipr1.episode import Prompt
 from zipr1.models import Encoded, Policy
 from zipr1.pictures import Pictures
 from zipr1.recipe import Recipe
+from zipr1.update import with_tower
 
 VISION_END = "<|vision_end|>"
 
@@ -109,10 +110,7 @@ def backward(policy: Policy, batch: Sequence[Lesson]) -> tuple[float, float]:
     def work() -> torch.Tensor:
         total, right, _ = loss(policy, own, split=len(batch) >= 2 * ranks.size())
         said[:] = [share * float(total.detach() / count), share * right / count]
-        seen = any(lesson.encoded.visuals for lesson in own)
-        if ranks.size() > 1 and policy.settings.train_vision and not seen:
-            total = total + policy.blank()
-        return total * share / count
+        return with_tower(policy, [lesson.encoded for lesson in own], total * share / count)
 
     policy.parallel.backward(work, last=True)
     parts = ranks.gather(said)

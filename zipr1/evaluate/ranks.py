@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from zipr1.errors import InputError
+from zipr1 import ranks
 
 T = TypeVar("T")
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -23,17 +23,8 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 def start() -> None:
     """Join the other processes, if a launcher started several. Raises InputError if they cannot be reached."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count == "1" or dist.is_initialized():
-        return
-    try:
-        dist.init_process_group("gloo", timeout=timedelta(hours=12))
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(
-            f"WORLD_SIZE is {count} and the processes do not meet ({reason}); start them with torchrun, "
-            "or unset WORLD_SIZE"
-        ) from None
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
+        ranks.meet("gloo", timedelta(hours=12))
 
 
 def stop() -> None:

@@ -38,7 +38,7 @@ def letter(text: str) -> str | None:
     for pattern in (_LEADING, _ANSWER):
         if found := list(pattern.finditer(text)):
             last = found[-1]
-            if _SECOND.match(text, _end(last)):
+            if _SECOND.match(text, last.end(last.lastindex or 0)):
                 return None
             return _said(last)
     options = {_said(match) for match in _OPTION.finditer(text)}
@@ -62,9 +62,5 @@ def choice(said: str, wanted: str) -> float:
 
 
 def _said(match: re.Match[str]) -> str:
-    return next(group for group in match.groups() if group is not None).upper()
-
-
-def _end(match: re.Match[str]) -> int:
-    """Where the letter ends."""
-    return next(match.end(n) for n in range(1, len(match.groups()) + 1) if match[n] is not None)
+    """The letter: of the pattern's groups only one can match."""
+    return str(match[match.lastindex or 0]).upper()
