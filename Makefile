@@ -54,9 +54,9 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python kernels/bench/rollout.py
+	HF_HUB_OFFLINE=1 $(BIN)/python recipes/bench/rollout.py
 	HF_HUB_OFFLINE=1 $(BIN)/zipr1 profile --model qwen2.5-vl-3b --measure-tflops
-	HF_HUB_OFFLINE=1 $(BIN)/python kernels/bench/evaluation.py
+	HF_HUB_OFFLINE=1 $(BIN)/python recipes/bench/evaluation.py
 	$(BIN)/python kernels/bench/run.py --backward
 	$(BIN)/python kernels/bench/run.py --length 256 320 384 448 512 1024 --seconds 1
 

@@ -101,13 +101,14 @@ def controls(out: Path, ratios: dict[str, float]) -> dict[str, Any]:
     path = out / "controls.json"
     if path.is_file():
         return dict(json.loads(path.read_text()))
-    from zipr1 import data, heldout
-    from zipr1.models import load_policy
-    from zipr1.recipe import load
+    from zipr1.core.recipe import load
+    from zipr1.data import sources
+    from zipr1.models.policy import load_policy
+    from zipr1.train import heldout
 
     recipe = load(RECIPE)
     policy = load_policy(recipe.model, "cpu")
-    prompts = data.load(recipe.data, "heldout", 0)
+    prompts = sources.load(recipe.data, "heldout", 0)
     found: dict[str, Any] = {}
     for task in TASKS:
         asked = [p for p in prompts if p.task == task]
@@ -141,7 +142,7 @@ def untrained(recipe: Any) -> Any:
 
 def without_picture(prompt: Any) -> Any:
     """The same question about a black picture or clip."""
-    from zipr1.episode import Media
+    from zipr1.core.types import Media
 
     kind = prompt.media[0].kind
     shape = (128, 128, 3) if kind == "image" else (10, 96, 96, 3)
@@ -151,10 +152,10 @@ def without_picture(prompt: Any) -> Any:
 
 def match_ratio(policy: Any, recipe: Any, task: str, wanted: float) -> float:
     """The p at which training-free top-p keeps `wanted` of the tokens, by bisection on validation questions."""
-    from zipr1 import heldout
-    from zipr1.data import digits
+    from zipr1.data.digits import tasks
+    from zipr1.train import heldout
 
-    prompts = digits.prompts("validation", task, 40, 2, seed=1)
+    prompts = tasks.prompts("validation", task, 40, 2, seed=1)
     low, high = 0.01, 0.999
     for _ in range(9):
         middle = (low + high) / 2
@@ -169,12 +170,13 @@ def fronts(out: Path, methods: list[str], seeds: list[int]) -> dict[str, Any]:
     path = out / "fronts.json"
     if path.is_file():
         return dict(json.loads(path.read_text()))
-    from zipr1 import data, heldout
-    from zipr1.models import load_policy
-    from zipr1.recipe import Model, load
+    from zipr1.core.recipe import Model, load
+    from zipr1.data import sources
+    from zipr1.models.policy import load_policy
+    from zipr1.train import heldout
 
     recipe = load(RECIPE)
-    prompts = data.load(recipe.data, "heldout", 0)
+    prompts = sources.load(recipe.data, "heldout", 0)
     asked = [
         p
         for t in ("digits", "moving_digits")

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from zipr1 import data, heldout
-from zipr1.models import load_policy
-from zipr1.recipe import Model, load
+from zipr1.core.recipe import Model, load
+from zipr1.data import sources
+from zipr1.models.policy import load_policy
+from zipr1.train import heldout
 
 RECIPE = load(Path(__file__).resolve().parent / "tiny.yaml")
 
@@ -30,7 +31,7 @@ def main() -> None:
     arguments = parser.parse_args()
     heldout_digits = "validation" if arguments.split == "validation" else None
     settings = {"heldout": heldout_digits, "heldout_prompts": arguments.questions}
-    prompts = data.load(RECIPE.data.model_copy(update=settings), "heldout", 0)
+    prompts = sources.load(RECIPE.data.model_copy(update=settings), "heldout", 0)
     found: dict[str, list[float]] = {}
     for run in arguments.runs:
         policy = load_policy(Model(path=run))

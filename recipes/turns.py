@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 import zipr1
-from zipr1 import data
+from zipr1.core.recipe import load
+from zipr1.core.statistics import confidence_interval
+from zipr1.core.types import Prompt
+from zipr1.data import sources
 from zipr1.data.media import load_media
-from zipr1.episode import Prompt
-from zipr1.intervals import confidence_interval
-from zipr1.recipe import load
 
 RECIPE = load(Path(__file__).resolve().parent / "tiny.yaml")
 WAYS: dict[str, dict[str, Any]] = {
@@ -47,7 +47,9 @@ def conversations(split: str, pictures: int) -> list[Prompt]:
             "heldout_prompts": 4 * pictures,
         }
     )
-    return [p for p in data.load(settings, "heldout", 0) if p.kind == "second" and p.task in TASKS]
+    return [
+        p for p in sources.load(settings, "heldout", 0) if p.kind == "second" and p.task in TASKS
+    ]
 
 
 def held(cache: Any) -> int:

@@ -64,7 +64,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def exported(run, tmp_path_factory):
     """That run, exported; no test may change it."""
-    from zipr1.export import export
+    from zipr1.export.session import export
 
     folder = tmp_path_factory.mktemp("exported") / "model"
     export(run, folder, device="cpu")

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from zipr1.data import video
-from zipr1.suites import MVBENCH
+from zipr1.evaluate.suites import MVBENCH
 
 LETTERS = "ABCDEFGHIJ"
 CONSTANT = {"mme": "Yes", "chartqa": "cat", "textvqa": "cat", "ocrbench": "cat"}  # elsewhere A

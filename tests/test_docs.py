@@ -58,10 +58,10 @@ def test_serving(folder, monkeypatch, capsys):
 def test_readme(folder, exported, monkeypatch, capsys):
     from PIL import Image
 
-    from zipr1.data import digits
+    from zipr1.data.digits import tasks
 
     (folder / "tiny-zipr1").symlink_to(exported)
-    picture = digits.prompts("train", "digits", 1, 1, seed=0)[0].media[0].source
+    picture = tasks.prompts("train", "digits", 1, 1, seed=0)[0].media[0].source
     Image.fromarray(picture).save("picture.png")
     text = (ROOT / "README.md").read_text()
     blocks = [code for kind, code in BLOCK.findall(text) if kind == "python"]
@@ -74,9 +74,9 @@ def test_the_model_cards_snippets(folder, exported, monkeypatch, capsys):
     """The sparse one runs as it stands; the dense one asks for torchvision, which is not needed elsewhere."""
     from PIL import Image
 
-    from zipr1.data import digits
+    from zipr1.data.digits import tasks
 
-    Image.fromarray(digits.prompts("train", "digits", 1, 1, seed=0)[0].media[0].source).save(
+    Image.fromarray(tasks.prompts("train", "digits", 1, 1, seed=0)[0].media[0].source).save(
         "picture.png"
     )
     card = (exported / "README.md").read_text().replace("path/to/this/folder", str(exported))

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from zipr1.data.digits import vocabulary
-from zipr1.episode import Media, Prompt
-from zipr1.models import Encoded, Policy, load_policy
-from zipr1.recipe import Lora, Model
+from zipr1.core.recipe import Lora, Model
+from zipr1.core.types import Media, Prompt
+from zipr1.data.digits.tasks import vocabulary
+from zipr1.models.policy import Policy, load_policy
+from zipr1.models.processors import Encoded
 
 TEXT = {
     "hidden_size": 64,

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from zipr1.checkpoint import RunDir
-from zipr1.data import digits
-from zipr1.episode import Prompt
-from zipr1.machine import describe
-from zipr1.models import Policy, load_policy
-from zipr1.recipe import Recipe, validate
+from zipr1.core.machine import describe
+from zipr1.core.recipe import Recipe, validate
+from zipr1.core.rundir import RunDir
+from zipr1.core.types import Prompt
+from zipr1.data.digits import tasks
+from zipr1.models.policy import Policy, load_policy
 
 SPARSE = {
     "p": 0.9,
@@ -82,7 +82,7 @@ def make_run(root: Path, finished: bool = True, **sections: Any) -> Path:
 
 
 def policy_of(run: Path) -> Policy:
-    from zipr1.recipe import Model
+    from zipr1.core.recipe import Model
 
     return load_policy(Model(path=str(run)), "cpu")
 
@@ -90,8 +90,8 @@ def policy_of(run: Path) -> Policy:
 def questions() -> list[Prompt]:
     """Three pictures and two clips, prompts of different lengths."""
     return [
-        *digits.prompts("train", "digits", 3, 1, 5),
-        *digits.prompts("train", "moving_digits", 2, 1, 5),
+        *tasks.prompts("train", "digits", 3, 1, 5),
+        *tasks.prompts("train", "moving_digits", 2, 1, 5),
     ]
 
 
@@ -107,7 +107,7 @@ def chat(prompt: Prompt) -> list[dict[str, Any]]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    from zipr1.manifest import sha256
+    from zipr1.models.manifest import sha256
 
     return {p.name: sha256(p) for p in sorted(folder.iterdir())}
 

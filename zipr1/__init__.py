@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zipr1.models.live import Stats
+    from zipr1.models.sparse.session import Stats
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "sparse", "stats"]
@@ -39,7 +39,7 @@ def load(
 
     The model is transformers' own class: `generate`, pipelines and padded batches work as usual.
     """
-    from zipr1.inference import load
+    from zipr1.models.api import load
 
     return load(str(path), budget, device, dtype, settings)
 
@@ -50,16 +50,16 @@ def sparse(model: Any, budget: float | None = None, **settings: Any) -> Abstract
     budget and settings as for `load`; what is not given is the model's own if `load` made it, else the defaults of a
     recipe's `sparse` section. Blocks may be nested; the innermost counts. Raises InputError for other families.
     """
-    from zipr1.inference import changed
-    from zipr1.models import live
-    from zipr1.recipe import Sparse
+    from zipr1.core.recipe import Sparse
+    from zipr1.models.api import changed
+    from zipr1.models.sparse import session
 
-    base = live.live_of(model).settings or Sparse()
-    return live.sparse(model, changed(base, budget, settings, "zipr1.sparse"))
+    base = session.live_of(model).settings or Sparse()
+    return session.sparse(model, changed(base, budget, settings, "zipr1.sparse"))
 
 
 def stats(model: Any) -> Stats:
     """What the model's last prompt kept in each layer, as seen by this thread; printable."""
-    from zipr1.models import live
+    from zipr1.models.sparse import session
 
-    return live.live_of(model).stats()
+    return session.live_of(model).stats()

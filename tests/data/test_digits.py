@@ -11,10 +11,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from zipr1.data import digits, glyphs, load, questions, scenes, video
+from zipr1.core.errors import InputError, RunError
+from zipr1.core.recipe import Data
+from zipr1.data import video
+from zipr1.data.digits import glyphs, questions, scenes, tasks
 from zipr1.data.media import load_media
-from zipr1.errors import InputError, RunError
-from zipr1.recipe import Data
+from zipr1.data.sources import load
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -59,13 +61,13 @@ def test_two_processes_draw_the_same_pixels_and_questions():
 
 def test_lessons_and_prompts_depend_on_their_seeds():
     def pixels(seed, step):
-        pairs = digits.lesson(seed, step, 2, 0.5, 6, 0.2)
+        pairs = tasks.lesson(seed, step, 2, 0.5, 6, 0.2)
         return hashlib.sha256(b"".join(scene.pixels.tobytes() for scene, _ in pairs)).hexdigest()
 
     assert len({pixels(0, 0), pixels(0, 1), pixels(1, 0)}) == 3
-    one, two = (digits.prompts("test", "digits", 1, 1, seed)[0] for seed in (1, 2))
+    one, two = (tasks.prompts("test", "digits", 1, 1, seed)[0] for seed in (1, 2))
     assert not np.array_equal(one.media[0].source, two.media[0].source)
-    few, many = (digits.prompts("test", "digits", n, 2, 1) for n in (2, 4))
+    few, many = (tasks.prompts("test", "digits", n, 2, 1) for n in (2, 4))
     assert [p.answer for p in few] == [p.answer for p in many[: len(few)]]
 
 
@@ -183,7 +185,7 @@ def _answer(scene, text):
 @pytest.mark.parametrize("make", [scenes.draw_image, scenes.draw_video])
 def test_every_answer_follows_from_the_objects(bank, make):
     seen = set()
-    allowed = set(digits.vocabulary())
+    allowed = set(tasks.vocabulary())
     for scene in _draw(make, bank, 60):
         for kind, found in questions.catalogue(scene).items():
             seen.add(kind)
@@ -195,10 +197,10 @@ def test_every_answer_follows_from_the_objects(bank, make):
     assert seen == {"colour", "digit"} | wanted
 
 
-@pytest.mark.parametrize("task", digits.TASKS)
+@pytest.mark.parametrize("task", tasks.TASKS)
 def test_kinds_and_answers_are_balanced(task, monkeypatch):
-    monkeypatch.setattr(digits, "_media", lambda scene: None)  # no clip has to be encoded to count
-    made = digits.prompts("validation", task, 180, 4, 5)
+    monkeypatch.setattr(tasks, "_media", lambda scene: None)  # no clip has to be encoded to count
+    made = tasks.prompts("validation", task, 180, 4, 5)
     kinds = Counter(p.kind for p in made)
     assert set(kinds) == set(questions.KINDS[task])
     assert max(kinds.values()) - min(kinds.values()) <= 1
@@ -215,7 +217,7 @@ def test_kinds_and_answers_are_balanced(task, monkeypatch):
 
 @pytest.mark.parametrize("task", ["digits", "moving_digits"])
 def test_a_second_turn_asks_about_another_object(task):
-    made = [p for p in digits.prompts("validation", task, 40, 4, 5) if p.kind == "second"]
+    made = [p for p in tasks.prompts("validation", task, 40, 4, 5) if p.kind == "second"]
     assert len(made) >= 20
     for p in made:
         assert [m["role"] for m in p.messages] == ["user", "assistant", "user"]
@@ -233,22 +235,22 @@ def test_a_second_turn_asks_about_another_object(task):
 
 
 def test_lesson_asks_different_questions_within_its_limits():
-    for scene, pairs in digits.lesson(0, 0, 12, 0.5, 3, 0.5, questions=8):
+    for scene, pairs in tasks.lesson(0, 0, 12, 0.5, 3, 0.5, questions=8):
         assert 1 <= len(scene.objects) <= 3
         # A scene of few digits has fewer questions, and counts, most of them of nothing, are two at most.
         assert 3 <= len(pairs) <= 8
         assert sum(text.startswith("how many") for text, _ in pairs) <= 2
         assert all(answer == _answer(scene, text) for text, answer in pairs)
         assert len({text for text, _ in pairs}) == len(pairs)
-    kinds = Counter(s.kind for s, _ in digits.lesson(0, 1, 12, 0.5, 3, 0.5))
+    kinds = Counter(s.kind for s, _ in tasks.lesson(0, 1, 12, 0.5, 3, 0.5))
     assert kinds["video"] in (6, 7)
-    easy = [t for _, pairs in digits.lesson(0, 2, 20, 0.0, 6, 0.0) for t, _ in pairs]
+    easy = [t for _, pairs in tasks.lesson(0, 2, 20, 0.0, 6, 0.0) for t, _ in pairs]
     assert not any(t.startswith("what is") for t in easy)
 
 
 def test_clips_survive_the_codec_and_are_cached():
-    made = digits.prompts("validation", "moving_digits", 4, 2, 11)
-    key = [11, list(glyphs.SPLITS).index("validation"), digits.TASKS.index("moving_digits"), 0]
+    made = tasks.prompts("validation", "moving_digits", 4, 2, 11)
+    key = [11, list(glyphs.SPLITS).index("validation"), tasks.TASKS.index("moving_digits"), 0]
     scene = scenes.draw_video(np.random.default_rng(key), glyphs.bank("validation"))
     path = made[0].media[0].source
     frames, fps = load_media(made[0].media[0], max_frames=16, fps=None)
@@ -259,11 +261,11 @@ def test_clips_survive_the_codec_and_are_cached():
         for step, cell in enumerate(o.cells):
             assert _seen_colour(frames[2 * (o.start + step)], cell) == o.colour
     before = path.stat().st_mtime_ns, path.stat().st_ino
-    assert digits.prompts("validation", "moving_digits", 1, 2, 11)[0].media[0].source == path
+    assert tasks.prompts("validation", "moving_digits", 1, 2, 11)[0].media[0].source == path
     assert (path.stat().st_mtime_ns, path.stat().st_ino) == before
     assert not [p for p in path.parent.iterdir() if not p.stem.isalnum()]
     path.write_bytes(b"")
-    digits.prompts("validation", "moving_digits", 1, 2, 11)
+    tasks.prompts("validation", "moving_digits", 1, 2, 11)
     assert np.array_equal(video.read(path)[0], frames)
 
 
@@ -271,7 +273,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("ZIPR1_CACHE", str(tmp_path / "file" / "clips"))
     with pytest.raises(RunError, match="set ZIPR1_CACHE"):
-        digits.prompts("validation", "moving_digits", 1, 1, 0)
+        tasks.prompts("validation", "moving_digits", 1, 1, 0)
 
 
 def test_train_prompts_follow_the_mix_and_the_seed():

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zipr1.data import identity, load, rows, video
+from zipr1.core.errors import InputError, Missing
+from zipr1.core.recipe import Data, Recipe, Rewards
+from zipr1.core.types import Media
+from zipr1.data import rows, video
 from zipr1.data.formats import FORMATS, VIDEO_R1, detect
 from zipr1.data.media import load_media
-from zipr1.episode import Media
-from zipr1.errors import InputError, Missing
-from zipr1.recipe import Data, Recipe, Rewards
-from zipr1.rollout import reward_of
+from zipr1.data.sources import identity, load
+from zipr1.train.rollout import reward_of
 
 
 @pytest.fixture(scope="module")

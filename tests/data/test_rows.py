@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zipr1.data import load, rows, video
+from zipr1.core.errors import InputError
+from zipr1.core.recipe import Data
+from zipr1.data import rows, video
 from zipr1.data.media import load_media
-from zipr1.errors import InputError
-from zipr1.recipe import Data
+from zipr1.data.sources import load
 
 
 @pytest.fixture

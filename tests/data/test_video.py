@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from zipr1.core.errors import InputError
+from zipr1.core.types import Media
 from zipr1.data import video
 from zipr1.data.media import load_media
-from zipr1.episode import Media
-from zipr1.errors import InputError
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.markup import escape
 
 import zipr1
-from zipr1 import stopping
 from zipr1.cli.eval import evaluate
 from zipr1.cli.export import export
 from zipr1.cli.profile import profile
 from zipr1.cli.train import train
-from zipr1.errors import ZipError
+from zipr1.core import signals
+from zipr1.core.errors import ZipError
 
 app = typer.Typer(
     name="zipr1",
@@ -76,12 +76,12 @@ def main() -> None:
     """The entry point. Always leaves by SystemExit."""
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, stopping.handle)
+            signal.signal(number, signals.handle)
     try:
         app()
     except ZipError as error:
         _leave(str(error), error.exit_code)
-    except stopping.Stopped as stop:
+    except signals.Stopped as stop:
         name = "stopped by SIGTERM" if stop.number == signal.SIGTERM else "interrupted"
         left = stop.note or LEFT.get(sys.argv[1] if len(sys.argv) > 1 else "", LEFT["train"])
         _leave(f"{name}; {left}", 128 + stop.number)

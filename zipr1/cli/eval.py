@@ -86,9 +86,9 @@ def evaluate(
         return
     budgets = numbers("--budget", budget, float)
 
+    from zipr1.core.jsontext import dumps
+    from zipr1.core.runs import find_model
     from zipr1.evaluate import session
-    from zipr1.jsontext import dumps
-    from zipr1.runs import find_model
 
     found, why = find_model(model)
     if model is None:
@@ -106,7 +106,7 @@ def _list(console: object) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from zipr1.suites import GROUPS, SUITES
+    from zipr1.evaluate.suites import GROUPS, SUITES
 
     assert isinstance(console, Console)
     wide = console.width >= 110

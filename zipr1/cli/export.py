@@ -38,9 +38,9 @@ def export(
     """
     from rich.console import Console
 
-    from zipr1 import export as exports
-    from zipr1.jsontext import dumps
-    from zipr1.report import export_text
+    from zipr1.core.jsontext import dumps
+    from zipr1.export import session as exports
+    from zipr1.train.progress import export_text
 
     console = Console(stderr=as_json)
     with console.status(f"exporting {run}"):

@@ -89,9 +89,9 @@ def profile(
     """Prefill, decoding and memory, dense beside sparse: measured, with what could be gained at most."""
     from rich.console import Console
 
-    from zipr1.errors import InputError
-    from zipr1.jsontext import dumps
-    from zipr1.runs import find_model
+    from zipr1.core.errors import InputError
+    from zipr1.core.jsontext import dumps
+    from zipr1.core.runs import find_model
 
     console = Console(stderr=as_json)
     name, said = find_model(model)
@@ -117,9 +117,10 @@ def profile(
     if card:
         found = count(console, name, sizes, shares, batches, probes or 128, visual)
     else:
-        from zipr1.checkpoint import new_folder
-        from zipr1.profiling import Wish, report
-        from zipr1.profiling import profile as measure
+        from zipr1.core.rundir import new_folder
+        from zipr1.profiling import report
+        from zipr1.profiling.session import Wish
+        from zipr1.profiling.session import profile as measure
 
         wish = Wish(
             name, sizes, shares, batches, layers, probes, image, video, device, dtype,
@@ -152,7 +153,7 @@ def count(
     visual: float,
 ) -> dict[str, Any]:
     """The card: no torch, no weights."""
-    from zipr1 import card
+    from zipr1.models import cost as card
 
     shape = card.shape_of(model)
     rows: list[dict[str, Any]] = []
@@ -167,7 +168,7 @@ def count(
 
 def numbers(option: str, given: list[str] | None, kind: type[N]) -> list[N]:
     """The values of an option that may be repeated or given as a comma list."""
-    from zipr1.errors import InputError
+    from zipr1.core.errors import InputError
 
     words = [word for item in given or [] for word in item.split(",") if word.strip()]
     try:

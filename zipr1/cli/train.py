@@ -51,18 +51,18 @@ def train(
     from rich.console import Console
 
     from zipr1.cli.log import show_log
-    from zipr1.recipe import load
+    from zipr1.core.recipe import load
 
     changes = [*(overrides or []), *([f"model.dtype={dtype}"] if dtype is not None else [])]
     run = load(recipe, changes)
 
-    import zipr1.train
-    from zipr1 import ranks
-    from zipr1.checkpoint import new_folder
-    from zipr1.jsontext import dumps
+    import zipr1.train.loop
+    from zipr1.core import distributed
+    from zipr1.core.jsontext import dumps
+    from zipr1.core.rundir import new_folder
 
     # With --json, stdout is for the machine; of several ranks the first one speaks.
-    console = Console(stderr=as_json, quiet=not ranks.is_first())
+    console = Console(stderr=as_json, quiet=not distributed.is_first())
     show_log(console)
     if dry_run:
         result = zipr1.train.dry_run(run, device, console)
@@ -70,5 +70,5 @@ def train(
         if output is None and resume in ("auto", "never"):
             output = new_folder(recipe.stem)
         result = zipr1.train.run(run, output, resume, device, sys.argv, console)
-    if as_json and ranks.is_first():
+    if as_json and distributed.is_first():
         print(dumps(result), flush=True)

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from zipr1.errors import InputError
+from zipr1.core.errors import InputError
 from zipr1.rewards.final import final
 
 Row = dict[str, Any]

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from zipr1.core.errors import InputError
+from zipr1.core.types import Media
 from zipr1.data import video
-from zipr1.episode import Media
-from zipr1.errors import InputError
 
 _ORIENTATION = 0x0112  # EXIF: how the camera was held
 

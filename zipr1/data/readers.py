@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from zipr1.errors import InputError, Missing
-from zipr1.recipe import Data
+from zipr1.core.errors import InputError, Missing
+from zipr1.core.recipe import Data
 
 Rows = Iterator[tuple[int, Callable[[], Any]]]
 

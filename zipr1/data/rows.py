@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from zipr1.core.errors import InputError
+from zipr1.core.recipe import Data
+from zipr1.core.types import Media, Prompt
 from zipr1.data.formats import ANSWERS, MEDIA, QUESTIONS, Format, detect, renamed
 from zipr1.data.media import exists, look
 from zipr1.data.readers import read
-from zipr1.episode import Media, Prompt
-from zipr1.errors import InputError
-from zipr1.recipe import Data
-from zipr1.rewards import find
+from zipr1.rewards.registry import find
 
 log = logging.getLogger("zipr1")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from zipr1.errors import InputError
+from zipr1.core.errors import InputError
 
 log = logging.getLogger("zipr1")
 

@@ -16,12 +16,12 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 
-from zipr1.episode import Media, Prompt
-from zipr1.errors import InputError
+from zipr1.core.errors import InputError
+from zipr1.core.recipe import Model
+from zipr1.core.types import Media, Prompt
 from zipr1.evaluate.answers import Answered, Answerer, Conditions
-from zipr1.manifest import sparsity_of
-from zipr1.models import load_policy
-from zipr1.recipe import Model
+from zipr1.models.manifest import sparsity_of
+from zipr1.models.policy import load_policy
 
 # Tasks that set no length of answers get this one, lmms-eval's own habit.
 MAX_NEW_TOKENS = 128

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from zipr1.core.errors import InputError
+from zipr1.core.recipe import Sparse
+from zipr1.core.types import Prompt
 from zipr1.data.media import load_media
-from zipr1.episode import Prompt
-from zipr1.errors import InputError
-from zipr1.evaluate import gallery, ranks
-from zipr1.models import Encoded, Features, Policy, Request
-from zipr1.models.processors import Processor, Visual
-from zipr1.recipe import Sparse
-from zipr1.rollout import by_length
+from zipr1.evaluate import gallery, processes
+from zipr1.models.policy import Features, Policy
+from zipr1.models.processors import Encoded, Processor, Visual
+from zipr1.models.sparse.attention import Request
+from zipr1.train.rollout import by_length
 
 # lmms-eval adds this stop where a task names none; answers may well have paragraphs.
 IMPLICIT_STOP = "\n\n"
@@ -117,7 +118,7 @@ class Answerer:
         Under several processes each takes every n-th question, and all get all answers. tell: called with the number
         of questions done. Raises InputError for media that cannot be read, on every process.
         """
-        mine = range(ranks.rank(), len(asked), ranks.world())
+        mine = range(processes.rank(), len(asked), processes.world())
         found: list[tuple[int, Answered]] = []
         failure: str | None = None
         try:
@@ -128,7 +129,7 @@ class Answerer:
                 chunk = mine[start : start + size]
 
                 def told(done: int, start: int = start) -> None:
-                    tell(min(len(asked), (start + done) * ranks.world()))
+                    tell(min(len(asked), (start + done) * processes.world()))
 
                 answered, known = self._chunk(
                     [asked[i]() for i in chunk], conditions, known, seen, told
@@ -136,7 +137,7 @@ class Answerer:
                 found += zip(chunk, answered, strict=True)
         except InputError as error:
             failure = str(error)
-        parts = ranks.gather((found, failure))
+        parts = processes.gather((found, failure))
         failures = [f for _, f in parts if f is not None]
         if failures:
             raise InputError(failures[0])

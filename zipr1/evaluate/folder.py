@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from zipr1.errors import InputError, RunError
-from zipr1.jsontext import dumps, plain
+from zipr1.core.errors import InputError, RunError
+from zipr1.core.jsontext import dumps, plain
 
 
 def identity(path: str) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from zipr1.models import Encoded, Policy
+from zipr1.models.policy import Policy
+from zipr1.models.processors import Encoded
 
 SIDE = 192  # px of the longer side of a shown frame
 MOMENTS = 4  # steps of time shown of a clip

@@ -33,11 +33,11 @@ from lmms_eval.tasks import TaskManager
 from PIL import ImageFile
 from tenacity import RetryError, stop_after_attempt
 
-from zipr1.errors import InputError, RunError, ZipError
-from zipr1.evaluate import local, ranks
+from zipr1.core.errors import InputError, RunError, ZipError
+from zipr1.evaluate import local, processes
 from zipr1.evaluate.adapter import Adapter
 from zipr1.evaluate.answers import Answered, Answerer, Conditions
-from zipr1.suites import EMBEDDED, SUITES, Suite, Task
+from zipr1.evaluate.suites import EMBEDDED, SUITES, Suite, Task
 
 # lmms-eval's import lets PIL fill what is missing of a cut-off picture with grey, everywhere in the process.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -88,7 +88,7 @@ def measure(
         limit = -(-limit // suite.pairs) * suite.pairs
     folder = Path(tempfile.mkdtemp(prefix="zipr1-eval-"))
     try:
-        with _guarded(), ranks.alone(), _home(suite, folder, data_root), _few_tries():
+        with _guarded(), processes.alone(), _home(suite, folder, data_root), _few_tries():
             manager = _manager(suite, folder, limit, data_root)
             scored = [
                 _measure_task(suite, task, manager, answerer, conditions, limit, folder, tell)
@@ -127,7 +127,7 @@ def _measure_task(
             fresh = _load(task, manager, guessed[-1])
         except (Exception, SystemExit) as error:  # noqa: BLE001  lmms-eval exits where data is missing
             failure = _reason(error, suite, task, manager)
-        failure = ranks.agree(failure)
+        failure = processes.agree(failure)
         if failure is None:
             try:
                 result = simple_evaluate(
@@ -146,7 +146,7 @@ def _measure_task(
                 failure = f"{suite.name}: {error}"
             except (Exception, SystemExit) as error:  # noqa: BLE001  lmms-eval exits where data is missing
                 failure = _reason(error, suite, task, manager)
-        failure = ranks.agree(failure)
+        failure = processes.agree(failure)
         if failure is not None or result is None:
             raise RunError(failure or f"{suite.name}: lmms-eval gave no result for {task.name}")
         values = result["results"][task.name]
@@ -243,7 +243,7 @@ def _manager(suite: Suite, folder: Path, limit: int | None, data_root: Path | No
             local.copies(suite, data_root, folder, TASKS)
     except InputError as error:
         failure = f"{suite.name}: {error}"
-    failure = ranks.agree(failure)
+    failure = processes.agree(failure)
     if failure is not None:
         raise InputError(failure)
     if list(folder.glob("*.yaml")):

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from zipr1.data import HELDOUT_SEED
-from zipr1.data.digits import prompts
-from zipr1.errors import InputError
-from zipr1.suites import SUITES, Suite, Task
+from zipr1.core.errors import InputError
+from zipr1.data.digits.tasks import prompts
+from zipr1.data.sources import HELDOUT_SEED
+from zipr1.evaluate.suites import SUITES, Suite, Task
 
 CLIPS = (".mp4", ".mkv", ".avi", ".mov", ".webm")
 EMBEDDED_QUESTIONS = 2000

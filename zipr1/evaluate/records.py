@@ -12,7 +12,7 @@ import numpy as np
 from zipr1.evaluate.answers import Answerer, Conditions
 from zipr1.evaluate.harness import Scored
 from zipr1.evaluate.scores import paired, suite_score, suite_units
-from zipr1.suites import Suite
+from zipr1.evaluate.suites import Suite
 
 
 def record(

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from zipr1.core.jsontext import dumps, plain
 from zipr1.evaluate.folder import Folder
-from zipr1.jsontext import dumps, plain
-from zipr1.suites import SUITES, Suite
+from zipr1.evaluate.suites import SUITES, Suite
 
 
 def collect(

@@ -6,7 +6,7 @@ MMBench the rotations of one question). With s_u and t_u in [0, 1] the results o
     difference = sum_u w_u (s_u - t_u),    V = G / (G - 1) * sum_g ( sum_{u in g} (w_u (s_u - t_u) - difference / n) )^2
 
 over clusters g of units that share a picture or clip; 95 % interval: difference +- 1.96 sqrt(V). Where no unit
-differs, +- 1.96^2 / (N + 1.96^2) of the whole range, with N = (sum_u w_u)^2 / sum_u w_u^2, as in zipr1/intervals.py.
+differs, +- 1.96^2 / (N + 1.96^2) of the whole range, with N = (sum_u w_u)^2 / sum_u w_u^2, as in core/statistics.py.
 The weighted sum of one model's units must be lmms-eval's own number; where it is not, that is corrected or noted, and
 the report says so.
 """
@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from zipr1.core.statistics import Z
 from zipr1.evaluate.harness import Scored
-from zipr1.intervals import Z
-from zipr1.suites import SUITES, Suite
+from zipr1.evaluate.suites import SUITES, Suite
 
 # Fields of a sample's document that say which picture or clip it is about.
 CLUSTERS = (

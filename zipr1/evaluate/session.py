@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from zipr1.errors import InputError, RunError, ZipError
-from zipr1.evaluate import ranks
+from zipr1.core.config import override
+from zipr1.core.errors import InputError, RunError, ZipError
+from zipr1.core.machine import describe
+from zipr1.core.recipe import Recipe, load, validate
+from zipr1.evaluate import processes
 from zipr1.evaluate.folder import Folder, identity
-from zipr1.machine import describe
-from zipr1.manifest import read, sparsity_of
-from zipr1.models import Policy, load_policy
+from zipr1.evaluate.suites import GROUPS, SUITES, Suite, resolve
 from zipr1.models.loading import choose_device
 from zipr1.models.loading import resolve as resolve_model
-from zipr1.recipe import Recipe, load, validate
-from zipr1.suites import GROUPS, SUITES, Suite, resolve
-from zipr1.yamltext import override
+from zipr1.models.manifest import read, sparsity_of
+from zipr1.models.policy import Policy, load_policy
 
 if TYPE_CHECKING:
     from zipr1.evaluate.answers import Conditions
@@ -73,10 +73,10 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
     recipe, source, keys = _settings(wanted)
     budgets = _budgets(wanted.budgets, recipe)
     _check_data_root(wanted.data_root, suites)
-    ranks.start()
+    processes.start()
     try:
         # 2. the model, and the one it was trained from
-        device = wanted.device or ranks.device()
+        device = wanted.device or processes.device()
         recipe = _with_dtype(recipe, device)
         policy = load_policy(recipe.model, device)
         base, base_name, base_note = _base(wanted, recipe, device)
@@ -94,7 +94,7 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
         }
         # 3. where results go; what is there already
         folder = Folder.open(wanted.output, wanted.model, meta)
-        loud = ranks.rank() == 0
+        loud = processes.rank() == 0
         quiet = console if loud else Console(file=io.StringIO())
         quiet.print(
             f"{wanted.model}: sparsity of {source}; "
@@ -113,7 +113,7 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
         if loud:
             report.write(folder, results, quiet)
     finally:
-        ranks.stop()
+        processes.stop()
     if results["errors"]:
         names = ", ".join(error["task"] for error in results["errors"])
         raise RunError(
@@ -257,7 +257,7 @@ def _measure_all(
     batch = recipe.evaluation.batch if "evaluation.batch" in keys else BATCH
     answerer = Answerer(policy, recipe.sparse, budgets, batch, base=base)
     for suite in suites:
-        done = ranks.gather(folder.done(suite.name))[0]
+        done = processes.gather(folder.done(suite.name))[0]
         if done:
             console.print(f"{suite.name}: finished before, not repeated", highlight=False)
             continue
@@ -275,9 +275,9 @@ def _measure_all(
             console.print(
                 f"[bold red]failed:[/] {result['error']}", soft_wrap=True, highlight=False
             )
-        if ranks.rank() == 0:
+        if processes.rank() == 0:
             folder.save(suite.name, result)
-    ranks.gather(None)  # what the first process wrote is there for all
+    processes.gather(None)  # what the first process wrote is there for all
 
 
 def conditions_of(suite: Suite, recipe: Recipe, keys: set[str]) -> Conditions:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from zipr1.errors import InputError
+from zipr1.core.errors import InputError
 from zipr1.export.source import Source
 from zipr1.models.loading import load_parts, save_processor, with_adapter
 from zipr1.models.processors import Processor

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zipr1.export.source import Source
-from zipr1.report import duration
+from zipr1.train.progress import duration
 
 # A task that lost more than this against the dense model is named under limits.
 NOTABLE = 0.01

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
-from zipr1.errors import RunError
+from zipr1.core.errors import RunError
 from zipr1.export.source import Source
 from zipr1.models.loading import save_folder
 from zipr1.models.processors import Processor

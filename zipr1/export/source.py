@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from zipr1.checkpoint import is_complete, read_json
-from zipr1.errors import InputError
+from zipr1.core.errors import InputError
+from zipr1.core.recipe import Recipe, load
+from zipr1.core.rundir import is_complete, read_json
 from zipr1.models.loading import base_of, resolve
-from zipr1.recipe import Recipe, load
 
 # Of the weights in this package; the digits they were trained on are CC BY 4.0.
 TINY_LICENCE = "apache-2.0"

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from zipr1 import data
-from zipr1.episode import Prompt
-from zipr1.errors import InputError
-from zipr1.models import Encoded, Policy
+from zipr1.core.errors import InputError
+from zipr1.core.recipe import Data, Recipe
+from zipr1.core.types import Prompt
+from zipr1.data import sources
+from zipr1.models.encoder import Pictures
 from zipr1.models.inputs import model_inputs
-from zipr1.pictures import Pictures
-from zipr1.recipe import Data, Recipe
+from zipr1.models.policy import Policy
+from zipr1.models.processors import Encoded
 
 QUESTIONS = 4
 
@@ -44,9 +45,15 @@ def samples(recipe: Recipe) -> tuple[list[Prompt], str]:
     gone. Also says which."""
     wanted = recipe.data.model_copy(update={"heldout_prompts": QUESTIONS})
     try:
-        found, origin = data.load(wanted, "heldout", recipe.seed), "held-out questions of the run"
+        found, origin = (
+            sources.load(wanted, "heldout", recipe.seed),
+            "held-out questions of the run",
+        )
     except InputError:
-        found, origin = data.load(Data(heldout_prompts=QUESTIONS), "heldout", 0), "embedded digits"
+        found, origin = (
+            sources.load(Data(heldout_prompts=QUESTIONS), "heldout", 0),
+            "embedded digits",
+        )
     by_task: dict[str, list[Prompt]] = {}
     for prompt in found:
         by_task.setdefault(prompt.task, []).append(prompt)

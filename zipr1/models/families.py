@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from zipr1.errors import InputError
+from zipr1.core.errors import InputError
 from zipr1.models.processors import Visual
 
 Look = Callable[[Any, str, Sequence[Visual], torch.device], list[torch.Tensor]]

@@ -21,13 +21,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from zipr1_kernels import unusable
 
-from zipr1 import manifest
-from zipr1.errors import InputError
-from zipr1.models import families
-from zipr1.models.attention import ATTENTION
+from zipr1.core.errors import InputError
+from zipr1.core.recipe import Lora, Model
+from zipr1.models import families, manifest
 from zipr1.models.processors import PixelSettings, Processor
-from zipr1.models.scratch import build_model, build_tokenizer
-from zipr1.recipe import Lora, Model
+from zipr1.models.random_weights import build_model, build_tokenizer
+from zipr1.models.sparse.attention import ATTENTION
 
 # The run's own display shows what goes on; bars of loading and saving shards would break it.
 transformers.utils.logging.disable_progress_bar()

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from zipr1.episode import Prompt
-from zipr1.errors import InputError
-from zipr1.models.attention import ATTENTION, Request, sparse_attention
-from zipr1.models.cache import PrunedCache
+from zipr1.core.distributed import Parallel, whole_state
+from zipr1.core.errors import InputError
+from zipr1.core.recipe import Model, Train
+from zipr1.core.types import Prompt
+from zipr1.models.batching import answer_slots, choose, dense_bytes, groups, heldout_mass, padded
 from zipr1.models.families import FAMILIES, deepstack, towers
-from zipr1.models.last import finished_at, last_column
 from zipr1.models.loading import (
     add_lora,
     choose_device,
@@ -34,9 +34,9 @@ from zipr1.models.loading import (
     save_folder,
 )
 from zipr1.models.processors import Encoded, Processor, Visual
-from zipr1.models.rows import answer_slots, choose, dense_bytes, groups, heldout_mass, padded
-from zipr1.ranks import Parallel, whole_state
-from zipr1.recipe import Model, Train
+from zipr1.models.sparse.attention import ATTENTION, Request, sparse_attention
+from zipr1.models.sparse.cache import PrunedCache
+from zipr1.models.sparse.last_layer import finished_at, last_column
 
 # Placeholders are never sampled: an answer with one would ask for a picture that is not there. Finite, so that
 # a KL over the vocabulary has no inf - inf.

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 
-from zipr1.errors import InputError
+from zipr1.core.errors import InputError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zipr1.card import Skip, kept_tokens
-from zipr1.errors import RunError
-from zipr1.models import PrunedCache, Request, random_model, sparse_attention
-from zipr1.phases import Stopwatch
+from zipr1.core.errors import RunError
+from zipr1.core.phases import Stopwatch
+from zipr1.models.cost import Skip, kept_tokens
+from zipr1.models.loading import random_model
+from zipr1.models.sparse.attention import Request, sparse_attention
+from zipr1.models.sparse.cache import PrunedCache
 from zipr1.profiling.subject import Inputs, Subject
 
 # A median of fewer turns is no median; more than these say nothing new.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from zipr1.card import Shape, Work
+from zipr1.models.cost import Shape, Work
 from zipr1.profiling.counting import attention_flops
 
 # Phases whose operations run at the rate of attention; the others are products of matrices.

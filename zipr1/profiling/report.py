@@ -9,8 +9,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from zipr1.card import tera
-from zipr1.page import Page
+from zipr1.core.page import Page
+from zipr1.models.cost import tera
 from zipr1.profiling import plots
 
 Row = Mapping[str, Any]

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from zipr1 import card
-from zipr1.models import use
+from zipr1.models import cost
+from zipr1.models.sparse.attention import use
 from zipr1.profiling import measure
 from zipr1.profiling.counting import memory, operations
 from zipr1.profiling.measure import Spread, Variant
@@ -116,14 +116,14 @@ def rows_of(
     length, batch = inputs.length, inputs.batch
     rows: list[Row] = []
 
-    def work(one: Taken) -> dict[str, card.Work]:
-        return card.layer(s, length, one.keep, one.variant.skip, probes, batch)
+    def work(one: Taken) -> dict[str, cost.Work]:
+        return cost.layer(s, length, one.keep, one.variant.skip, probes, batch)
 
-    def step_work(one: Taken) -> card.Work:
-        return card.decode(s, length, one.keep, one.variant.skip, batch)
+    def step_work(one: Taken) -> cost.Work:
+        return cost.decode(s, length, one.keep, one.variant.skip, batch)
 
     slow, slow_step = work(dense), step_work(dense)
-    logits = card.Work(2.0 * batch * s.hidden * s.vocab, float(s.size * s.hidden * s.vocab))
+    logits = cost.Work(2.0 * batch * s.hidden * s.vocab, float(s.size * s.hidden * s.vocab))
     logits_s = rates.seconds({"logits": logits})
     dense_layer_s = rates.seconds(slow)
 
@@ -170,9 +170,9 @@ def rows_of(
                 dense.parts["decoder"],
                 1 / s.layers,
                 bound=dense_layer_s / layer_s,
-                bound_counted=card.add(slow.values()).flops / card.add(ours.values()).flops,
+                bound_counted=cost.add(slow.values()).flops / cost.add(ours.values()).flops,
                 tflops=one.flops / one.parts["decoder"].p20_p50_p80[1] / 1e9 or None,
-                card_flops=card.add(ours.values()).flops,
+                card_flops=cost.add(ours.values()).flops,
                 counted_flops=flops or None,
                 phases=one.phases,
                 overhead=overhead(one.phases) if sparse else None,

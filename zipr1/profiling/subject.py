@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-from zipr1 import card
-from zipr1.data import digits
+from zipr1.core.errors import InputError
+from zipr1.core.recipe import Model, Sparse
+from zipr1.core.types import Media, Prompt
+from zipr1.data.digits import tasks
 from zipr1.data.media import load_media
-from zipr1.episode import Media, Prompt
-from zipr1.errors import InputError
-from zipr1.manifest import sparsity_of
-from zipr1.models import Encoded, Policy, choose_device, load_policy, random_model
-from zipr1.recipe import Model, Sparse
+from zipr1.models import cost
+from zipr1.models.loading import choose_device, random_model
+from zipr1.models.manifest import sparsity_of
+from zipr1.models.policy import Policy, load_policy
+from zipr1.models.processors import Encoded
 
 QUESTION = "Describe this."
 # The same budget of frames for whoever names a clip and no recipe.
@@ -57,7 +59,7 @@ class Subject:
     all_layers: those of the model it stands for. sparse: its own settings. real: prompts of its own, by batch."""
 
     core: Any
-    shape: card.Shape
+    shape: cost.Shape
     all_layers: int
     sparse: Sparse
     weights: str
@@ -112,12 +114,12 @@ def load(
     chosen = choose_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if chosen.type == "cuda" else "float32"
-    if model in card.bundled():
-        shape = card.shape_of(model)
+    if model in cost.bundled():
+        shape = cost.shape_of(model)
         built = layers if layers is not None else shape.layers
         if not 1 <= built <= shape.layers:
             raise InputError(f"--layers {built} is outside 1..{shape.layers}, what {model} has")
-        core = random_model(card.values_of(model), built, chosen, dtype)
+        core = random_model(cost.values_of(model), built, chosen, dtype)
         subject = Subject(
             core, replace(shape, layers=built), shape.layers, Sparse(skip="layer"), "random"
         )
@@ -127,9 +129,9 @@ def load(
                 f"--layers is for a bundled config with random weights and {model} has weights; leave it out"
             )
         if model != "tiny" and "/" not in model and not Path(model).exists():
-            card.shape_of(model)  # which names the nearest bundled config
+            cost.shape_of(model)  # which names the nearest bundled config
         policy = load_policy(Model.model_validate({"path": model, "dtype": dtype}), device)
-        shape = card.Shape.of(policy.core.config.to_dict(), model)
+        shape = cost.Shape.of(policy.core.config.to_dict(), model)
         sparse, _ = sparsity_of(model)
         subject = Subject(policy.core, shape, shape.layers, sparse, "its own", policy)
     size = torch.empty(0, dtype=subject.dtype).element_size()
@@ -154,7 +156,7 @@ def given_prompt(image: Path | None, video: Path | None) -> Prompt:
 
 def longest_clip(policy: Policy) -> Prompt:
     """The embedded test clip with the longest prompt, of 40."""
-    prompts = digits.prompts("test", "moving_digits", 40, 1, seed=0)
+    prompts = tasks.prompts("test", "moving_digits", 40, 1, seed=0)
     return max(prompts, key=lambda p: len(_encoded(policy, p)))
 
 

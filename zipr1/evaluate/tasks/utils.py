@@ -2,7 +2,7 @@
 
 import json
 
-from zipr1.rewards import find
+from zipr1.rewards.registry import find
 
 
 def doc_to_visual(doc):

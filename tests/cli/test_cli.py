@@ -1,0 +1,265 @@
+"""The command line: thin, quick to start, and one clear line for whatever goes wrong."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+import zipr1
+from zipr1.cli import main
+from zipr1.core.errors import InputError, RunError
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text("train: {steps: 3}")
+    return path
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Stands in for zipr1.train; what it was called with."""
+    seen = []
+    fake = types.ModuleType("zipr1.train")
+
+    def run(recipe, output, resume, device, command, console):
+        seen.append((recipe, output, resume, device, command))
+        console.print("training")
+        return {"after": {"accuracy": 0.5}, "loss": float("nan")}
+
+    def dry_run(recipe, device, console):
+        seen.append((recipe, device))
+        return {"dry": True}
+
+    fake.run, fake.dry_run = run, dry_run
+    monkeypatch.setitem(sys.modules, "zipr1.train", fake)
+    monkeypatch.setattr(zipr1, "train", fake, raising=False)
+    return seen
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, tmp_path):
+    """Runs `zipr1 ARGUMENTS` in an empty folder; gives exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["zipr1", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        out = capsys.readouterr()
+        return left.value.code or 0, out.out, out.err
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def failing(monkeypatch, error):
+    fake = types.ModuleType("zipr1.train")
+
+    def run(*arguments):
+        raise error
+
+    fake.run = run
+    monkeypatch.setitem(sys.modules, "zipr1.train", fake)
+    monkeypatch.setattr(zipr1, "train", fake, raising=False)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["eval", "--help"],
+        ["eval", "--tasks", "list"],
+        ["profile", "--help"],
+        ["export", "--help"],
+        ["--version"],
+    ],
+)
+def test_help_loads_no_torch(arguments):
+    code = (
+        "import sys; from zipr1.cli import main; sys.argv = ['zipr1', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "except SystemExit as e: assert not e.code, e.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'zipr1.recipe'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "zipr1" in done.stdout
+
+
+def test_importing_the_package_loads_no_torch():
+    code = "import sys, zipr1; assert zipr1.load and zipr1.sparse and zipr1.stats; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_version(cli):
+    assert cli("--version") == (0, f"zipr1 {zipr1.__version__}\n", "")
+
+
+def test_train_passes_everything_on(cli, calls, recipe):
+    code, out, _ = cli(
+        "train",
+        recipe,
+        "seed=4",
+        "--output",
+        "o",
+        "--device",
+        "cpu",
+        "optim.lr=1e-3",
+        "--dtype",
+        "float16",
+    )
+    assert (code, out) == (0, "training\n")
+    ((got, output, resume, device, command),) = calls
+    assert (got.seed, got.train.steps, got.optim.lr, got.model.dtype) == (4, 3, 1e-3, "float16")
+    assert (str(output), resume, device) == ("o", "auto", "cpu")
+    assert command[:2] == ["zipr1", "train"]
+
+
+def test_without_output_a_new_folder_is_named_after_the_recipe(cli, calls, recipe):
+    cli("train", recipe)
+    assert str(calls[0][1]).startswith("runs/small-")
+
+
+def test_resume_of_a_folder_leaves_output_to_it(cli, calls, recipe):
+    cli("train", recipe, "--resume", "runs/x")
+    assert calls[0][1:3] == (None, "runs/x")
+
+
+def test_json_is_the_last_line_and_the_only_one(cli, calls, recipe):
+    code, out, err = cli("train", recipe, "--json")
+    assert code == 0
+    assert json.loads(out) == {"after": {"accuracy": 0.5}, "loss": None}
+    assert out.count("\n") == 1
+    assert "training" in err
+
+
+def test_dry_run_writes_nothing(cli, calls, recipe, tmp_path):
+    code, out, _ = cli("train", recipe, "--dry-run", "--json")
+    assert (code, json.loads(out)) == (0, {"dry": True})
+    assert list(tmp_path.iterdir()) == [recipe]
+
+
+def test_export_says_what_was_checked_and_how_to_use_it(cli, run, tmp_path):
+    code, out, err = cli("export", run, "--to", "out", "--json", "--device", "cpu")
+    assert code == 0 and out.count("\n") == 1
+    result = json.loads(out)
+    assert result["check"]["n"] == result["check"]["same_text"] == 4
+    assert "same answers on 4 of 4" in " ".join(err.split()) and 'zipr1.load("out")' in err
+    assert sorted(result["files"]) == sorted(p.name for p in (tmp_path / "out").iterdir())
+    code, out, err = cli("export", run, "--to", "out")
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: --to out: is there already and is never overwritten; name a new folder, or remove that one\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("data.source: got 'x';\nallowed: [b]"), 2, "error: data.source: got 'x'; allowed: [b]\n"),
+        (RunError("loss is NaN"), 1, "error: loss is NaN\n"),
+        (OSError(errno.ENOSPC, "No space left", "/d"), 1, "error: /d: No space left; free some space, then resume\n"),
+        (MemoryError(), 1, "error: out of memory; use a smaller batch (train.micro_batch, evaluation.batch)\n"),
+    ],
+)  # fmt: skip
+def test_failures_are_one_line(cli, recipe, monkeypatch, error, code, line):
+    failing(monkeypatch, error)
+    assert cli("train", recipe) == (code, "", line)
+
+
+def test_device_out_of_memory(cli, recipe, monkeypatch):
+    import torch
+
+    failing(monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    code, _, err = cli("train", recipe)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "train.micro_batch" in err
+
+
+def test_a_bug_keeps_its_traceback(recipe, monkeypatch, tmp_path):
+    failing(monkeypatch, FileNotFoundError(errno.ENOENT, "missing"))
+    monkeypatch.setattr(sys, "argv", ["zipr1", "train", str(recipe)])
+    with pytest.raises(FileNotFoundError):
+        main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "none.yaml"], "none.yaml: no such file; there is no recipe in ./recipes"),
+        (["train", "small.yaml", "train.stepz=3"], "did you mean train.steps?"),
+        (["train", "small.yaml", "--dtype", "int8"], "model.dtype: got 'int8'; allowed: 'auto', 'float32'"),
+        (["train"], "Missing argument"),
+        (["train", "small.yaml", "--nope"], "No such option"),
+        (["fly"], "No such command"),
+    ],
+)  # fmt: skip
+def test_wrong_input_exits_with_2(cli, recipe, arguments, expected):
+    code, out, err = cli(*arguments)
+    assert (code, out) == (2, "")
+    assert expected in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_stopped_export_leaves_nothing(run, tmp_path, number, code, word):
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import sys, time, zipr1.export\n"
+        "def compare(*a): print('ready', flush=True); time.sleep(60)\n"
+        "zipr1.export.compare = compare\n"
+        "from zipr1.cli import main; sys.argv = ['zipr1', 'export', *sys.argv[1:]]; main()"
+    )
+    command = [sys.executable, "-c", program, run, "--to", tmp_path / "out", "--device", "cpu"]
+    with subprocess.Popen(
+        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == code and not list(tmp_path.iterdir())
+    assert err == f"error: {word}; nothing was written: the folder is made whole or not at all\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_signals_end_with_one_line(recipe, number, code, word):
+    program = (
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import sys, time, types, zipr1; fake = types.ModuleType('zipr1.train')\n"
+        "def run(*a): print('ready', flush=True); time.sleep(60)\n"
+        "fake.run = run; sys.modules['zipr1.train'] = zipr1.train = fake\n"
+        "from zipr1.cli import main; sys.argv = ['zipr1', 'train', sys.argv[1]]; main()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(recipe)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "40"},
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.1)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (code, "")
+    assert err == f"error: {word}; saved checkpoints are complete: go on with --resume DIR\n"

@@ -1,0 +1,286 @@
+"""A run directory survives kills, refuses strangers and holds nothing but safetensors, YAML and JSON."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from zipr1.core import machine
+from zipr1.core.errors import InputError, RunError
+from zipr1.core.jsontext import dumps
+from zipr1.core.machine import describe
+from zipr1.core.recipe import Recipe, load, validate
+from zipr1.core.rundir import (
+    RunDir,
+    is_complete,
+    load_state,
+    new_folder,
+    read_json,
+    read_lines,
+    save_state,
+)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "run"
+
+
+def write(text="weights"):
+    def files(folder):
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "a.bin").write_text(text)
+
+    return files
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_fresh_run(root):
+    run = RunDir.open(Recipe(), root, info={"seed": 3})
+    assert (run.checkpoint, run.start_step, run.latest_checkpoint()) == (None, 0, None)
+    assert load(root / "recipe.yaml").sha256() == Recipe().sha256()
+    assert read_json(root / "run.json") == {"seed": 3}
+
+
+def test_without_output_a_new_folder_each_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    roots = {RunDir.open(Recipe(), name="tiny").root for _ in range(3)}
+    assert len(roots) == 3
+    assert all(str(r).startswith("runs/tiny-") for r in roots)
+    assert not new_folder("tiny").exists()
+
+
+def test_checkpoints_are_complete_linked_and_pruned(root):
+    run = RunDir.open(Recipe(), root)
+    for step in (1, 2, 10):
+        path = run.save_checkpoint(step, write(), keep=2)
+    assert names(root / "checkpoints") == ["step-000002", "step-000010"]
+    assert (root / "last").resolve() == path.resolve()
+    assert os.readlink(root / "last") == "checkpoints/step-000010"
+    assert read_json(path / "complete.json") == {"step": 10, "files": {"adapter/a.bin": 7}}
+    run.save_checkpoint(10, write("other"), keep=1)
+    assert (root / "last" / "adapter" / "a.bin").read_text() == "other"
+    assert names(root / "checkpoints") == ["step-000010"]
+
+
+def test_the_best_checkpoint_outlives_newer_ones(root):
+    run = RunDir.open(Recipe(), root)
+    for step, best in ((1, True), (2, True), (3, False), (4, False), (5, False)):
+        run.save_checkpoint(step, write(str(step)), keep=2, best=best)
+    assert names(root / "checkpoints") == ["step-000002", "step-000004", "step-000005"]
+    assert (root / "best" / "adapter" / "a.bin").read_text() == "2"
+    assert (root / "last" / "adapter" / "a.bin").read_text() == "5"
+    run.save_checkpoint(6, write(), keep=1, best=True)
+    assert names(root / "checkpoints") == ["step-000006"]
+
+
+def test_of_several_ranks_one_writes(root):
+    RunDir.open(Recipe(), root)
+    other = RunDir(root, Recipe())
+    other.writes = False
+    other.append_metrics({"step": 0})
+    other.write_summary({})
+    assert other.save_checkpoint(3, write()).name == "step-000003" and other.start_step == 3
+    assert names(root) == ["checkpoints", "recipe.yaml", "run.json"]
+
+
+@pytest.mark.parametrize("harm", ["complete.json", "adapter/a.bin", "short"])
+def test_incomplete_checkpoints_are_passed_over(root, harm):
+    run = RunDir.open(Recipe(), root)
+    run.save_checkpoint(5, write())
+    newest = run.save_checkpoint(9, write())
+    (newest / "adapter/a.bin").write_text("wei") if harm == "short" else (newest / harm).unlink()
+    (root / "checkpoints" / ".tmp-step-000012").mkdir()
+    assert not is_complete(newest)
+    again = RunDir.open(Recipe(), root)
+    assert (again.start_step, again.checkpoint.name) == (5, "step-000005")
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(root):
+    run = RunDir.open(Recipe(), root)
+    run.save_checkpoint(5, write())
+
+    def fail(folder):
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.save_checkpoint(6, fail)
+    assert names(root / "checkpoints") == ["step-000005"]
+    assert run.latest_checkpoint().name == "step-000005"
+
+
+def test_resumed_metrics_are_those_of_an_unbroken_run(root):
+    run = RunDir.open(Recipe(), root)
+    for step in range(6):
+        run.append_metrics({"step": step, "kl": step / 10})
+        run.append_rollouts([{"step": step, "text": "ä\n"}, {"step": step, "text": "b"}])
+        if step == 3:
+            run.save_checkpoint(4, write())
+    with (root / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "k')  # killed in the middle of a line
+    assert len(read_lines(root / "metrics.jsonl")) == 6
+    again = RunDir.open(Recipe(), root, info={"command": "x"})
+    assert again.start_step == 4
+    for step in range(4, 6):
+        again.append_metrics({"step": step, "kl": step / 10})
+    rows = [{"step": step, "kl": step / 10} for step in range(6)]
+    assert read_lines(root / "metrics.jsonl") == rows
+    assert [r["step"] for r in read_lines(root / "rollouts.jsonl")] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert read_json(root / "run.json")["resumed"] == [{"command": "x", "from_step": 4}]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(root):
+    RunDir.open(Recipe(), root).append_metrics({"step": 0})
+    again = RunDir.open(Recipe(), root)
+    assert again.start_step == 0
+    assert read_lines(root / "metrics.jsonl") == []
+
+
+@pytest.mark.parametrize("left", [".tmp-recipe.yaml", "checkpoints"])
+def test_a_run_killed_while_starting_starts_again(root, left):
+    root.mkdir()
+    (root / left).mkdir() if left == "checkpoints" else (root / left).touch()
+    assert RunDir.open(Recipe(), root).start_step == 0
+    assert (root / "recipe.yaml").is_file()
+
+
+def test_what_is_refused(root, tmp_path):
+    RunDir.open(Recipe(), root)
+    other = validate({"seed": 7, "train": {"steps": 4}})
+    with pytest.raises(InputError, match=r"seed: 0 -> 7, train.steps: 300 -> 4"):
+        RunDir.open(other, root)
+    with pytest.raises(InputError, match="--resume auto, or give another --output"):
+        RunDir.open(Recipe(), root, resume="never")
+    with pytest.raises(InputError, match="not a run directory"):
+        RunDir.open(Recipe(), None, resume=str(tmp_path / "none"))
+    with pytest.raises(InputError, match="two folders"):
+        RunDir.open(Recipe(), tmp_path / "other", resume=str(root))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    with pytest.raises(InputError, match="not empty and holds no run"):
+        RunDir.open(Recipe(), tmp_path / "photos")
+    assert names(tmp_path / "photos") == ["cat.jpg"]
+    with pytest.raises(InputError, match="this is a file"):
+        RunDir.open(Recipe(), tmp_path / "photos" / "cat.jpg")
+    with pytest.raises(InputError, match="cannot be written"):
+        RunDir.open(Recipe(), tmp_path / "photos" / "cat.jpg" / "run")
+
+
+def test_resume_of_a_named_run(root):
+    RunDir.open(Recipe(), root).save_checkpoint(8, write())
+    assert RunDir.open(Recipe(), None, resume=str(root)).start_step == 8
+    assert RunDir.open(Recipe(), root, resume=str(root)).start_step == 8
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line_with_the_path(root):
+    run = RunDir.open(Recipe(), root)
+    (root / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(RunError, match=r"metrics.jsonl: cannot be written \(No space left"):
+        run.append_metrics({"step": 0})
+
+    def fail(folder):
+        Path("/dev/full").write_text("x")
+
+    with pytest.raises(RunError, match="step-000001: cannot be written"):
+        run.save_checkpoint(1, fail)
+
+
+def test_kill_at_any_moment_leaves_a_whole_checkpoint(root):
+    program = (
+        "import sys; from pathlib import Path; from zipr1.checkpoint import RunDir; from zipr1.recipe import Recipe\n"
+        "run = RunDir.open(Recipe(), Path(sys.argv[1]))\n"
+        "for step in range(run.start_step, 10**6):\n"
+        "    run.append_metrics({'step': step})\n"
+        "    run.save_checkpoint(step + 1, lambda f: (f / 'w').write_bytes(bytes(10**6)))\n"
+        "    print(step, flush=True)"
+    )
+    seen = 0
+    for wait in (3, 8):
+        with subprocess.Popen(
+            [sys.executable, "-c", program, str(root)], stdout=subprocess.PIPE, text=True
+        ) as process:
+            lines = [int(process.stdout.readline()) for _ in range(wait)]
+            process.send_signal(signal.SIGKILL)
+        assert lines[0] >= seen
+        run = RunDir.open(Recipe(), root)
+        seen = run.start_step
+        assert seen >= lines[-1] + 1
+        assert [r["step"] for r in read_lines(root / "metrics.jsonl")] == list(range(seen))
+        assert is_complete((root / "last").resolve())
+
+
+def test_state_round_trip_without_pickle(tmp_path):
+    shared = torch.randn(4, 6)
+    tensors = {
+        "a": shared,
+        "view": shared.t(),
+        "half": torch.randn(3).bfloat16(),
+        "rng": torch.get_rng_state(),
+        "none": torch.empty(0),
+    }
+    save_state(tmp_path, tensors, {"step": 3, "mu": np.float32(0.5)}, name="optim")
+    again, meta = load_state(tmp_path, "optim")
+    assert meta == {"step": 3, "mu": 0.5}
+    assert again.keys() == tensors.keys()
+    for key, value in tensors.items():
+        torch.testing.assert_close(again[key], value, rtol=0, atol=0)
+    assert names(tmp_path) == ["optim.json", "optim.safetensors"]
+    (tmp_path / "optim.safetensors").write_bytes(b"broken")
+    with pytest.raises(InputError, match="no readable state"):
+        load_state(tmp_path, "optim")
+
+
+def test_json_is_plain():
+    value = {
+        "nan": float("nan"),
+        "t": torch.tensor([1.5, float("inf")]),
+        3: (Path("a"), np.int64(2)),
+    }
+    assert json.loads(dumps(value)) == {"nan": None, "t": [1.5, None], "3": ["a", 2]}
+    with pytest.raises(TypeError, match="object has no JSON form"):
+        dumps(object())
+
+
+def test_run_json_says_what_ran(root):
+    info = describe(["zipr1", "train"], device="cpu", seed=4)
+    RunDir.open(Recipe(), root, info=info)
+    kept = read_json(root / "run.json")
+    # The build (+cpu, +cu130) is in one of the two and may be missing in the other.
+    assert kept["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"transformers", "peft", "python", "zipr1"} <= kept["versions"].keys()
+    assert kept["hardware"]["cpus"] >= 1
+    assert kept["hardware"]["memory_bytes"] > 2**28
+    assert (kept["seed"], kept["command"]) == (4, ["zipr1", "train"])
+    assert kept["git"] is None or len(kept["git"]["commit"]) == 40
+
+
+def test_the_commit_is_that_of_our_checkout_and_no_other(tmp_path, monkeypatch):
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path / "clone"), *who, *arguments], check=True)
+
+    code = tmp_path / "clone" / "zipr1" / "__init__.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("one = 1\n")
+    monkeypatch.setattr(machine.zipr1, "__file__", str(code))
+    assert machine.git_commit() is None  # a folder without git
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "someone's project")
+    assert machine.git_commit() is None  # installed inside of a repository that does not hold it
+    git("add", ".")
+    git("commit", "-q", "-m", "ours")
+    clean = machine.git_commit()
+    assert clean is not None and len(clean["commit"]) == 40 and not clean["changed"]
+    code.write_text("one = 2\n")
+    assert machine.git_commit() == {**clean, "changed": True}

@@ -1,0 +1,274 @@
+"""Other families, random tiny ones of transformers' own classes, with pictures: dense at p = 1, pruned below."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import tinymodels
+import torch
+import transformers as t
+from rich.console import Console
+
+from zipr1.core.errors import InputError
+from zipr1.core.recipe import Model, Probes, Sparse, validate
+from zipr1.data.digits.tasks import vocabulary
+from zipr1.models.batching import replay_masks
+from zipr1.models.families import CANNOT, FAMILIES, find
+from zipr1.models.policy import Policy, load_policy
+from zipr1.models.random_weights import build_tokenizer
+from zipr1.models.sparse.attention import Request, sparse_attention
+from zipr1.train import loop
+
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+SMALL = Sparse(p=0.7, probes=Probes(recent=3, random=6), dense_below=0)
+
+
+def config(family: str, text: dict[str, Any], token: int) -> Any:
+    """A tiny config whose pictures make 16 to 65 tokens."""
+    if family == "qwen3_vl":
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+        vision = {
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "patch_size": 8,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        }
+        text = {**text, "rope_parameters": rope}
+        return t.Qwen3VLConfig(
+            text_config=text, vision_config=vision, image_token_id=token, tie_word_embeddings=True
+        )
+    if family == "internvl":
+        vision = {**TOWER, "image_size": [128, 128], "patch_size": [8, 8]}
+        text = {**text, "model_type": "qwen2"}
+        return t.InternVLConfig(text_config=text, vision_config=vision, image_token_id=token)
+    if family == "llava_onevision":
+        vision = {**TOWER, "image_size": 64, "patch_size": 8, "model_type": "siglip_vision_model"}
+        text = {**text, "model_type": "qwen2"}
+        return t.LlavaOnevisionConfig(
+            text_config=text,
+            vision_config={**vision, "vision_use_head": False},
+            image_token_index=token,
+            image_grid_pinpoints=[[64, 64]],
+        )
+    vision = {**TOWER, "image_size": 128, "patch_size": 8}
+    text = {**text, "model_type": "llama"}
+    return t.SmolVLMConfig(
+        text_config=text, vision_config=vision, image_token_id=token, scale_factor=2
+    )
+
+
+OTHERS = ("qwen3_vl", "internvl", "llava_onevision", "smolvlm")
+
+
+def folder(family: str, path: Path) -> Path:
+    """A model folder as from the hub."""
+    tokenizer = build_tokenizer(vocabulary())
+    token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text = {**TEXT, "vocab_size": len(tokenizer), "bos_token_id": None, **ends}
+    torch.manual_seed(0)
+    model = t.AutoModelForImageTextToText.from_config(config(family, text, token))
+    for name, parameter in model.named_parameters():
+        # Attention is sharpened, or every token scores the same.
+        if any(f"{part}_proj.weight" in name for part in "qk") and "vision" not in name:
+            parameter.data *= 25
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@lru_cache
+def shared(family: str) -> Policy:
+    with TemporaryDirectory() as path:
+        return load_policy(Model(path=str(folder(family, Path(path)))), "cpu")
+
+
+def inputs(policy: Policy, encoded: Any) -> dict[str, Any]:
+    """What transformers' processor would hand to the model for one sample with one picture."""
+    visual = encoded.visuals[0]
+    ids = encoded.ids[None]
+    found: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found["pixel_values"] = visual.patches
+    kind = policy.core.config.model_type
+    if kind == "qwen3_vl":
+        found["image_grid_thw"] = torch.tensor([visual.grid])
+        found["mm_token_type_ids"] = (ids == policy.processor.placeholder["image"]).int()
+    if kind == "llava_onevision":
+        found |= {"image_sizes": torch.tensor([[64, 64]]), "batch_num_images": torch.tensor([2])}
+    if kind == "smolvlm":
+        found["pixel_values"] = visual.patches[None]
+    return found
+
+
+def prompts() -> list[Any]:
+    return [tinymodels.prompt(0, "image"), tinymodels.prompt(2, "image", 3, turns=2)]
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("forced", [False, True], ids=["bypass", "forced"])
+@torch.no_grad()
+def test_everything_kept_is_the_dense_model(family, forced):
+    policy = shared(family)
+    plain = copy.deepcopy(policy.core)
+    plain.set_attn_implementation("sdpa")
+    encoded = tinymodels.encode(policy, prompts())
+    features = policy.look(encoded)
+    settings = SMALL.model_copy(update={"p": 1.0})
+    ours = policy.generate(encoded, features, Request(settings, force=forced), 6)
+    blocked = list(policy.processor.placeholder.values())
+    for b, e in enumerate(encoded):
+        stock = inputs(policy, e)
+        theirs = plain.generate(
+            **stock, max_new_tokens=6, do_sample=False, eos_token_id=policy.processor.end_ids,
+            suppress_tokens=blocked,
+        )[0, len(e) :]  # fmt: skip
+        assert ours.tokens[b].tolist() == theirs.tolist()[: len(ours.tokens[b])]
+        request = Request(settings, force=forced)
+        with sparse_attention(policy.core, request):
+            logits, _ = policy.answer_logits([e], features, [torch.tensor([40])], request)
+        wanted = plain(**stock).logits[:, -1:].float()
+        wanted[..., blocked] = logits[..., blocked]
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+        # The picture matters, or the test could not tell a wrong one.
+        other = {**stock, "pixel_values": stock["pixel_values"].flip(-1)}
+        assert (plain(**other).logits[:, -1:] - wanted).abs()[..., 200:].max() > 1e-3
+    if forced:
+        assert ours.counts.tolist() == [[len(e)] * policy.layers for e in encoded]
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+@torch.no_grad()
+def test_below_one_it_prunes_and_replays(family, skip):
+    policy = shared(family)
+    encoded = tinymodels.encode(policy, prompts())
+    features = policy.look(encoded)
+    settings = SMALL.model_copy(update={"skip": skip})
+    answers = policy.generate(encoded, features, Request(settings), 5)
+    assert (answers.counts < torch.tensor([[len(e)] for e in encoded])).all()
+    width = max(len(e) + len(a) for e, a in zip(encoded, answers.tokens, strict=True))
+    request = Request(settings, replay=replay_masks(answers.kept, width, policy.device))
+    with sparse_attention(policy.core, request):
+        logits, _ = policy.answer_logits(encoded, features, answers.tokens, request)
+    for b, tokens in enumerate(answers.tokens):
+        logprobs = logits[b, : len(tokens)].log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(logprobs, answers.logprobs[b], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_it_trains_and_what_it_leaves_loads(tmp_path, family):
+    values = {
+        "model": {"path": str(folder(family, tmp_path / "base")), "lora": {"rank": 2, "alpha": 4}},
+        "data": {"prompts": 4, "heldout_prompts": 2, "mix": {"digits": 1.0}},
+        "sparse": {"probes": {"recent": 3, "random": 6}, "dense_below": 0},
+        "budgets": {"low": 0.6, "high": 0.9, "count": 2},
+        "train": {"steps": 1, "prompts": 2, "max_new_tokens": 3},
+    }
+    if family == "qwen3_vl":
+        del values["model"]["lora"]
+    recipe = validate(values)
+    # The embedded held-out questions hold clips: these models are asked about pictures alone.
+    rows = tmp_path / "rows.jsonl"
+    picture(tmp_path / "a.png")
+    rows.write_text(
+        '{"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": '
+        '"which?"}]}], "images": ["a.png"], "answer": "red"}\n'
+    )
+    data = recipe.data.model_copy(update={"source": str(rows), "heldout": str(rows)})
+    recipe = recipe.model_copy(update={"data": data})
+    summary = loop.run(recipe, tmp_path / "run", "auto", "cpu", ["zipr1"], Console(quiet=True))
+    assert 0 < summary["after"]["token_ratio"] < 1
+    again = load_policy(Model(path=str(tmp_path / "run")), "cpu")
+    assert again.core.config.model_type == family
+    assert again.processor.settings == shared(family).processor.settings
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_dry_run_plans_it(tmp_path, family, lora):
+    """Every part of the memory, counted by hand from the sizes in TEXT: KV of 4 rows, gradients, two moments."""
+    picture(tmp_path / "a.png")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "which?", "image": "a.png", "answer": "red"}\n')
+    values = {
+        "model": {
+            "path": str(folder(family, tmp_path / "base")),
+            "lora": {"rank": 2, "alpha": 4} if lora else None,
+            "gradient_checkpointing": True,
+        },
+        "data": {"source": str(rows), "heldout": str(rows)},
+        "sparse": {"dense_below": 0},
+        "budgets": {"count": 2},
+        "train": {"steps": 1, "prompts": 2, "max_new_tokens": 3},
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        console = Console(record=True, width=80, file=open(os.devnull, "w"))  # noqa: SIM115
+        result = loop.dry_run(validate(values), "cpu", console)
+    text = console.export_text()
+    assert "memory, peak (estimate)" in text and "not_checked" not in result
+    assert ("pixels (one tile)" in text) == (family != "qwen3_vl")
+    core = shared(family).core
+    total = sum(p.numel() for p in core.parameters())
+    # Two of rank 2 for each of q (64, 64), k and v (64, 32), o (64, 64), gate, up and down (64, 96), in 3 layers.
+    own = 3 * 2 * (2 * 128 + 2 * 96 + 3 * 160) if lora else result["trainable"]
+    parts = result["memory"]
+    assert result["parameters"] == total and result["trainable"] == own
+    if not lora:
+        tower = sum(p.numel() for p in shared(family).tower())
+        assert own == total - tower and parts["reference"] == 4 * own
+    assert parts["weights"] == 4 * (total + own * lora)
+    assert (parts["gradients"], parts["optimizer"]) == (4 * own, 8 * own)
+    # Keys and values of 2 heads of 16 numbers in 3 layers: 2 questions, 2 rollouts and a greedy answer each.
+    assert result["rollout_rows"] + result["greedy_rows"] == 6
+    assert parts["kv_cache"] == 3 * 2 * 2 * 16 * 6 * (result["prompt_tokens"]["max"] + 3) * 4
+    fixed = sum(parts[k] for k in ("weights", "reference", "gradients", "optimizer"))
+    assert parts["peak"] >= fixed + parts["activations"] + parts["logits"]
+
+
+def picture(path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_clips_are_refused_by_name(family):
+    with pytest.raises(InputError, match="clips are handled for qwen2_vl and qwen2_5_vl alone"):
+        tinymodels.encode(shared(family), [tinymodels.prompt(1, "video")])
+
+
+def test_what_cannot_work_says_why():
+    assert not set(CANNOT) & set(FAMILIES)
+    for name, reason in CANNOT.items():
+        with pytest.raises(InputError, match=f"x/y is a {name}, which cannot .*{reason[:20]}"):
+            find(name, "x/y")
+    with pytest.raises(InputError, match="is a bert, which is not a family that was tried"):
+        find("bert", "x/y")

@@ -1,0 +1,121 @@
+"""Folders of weights, processors and chat templates: what is read and written, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import tinymodels
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from zipr1.core.errors import InputError
+from zipr1.core.recipe import Model
+from zipr1.models.policy import load_policy
+from zipr1.models.processors import PixelSettings, patchify
+
+
+def test_saved_folder_loads_in_stock_transformers(tmp_path):
+    policy = tinymodels.make()
+    policy.save(tmp_path / "model")
+    assert not list((tmp_path / "model").glob("*.bin"))
+    assert "zipr1" not in (tmp_path / "model" / "config.json").read_text()
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    for (name, a), (_, b) in zip(
+        model.state_dict().items(), policy.core.state_dict().items(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    text = policy.processor.text(tinymodels.prompt(0, "image").messages)
+    assert tokenizer(text)["input_ids"] == policy.processor.tokenizer(text)["input_ids"]
+    again = load_policy(Model(path=str(tmp_path / "model")), "cpu")
+    assert again.processor.settings == policy.processor.settings
+
+
+def test_patches_are_those_of_transformers():
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    rng = np.random.default_rng(0)
+    for height, width in ((56, 56), (70, 97), (300, 33)):
+        settings = PixelSettings(min_pixels=56 * 56, max_pixels=28 * 28 * 64)
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        ours, grid = patchify(pixels[None], settings)
+        size = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
+        theirs = Qwen2VLImageProcessorPil(size=size)(Image.fromarray(pixels), return_tensors="pt")
+        assert theirs["image_grid_thw"][0].tolist() == list(grid)
+        torch.testing.assert_close(ours, theirs["pixel_values"], atol=1e-5, rtol=1e-5)
+
+
+def test_placeholders_must_match_the_media():
+    policy = tinymodels.shared()
+    good = tinymodels.prompt(0, "image")
+    bad = copy.deepcopy(good)
+    bad.messages[0]["content"].insert(0, {"type": "video"})
+    with pytest.raises(InputError, match=r"image/0: .*placeholders"):
+        policy.encode(bad, [(np.asarray(m.source), m.fps) for m in good.media], 1000)
+    with pytest.raises(InputError, match=r"image/0: .*max_prompt_tokens"):
+        policy.encode(good, [(np.asarray(m.source), m.fps) for m in good.media], 10)
+
+
+def test_answer_mask_finds_what_the_assistant_says():
+    policy = tinymodels.shared()
+    messages = [
+        *tinymodels.prompt(0, "image", turns=2).messages,
+        {"role": "assistant", "content": "red"},
+    ]
+    text = policy.processor.text(messages, generation=False).replace(
+        "<|vision_start|><|image_pad|><|vision_end|>", ""
+    )
+    ids = policy.processor.ids(text, [])
+    mask = policy.processor.answer_mask(ids)
+    said = policy.processor.tokenizer.decode(ids[mask])
+    assert said == "two<|im_end|>red<|im_end|>"
+
+
+def test_models_that_cannot_be_loaded(tmp_path, monkeypatch):
+    def problem(path):
+        with pytest.raises(InputError) as caught:
+            load_policy(Model(path=str(path)), "cpu")
+        message = str(caught.value)
+        assert str(path) in message and "\n" not in message
+        return message
+
+    assert "does not exist" in problem(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in problem(tmp_path / "empty")
+    tinymodels.shared().save(tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
+    problem(tmp_path / "pickled")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    assert "llava" in problem(tmp_path / "other")
+    with pytest.raises(InputError, match="--device cuda:97: not usable"):
+        load_policy(tinymodels.settings(), "cuda:97")
+
+
+def test_misspelt_model_keys_are_named():
+    for change, word in (
+        ({"famly": "qwen2_vl"}, "family"),
+        ({"text": {**tinymodels.TEXT, "hiden_size": 8}}, "hidden_size"),
+        ({"family": "qwen9"}, "qwen2_vl"),
+        ({"vision": None}, "model.config.vision"),
+    ):
+        config = {**tinymodels.settings().config, **change}
+        with pytest.raises(InputError, match=word):
+            load_policy(Model(path="scratch", config=config), "cpu")
+
+
+def test_kernels_that_cannot_run_are_refused_before_anything_loads(monkeypatch):
+    from zipr1_kernels import dispatch
+
+    monkeypatch.setattr(dispatch._state, "path", "fast")
+    with pytest.raises(InputError, match="ZIPR1_KERNELS is 'fast'; allowed: auto, torch, triton"):
+        load_policy(Model(path="tiny"), "cpu")
+    monkeypatch.setattr(dispatch._state, "path", "triton")
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    with pytest.raises(InputError, match="Triton was asked for on a CPU"):
+        load_policy(Model(path="tiny"), "cpu")

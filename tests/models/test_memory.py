@@ -1,0 +1,182 @@
+"""What is counted before a run: parameters against transformers' own models, memory against a measured peak."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import tinymodels
+import torch
+import transformers
+from rich.console import Console
+from torch.profiler import ProfilerActivity, profile
+
+from zipr1.core.errors import InputError
+from zipr1.core.recipe import Budgets, Lora, Model, Ppo, Recipe, Sparse, Train, load
+from zipr1.data.digits import tasks
+from zipr1.models import memory
+from zipr1.models.cost import Shape, bundled, shape_of
+from zipr1.models.encoder import Pictures
+from zipr1.models.loading import add_lora
+from zipr1.train import loop as train
+from zipr1.train.controller import Pressure
+from zipr1.train.rollout import roll_out
+from zipr1.train.update import backward, flatten
+
+CONFIGS = Path(memory.__file__).parent / "assets" / "configs"
+
+
+def on_meta(name):
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    kind = transformers.AutoConfig.for_model(**config)
+    with torch.device("meta"):
+        return transformers.AutoModelForImageTextToText.from_config(kind)
+
+
+@pytest.mark.parametrize("name", bundled())
+def test_parameters_are_those_of_transformers(name):
+    model, counts = on_meta(name), memory.parameters(shape_of(name))
+    assert counts["vision"] == sum(p.numel() for p in model.model.visual.parameters())
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_adapters_are_those_of_peft():
+    model = add_lora(on_meta("qwen2.5-vl-3b"), Lora(rank=8))
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert memory.adapters(shape_of("qwen2.5-vl-3b"), 8) == count
+
+
+def highest(work):
+    """Most bytes that tensors held at once during `work`, above what they held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    held = top = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            top = max(top, held)
+    return top
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_within_a_factor_of_two_of_the_measured_peak(checkpointing):
+    policy = tinymodels.make(checkpointing=checkpointing)
+    recipe = Recipe(
+        model=Model(gradient_checkpointing=checkpointing),
+        sparse=Sparse(dense_below=0, probes={"recent": 8, "random": 8}),
+        budgets=Budgets(low=0.6, high=0.9, count=4),
+        ppo=Ppo(kl=0.0),
+        train=Train(prompts=1, micro_batch=4, max_new_tokens=4),
+    )
+    prompts = tasks.prompts("test", "moving_digits", 1, 1, seed=0)
+    pictures = Pictures(policy, recipe)
+    encoded = pictures.encode(prompts)
+    seen = pictures.look(encoded)
+    batch = roll_out(policy, recipe, prompts, encoded, seen.policy, 0, seen.reference)
+    rows = flatten(batch, recipe, Pressure({}, {}, torch.ones(policy.layers)))
+    for _, parameter in policy.trainable():
+        parameter.grad = torch.zeros_like(parameter)  # counted on their own
+    measured = highest(lambda: backward(policy, recipe, batch, rows, [0, 1, 2, 3], 1.0))
+    shape = Shape.of(policy.core.config.to_dict())
+    parts = memory.memory(shape, recipe, len(encoded[0]), 4)
+    counted = parts["activations"] + parts["logits"]
+    assert measured / 2 < counted < 2 * measured, (counted, measured)
+
+
+def test_fixed_parts_are_exact():
+    policy = tinymodels.make()
+    policy.keep_reference()
+    shape, recipe = Shape.of(policy.core.config.to_dict()), Recipe()
+    parts = memory.memory(shape, recipe, 100, 4)
+    own = sum(p.numel() for _, p in policy.trainable())
+    tower = sum(p.numel() for p in policy.core.model.visual.parameters())
+    assert parts["weights"] == 4 * sum(p.numel() for p in policy.core.parameters())
+    assert parts["reference"] == parts["weights"] - 4 * tower
+    assert parts["gradients"] == 4 * own and parts["optimizer"] == 8 * own
+
+
+def test_sharding_divides_and_memory_grows_with_what_it_should():
+    s = shape_of("qwen2.5-vl-7b")
+    sharded = Recipe(train=Train(parallel="fsdp"))
+    one, eight = (memory.memory(s, sharded, 1000, ranks=n) for n in (1, 8))
+    assert eight["optimizer"] * 8 == one["optimizer"]
+    assert memory.memory(s, Recipe(), 1000, ranks=8)["optimizer"] == one["optimizer"]
+    longer = memory.memory(s, Recipe(), 2000)
+    assert longer["activations"] > 1.9 * memory.memory(s, Recipe(), 1000)["activations"]
+    # Logits do not grow with the answers once they are worked on in chunks.
+    few, many = (
+        memory.memory(s, Recipe(train=Train(max_new_tokens=n)), 1000)["logits"] for n in (64, 512)
+    )
+    assert few == many
+
+
+def test_sharded_models_are_whole_while_they_load_and_while_they_answer():
+    s, every = shape_of("qwen2.5-vl-7b"), 4
+    counts = memory.parameters(s)
+    total, tower = sum(counts.values()), counts["vision"]
+    train = {"parallel": "fsdp", "micro_batch": 1}
+    plain, mixed = (
+        memory.memory(s, Recipe(train=Train(**train, param_dtype=d)), 500, ranks=64)
+        for d in (None, "bfloat16")
+    )
+    for parts in (plain, mixed):
+        assert parts["loading"] == every * (2 * total - tower) <= parts["peak"]
+        assert parts["optimizer"] == 8 * (total - tower) // 64
+        assert parts["weights"] == every * (total - tower) // 64 + every * tower
+    assert plain["gathered"] == 4 * (total - tower) == 2 * mixed["gathered"]
+    assert memory.memory(s, Recipe(train=Train(**train)), 500)["gathered"] == 0
+
+
+RECIPES = sorted(
+    p for p in Path(__file__).parents[2].glob("recipes/*.yaml") if not p.name.startswith("tiny")
+)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_is_planned_without_network_or_gpu(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
+    recipe = load(path)
+    result = train.dry_run(recipe, None, console)
+    text = console.export_text()
+    assert "not checked here" in text and "tokenizer" in text and "data (" in text
+    for shown in ("visual tokens", "rollout rows", "memory, peak", "steps", "at most 3 kept"):
+        assert shown in text
+    assert "0.0 B" not in text and (
+        ("peak on each of 8" in text) == (recipe.train.parallel == "fsdp")
+    )
+    # What the header promises is what is counted, rounded to whole GiB; and it fits with 2 GiB to spare.
+    header = path.read_text()
+    ranks = 8 if recipe.train.parallel == "fsdp" else 1
+    peak = result["memory"]["peak" if ranks == 1 else "peak_of_8_ranks"] / 2**30
+    assert f"{peak:.0f} GiB" in header
+    assert f"{result['a100_hours'] / ranks:,.0f} hours" in header
+    assert f"zipr1 train recipes/{path.name}" in header
+    card = 24e9 if "24 GB" in header else 80e9
+    assert peak * 2**30 < card - 2 * 2**30
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_needs_no_datasets_library_and_a_known_model_needs_no_network(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    path = next(p for p in RECIPES if p.stem == "qwen2vl")
+    result = train.dry_run(load(path), None, Console(quiet=True))
+    assert "needs the datasets library" in result["not_checked"]
+    with pytest.raises(InputError, match=r"model\.path: nobody/nothing does not load"):
+        train.dry_run(load(path, ["model.path=nobody/nothing"]), None, Console(quiet=True))
+
+
+def test_data_that_is_here_is_checked_though_the_model_is_not(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "q"}\n')
+    path = next(p for p in RECIPES if p.stem == "qwen2vl")
+    changes = [f"data.{key}={tmp_path / 'rows.jsonl'}" for key in ("source", "heldout")]
+    changes += ["data.columns={}", "data.on_bad_row=error"]
+    with pytest.raises(InputError, match=r"rows\.jsonl: row 1: no answer; columns: question"):
+        train.dry_run(load(path, changes), None, Console(quiet=True))
+    (tmp_path / "rows.jsonl").write_text('{"question": "q", "answer": "x"}\n')
+    result = train.dry_run(load(path, changes), None, Console(quiet=True))
+    assert result["training_prompts"] == 1
+    assert "tokenizer" in result["not_checked"] and "data" not in result["not_checked"]

@@ -1,0 +1,191 @@
+"""What people see: progress with and without a terminal, the table, the pictures."""
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from zipr1.core.errors import InputError
+from zipr1.core.plots import smooth
+from zipr1.train.progress import Progress, curves, duration, kept_picture, summary_table
+
+METRICS = {
+    "reward": 1.25,
+    "rewards": {"correct": 0.9, "reduction": 0.35},
+    "accuracy": 0.9,
+    "dense_accuracy": 0.95,
+    "token_ratio": 0.284,
+    "kl": 0.0123,
+    "multiplier": 0.5,
+    "efficiency_weight": 2.0,
+    "lr": 1e-4,
+}
+
+
+def console(width=80, terminal=False):
+    return Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+
+
+def text(c):
+    return c.file.getvalue()
+
+
+def test_without_a_terminal_about_ten_plain_lines():
+    c = console()
+    with Progress(c, 100) as progress:
+        for step in range(100):
+            progress.update(step, METRICS)
+    lines = text(c).splitlines()
+    assert len(lines) == 11  # the first step, then every tenth
+    assert lines[-1].startswith(
+        "training 100/100  accuracy 90.0%  tokens kept 28.4%  KL to dense 0.0123"
+    )
+    assert "\x1b" not in text(c)
+
+
+def test_the_time_split_says_what_the_step_waited_for():
+    seconds = {"data": 0.1, "vision": 0.4, "rollout": 0.5, "update": 1.0}
+    c = console(120, terminal=True)
+    with Progress(c, 2) as progress:
+        progress.update(0, {**METRICS, "seconds": seconds})
+    for part, share in {"data": "5.0%", "vision": "20.0%", "update": "50.0%"}.items():
+        assert re.search(rf"time: {part} +{share}", text(c))
+    c = console()
+    with Progress(c, 1) as progress:
+        progress.update(0, {**METRICS, "seconds": seconds})
+    assert "data 5.0% of the time" in text(c)
+
+
+def test_resumed_progress_counts_its_own_steps():
+    c = console()
+    with Progress(c, 20, start=16) as progress:
+        progress._began -= 8
+        progress.update(16, METRICS)
+        assert progress.seconds_per_step == pytest.approx(8, abs=0.5)
+    assert "17/20" in text(c)
+    assert "24 s left" in text(c)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_live_view_fits_and_shows_everything(width):
+    c = console(width, terminal=True)
+    progress = Progress(c, 300)
+    progress.done, progress._metrics = 120, METRICS
+    c.print(progress._view())
+    lines = text(c).splitlines()
+    assert max(map(len, lines)) <= width
+    for word in ("120/300", "left", "reward: reduction", "tokens kept", "28.4%", "1.00e-04"):
+        assert word in text(c)
+    assert "…" not in text(c)
+
+
+def test_live_display_is_closed_by_an_error():
+    c = console(terminal=True)
+
+    def fail():
+        with Progress(c, 3) as progress:
+            progress.update(0, METRICS)
+            raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        fail()
+    assert "1/3" in text(c)
+    assert text(c).endswith("\x1b[?25h")  # the cursor is back
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_summary_table(width):
+    block = {
+        "before": {
+            "accuracy": 0.973,
+            "accuracy_ci": [0.961, 0.985],
+            "token_ratio": 0.834,
+            "n": 500,
+        },
+        "after": {"accuracy": 1.0, "accuracy_ci": [0.9923, 1.0], "token_ratio": 0.281, "n": 500},
+        "dense_accuracy": 0.974,
+    }
+    summary = {
+        **block,
+        "by_task": {"digits": block, "moving_digits": block},
+        "model": "tiny",
+        "steps": 300,
+        "seconds": 183.2,
+        "p": 0.975,
+    }
+    c = console(width)
+    c.print(summary_table(summary))
+    out = text(c)
+    assert "tiny, 300 steps, 3 min 3 s, p = 0.975" in out
+    assert "97.3% (96.1-98.5)" in out
+    assert "100.0% (99.2-100)" in out
+    assert out.count("28.1%") == 3
+    assert out.index("moving_digits") < out.index("all")
+    assert "…" not in out
+    c.print(summary_table({"after": {"accuracy": 0.5}}))  # a run without `before`
+
+
+def test_smooth_is_a_running_mean():
+    assert smooth(np.array([0.0, 3.0, 6.0, 9.0]), 3) == pytest.approx([1.5, 3.0, 6.0, 7.5])
+    assert smooth(np.array([1.0, np.nan, 3.0]), 3) == pytest.approx([1.0, 2.0, 3.0])
+
+
+def test_curves(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps({"step": i, **METRICS}) + "\n" for i in range(30)))
+    path = curves(metrics, tmp_path / "plots" / "curves.png")
+    wide = Image.open(path)
+    assert wide.width > 1000
+    metrics.write_text('{"step": 0, "loss": 1.0, "kl": null}\n')
+    assert Image.open(curves(metrics, tmp_path / "one.png")).width < wide.width
+    for empty in ("", '{"step": 0}\n'):
+        metrics.write_text(empty)
+        with pytest.raises(InputError, match="holds no"):
+            curves(metrics, tmp_path / "none.png")
+
+
+def test_kept_picture_darkens_what_was_dropped(tmp_path):
+    pixels = np.zeros((56, 56, 3), np.uint8)
+    pixels[:, :, 1] = 255
+    right = np.tile([False, True], 2)
+    path = kept_picture(
+        pixels, (1, 2, 2), [np.ones(4, bool), right], "Which?", {"dense": "7"}, tmp_path / "k.png"
+    )
+    image = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    green = (image[..., 1] > 250) & (image[..., 0] < 5)
+    dark = image.max(-1) < 60
+    # Two and a half of three panels are kept, half a panel is dropped.
+    assert green.sum() / (green | dark).sum() == pytest.approx(2.5 / 3, abs=0.03)
+    columns = np.nonzero(dark & (image[..., 2] > image[..., 0] + 5))[1]
+    assert columns.min() > image.shape[1] * 0.6  # in the last panel
+
+
+def test_kept_picture_of_a_clip(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (8, 28, 28, 3), dtype=np.uint8)
+    one = kept_picture(frames, (1, 2, 2), [np.ones(4)], "q", {}, tmp_path / "1.png")
+    four = kept_picture(frames, (4, 2, 2), [np.ones(16)] * 9, "q", {}, tmp_path / "4.png")
+    assert Image.open(four).height > 2 * Image.open(one).height
+
+
+@pytest.mark.parametrize(
+    ("pixels", "kept", "message"),
+    [
+        (np.zeros((4, 4)), [np.ones(4)], "pixels have shape"),
+        (np.zeros((4, 4, 3)), [np.ones(5)], "layer 0 has 5 flags for a grid of 1 x 2 x 2"),
+        (np.zeros((4, 4, 3)), [], "kept_per_layer is empty"),
+    ],
+)
+def test_kept_picture_wrong_input(tmp_path, pixels, kept, message):
+    with pytest.raises(InputError, match=message):
+        kept_picture(pixels, (1, 2, 2), kept, "q", {}, tmp_path / "k.png")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (725, "12 min 5 s"), (11_220, "3 h 7 min")]
+)  # fmt: skip
+def test_duration(seconds, expected):
+    assert duration(seconds) == expected

@@ -1,0 +1,216 @@
+"""Rollouts: the same whatever the batch, vision once, rewards and the gate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tinymodels
+import torch
+
+from zipr1.core.errors import InputError
+from zipr1.core.recipe import Budgets, Data, Efficiency, Probes, Recipe, Rewards, Sparse, Train
+from zipr1.core.types import Group, Media, Rollout
+from zipr1.models.encoder import Pictures
+from zipr1.train.rollout import by_length, probe_seed, roll_out, score
+
+
+def recipe(**changes) -> Recipe:
+    values = {
+        "sparse": Sparse(probes=Probes(recent=3, random=6), dense_below=0),
+        "budgets": Budgets(low=0.6, high=0.9, count=4),
+        "train": Train(prompts=4, max_new_tokens=5),
+    }
+    return Recipe(**(values | changes))
+
+
+def roll(settings: Recipe, prompts, step: int = 3, **options: bool):
+    policy = tinymodels.make(**options)
+    policy.keep_reference()
+    pictures = Pictures(policy, settings)
+    encoded = pictures.encode(prompts)
+    seen = pictures.look(encoded)
+    return policy, roll_out(policy, settings, prompts, encoded, seen.policy, step, seen.reference)
+
+
+def said(batch):
+    return [
+        (r.tokens.tolist(), [k.tolist() for k in r.kept], r.token_ratio)
+        for g in batch.groups
+        for r in g.rollouts
+    ]
+
+
+def test_rollouts_do_not_depend_on_the_batch():
+    prompts = tinymodels.mixed()
+    wide, narrow = (
+        recipe(train=Train(prompts=4, max_new_tokens=5, micro_batch=n)) for n in (64, 3)
+    )
+    _, one = roll(wide, prompts)
+    _, other = roll(narrow, prompts)
+    assert said(one) == said(other)
+    # The first two prompts alone: places in the step decide the noise, not what else is rolled out.
+    _, part = roll(wide, prompts[:2])
+    assert said(part) == said(one)[:8]
+    _, later = roll(wide, prompts, step=4)
+    assert said(later) != said(one)
+
+
+def test_token_ratio_is_of_the_physical_cache():
+    _, batch = roll(recipe(), tinymodels.mixed())
+    for group in batch.groups:
+        for rollout in group.rollouts:
+            kept = [len(k) for k in rollout.kept]
+            assert rollout.token_ratio == pytest.approx(
+                sum(kept) / len(kept) / rollout.prompt_length
+            )
+            assert rollout.layer_ratios == [k / rollout.prompt_length for k in kept]
+            assert 0 < rollout.token_ratio < 1
+
+
+def test_vision_runs_once_per_question():
+    policy, _ = roll(recipe(), tinymodels.mixed())
+    assert policy.vision_calls == 4
+
+
+def test_thresholds_cover_every_cell_in_each_layer():
+    settings = recipe()
+    _, batch = roll(settings, tinymodels.mixed())
+    low, high = settings.budgets.low, settings.budgets.high
+    for group in batch.groups:
+        p = torch.stack([r.thresholds for r in group.rollouts])
+        cells = ((p - low) / (high - low) * 4).long()
+        assert all(sorted(column) == [0, 1, 2, 3] for column in cells.T.tolist())
+
+
+def test_constraint_compares_greedy_answers():
+    settings = recipe(efficiency=Efficiency(max_accuracy_drop=0.0))
+    _, batch = roll(settings, tinymodels.mixed())
+    assert len(batch.groups[0].rollouts) == 4  # the greedy row is not a rollout
+    mean = sum(check.gap for check in batch.checks) / 4
+    assert mean == pytest.approx(batch.accuracy["dense"] - batch.accuracy["sparse"])
+    _, free = roll(recipe(efficiency=Efficiency(max_accuracy_drop=None)), tinymodels.mixed())
+    assert free.checks is None
+    assert said(free) == said(batch)
+
+
+def test_rows_with_the_same_id_are_not_taken_for_each_other():
+    settings = recipe(efficiency=Efficiency(max_accuracy_drop=0.0))
+    prompts = [replace(prompt, id="same") for prompt in tinymodels.mixed()]
+    policy, batch = roll(settings, prompts)
+    known: dict[str, float] = {}
+    arguments = (policy, settings, prompts, batch.encoded, batch.features, 0, batch.reference)
+    first = roll_out(*arguments, known)
+    assert len(known) == len(prompts)
+    # What is known is believed, so the reference is not asked again.
+    known |= dict.fromkeys(known, 2.0)
+    again = roll_out(*arguments, known)
+    assert again.accuracy == {"dense": 2.0, "sparse": first.accuracy["sparse"]}
+
+
+def test_probe_seeds_differ_by_step_and_from_inference():
+    seeds = {probe_seed(Recipe(seed=s), step) for s in range(3) for step in range(100)}
+    assert len(seeds) == 300 and 0 not in seeds
+
+
+def fake_group(correct: list[float], ratios: list[float]) -> Group:
+    rollouts = [
+        Rollout(torch.ones(2), torch.tensor([1]), torch.zeros(1), [], 10, ratio, "", {"correct": c})
+        for c, ratio in zip(correct, ratios, strict=True)
+    ]
+    return Group(tinymodels.prompt(0, "image"), rollouts)
+
+
+def test_reward_by_hand_and_no_pay_for_a_group_all_wrong():
+    settings = recipe(
+        efficiency=Efficiency(method="answers"), rewards=Rewards(weight=1.0, reduction=2.0)
+    )
+    groups = [fake_group([1.0, 0.0], [0.5, 0.25]), fake_group([0.0, 0.0], [0.5, 0.25])]
+    total = score(groups, settings)
+    assert total.tolist() == [[1 + 2 * 0.5, 2 * 0.75], [0.0, 0.0]]
+    assert groups[1].rollouts[1].rewards == {"correct": 0.0, "reduction": 0.0, "total": 0.0}
+    # A method that lowers tokens by itself leaves answers paid for being right alone.
+    alone = score(groups, recipe(efficiency=Efficiency(method="pathwise")))
+    assert alone.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+
+
+def test_batches_are_alike_in_length_and_complete():
+    batches = by_length([5, 9, 1, 7, 3], 2)
+    assert batches == [[1, 3], [0, 4], [2]]
+
+
+def test_unknown_reward_names_the_nearest():
+    with pytest.raises(InputError, match=r"'exakt'.*'exact'"):
+        roll(recipe(rewards=Rewards(correct="exakt")), tinymodels.mixed())
+
+
+def test_media_are_shared_by_content_not_by_picture_name():
+    """Rows of one cluster may show different pictures: each must be answered about its own."""
+    policy = tinymodels.shared()
+    one, other = tinymodels.prompt(0, "image"), tinymodels.prompt(2, "image")
+    same = replace(other, picture=one.picture)
+    encoded = Pictures(policy, recipe()).encode([one, same, one])
+    assert encoded[0].picture == encoded[2].picture != encoded[1].picture
+    assert torch.equal(
+        encoded[1].visuals[0].patches, tinymodels.encode(policy, [other])[0].visuals[0].patches
+    )
+
+
+def test_bad_rows_stop_or_are_skipped(tmp_path, caplog):
+    policy = tinymodels.shared()
+    bad = replace(
+        tinymodels.prompt(1, "image"), media=(Media("image", tmp_path / "gone.png"),), id="rows/7"
+    )
+    good = tinymodels.prompt(0, "image")
+    with pytest.raises(InputError, match=r"gone\.png"):
+        Pictures(policy, recipe()).usable([good, bad])
+    skipping = recipe(data=Data(on_bad_row="skip"))
+    prompts, encoded = Pictures(policy, skipping).usable([good, bad])
+    assert prompts == [good] and len(encoded) == 1
+    assert "rows/7" in caplog.text
+    with pytest.raises(InputError, match=r"all of 1 rows"):
+        Pictures(policy, skipping).usable([bad])
+
+
+def test_the_range_of_thresholds_narrows_over_half_of_the_steps():
+    moving = Budgets(low=0.5, low_end=0.7, high=0.9, count=2)
+    assert [round(moving.low_at(step, 8), 3) for step in (0, 2, 4, 7)] == [0.5, 0.6, 0.7, 0.7]
+    settings = recipe(budgets=moving, train=Train(prompts=4, max_new_tokens=5, steps=8))
+    _, batch = roll(settings, tinymodels.mixed(), step=6)
+    assert batch.low == pytest.approx(0.7)
+    assert min(r.thresholds.min() for g in batch.groups for r in g.rollouts) >= 0.7
+    with pytest.raises(ValueError, match="low_end"):
+        Budgets(low=0.5, low_end=0.95, high=0.9)
+
+
+def test_pictures_are_seen_once_a_run_within_a_bound():
+    """A remembered picture gives the same features as a fresh one, and what is forgotten is seen again."""
+    policy = tinymodels.make()
+    prompts = tinymodels.mixed()
+    fresh = Pictures(policy, recipe())
+    first = fresh.look(fresh.encode(prompts)).policy
+    assert policy.vision_calls == 4
+    again = fresh.encode(prompts)
+    assert all(len(v.patches) == 0 for e in again for v in e.visuals)
+    assert [e.ids.tolist() for e in again] == [
+        e.ids.tolist() for e in tinymodels.encode(policy, prompts)
+    ]
+    second = fresh.look(again).policy
+    assert policy.vision_calls == 4
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    # Room for the picture seen last alone, asked for in another order: it depends on nothing else.
+    small = Pictures(policy, recipe(), most=max(f.nbytes for f in first.values()))
+    for turn in (prompts, prompts[::-1]):
+        seen = small.look(small.encode(turn)).policy
+        assert all(torch.equal(first[name], seen[name]) for name in first)
+    assert len(small.seen) == len(small.visuals) >= 1 and small.held <= small.most
+    assert policy.vision_calls > 8
+
+
+def test_a_trained_tower_is_asked_every_time():
+    policy = tinymodels.make(vision=True)
+    policy.keep_reference()
+    pictures = Pictures(policy, recipe())
+    for calls in (8, 16):  # the policy's tower and the reference's
+        pictures.look(pictures.encode(tinymodels.mixed()))
+        assert policy.vision_calls == calls

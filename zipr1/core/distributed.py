@@ -1,0 +1,307 @@
+"""Several processes of one run, one for each device, as `torchrun` or `accelerate launch` starts them.
+
+Every rank reads the same recipe and prompts and keeps the same state; the questions of a step are dealt out whole, so
+a group is never split. Gradients are joined by PyTorch's DistributedDataParallel or its fully_shard (FSDP2); nothing
+of that is written here. A rank that dies ends the run: the launcher stops the others and names it.
+
+With FSDP2 the policy's weights are whole while it answers, and then the reference's: those parts need no communication,
+and cannot hang when one rank has less to do. Only the update runs in step, and there every rank makes the same number
+of passes (zipr1/train/update.py).
+
+Alone, every function here does nothing or gives back what it was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from zipr1.core import signals
+from zipr1.core.errors import InputError, RunError, ZipError
+
+T = TypeVar("T")
+
+# Seconds that a rank waits before it leaves because another one is gone. The launcher looks every tenth of one and
+# blames the first it misses, so the dead rank must be found before this one is.
+GRACE = 1.0
+
+
+def size() -> int:
+    """Processes in the run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0")) if size() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this process prints and writes files."""
+    return rank() == 0
+
+
+def check_launcher(parallel: str) -> None:
+    """Whether accelerate started what the user asked it for; its own settings are not read. parallel: the recipe's
+    `train.parallel`. Raises InputError."""
+    told = os.environ
+    # Without a GPU and without --multi_gpu it starts one process, with an address for the others but no number.
+    if "ACCELERATE_MIXED_PRECISION" in told and "MASTER_ADDR" in told and "WORLD_SIZE" not in told:
+        raise InputError(
+            "accelerate was asked for several processes and started one; add --multi_gpu, which is right on CPUs too, "
+            "or use torchrun"
+        )
+    if size() > 1 and told.get("ACCELERATE_USE_FSDP") == "true" and parallel != "fsdp":
+        raise InputError(
+            f"accelerate was started with --use_fsdp and train.parallel is {parallel}; add train.parallel=fsdp, or "
+            "start it with --multi_gpu"
+        )
+    if told.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise InputError(
+            "accelerate was started with --use_deepspeed; start it with --multi_gpu, and set train.parallel=fsdp to "
+            "cut up the weights"
+        )
+
+
+def device(asked: str | None) -> str | None:
+    """The device of this rank: `cuda` becomes `cuda:LOCAL_RANK`. Raises InputError for one device asked of all, and
+    for a rank without one."""
+    if size() == 1 or asked == "cpu" or not torch.cuda.is_available():
+        return asked
+    if asked not in (None, "cuda"):
+        raise InputError(f"--device {asked}: each of {size()} ranks takes its own; leave it out")
+    own, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if own >= there:
+        raise InputError(
+            f"process {own + 1} of this machine has no GPU of its own, there are {there}; start {there}, or use "
+            "--device cpu"
+        )
+    return f"cuda:{own}"
+
+
+def meet(backend: str, timeout: timedelta | None = None) -> None:
+    """Join the other processes. timeout: of each word between them, by default PyTorch's. Raises InputError if they do
+    not meet."""
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')} and the processes do not meet ({reason}); start them with "
+            "torchrun, or unset WORLD_SIZE"
+        ) from None
+
+
+@contextlib.contextmanager
+def joined(where: torch.device) -> Iterator[None]:
+    """Inside, the ranks can talk. where: this rank's device. Raises InputError if they do not meet, and RunError if
+    one of them is gone."""
+    if size() == 1:
+        yield
+        return
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    meet("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        signals.hold()  # the launcher's signal, which comes now, would be told as the reason
+        time.sleep(GRACE)
+        raise RunError(
+            "another rank is gone, the launcher names it below (Root Cause); saved checkpoints are complete, the same "
+            "command with --output goes on"
+        ) from None
+    finally:
+        # After an error the others may be gone: torchrun ends them, and there is nobody to say goodbye to.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def gather(value: T) -> list[T]:
+    """Everyone's value, by rank. The values are small Python objects."""
+    if size() == 1:
+        return [value]
+    found: list[Any] = [None] * size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def first(work: Callable[[], T]) -> T:
+    """What `work` gives on the first rank, for all of them; what it refuses, all of them refuse."""
+    if size() == 1:
+        return work()
+    said: list[Any] = [None, None]
+    if is_first():
+        try:
+            said = [work(), None]
+        except ZipError as error:
+            said = [None, error]
+    dist.broadcast_object_list(said)
+    if said[1] is not None:
+        raise said[1]
+    result: T = said[0]
+    return result
+
+
+def deal(count: int) -> list[int]:
+    """Which of `count` things are this rank's: every `size()`-th."""
+    return list(range(rank(), count, size()))
+
+
+def evened(dealt: Sequence[Sequence[int]]) -> list[list[int]]:
+    """What each rank has, after those with most gave to those with none. All ranks do it alike, without a word.
+    Raises InputError where there is less than one thing for each."""
+    out = [list(own) for own in dealt]
+    if sum(map(len, out)) < len(out):
+        raise InputError(
+            f"only {sum(map(len, out))} of the step's questions can be used and each of {len(out)} ranks needs one; "
+            "mend the data, or raise train.prompts"
+        )
+    for poor in out:
+        if not poor:
+            poor.append(max(out, key=len).pop())
+    return out
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A shard's whole tensor; any other as it is. All ranks must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU, by name, on the rank that writes files; nothing on the others. All ranks must ask."""
+    # One at a time, so that no device ever holds the whole model; tied weights stay one tensor.
+    found: dict[int, torch.Tensor | None] = {}
+    for value in tensors.values():
+        if id(value) not in found:
+            full = whole(value.detach())
+            found[id(value)] = full.cpu() if is_first() else None
+    out = {name: found[id(value)] for name, value in tensors.items()}
+    return {name: value for name, value in out.items() if value is not None}
+
+
+def like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """A whole tensor cut as `model` is, if that is a shard."""
+    if isinstance(model, DTensor):
+        return distribute_tensor(tensor, model.device_mesh, model.placements)
+    return tensor
+
+
+class Whole(torch.nn.Module):
+    """A module whose forward pass is whatever is done with the model: DDP and FSDP2 prepare what they wrap when it is
+    called, and a step looks at pictures, decodes and scores through other doors than the model's own forward."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+
+class Parallel:
+    """A model on one device, or replicated (`ddp`) or cut up (`fsdp`) over all ranks; the reference with it.
+
+    layers: the decoder layers of a model, each of which is one unit of FSDP2. frozen: parameters that stay whole.
+    """
+
+    def __init__(self) -> None:
+        self.model: Any = None
+        self.sharded: list[Any] = []
+
+    def spread(
+        self,
+        kind: str,
+        dtype: torch.dtype | None,
+        model: torch.nn.Module,
+        layers: Sequence[torch.nn.Module],
+        reference: torch.nn.Module | None,
+        reference_layers: Sequence[torch.nn.Module],
+        frozen: Sequence[torch.nn.Parameter],
+    ) -> None:
+        """Wrap the model in place; its parameters are other objects afterwards with `fsdp`. dtype: of gathered weights
+        and what is computed with them, by default the shards' own; gradients are summed in float32."""
+        if size() == 1:
+            return
+        if kind == "ddp":
+            self.model = DistributedDataParallel(Whole(model))
+            return
+        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        pairs = [(model, layers)]
+        if reference is not None:
+            pairs.append((reference, reference_layers))
+        for one, parts in pairs:
+            for part in parts:
+                fully_shard(part, mp_policy=mixed)
+            whole = fully_shard(Whole(one), mp_policy=mixed, ignored_params=set(frozen))
+            self.sharded.append(whole)
+        self.model = self.sharded[0]
+
+    def close(self) -> None:
+        """Free the wrappers; before the ranks part. DDP's reducer, if it is the last to hold their group, waits for
+        gloo's thread without giving up Python's lock, for which that thread waits (pytorch/pytorch#56297)."""
+        if self.model is not None:
+            self.model, self.sharded = None, []
+            gc.collect()  # DDP refers to itself
+
+    def apart(self, work: Callable[[], T], policy: bool = False, reference: bool = False) -> T:
+        """Work without gradients that every rank does at its own pace, with whole weights of the models it needs; with
+        adapters the reference is the policy. All ranks must come."""
+        roots = {}
+        if self.sharded and policy:
+            roots[0] = self.sharded[0]
+        if self.sharded and reference:
+            roots[len(self.sharded) - 1] = self.sharded[-1]
+        return self._unsharded(work, list(roots.values()))
+
+    def _unsharded(self, work: Callable[[], T], roots: list[Any]) -> T:
+        if not roots:
+            return work()
+        root, *rest = roots
+        parts = [m for m in root.modules() if isinstance(m, FSDPModule)]
+
+        def inside() -> T:
+            for part in parts:
+                part.unshard()
+                part.set_reshard_after_forward(False, recurse=False)
+            return self._unsharded(work, rest)
+
+        try:
+            with torch.no_grad():
+                out: T = root(inside)
+        finally:
+            for part in parts:
+                part.reshard()
+                part.set_reshard_after_forward(part is not root, recurse=False)
+        return out
+
+    def refer(self, work: Callable[[], T]) -> T:
+        """A pass of the reference without gradients, in step with the other ranks. With adapters the reference is
+        the model itself."""
+        if not self.sharded:
+            return work()
+        with torch.no_grad():
+            out: T = self.sharded[-1](work)
+        return out
+
+    def backward(self, work: Callable[[], torch.Tensor], last: bool) -> None:
+        """The gradient of what `work` returns, added to the parameters' and summed over ranks by the `last` pass."""
+        if self.model is None:
+            work().backward()
+            return
+        waits = contextlib.nullcontext() if last or self.sharded else self.model.no_sync()
+        with waits:
+            # Both kinds of wrapper take the mean over ranks.
+            (self.model(work) * size()).backward()

@@ -1,0 +1,355 @@
+"""A run as data: typed, read from YAML, unknown keys refused with the nearest name.
+
+`load(path, overrides)` gives a `Recipe`; every number in the code comes from here. Types are strict: `"3"` and
+`true` are no numbers, and a key written twice is an error. Relative paths in a recipe start at the working folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from zipr1.core.config import override, parse, read, show
+from zipr1.core.errors import InputError
+from zipr1.core.mistakes import problem
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Lora(Section):
+    """Low-rank adapters on the language model's projections (peft)."""
+
+    rank: Positive = 16
+    alpha: Positive = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Model(Section):
+    """path: `tiny`, a run directory, a model folder, a hub id; `scratch` builds `config` with random weights.
+
+    dtype: of the weights; `auto` is bfloat16 under adapters on a GPU, else float32. Adapters are float32 always, and
+        whole models are trained in float32 alone.
+    min_pixels, max_pixels: bounds of a picture after resizing; max_frame_pixels: of a clip's frame (None: max_pixels).
+    """
+
+    path: str = "tiny"
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    lora: Lora | None = None
+    train_vision: bool = False
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    config: dict[str, Any] | None = None
+    min_pixels: Positive | None = None
+    max_pixels: Positive | None = None
+    max_frame_pixels: Positive | None = None
+
+
+class Data(Section):
+    """source: `digits` (embedded), a .jsonl / .json / .parquet file, a folder, or a dataset of the hub (`owner/name`);
+    the last two with `:split` at the end where it is not `train`; `SOURCE:[a:b]` takes a part of the rows. heldout: the
+    same for held-out questions.
+
+    subset: the configuration of a hub dataset. columns: our names for a dataset's, `{answer: label}` (data/formats.py).
+    streaming: rows are read as they arrive, the first `prompts` of them; nothing else is downloaded.
+    instruction: added to the end of each question. media_root: where relative paths of media start (None: at the file).
+    check: `decode` opens every picture and clip before the run, `exists` only looks whether the files are there.
+    workers: threads that read media, ahead of the step that needs them.
+    mix: shares of the embedded tasks among training prompts. prompts: how many training prompts are made.
+    emphasis: within its task, a kind of question is drawn 1 + emphasis * g times as often, g the running share of
+        answers that it loses at `sparse.p` against the dense reference (0: all alike). It needs a target or a
+        constraint.
+    on_bad_row: `error` stops with the row's number, `skip` counts them.
+    """
+
+    source: str = "digits"
+    heldout: str | None = None
+    mix: dict[str, Rate] = {"digits": 0.4, "moving_digits": 0.4, "hard_digits": 0.2}
+    prompts: Positive = 2048
+    emphasis: Rate = 0.0
+    heldout_prompts: Positive = 500
+    subset: str | None = None
+    columns: dict[str, str] = {}
+    streaming: bool = False
+    instruction: str | None = None
+    media_root: str | None = None
+    check: Literal["decode", "exists"] = "decode"
+    workers: Positive = 4
+    on_bad_row: Literal["error", "skip"] = "error"
+    max_frames: Positive = 16
+    fps: Annotated[float, Field(gt=0)] | None = None
+    max_prompt_tokens: Positive = 16384
+
+
+class Probes(Section):
+    """Queries whose attention scores the prompt: the last `recent`, and `random` others drawn by strata."""
+
+    recent: Count = 64
+    random: Count = 64
+
+    @model_validator(mode="after")
+    def _some(self) -> Probes:
+        if self.recent + self.random == 0:
+            raise ValueError("probes.recent and probes.random are both 0; give at least one probe")
+        return self
+
+
+class Sparse(Section):
+    """How prompt tokens are chosen. p is the share of score mass kept at inference (for `top_k`, `random`: of
+    tokens; for `threshold`: the score, relative to uniform, under which a token is dropped is 1 - p).
+
+    kv: of conversations through `zipr1.load`. `evict` drops the keys and values of what the first turn did not keep;
+        `retain` keeps all, and each turn chooses again among everything. One question is answered the same by both.
+    """
+
+    rule: Literal["top_p", "top_k", "threshold", "random"] = "top_p"
+    p: Share = 0.975
+    skip: Literal["attention", "layer"] = "attention"
+    keep_last: Positive = 4
+    probes: Probes = Probes()
+    normalise: bool = True
+    dense_below: Count = 384
+    kv: Literal["evict", "retain"] = "evict"
+
+
+class Budgets(Section):
+    """Thresholds of the rollouts of one question: `count` values over [low, high].
+
+    sampling: `stratified` jitters one value in each of `count` equal cells, `independent` draws each uniformly, `grid`
+        takes the cells' centres (of [0.9375, 0.9775] in 8 cells: 0.940, 0.945, ... 0.975, those of the paper).
+    low_end: where `low` has moved to, linearly, after half of the steps (None: it stays). A wide range starts diffuse
+        layers moving, a narrow one below the inference p finishes the job.
+    per: `layer` draws for each decoder layer, `rollout` shares one value among the layers.
+    """
+
+    low: Share = 0.9375
+    high: Share = 0.9775
+    low_end: Share | None = None
+    count: Positive = 8
+    per: Literal["layer", "rollout"] = "layer"
+    sampling: Literal["stratified", "independent", "grid"] = "stratified"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Budgets:
+        for name, value in (("low", self.low), ("low_end", self.low_end)):
+            if value is not None and value >= self.high:
+                raise ValueError(
+                    f"budgets.{name} ({value}) must be below budgets.high ({self.high})"
+                )
+        return self
+
+    def low_at(self, step: int, steps: int) -> float:
+        """Lower end of the range in `step` of `steps`."""
+        if self.low_end is None:
+            return self.low
+        return self.low + (self.low_end - self.low) * min(1.0, step / max(1.0, steps / 2))
+
+
+class Rewards(Section):
+    """Weights of the reward's parts. correct: the check of the answer where its row names none: a name in
+    `zipr1.rewards.REWARDS` or `path.py:function`. tolerance: relative, of the check `number`."""
+
+    correct: str = "exact"
+    tolerance: Rate = 1e-6
+    weight: Rate = 1.0
+    reduction: Rate = 1.0
+
+
+class Efficiency(Section):
+    """What lowers the token ratio, and how hard.
+
+    method: a name in `zipr1.efficiency.METHODS`, or a sum such as `cut+pathwise`. weight: of E[token ratio].
+    max_accuracy_drop: fraction (0.005 = half a point) that answers at `sparse.p` may lose against the dense
+        reference on the same prompts; None turns the constraint off. Each task's multiplier mu starts at 0, moves by
+        `step` times the violation, is clipped to [0, max_multiplier], and divides the weight by 1 + mu.
+        Kinds that `data.emphasis` draws more often count more often too: with it the constraint errs on the safe side.
+    target: token ratio to come down to at `sparse.p`, for each task and layer; None presses with `weight` alone.
+    reach: share of the steps after which the target is to be reached.
+    """
+
+    method: str = "pathwise"
+    weight: Rate = 3.0
+    target: Annotated[float, Field(gt=0, le=1)] | None = None
+    reach: Annotated[float, Field(gt=0, le=1)] = 0.5
+    max_accuracy_drop: Annotated[float, Field(ge=0, le=1)] | None = 0.005
+    step: Rate = 1.0
+    max_multiplier: Rate = 10.0
+
+
+class Ppo(Section):
+    """The clipped surrogate. policy_gradient scales it (0 switches it off). kl: weight of KL(policy || dense).
+
+    kl_estimator, at each answer token: `full` sums KL(policy || dense) over the vocabulary, `forward` sums
+        KL(dense || policy), `jeffreys` is the mean of the two, `k2` half the squared log-ratio of the sampled word.
+    dense: share of the rollouts whose answers are also read at p = 1, where the KL to the dense reference holds the
+        model to what it was: trained without, it forgets how to answer dense. 0: none.
+    baseline: `leave_one_out` or `mean` of the group; scale: `none` or the group's `std`.
+    """
+
+    policy_gradient: Rate = 1.0
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    epochs: Positive = 1
+    minibatches: Positive = 1
+    kl: Rate = 0.5
+    kl_estimator: Literal["full", "forward", "jeffreys", "k2"] = "full"
+    dense: Annotated[float, Field(ge=0, le=1)] = 0.0
+    baseline: Literal["leave_one_out", "mean"] = "leave_one_out"
+    scale: Literal["none", "std"] = "none"
+
+
+class Optim(Section):
+    """AdamW. schedule: `one_cycle` rises over `warmup` of the steps and falls to 0 by a cosine."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    weight_decay: Rate = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Train(Section):
+    """stage: `rl`, or `supervised` (cross-entropy on the answers). prompts: questions in a step.
+
+    micro_batch: most rows in one forward pass; micro_tokens: most tokens, padding included (None: on a GPU what its
+        free memory holds, else no bound).
+    save_every: steps between checkpoints (0: only at the end). save_total_limit: how many are kept; the best one is
+        kept besides.
+    parallel: what several ranks do: `ddp` replicates the model, `fsdp` shards weights, gradients and optimizer.
+    param_dtype: with fsdp, what weights are gathered in and computed with (None: model.dtype); the shards, which the
+        optimizer changes, stay in model.dtype.
+    """
+
+    stage: Literal["rl", "supervised"] = "rl"
+    steps: Positive = 300
+    prompts: Positive = 8
+    micro_batch: Positive = 64
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    max_new_tokens: Positive = 16
+    save_every: Count = 100
+    micro_tokens: Positive | None = None
+    save_total_limit: Positive = 2
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+
+
+class Supervised(Section):
+    """The supervised stage on embedded lessons. curriculum: most digits in a scene, stage by stage; the next stage
+    comes when the running accuracy on answer tokens passes `advance_at`.
+
+    questions: most about each picture. video_share: of the pictures; hard_share: of an image's questions.
+    """
+
+    questions: Positive = 8
+    video_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    hard_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    curriculum: Annotated[list[Positive], Field(min_length=1)] = [1, 2, 3, 6]
+    advance_at: Share = 0.92
+
+
+class Log(Section):
+    """Where metrics go besides metrics.jsonl: any of `tensorboard`, `wandb`."""
+
+    to: list[Literal["tensorboard", "wandb"]] = []
+
+
+class Evaluation(Section):
+    """Held-out questions before and after the training loop. batch: most questions in one forward pass."""
+
+    before: bool = True
+    after: bool = True
+    batch: Positive = 64
+
+
+class Recipe(Section):
+    """A whole run. Sections are documented in their classes."""
+
+    seed: Count = 0
+    model: Model = Model()
+    data: Data = Data()
+    sparse: Sparse = Sparse()
+    budgets: Budgets = Budgets()
+    rewards: Rewards = Rewards()
+    efficiency: Efficiency = Efficiency()
+    ppo: Ppo = Ppo()
+    optim: Optim = Optim()
+    train: Train = Train()
+    supervised: Supervised = Supervised()
+    evaluation: Evaluation = Evaluation()
+    log: Log = Log()
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def sha256(self) -> str:
+        """Hash of the resolved recipe: the same values give the same hash, however they were written."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the YAML file `path`, with `a.b=c` overrides on top (c is read as YAML)."""
+    path = Path(path)
+    values = parse(read(path), str(path))
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise InputError(
+            f"{path}: the file holds {show(values)}; a recipe is a mapping of keys such as `seed: 0`"
+        )
+    overridden = [override(values, text) for text in overrides]
+    return validate(values, str(path), overridden)
+
+
+def validate(
+    values: Mapping[str, Any], source: str = "recipe", overridden: Sequence[str] = ()
+) -> Recipe:
+    """A `Recipe` from plain values, or one InputError that lists every problem.
+
+    source: named in front of each problem; keys in `overridden` are blamed on the command line instead.
+    """
+    try:
+        return Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        problems = []
+        for item in error.errors(include_url=False):
+            key = ".".join(str(part) for part in item["loc"] if part != "[key]")
+            blamed = any(
+                f"{key}.".startswith(f"{o}.") or o.startswith(f"{key}.") for o in overridden
+            )
+            problems.append(f"{'command line' if blamed else source}: {problem(key, item, Recipe)}")
+        raise InputError("; ".join(problems)) from None
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """`key: old -> new` for every value that differs."""
+    a, b = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return [
+        f"{key}: {show(a.get(key))} -> {show(b.get(key))}"
+        for key in dict.fromkeys([*a, *b])
+        if a.get(key) != b.get(key)
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

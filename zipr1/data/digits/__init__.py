@@ -1,0 +1,1 @@
+"""data/digits: the embedded tasks, questions about pictures and clips of coloured handwritten digits."""

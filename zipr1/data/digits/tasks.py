@@ -1,0 +1,180 @@
+"""The embedded tasks: `digits` (pictures), `moving_digits` (clips) and `hard_digits` (sums, hard on purpose).
+
+`prompts` makes numbered questions for RL and evaluation, `lesson` an endless stream for supervised training. Both are
+pure functions of their arguments. Clips of `prompts` are real mp4 files in a cache, those of `lesson` are not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zipr1.core.errors import InputError, RunError
+from zipr1.core.types import Media, Prompt
+from zipr1.data import video
+from zipr1.data.digits import glyphs
+from zipr1.data.digits.questions import KINDS, Question, catalogue, draw, draw_second, vocabulary
+from zipr1.data.digits.scenes import Scene, draw_image, draw_video
+
+__all__ = ["TASKS", "cache_directory", "lesson", "prompts", "vocabulary"]
+
+TASKS = tuple(KINDS)
+_LESSON = 100  # keeps the random streams of lessons apart from those of prompts
+_TRIES = 1000
+
+
+def prompts(
+    split: str, task: str, pictures: int, questions_per_picture: int, seed: int
+) -> list[Prompt]:
+    """`pictures` x `questions_per_picture` prompts from the digits of one split; kinds take turns.
+
+    Picture i is the same however many pictures are asked for. Ids are `task/split/picture/question`.
+    """
+    if task not in KINDS:
+        raise InputError(f"task {task!r}: unknown; allowed: {', '.join(KINDS)}; name one of them")
+    if split not in glyphs.SPLITS:
+        raise InputError(f"split {split!r}: unknown; allowed: {', '.join(glyphs.SPLITS)}")
+    bank = glyphs.bank(split)
+    made = []
+    for picture in range(pictures):
+        key = [seed, list(glyphs.SPLITS).index(split), TASKS.index(task), picture]
+        rng = np.random.default_rng(key)
+        turn = picture * questions_per_picture
+        wanted = [KINDS[task][(turn + j) % len(KINDS[task])] for j in range(questions_per_picture)]
+        scene, asked = _draw_with(rng, bank, task, wanted)
+        media = _media(scene)
+        name = f"{task}/{split}/{picture}"
+        for index, (kind, questions) in enumerate(zip(wanted, asked, strict=True)):
+            messages = _messages(scene.kind, questions)
+            answer = questions[-1].answer
+            made.append(
+                Prompt(f"{name}/{index}", messages, (media,), answer, task, kind, picture=name)
+            )
+    return made
+
+
+def lesson(
+    seed: int,
+    step: int,
+    pictures: int,
+    video_share: float,
+    max_digits: int,
+    hard_share: float,
+    questions: int = 8,
+) -> list[tuple[Scene, list[tuple[str, str]]]]:
+    """`pictures` fresh scenes of training digits with `questions` (question, answer) pairs each.
+
+    video_share: of the scenes, 0 to 1. hard_share: of an image's questions that are sums. max_digits: most digits in a
+    scene, 1 to 6 (clips show at most 3). A scene with few digits has fewer questions.
+    """
+    rng = np.random.default_rng([seed, 0, _LESSON, step])
+    bank = glyphs.bank("train")
+    videos = int(pictures * video_share + rng.random())
+    made = []
+    for index in range(pictures):
+        low, high = (2, 3) if index < videos else (2, 6)
+        count = int(rng.integers(min(low, max_digits), min(high, max_digits) + 1))
+        scene = (draw_video if index < videos else draw_image)(rng, bank, count)
+        made.append((scene, _many(scene, rng, questions, hard_share)))
+    return made
+
+
+def cache_directory() -> Path:
+    """Where clips are kept: $ZIPR1_CACHE, or ~/.cache/zipr1."""
+    return Path(os.environ.get("ZIPR1_CACHE") or Path.home() / ".cache" / "zipr1")
+
+
+def _draw_with(
+    rng: np.random.Generator, bank: glyphs.Bank, task: str, wanted: list[str]
+) -> tuple[Scene, list[tuple[Question, ...]]]:
+    """A scene about which all the wanted kinds can be asked, and the different questions (turns each)."""
+    for _ in range(_TRIES):
+        scene = draw_video(rng, bank) if task == "moving_digits" else draw_image(rng, bank)
+        found = catalogue(scene)
+        asked: list[tuple[Question, ...]] = []
+        for kind in wanted:
+            used = {turns[-1].text for turns in asked}
+            if kind == "second":
+                turns: tuple[Question, ...] | None = draw_second(found, rng, used)
+            else:
+                one = draw(found, rng, kind, used)
+                turns = None if one is None else (one,)
+            if turns is None:
+                break
+            asked.append(turns)
+        else:
+            return scene, asked
+    raise InputError(
+        f"{task}: no scene has {len(wanted)} different questions; ask fewer questions per picture"
+    )
+
+
+def _many(
+    scene: Scene, rng: np.random.Generator, number: int, hard_share: float
+) -> list[tuple[str, str]]:
+    """Different questions in turn of kind, no more than two of them about counts: most counts are of nothing."""
+    found = catalogue(scene)
+    easy = [kind for kind in found if kind != "sum"]
+    left = {kind: 2 if kind == "count" else number for kind in easy}
+    order: list[str] = []
+    used: set[str] = set()
+    pairs: list[tuple[str, str]] = []
+    while len(pairs) < number:
+        hard = "sum" in found and rng.random() < hard_share
+        if not hard and not order:
+            order = [easy[i] for i in rng.permutation(len(easy)) if left[easy[i]]]
+            if not order:
+                break
+        kind = "sum" if hard else order.pop()
+        question = draw(found, rng, kind, used)
+        if question is not None:
+            used.add(question.text)
+            pairs.append((question.text, question.answer))
+        if kind != "sum":
+            left[kind] = left[kind] - 1 if question is not None else 0
+    return pairs
+
+
+def _messages(kind: str, turns: tuple[Question, ...]) -> list[dict[str, Any]]:
+    """Chat messages: the media goes before the first question, answers stand between."""
+    messages: list[dict[str, Any]] = []
+    for question in turns:
+        messages.append({"role": "user", "content": [{"type": "text", "text": question.text}]})
+        messages.append(
+            {"role": "assistant", "content": [{"type": "text", "text": question.answer}]}
+        )
+    messages[0]["content"].insert(0, {"type": kind})
+    return messages[:-1]
+
+
+def _media(scene: Scene) -> Media:
+    if scene.kind == "image":
+        return Media("image", scene.pixels)
+    # Named by content: a clip drawn differently by another version gets another file.
+    name = hashlib.sha256(video.ENCODER.encode() + scene.pixels.tobytes()).hexdigest()[:24]
+    path = cache_directory() / f"{name}.mp4"
+    try:
+        if not path.exists() or path.stat().st_size == 0:
+            _write_whole(path, scene)
+    except OSError as error:
+        raise RunError(
+            f"{path.parent}: clips cannot be stored there ({error}); set ZIPR1_CACHE to a folder"
+        ) from error
+    return Media("video", path)
+
+
+def _write_whole(path: Path, scene: Scene) -> None:
+    """Another process may write the same clip at the same time: the last one wins, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(suffix=".mp4", dir=path.parent)
+    os.close(handle)
+    try:
+        video.write(Path(temporary), scene.pixels, scene.fps or 1.0)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,155 @@
+"""`zipr1 export RUN --to DIR`: a trained run as a folder that other tools take for an ordinary model.
+
+A format is one file with `write` and `reload`, and a line in FORMATS. The folder is made beside its final place,
+read back, checked against the run (verify.py) and only then moved there: what has the name is finished. The same
+run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from zipr1.core.errors import InputError, RunError
+from zipr1.core.jsontext import dumps
+from zipr1.export import adapter, merged
+from zipr1.export.card import model_card, provenance, results
+from zipr1.export.source import Source, open_run
+from zipr1.export.verify import compare, reference
+from zipr1.models import manifest
+from zipr1.models.loading import WEIGHT_DTYPES, choose_device, load_parts, with_adapter
+from zipr1.models.policy import Policy
+
+__all__ = ["FORMATS", "export"]
+
+FORMATS: dict[str, ModuleType] = {"merged": merged, "adapter": adapter}
+
+
+def export(
+    run: str | Path,
+    to: str | Path,
+    format: str = "merged",
+    dtype: str = "auto",
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Write the newest checkpoint of `run` to the new folder `to`, and return what was written and checked.
+
+    dtype: of the weights; `auto` is that of the trained weights, or of the base that an adapter belongs to. Loading
+    and checking are done in float32 on `device` (None: CUDA where there is one).
+
+    Raises InputError for wrong arguments and for a `to` that is there already, RunError if the folder does not say
+    what the run says. Nothing stays behind then, nor when it is interrupted.
+    """
+    source, folder = open_run(Path(run)), Path(to)
+    check(source, folder, format, dtype)
+    chosen = source.dtype() if dtype == "auto" else dtype
+    place, kind = choose_device(device), FORMATS[format]
+
+    settings = source.recipe.model.model_copy(
+        update={
+            "path": source.base_folder if source.adapter else str(source.weights),
+            "dtype": "float32",
+            "lora": None,
+            "gradient_checkpointing": False,
+        }
+    )
+    model, processor = load_parts(settings, place, source.recipe.seed)
+    adapted = with_adapter(model, source.weights) if source.adapter else None
+    policy = Policy(model, processor, str(run), settings)
+    wanted = reference(policy, source.recipe)
+    with _new_folder(folder) as temporary:
+        written = kind.write(source, model, adapted, processor, WEIGHT_DTYPES[chosen], temporary)
+        checked = compare(
+            wanted,
+            kind.reload(source, temporary, written, place),
+            policy,
+            source.recipe.train.max_new_tokens,
+            chosen,
+        )
+        if not checked["logits_error"] <= checked["limit"]:
+            raise RunError(
+                f"{run}: the exported weights do not say what the run says (logits differ by "
+                f"{checked['logits_error']:.2%}, {checked['limit']:.2%} are allowed in {chosen}); nothing was written; "
+                "try --dtype float32"
+            )
+        del written
+        gc.collect()
+        about = describe(source, format, chosen, temporary)
+        (temporary / manifest.NAME).write_text(dumps(about, indent=2) + "\n", encoding="utf-8")
+        card = model_card(source, about)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        shutil.copyfile(source.root / "recipe.yaml", temporary / "recipe.yaml")
+    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
+    return {
+        "run": str(run),
+        "to": str(folder),
+        "format": format,
+        "dtype": chosen,
+        "step": source.step,
+        "p": source.recipe.sparse.p,
+        "bytes": sum(files.values()),
+        "files": files,
+        "check": checked,
+    }
+
+
+def check(source: Source, folder: Path, format: str, dtype: str) -> None:
+    """What can be known wrong before anything is loaded. Raises InputError."""
+    if format not in FORMATS:
+        raise InputError(f"--format {format}: unknown; allowed: {', '.join(FORMATS)}")
+    if dtype != "auto" and dtype not in WEIGHT_DTYPES:
+        raise InputError(f"--dtype {dtype}: unknown; allowed: auto, {', '.join(WEIGHT_DTYPES)}")
+    if format == "adapter" and not source.adapter:
+        raise InputError(
+            f"{source.root}: trained all weights and has no adapter; use --format merged"
+        )
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise InputError(
+            f"--to {folder}: is there already and is never overwritten; name a new folder, or remove that one"
+        )
+
+
+def describe(source: Source, format: str, dtype: str, folder: Path) -> dict[str, Any]:
+    """The values of zipr1.json."""
+    return {
+        "zipr1": manifest.VERSION,
+        "format": format,
+        "dtype": dtype,
+        "base": {"path": source.base, "revision": source.recipe.model.revision},
+        "sparse": source.recipe.sparse.model_dump(mode="json"),
+        "results": results(source),
+        "provenance": provenance(source),
+        "weights": manifest.weights(folder),
+    }
+
+
+@contextmanager
+def _new_folder(final: Path) -> Iterator[Path]:
+    """A folder beside `final` that takes its place when the block ends well, and is gone otherwise."""
+    temporary = final.with_name(f".tmp-{final.name}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+        temporary.mkdir()
+    except OSError as error:
+        raise InputError(
+            f"--to {final}: cannot be written ({error.strerror}); give another folder"
+        ) from None
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            path.chmod(0o644)  # safetensors writes files that others cannot read
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if final.is_dir():
+            final.rmdir()  # empty, or this fails and nothing is lost
+        os.replace(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,0 +1,92 @@
+"""Small tensor work of the policy: rows of prompts and answers, choosing tokens, grouping pictures, what was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from zipr1.models.processors import Encoded
+from zipr1.models.sparse.record import Record
+
+# Patches in one pass of the vision tower: bounds its memory (65,536 are 16 pictures of 1,792 x 1,792 pixels).
+PATCHES = 65536
+
+
+def padded(
+    encoded: Sequence[Encoded], answers: Sequence[torch.Tensor] | None, left: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prompts and their answers in rows: ids `(B, L)`, positions `(3, B, L)` int64, valid `(B, L)` bool, on the CPU."""
+    tails = answers if answers is not None else [encoded[0].ids[:0]] * len(encoded)
+    lengths = [len(e) + len(a) for e, a in zip(encoded, tails, strict=True)]
+    longest = max(lengths)
+    # Filled by NumPy, whose assignments cost a tenth of torch's: a step has thousands of them.
+    ids = np.zeros((len(encoded), longest), np.int64)
+    positions = np.zeros((3, len(encoded), longest), np.int64)
+    valid = np.zeros((len(encoded), longest), bool)
+    for b, (e, a) in enumerate(zip(encoded, tails, strict=True)):
+        start = longest - lengths[b] if left else 0
+        middle, stop = start + len(e), start + lengths[b]
+        ids[b, start:middle], ids[b, middle:stop] = e.ids.numpy(), a.cpu().numpy()
+        positions[:, b, start:middle] = e.positions.numpy()
+        positions[:, b, middle:stop] = e.next_position + np.arange(len(a))
+        valid[b, start:stop] = True
+    return torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(valid)
+
+
+def answer_slots(
+    prompts: torch.Tensor, answers: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots of right-padded rows that predict the answers' tokens, `(B, T)` int64, and their mask `(B, T)` bool; where
+    it is False, the row's first. prompts `(B,)` int64, answers: lengths."""
+    steps = torch.arange(max(answers), device=prompts.device)
+    mask = steps < torch.tensor(list(answers), device=prompts.device)[:, None]
+    return prompts[:, None] - 1 + steps * mask, mask
+
+
+def choose(logprobs: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
+    """Next tokens `(B,)` from logprobs `(B, V)`: inverse CDF of uniforms `(B,)`, the argmax where negative."""
+    greedy = logprobs.argmax(-1)
+    if uniforms is None:
+        return greedy
+    cdf = logprobs.double().exp().cumsum(-1)
+    u = uniforms.to(logprobs.device).double()
+    sampled = torch.searchsorted(cdf, (u.clamp(min=0) * cdf[:, -1])[:, None], right=True)[:, 0]
+    return torch.where(u < 0, greedy, sampled.clamp(max=logprobs.shape[-1] - 1))
+
+
+def groups(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
+    """Consecutive items whose sizes add up to at most PATCHES, or single ones."""
+    groups: list[list[Any]] = []
+    total = 0
+    for item, size in zip(items, sizes, strict=True):
+        if not groups or total + size > PATCHES:
+            groups.append([])
+            total = 0
+        groups[-1].append(item)
+        total += size
+    return groups
+
+
+def dense_bytes(cache: Any) -> int:
+    return sum(
+        t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
+    )
+
+
+def heldout_mass(record: Record) -> torch.Tensor | None:
+    masses = [layer.heldout_mass for layer in record.layers]
+    return None if any(m is None for m in masses) else torch.stack(masses).mean(0).cpu()  # type: ignore[arg-type]
+
+
+def replay_masks(
+    kept: Sequence[list[torch.Tensor]], length: int, device: torch.device
+) -> list[torch.Tensor]:
+    """Kept positions by row and layer, of right-padded prompts -> per layer a `(B, length)` bool mask."""
+    masks = np.zeros((len(kept[0]), len(kept), length), bool)
+    for b, layers in enumerate(kept):
+        for d, positions in enumerate(layers):
+            masks[d, b, positions.numpy()] = True
+    return list(torch.from_numpy(masks).to(device))

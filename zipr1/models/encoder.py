@@ -1,0 +1,228 @@
+"""Prompts made ready for the model: media decoded, prompts tokenised, pictures seen, each once.
+
+A frozen tower says the same about a picture in every step, so what it said is remembered. Pictures go through it one
+at a time: the numbers then do not depend on what else is in the step, so a resumed run, which remembers nothing, gets
+the same ones. On a CPU core that took three quarters of the time of a step's pictures in one pass.
+
+Threads decode and cut into patches, `ahead` of the step that asks for it: what they make depends on the medium alone,
+so their order does not matter.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from zipr1.core.errors import InputError
+from zipr1.core.recipe import Recipe
+from zipr1.core.types import Media, Prompt
+from zipr1.data import video
+from zipr1.data.media import load_media
+from zipr1.models.policy import Features, Policy
+from zipr1.models.processors import Encoded, Visual
+
+log = logging.getLogger("zipr1")
+
+# Bytes of features that are remembered, of the pictures seen last: in the memory of the CPU, which has more.
+MOST = 2**30
+
+
+class Looked(NamedTuple):
+    """Vision features as the policy and as the reference see them: the same unless the tower is trained."""
+
+    policy: Features
+    reference: Features
+
+
+class Pictures:
+    """The media of a run. most: bytes of vision features to remember; 0 where the tower is trained."""
+
+    def __init__(self, policy: Policy, recipe: Recipe, most: int = MOST) -> None:
+        self.policy = policy
+        self.data = recipe.data
+        self.most = 0 if policy.settings.train_vision else most
+        self.seen: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self.visuals: dict[str, tuple[Visual, ...]] = {}
+        self.coming: dict[str, Future[Visual]] = {}
+        self.held = 0
+
+    def ahead(self, prompts: Sequence[Prompt]) -> None:
+        """Begin to decode what `encode` of these prompts will need, and forget what was begun for others."""
+        self.coming = self._begun(prompts)
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
+        """Decode media, once for questions about the same picture, and tokenise. What was seen before is not decoded
+        again: its `patches` are empty. Raises InputError for a bad prompt."""
+        begun = self._begun(prompts)
+        out = []
+        for prompt in prompts:
+            media: Sequence[Visual] = self.visuals.get(prompt.media_key, ())
+            try:
+                media = media or [begun[m.key].result() for m in prompt.media]
+            except InputError as error:
+                raise InputError(f"{prompt.row or prompt.id}: {error}") from None
+            out.append(self.policy.encode(prompt, media, self.data.max_prompt_tokens))
+        return out
+
+    def _begun(self, prompts: Sequence[Prompt]) -> dict[str, Future[Visual]]:
+        """The work on each medium that is not remembered, by key: begun now unless it was before."""
+        media = {m.key: m for p in prompts if p.media_key not in self.visuals for m in p.media}
+        pool = _pool(self.data.workers)
+        return {
+            key: self.coming.pop(key) if key in self.coming else pool.submit(self._decode, m)
+            for key, m in media.items()
+        }
+
+    def _decode(self, media: Media) -> Visual:
+        pixels, fps = load_media(media, self.data.max_frames, self.data.fps)
+        return self.policy.processor.visual(media.kind, pixels, fps)
+
+    def fitting(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Prompts with one placeholder for each medium and at most `data.max_prompt_tokens` tokens, found from the
+        sizes of their media: nothing is decoded, and nothing is ever cut to fit. Media whose size is not known are
+        looked at when their turn comes. A bad prompt is an InputError, or left out with a count (`data.on_bad_row`).
+        """
+        good, bad = [], []
+        for prompt in prompts:
+            try:
+                if all(m.size is not None for m in prompt.media):
+                    self.length(prompt)
+                good.append(prompt)
+            except InputError as error:
+                if self.data.on_bad_row == "error":
+                    raise
+                bad.append(str(error))
+        if bad:
+            log.warning("%d of %d prompts skipped; the first: %s", len(bad), len(prompts), bad[0])
+        if prompts and not good:
+            raise InputError(f"all of {len(prompts)} prompts are bad; the first: {bad[0]}")
+        return good
+
+    def length(self, prompt: Prompt) -> tuple[int, int]:
+        """Tokens of a prompt whose media have sizes, and how many of them are visual. Raises InputError."""
+        processor, visuals = self.policy.processor, []
+        where = prompt.row or prompt.id
+        try:
+            for media in prompt.media:
+                assert media.size is not None
+                total, height, width, own = media.size
+                fps: float | None = None
+                if media.kind == "video":
+                    rows = len(video.choose(total, own, self.data.max_frames, self.data.fps))
+                    total, fps = rows, own * rows / total
+                visuals.append(processor.planned(media.kind, total, height, width, fps))
+            length = processor.length(processor.text(prompt.messages), visuals)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        most = self.data.max_prompt_tokens
+        if length > most:
+            raise InputError(
+                f"{where}: the prompt has {length} tokens and data.max_prompt_tokens is {most}; raise it, or lower "
+                "model.max_pixels, model.max_frame_pixels or data.max_frames"
+            )
+        return length, sum(v.tokens for v in visuals)
+
+    def usable(
+        self, prompts: Sequence[Prompt], least: int = 1
+    ) -> tuple[list[Prompt], list[Encoded]]:
+        """Prompts that can be decoded and tokenised, with what came of it. A bad one is an InputError, or with
+        `data.on_bad_row: skip` left out with a warning. Raises InputError if fewer than `least` (0 or 1) are left."""
+        if self.data.on_bad_row == "error":
+            return list(prompts), self.encode(prompts)
+        good: list[Prompt] = []
+        encoded: list[Encoded] = []
+        self.coming |= self._begun(prompts)
+        for prompt in prompts:
+            try:
+                encoded += self.encode([prompt])
+                good.append(prompt)
+            except InputError as error:
+                log.warning("skipped %s: %s", prompt.id, error)
+        if len(good) < least:
+            raise InputError(
+                f"all of {len(prompts)} rows are bad, the first is {prompts[0].id}; mend the data"
+            )
+        return good, encoded
+
+    @torch.no_grad()
+    def look(self, encoded: Sequence[Encoded]) -> Looked:
+        """Features of these pictures; those that are not remembered go through the tower (if it is trained, through
+        the reference's too)."""
+        pictures = {e.picture: e for e in encoded if e.visuals}
+        features: Features = {}
+        for name, one in pictures.items():
+            known = None
+            if name in self.seen:
+                known = {name: self.seen[name].to(self.policy.device, non_blocking=True)}
+            features |= self.policy.look([one], known)
+            self._same_number(one, features[name])
+        if self.policy.settings.train_vision:
+            with self.policy.reference() as model:
+                return Looked(features, self.policy.look(encoded, model=model))
+        for name, one in pictures.items():
+            self._remember(name, one, features[name])
+        return Looked(features, features)
+
+    def _same_number(self, one: Encoded, features: torch.Tensor) -> None:
+        """Raise InputError unless there is a placeholder for each feature: spare ones would be dropped unseen."""
+        marks = torch.tensor(list(self.policy.processor.placeholder.values()))
+        places = int(torch.isin(one.ids, marks).sum())
+        if places != len(features):
+            raise InputError(
+                f"{one.picture}: {places} placeholders but {len(features)} visual features; the pixel settings beside "
+                "the model are not those of its vision tower"
+            )
+
+    def _remember(self, name: str, one: Encoded, features: torch.Tensor) -> None:
+        if name not in self.seen:
+            self.held += features.nbytes
+            self.visuals[name] = tuple(replace(v, patches=v.patches[:0]) for v in one.visuals)
+            self.seen[name] = kept = features.cpu()
+            if features.is_cuda:
+                self.seen[name] = kept.pin_memory()
+        self.seen.move_to_end(name)
+        while self.held > self.most:
+            oldest, dropped = self.seen.popitem(last=False)
+            self.held -= dropped.nbytes
+            del self.visuals[oldest]
+
+
+@lru_cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    """One for all: its threads idle between steps. Decoders and PIL release the interpreter's lock."""
+    return ThreadPoolExecutor(workers, thread_name_prefix="decode")
+
+
+def effective(encoded: Sequence[Encoded], policy: Policy) -> list[str]:
+    """What becomes of pictures and clips, a line each: sizes after resizing, frames and their rate, tokens."""
+    settings = policy.processor.settings
+    lines = []
+    for kind, name in (("image", "pictures"), ("video", "clips")):
+        seen = [v for e in encoded for v in e.visuals if v.kind == kind]
+        if not seen:
+            continue
+        most = "one tile" if settings.tile else f"at most {settings.of(kind).max_pixels:,}"
+        parts = [
+            f"{_between([v.grid[1] * settings.patch for v in seen])} x "
+            f"{_between([v.grid[2] * settings.patch for v in seen])} pixels ({most})"
+        ]
+        if kind == "video":
+            rates = [settings.temporal / v.seconds for v in seen if v.seconds]
+            parts.insert(0, f"{_between([v.grid[0] * settings.temporal for v in seen])} frames")
+            parts.insert(1, f"{_between([round(rate, 2) for rate in rates])} a second")
+        parts.append(f"{_between([v.tokens for v in seen])} tokens")
+        reader = f", read by {video.reader()[0]}" if kind == "video" else ""
+        lines.append(f"{name}: {', '.join(parts)}{reader}")
+    return lines
+
+
+def _between(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,g}" if low == high else f"{low:,g} to {high:,g}"

@@ -1,0 +1,114 @@
+"""zipr1.json: how an exported folder is meant to be run sparse, what was measured, and which weights it speaks of.
+
+`sparsity_of` is the one place that knows where a model's own sparsity is written: in the recipe of a run, in the
+zipr1.json of an exported folder, nowhere for other models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from zipr1.core.errors import InputError
+from zipr1.core.recipe import Probes, Sparse, load
+
+# The section `sparse` of recipes/tiny.yaml: the embedded model's prompts are short, so none is too short to be pruned.
+TINY = Sparse(skip="layer", keep_last=1, probes=Probes(recent=12, random=0), dense_below=0)
+
+NAME = "zipr1.json"
+VERSION = 1
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """What zipr1.json in `folder` holds; None if there is none.
+
+    Raises InputError if it is not one of ours, of a later version, or if it speaks of other weights than lie beside
+    it: a file is missing, cut short, or its safetensors header was changed.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version, weights = values["zipr1"], values["weights"]
+        Sparse.model_validate(values["sparse"])
+        expected = {str(name): (int(w["bytes"]), str(w["header"])) for name, w in weights.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(
+            f"{path}: not written by zipr1 export ({type(error).__name__}: {reason}); export the run again, or "
+            "remove the file to use the folder as a dense model"
+        ) from None
+    if version != VERSION:
+        raise InputError(
+            f"{path}: version {version} and this zipr1 reads {VERSION}; install the zipr1 that wrote it"
+        )
+    for name, (size, header) in expected.items():
+        _check(folder / name, size, header)
+    strangers = {p.name for p in folder.glob("*.safetensors")} - set(expected)
+    if strangers:
+        raise InputError(
+            f"{folder}: {NAME} knows nothing of {min(strangers)}; it belongs to another export: copy the whole folder"
+        )
+    return dict(values)
+
+
+def sparsity_of(path: str) -> tuple[Sparse, str]:
+    """How a model's tokens are chosen and where that is written: as its run was trained, as its exported folder says,
+    for `tiny` as recipes/tiny.yaml has it, else the defaults of a recipe."""
+    if path == "tiny":
+        return TINY, "the embedded model"
+    folder = Path(path)
+    recipe = folder / "recipe.yaml"
+    if recipe.is_file() and (folder / "run.json").is_file():
+        return load(recipe).sparse, str(recipe)
+    manifest = read(folder) if folder.is_dir() else None
+    if manifest is None:
+        return Sparse(), "the defaults"
+    return Sparse.model_validate(manifest["sparse"]), str(folder / NAME)
+
+
+def weights(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size in bytes, hash of the whole and hash of the header of every safetensors file, by name."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found[path.name] = {
+            "bytes": path.stat().st_size,
+            "sha256": sha256(path),
+            "header": _header(path),
+        }
+    return found
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _header(path: Path) -> str:
+    """SHA-256 of a safetensors file's header: eight bytes of its length, then names, dtypes, shapes and places."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        # A changed length must not make us read gigabytes.
+        rest = file.read(length) if length <= path.stat().st_size else b""
+    return hashlib.sha256(start + rest).hexdigest()
+
+
+def _check(path: Path, size: int, header: str) -> None:
+    if not path.is_file():
+        raise InputError(f"{path}: missing; {NAME} names it: copy or export the folder again")
+    found = path.stat().st_size
+    if found != size:
+        raise InputError(
+            f"{path}: has {found} bytes and {NAME} says {size}; copy or export the folder again"
+        )
+    if _header(path) != header:
+        raise InputError(
+            f"{path}: its header is not the one that {NAME} describes: it was changed or belongs to another model; "
+            "copy or export the folder again"
+        )

@@ -1,0 +1,176 @@
+"""What sparsity is worth for a model on this machine: counted by the card, measured beside dense, and never flattered.
+
+Prompts of any length with exactly the wanted share of tokens kept, or a real picture or clip with what the model's own
+p keeps. Dense and sparse take turns in one process; every row has its spread and its conditions.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zipr1.core import machine
+from zipr1.core.errors import InputError
+from zipr1.models import cost
+from zipr1.profiling import measure, rates, rows, subject
+from zipr1.profiling.subject import Inputs, Subject
+
+__all__ = ["Wish", "profile"]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What to profile. lengths, keeps: empty for defaults. seconds: of timing for each variant, at least 5 turns."""
+
+    model: str
+    lengths: Sequence[int] = ()
+    keeps: Sequence[float] = ()
+    batches: Sequence[int] = (1,)
+    layers: int | None = None
+    probes: int | None = None
+    image: Path | None = None
+    video: Path | None = None
+    device: str | None = None
+    dtype: str = "auto"
+    count: bool = False
+    seconds: float = 3.0
+
+
+def profile(wish: Wish, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """profile.json. tell: is told what runs. Raises InputError for what cannot be profiled."""
+    check(wish)
+    tell(f"loading {wish.model}")
+    built = subject.load(wish.model, layers_of(wish), wish.device, wish.dtype, wish.probes)
+    s = built.shape
+    given = wish.image is not None or wish.video is not None
+    synthetic = bool(wish.lengths) or (built.policy is None and not given)
+    keeps: Sequence[float | None] = wish.keeps or ([0.25] if synthetic else [None])
+    for keep in keeps:
+        if keep is not None:
+            cost.kept_tokens(1, keep)
+    lengths = list(wish.lengths) or default_lengths(built)
+    cases: list[tuple[str, int, int]] = []
+    for length in lengths if synthetic else [0]:
+        for batch in wish.batches:
+            if synthetic:
+                cost.layer(s, length, 1.0, "none", 1)  # is the length one that the model knows?
+            cases.append((f"{length:,} tokens" if synthetic else "a real prompt", length, batch))
+    tell("the machine's own rates")
+    tokens = max(lengths) if synthetic else 4096
+    known = rates.measure(s, tokens, built.device, built.dtype, min(0.5, wish.seconds))
+    python = {batch: measure.overhead_ms(built, batch) for batch in wish.batches}
+    found: list[rows.Row] = []
+    for name, length, batch in cases:
+        tell(f"{name}, batch {batch}")
+        try:
+            if synthetic:
+                _room(built, length, batch)
+            inputs = built.random(length, batch) if synthetic else _real(wish, built, batch)
+            found += _case(built, inputs, keeps, known, python[batch], wish)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:160]
+            found.append({"phase": "prefill", "length": length, "batch": batch, "error": reason})
+        gc.collect()
+    return {
+        "machine": {
+            **machine.describe(device=str(built.device)),
+            **known.row(),
+        },
+        "model": {
+            "name": wish.model,
+            "weights": built.weights,
+            "layers": s.layers,
+            "all_layers": built.all_layers,
+            "dtype": str(built.dtype).removeprefix("torch."),
+            "probes": built.sparse.probes.recent + built.sparse.probes.random,
+            "p": None if wish.keeps or synthetic else built.sparse.p,
+            "input": "random tokens" if synthetic else inputs_name(wish),
+            "counted": wish.count,
+        },
+        "rows": found,
+    }
+
+
+def check(wish: Wish) -> None:
+    """Raise InputError for wishes that contradict each other."""
+    if wish.image is not None and wish.video is not None:
+        raise InputError("--image and --video were both given; profile one after the other")
+    if wish.lengths and (wish.image is not None or wish.video is not None):
+        raise InputError(
+            "--lengths makes random prompts and --image or --video real ones; give one"
+        )
+    for path in (wish.image, wish.video):
+        if path is not None and not path.is_file():
+            raise InputError(f"{path}: no such file; check the path")
+
+
+def layers_of(wish: Wish) -> int | None:
+    """Decoder layers to build of a bundled config: those asked for; else 2 on a CPU, on a GPU all that fit."""
+    if wish.layers is not None or wish.model not in cost.bundled():
+        return wish.layers
+    device = wish.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        return 2
+    s = cost.shape_of(wish.model)
+    size = 4 if wish.dtype == "float32" else 2
+    free = 0.6 * torch.cuda.mem_get_info()[0] - 2 * s.vocab * s.hidden * size
+    return max(1, min(s.layers, int(free // (s.layer_weights * size))))
+
+
+def default_lengths(built: Subject) -> list[int]:
+    """Four lengths that take this device minutes, not hours."""
+    wanted = (4096, 16384, 32768, 65536) if built.device.type == "cuda" else (512, 1024, 2048, 4096)
+    return [n for n in wanted if n <= built.shape.limit] or [built.shape.limit]
+
+
+def inputs_name(wish: Wish) -> str:
+    given = wish.image or wish.video
+    return given.name if given is not None else "the embedded test clip with the longest prompt"
+
+
+def _real(wish: Wish, built: Subject, batch: int) -> Inputs:
+    if wish.image is not None or wish.video is not None:
+        return built.real(subject.given_prompt(wish.image, wish.video), batch)
+    assert built.policy is not None
+    return built.real(subject.longest_clip(built.policy), batch)
+
+
+def _case(
+    built: Subject,
+    inputs: Inputs,
+    keeps: Sequence[float | None],
+    known: rates.Rates,
+    python_ms: float,
+    wish: Wish,
+) -> list[rows.Row]:
+    taken = rows.take(built, inputs, keeps, wish.seconds, wish.count)
+    seen = rows.vision(built, inputs, wish.seconds)
+    return rows.rows_of(built, inputs, taken, seen, known, python_ms)
+
+
+def _room(built: Subject, length: int, batch: int) -> None:
+    """Raise MemoryError where a CPU would be killed instead: it hands out memory that it has not got."""
+    if built.device.type != "cpu":
+        return
+    s = built.shape
+    tokens = length * batch
+    need = s.size * tokens * (8 * s.hidden + 3 * s.mlp + 4 * s.layers * s.heads * s.dim)
+    free = machine.free_memory()
+    if free is not None and need > 0.9 * free:
+        raise MemoryError(
+            f"needs about {need / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free"
+        )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        "allocate memory" in text or "out of memory" in text
+    )

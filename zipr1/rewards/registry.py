@@ -1,0 +1,107 @@
+"""How right is an answer? Functions `(said, wanted) -> float in [0, 1]`, found by name in REWARDS, or a user's own.
+
+All look inside <answer> tags and boxes first (final.py). What a kept token costs is not here: the gate needs the whole
+group (zipr1/train/advantages.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+
+from zipr1.core.errors import InputError
+from zipr1.rewards.choice import choice
+from zipr1.rewards.distance import anls, ocr
+from zipr1.rewards.exact import exact
+from zipr1.rewards.number import number, regression, relaxed
+from zipr1.rewards.rouge import rouge
+
+Reward = Callable[[str, str], float]
+
+REWARDS: dict[str, Reward] = {
+    "exact": exact,
+    "choice": choice,
+    "number": number,
+    "relaxed": relaxed,
+    "regression": regression,
+    "ocr": ocr,
+    "rouge": rouge,
+    "anls": anls,
+}
+
+
+def find(name: str, where: str = "rewards.correct", tolerance: float | None = None) -> Reward:
+    """The reward of that name, or the function of `path.py:func`.
+
+    where: what named it, for errors. tolerance: relative, of `number`. Raises InputError, with the nearest name.
+    """
+    if ".py:" in name:
+        return _own(name, where)
+    if name not in REWARDS:
+        near = difflib.get_close_matches(name, REWARDS, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise InputError(
+            f"{where} '{name}': no such reward; {hint}allowed: {', '.join(REWARDS)}, or path.py:function; "
+            "rename or remove it"
+        )
+    if name == "number" and tolerance is not None:
+        return partial(number, tolerance=tolerance)
+    return REWARDS[name]
+
+
+@lru_cache
+def _own(name: str, where: str) -> Reward:
+    """A user's function `(said: str, wanted: str) -> float in [0, 1]`, from a file of theirs. The file is executed."""
+    file, _, function = name.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(
+            f"{where} '{name}': there is no file {path}; give a path from here, such as rewards.py:mine"
+        )
+    spec = importlib.util.spec_from_file_location(f"zipr1_reward_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(
+            f"{where} '{name}': {path} does not load ({type(error).__name__}: {error}); mend it"
+        ) from error
+    check = getattr(module, function, None)
+    if not callable(check) or not _takes_two(check):
+        raise InputError(
+            f"{where} '{name}': {path} has no function {function} of two arguments; "
+            f"write def {function}(said: str, wanted: str) -> float"
+        )
+
+    def reward(said: str, wanted: str) -> float:
+        try:
+            value = check(said, wanted)
+        except Exception as error:
+            raise InputError(
+                f"{where} '{name}': failed on {said!r:.60} ({type(error).__name__}: {error}); mend it"
+            ) from error
+        if not isinstance(value, int | float) or not 0 <= value <= 1 or math.isnan(value):
+            raise InputError(
+                f"{where} '{name}': gave {value!r:.60} for {said!r:.60}; allowed: a number from 0 to 1"
+            )
+        return float(value)
+
+    return reward
+
+
+def _takes_two(check: Callable[..., object]) -> bool:
+    try:
+        inspect.signature(check).bind("said", "wanted")
+    except TypeError:
+        return False
+    except ValueError:  # built in C: it has no signature to look at
+        return True
+    return True

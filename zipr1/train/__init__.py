@@ -1,0 +1,1 @@
+"""train: the training loops, from a recipe to a finished run folder."""

@@ -1,0 +1,149 @@
+"""The optimiser, its schedule, and its state as plain tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from zipr1.core import distributed, signals
+from zipr1.core.errors import InputError, RunError
+from zipr1.core.recipe import Optim
+
+
+class Optimizers:
+    """AdamW (arXiv 1711.05101), or with `name: muon` Muon for matrices and AdamW for the rest, as one optimiser."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = list(parts)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def set_rate(self, rate: float) -> None:
+        for group in self.param_groups:
+            group["lr"] = rate
+
+    def state_of(self, parameter: torch.nn.Parameter) -> dict[str, Any]:
+        """The state of a parameter in the optimiser that owns it; to be changed in place."""
+        for part in self.parts:
+            if any(parameter is p for group in part.param_groups for p in group["params"]):
+                state: dict[str, Any] = part.state[parameter]
+                return state
+        raise KeyError("not a parameter of this optimiser")
+
+
+def build(named: Sequence[tuple[str, torch.nn.Parameter]], settings: Optim) -> Optimizers:
+    """Over the trainable parameters; vectors (norms, biases) are not decayed. Raises InputError if there are none.
+
+    Muon orthogonalises the momentum of matrices; its updates are scaled to AdamW's size (arXiv 2502.16982), so one
+    rate serves both. Embeddings and convolutions stay with AdamW.
+    """
+    if not named:
+        raise InputError(
+            "the recipe trains nothing: all is frozen; set model.lora or another model"
+        )
+    muon = [
+        p for n, p in named if settings.name == "muon" and p.ndim == 2 and "embed_tokens" not in n
+    ]
+    taken = {id(p) for p in muon}
+    rest = [p for _, p in named if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    parts: list[torch.optim.Optimizer] = []
+    if rest:
+        groups = [g for g in groups if g["params"]]
+        parts.append(torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98)))
+    if muon:
+        decay = settings.weight_decay
+        parts.append(
+            torch.optim.Muon(muon, settings.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return Optimizers(parts)
+
+
+def learning_rate(settings: Optim, step: int, steps: int) -> float:
+    """Rate of `step` (from 0) of `steps`: linear warm-up, then the schedule; the last step is above 0."""
+    warm = round(settings.warmup * steps)
+    if step < warm:
+        return settings.lr * (step + 1) / warm
+    if settings.schedule == "constant":
+        return settings.lr
+    done = (step - warm + 0.5) / max(1, steps - warm)
+    floor = 0.1 if settings.schedule == "cosine" else 0.0
+    return settings.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def clipped_step(
+    optimizer: Optimizers,
+    named: Sequence[tuple[str, torch.nn.Parameter]],
+    max_norm: float,
+    loss: float,
+) -> float:
+    """Clip the gradient, step, and return its norm before clipping.
+
+    Raises RunError if it or `loss` is not finite; the weights are then as they were.
+    """
+    norm = float(distributed.whole(torch.nn.utils.clip_grad_norm_([p for _, p in named], max_norm)))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise RunError(
+            f"the loss is {loss} and its gradient's norm {norm}; start again with a lower optim.lr in another "
+            "--output (model.path=RUN goes on from a run's last checkpoint)"
+        )
+    # From here on the weights are no longer those of before the step.
+    signals.hold()
+    optimizer.step()
+    return norm
+
+
+def state_tensors(
+    optimizer: Optimizers, named: Sequence[tuple[str, torch.nn.Parameter]]
+) -> dict[str, torch.Tensor]:
+    """Moments and step counts by parameter name, to be saved as safetensors; of several ranks the first has them. All
+    ranks must ask."""
+    return distributed.whole_state(
+        {
+            f"{name}/{key}": torch.as_tensor(value)
+            for name, parameter in named
+            for key, value in optimizer.state_of(parameter).items()
+        }
+    )
+
+
+def restore(
+    optimizer: Optimizers,
+    named: Sequence[tuple[str, torch.nn.Parameter]],
+    tensors: dict[str, torch.Tensor],
+) -> None:
+    """Put back what `state_tensors` gave. Raises InputError for the state of another model."""
+    parameters = dict(named)
+    names = {key.rsplit("/", 1)[0] for key in tensors}
+    if strange := names - set(parameters):
+        raise InputError(
+            f"the checkpoint's optimiser knows '{min(strange)}', which this model does not train"
+        )
+    for key, value in tensors.items():
+        name, field = key.rsplit("/", 1)
+        parameter = parameters[name]
+        if field != "step" and value.shape != parameter.shape:
+            raise InputError(
+                f"the checkpoint's '{name}' is {tuple(value.shape)}, the model's {tuple(parameter.shape)}"
+            )
+        where = "cpu" if field == "step" else parameter.device
+        value = value.to(where)
+        if field != "step":
+            value = distributed.like(value, parameter.detach())
+        optimizer.state_of(parameter)[field] = value

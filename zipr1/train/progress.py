@@ -1,0 +1,254 @@
+"""What people look at: progress while a run trains, tables and pictures when it is done.
+
+`Progress` and `curves` read the same values as metrics.jsonl holds; a key that a line lacks is left out. Every share
+is in [0, 1] there and printed in per cent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from zipr1.core.plots import curves, kept_picture
+
+__all__ = ["Progress", "curves", "duration", "export_text", "kept_picture", "summary_table"]
+
+# Key in metrics.jsonl (dots go into sections), label, how it is written.
+SHOWN = (
+    ("loss", "loss", "number"),
+    ("reward", "reward", "number"),
+    ("rewards", "", "number"),
+    ("accuracy", "accuracy", "share"),
+    ("dense_accuracy", "dense accuracy", "share"),
+    ("token_ratio", "tokens kept", "share"),
+    ("kl", "KL to dense", "number"),
+    ("multiplier", "constraint multiplier", "number"),
+    ("efficiency_weight", "efficiency weight", "number"),
+    ("lr", "learning rate", "small"),
+)
+BRIEF = {"loss", "accuracy", "token_ratio", "kl"}  # of these a plain line tells
+
+
+class Progress:
+    """A live bar and a small table of the newest step; plain lines, about ten in all, where nobody watches.
+
+    with Progress(console, total=300) as progress:
+        progress.update(step, metrics)      # step counts from 0, after it is done
+    """
+
+    def __init__(self, console: Console, total: int, title: str = "training", start: int = 0):
+        self.console = console
+        self.total = total
+        self.title = title
+        self.done = start
+        self._start = start
+        self._began = time.monotonic()
+        self._metrics: Mapping[str, Any] = {}
+        self._live = (
+            Live(self._view(), console=console, refresh_per_second=4, transient=False)
+            if console.is_terminal
+            else None
+        )
+
+    def __enter__(self) -> Progress:
+        self._began = time.monotonic()
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Shows `metrics`, those of the step that just ended."""
+        before, self.done, self._metrics = self.done, step + 1, metrics
+        if self._live:
+            self._live.update(self._view())
+            return
+        every = max(1, round(self.total / 10))
+        first = before == self._start
+        if first or self.done == self.total or self.done // every > before // every:
+            self.console.print(self._line(), soft_wrap=True, highlight=False)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        steps = self.done - self._start
+        return (time.monotonic() - self._began) / steps if steps else None
+
+    def _left(self) -> str:
+        pace = self.seconds_per_step
+        if pace is None:
+            return "time left unknown"
+        return f"{duration(pace * (self.total - self.done))} left"
+
+    def _line(self) -> str:
+        parts = [f"{self.title} {self.done}/{self.total}"]
+        brief = [shown for shown in SHOWN if shown[0] in BRIEF]
+        parts += [f"{label} {value}" for label, value in _shown(self._metrics, brief)]
+        parts += [f"data {share} of the time" for name, share in _time(self._metrics)[:1]]
+        if self.seconds_per_step is not None:
+            parts += [f"{self.seconds_per_step:.2f} s/step", self._left()]
+        return "  ".join(parts)
+
+    def _view(self) -> Group:
+        head = Table.grid(expand=True, padding=(0, 1))
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True, justify="right")
+        head.add_row(
+            Text(f"{self.title} {self.done}/{self.total}", style="bold"),
+            ProgressBar(total=self.total, completed=self.done, complete_style="cyan"),
+            Text(self._left(), style="cyan"),
+        )
+        cells = _shown(self._metrics) + _time(self._metrics)
+        if self.seconds_per_step is not None:
+            cells.append(("seconds a step", f"{self.seconds_per_step:.2f}"))
+        columns = 3 if self.console.width >= 100 else 2
+        body = Table.grid(expand=True, padding=(0, 1))
+        for _ in range(columns):
+            body.add_column(ratio=3, style="dim", no_wrap=True)
+            body.add_column(ratio=1, min_width=9, justify="right", no_wrap=True)
+        for i in range(0, len(cells), columns):
+            row = cells[i : i + columns]
+            body.add_row(*(text for cell in row for text in cell))
+        return Group(head, body)
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """summary.json as a table: for each task and in all, the dense base, then the policy before and after."""
+    table = Table(
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        title=_title(summary),
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+    )
+    for name in ("", "n", "dense", "before", "after"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    by_task = summary.get("by_task") or {}
+    blocks = [*by_task.items(), ("all", summary)] if len(by_task) != 1 else [("all", summary)]
+    for number, (task, block) in enumerate(blocks):
+        last = number == len(blocks) - 1
+        before, after = block.get("before") or {}, block.get("after") or {}
+        style = "bold" if last and number else ""
+        table.add_row(
+            Text(task, style=style or "bold"),
+            str(after.get("n") or before.get("n") or ""),
+            _with_interval(block.get("dense_accuracy"), block.get("dense_accuracy_ci")),
+            *(_with_interval(s.get("accuracy"), s.get("accuracy_ci")) for s in (before, after)),
+        )
+        table.add_row(
+            Text(" tokens kept", style="dim"),
+            "",
+            _written(1.0, "share"),
+            _written(before.get("token_ratio"), "share"),
+            Text(_written(after.get("token_ratio"), "share"), style="bold green"),
+        )
+    return table
+
+
+def export_text(result: Mapping[str, Any]) -> str:
+    """What `zipr1 export` says when it is done: what was checked, and how to use the folder."""
+    check, to = result["check"], result["to"]
+    said = f"same answers on {check['same_text']} of {check['n']}"
+    return (
+        f"[bold green]{escape(to)}[/]: {result['format']}, {result['dtype']}, {_size(result['bytes'])}, "
+        f"step {result['step']} of the run\n"
+        f"checked against the run on {check['n']} {check['questions']}: {said}, logits within "
+        f"{check['logits_error']:.1e} (allowed: {check['limit']:g})\n\n"
+        "Run it sparse:\n"
+        "  import zipr1\n"
+        f'  model, processor = zipr1.load("{escape(to)}")  # p = {result["p"]:g}\n'
+        "Everything else takes it for an ordinary dense model; its README.md tells what was measured."
+    )
+
+
+def _size(number: int) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000  # type: ignore[assignment]
+    return f"{number:.3g} GB"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min 5 s`, `3 h 7 min`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    parts = [str(summary["model"])] if summary.get("model") else []
+    if summary.get("steps") is not None:
+        parts.append(f"{summary['steps']} steps")
+    if summary.get("seconds") is not None:
+        parts.append(duration(summary["seconds"]))
+    if summary.get("p") is not None:
+        parts.append(f"p = {summary['p']}")
+    return ", ".join(parts)
+
+
+def _time(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The share of a step's time that each part takes. `data`: waiting for media to be decoded."""
+    parts = metrics.get("seconds")
+    if not isinstance(parts, Mapping) or not (total := sum(parts.values())):
+        return []
+    return [(f"time: {name}", _written(value / total, "share")) for name, value in parts.items()]
+
+
+def _shown(
+    metrics: Mapping[str, Any], keys: Sequence[tuple[str, str, str]] = SHOWN
+) -> list[tuple[str, str]]:
+    cells = []
+    for key, label, kind in keys:
+        value = _look(metrics, key)
+        if isinstance(value, Mapping):
+            cells += [(f"reward: {k}", _written(v, kind)) for k, v in value.items()]
+        elif value is not None:
+            cells.append((label, _written(value, kind)))
+    return cells
+
+
+def _look(metrics: Mapping[str, Any], key: str) -> Any:
+    value: Any = metrics
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _written(value: Any, kind: str) -> str:
+    if not isinstance(value, (int, float)) or not np.isfinite(value):
+        return "-"
+    if kind == "share":
+        return f"{100 * value:.1f}%"
+    return f"{value:.2e}" if kind == "small" else f"{value:.4f}"
+
+
+def _with_interval(value: Any, interval: Any) -> str:
+    text = _written(value, "share")
+    if text == "-" or not interval:
+        return text
+    low, high = (f"{100 * x:.1f}" if x < 0.9995 else "100" for x in interval)
+    return f"{text} ({low}-{high})"

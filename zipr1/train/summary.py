@@ -1,0 +1,203 @@
+"""What a run is judged by: held-out questions before and after, summary.json, the curves and a picture."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from zipr1.core import distributed
+from zipr1.core.errors import InputError
+from zipr1.core.recipe import Recipe, Sparse
+from zipr1.core.rundir import RunDir, read_json
+from zipr1.core.statistics import paired_difference
+from zipr1.core.types import Prompt
+from zipr1.data.media import load_media
+from zipr1.models.policy import Policy
+from zipr1.train.heldout import Result, evaluate, joined
+from zipr1.train.metrics import question
+from zipr1.train.progress import curves, kept_picture, summary_table
+
+BEFORE = "before.json"
+
+
+def measure(
+    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], settings: Sequence[Sparse | None], title: str,
+    console: Console,
+) -> list[Result]:  # fmt: skip
+    """`heldout.evaluate` with a bar; several ranks take every so-manieth question each."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Bar(*columns, console=console, transient=True) as bar:
+        own = distributed.deal(len(prompts))
+        task = bar.add_task(title, total=len(own))
+        mine = [prompts[i] for i in own]
+        found = policy.parallel.apart(
+            lambda: evaluate(
+                policy, recipe, mine, settings, lambda done: bar.update(task, completed=done)
+            ),
+            policy=True,
+            reference=None in settings,
+        )
+    return [joined(prompts, distributed.gather(result.plain())) for result in found]
+
+
+def measure_before(
+    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], folder: RunDir, console: Console
+) -> dict[str, Result]:
+    """The untouched model, dense and sparse, by name; read back from the run's folder when resuming.
+
+    Empty for the supervised stage and with `evaluation.before: false`.
+    """
+    if recipe.train.stage != "rl" or not recipe.evaluation.before:
+        return {}
+    path = folder.root / BEFORE
+    saved = distributed.first(lambda: read_json(path) if path.is_file() else None)
+    if saved is not None:
+        return {name: _unpacked(prompts, values) for name, values in saved.items()}
+    dense, sparse = measure(
+        policy, recipe, prompts, [None, recipe.sparse], "held-out, before", console
+    )
+    results = {"dense": dense, "before": sparse}
+    folder.write_json(BEFORE, {name: _packed(result) for name, result in results.items()})
+    return results
+
+
+def finish(
+    policy: Policy,
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    before: dict[str, Result],
+    folder: RunDir,
+    seconds: float,
+    console: Console,
+) -> dict[str, Any]:
+    """Measure the trained model, write summary.json, curves.png and kept-*.png, print the table."""
+    results = dict(before)
+    if recipe.evaluation.after:
+        wanted: list[Sparse | None] = (
+            [recipe.sparse] if "dense" in before else [None, recipe.sparse]
+        )
+        found = measure(policy, recipe, prompts, wanted, "held-out, after", console)
+        results |= dict(zip(("dense", "after")[-len(wanted) :], found, strict=True))
+    rollouts = recipe.train.steps * recipe.train.prompts * recipe.budgets.count
+    summary: dict[str, Any] = {
+        **_block(results, range(len(prompts))),
+        "by_task": _by(results, prompts, lambda p: p.task),
+        "by_kind": _by(results, prompts, lambda p: p.task_kind),
+        "p": recipe.sparse.p,
+        "steps": recipe.train.steps,
+        "rollouts": rollouts if recipe.train.stage == "rl" else 0,
+        "seconds": round(seconds, 2),
+        "seed": recipe.seed,
+        "model": recipe.model.path,
+        "parameters": sum(p.numel() for p in policy.core.parameters()),
+        "recipe_sha256": recipe.sha256(),
+    }
+    for name, result in results.items():
+        if name != "dense":
+            summary[name]["heldout_mass"] = result.heldout
+            summary[name]["token_ratio_by_layer"] = result.layer_ratios.mean(0).tolist()
+    folder.write_summary(summary)
+    if not folder.writes:
+        return summary
+    with contextlib.suppress(InputError):
+        curves(folder.root / "metrics.jsonl", folder.root / "curves.png")
+    if "after" in results:
+        pictures(policy, recipe, prompts, results, folder.root)
+        console.print(summary_table(summary))
+    console.print(f"everything is in {folder.root}", soft_wrap=True, highlight=False)
+    made = f"a plain Hugging Face folder of it: zipr1 export {folder.root} --to DIR"
+    console.print(made, soft_wrap=True, highlight=False)
+    return summary
+
+
+def pictures(
+    policy: Policy,
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    results: dict[str, Result],
+    root: Path,
+) -> None:
+    """kept-<task>.png: for each task, the first question with one picture, and what each layer kept of it."""
+    for task in dict.fromkeys(p.task for p in prompts):
+        for i, prompt in enumerate(prompts):
+            if prompt.task != task or len(prompt.media) != 1 or not results["after"].kept[i]:
+                continue
+            pixels, fps = load_media(prompt.media[0], recipe.data.max_frames, recipe.data.fps)
+            encoded = policy.encode(prompt, [(pixels, fps)], recipe.data.max_prompt_tokens)
+            visual = np.isin(encoded.ids.numpy(), list(policy.processor.placeholder.values()))
+            t, h, w = encoded.visuals[0].grid
+            merge = policy.processor.settings.merge
+            kept = []
+            for positions in results["after"].kept[i]:
+                mask = np.zeros(len(visual), dtype=bool)
+                mask[positions.numpy()] = True
+                kept.append(mask[visual][: t * (h // merge) * (w // merge)])
+            answers = {name: r.said[i] for name, r in results.items() if name != "before"}
+            answers["right"] = prompt.answer
+            kept_picture(
+                pixels, (t, h // merge, w // merge), kept, question(prompt.messages), answers,
+                root / f"kept-{task}.png",
+            )  # fmt: skip
+            break
+
+
+def _block(results: dict[str, Result], rows: Sequence[int]) -> dict[str, Any]:
+    """summary.json's fields for some questions: before, after, dense_accuracy, and the paired difference."""
+    index = list(rows)
+    block: dict[str, Any] = {
+        name: results[name].part(index) if name in results else {} for name in ("before", "after")
+    }
+    if "dense" in results:
+        dense = results["dense"].part(index)
+        block |= {"dense_accuracy": dense["accuracy"], "dense_accuracy_ci": dense["accuracy_ci"]}
+        if "after" in results:
+            pictures_ = [
+                results["dense"].prompts[i].picture or results["dense"].prompts[i].id for i in index
+            ]
+            after, base = results["after"].correct[index], results["dense"].correct[index]
+            difference, low, high = paired_difference(after, base, pictures_)
+            block |= {"difference": difference, "difference_ci": [low, high]}
+    return block
+
+
+def _by(
+    results: dict[str, Result], prompts: Sequence[Prompt], key: Callable[[Prompt], str]
+) -> dict[str, Any]:
+    names = [key(p) for p in prompts]
+    return {
+        n: _block(results, [i for i, m in enumerate(names) if m == n]) for n in dict.fromkeys(names)
+    }
+
+
+def _packed(result: Result) -> dict[str, Any]:
+    return {
+        "ids": [p.id for p in result.prompts],
+        "correct": result.correct.tolist(),
+        "layer_ratios": result.layer_ratios.tolist(),
+        "said": result.said,
+        "heldout": result.heldout,
+    }
+
+
+def _unpacked(prompts: Sequence[Prompt], saved: dict[str, Any]) -> Result:
+    if saved["ids"] != [p.id for p in prompts]:
+        raise InputError(
+            "before.json was made with other held-out questions; give another --output"
+        )
+    layers = np.array(saved["layer_ratios"])
+    return Result(
+        prompts, np.array(saved["correct"]), layers.mean(1), layers, saved["said"], heldout=saved["heldout"],
+        kept=[[] for _ in prompts],
+    )  # fmt: skip

@@ -1,0 +1,89 @@
+"""What can be known wrong with a recipe before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zipr1.core import distributed
+from zipr1.core.errors import InputError
+from zipr1.core.recipe import Recipe
+from zipr1.models.sparse.thresholds import parse
+from zipr1.rewards.registry import find
+from zipr1.train import loggers
+
+
+def check(recipe: Recipe) -> None:
+    """What can be known wrong before anything is loaded. Raises InputError."""
+    distributed.check_launcher(recipe.train.parallel)
+    methods = parse(recipe.efficiency.method)
+    find(recipe.rewards.correct)
+    loggers.check(recipe)
+    if recipe.model.lora and recipe.model.train_vision:
+        raise InputError(
+            "model.lora trains adapters alone; set model.train_vision false, or leave lora out"
+        )
+    if recipe.model.dtype in ("bfloat16", "float16") and recipe.model.lora is None:
+        raise InputError(
+            f"model.dtype {recipe.model.dtype} cannot be trained in full: steps as small as optim.lr "
+            f"{recipe.optim.lr:g} get lost in rounding; use float32 or auto, or train adapters with model.lora={{}}"
+        )
+    sharded = recipe.train.parallel == "fsdp"
+    if sharded and recipe.optim.name == "muon":
+        raise InputError(
+            "optim.name muon works on whole matrices and train.parallel fsdp cuts them up; use adamw, or parallel ddp"
+        )
+    if not sharded and recipe.train.param_dtype is not None:
+        raise InputError(
+            f"train.param_dtype {recipe.train.param_dtype} is what sharded weights are gathered in and train.parallel "
+            "is ddp; use parallel fsdp, or leave param_dtype out"
+        )
+    if recipe.train.stage == "rl":
+        if recipe.train.prompts < distributed.size():
+            raise InputError(
+                f"train.prompts {recipe.train.prompts} leaves some of {distributed.size()} ranks without a question; "
+                "raise it, or start fewer"
+            )
+        if recipe.model.path == "scratch":
+            raise InputError(
+                "train.stage rl needs a trained model and model.path is scratch; name a model"
+            )
+        wanted = recipe.efficiency
+        if wanted.target is not None and not methods & {"cut", "pathwise"}:
+            raise InputError(
+                f"efficiency.target {wanted.target} needs a method that presses tokens down and efficiency.method is "
+                f"{wanted.method}; use pathwise or cut, or set efficiency.target=null"
+            )
+        if recipe.data.emphasis and wanted.target is None and wanted.max_accuracy_drop is None:
+            raise InputError(
+                f"data.emphasis {recipe.data.emphasis} needs the greedy answers of a target or a constraint; set "
+                "efficiency.target or efficiency.max_accuracy_drop, or data.emphasis=0"
+            )
+        if recipe.budgets.sampling == "grid" and methods - {"answers"}:
+            raise InputError(
+                f"efficiency.method {wanted.method} needs thresholds that are drawn and budgets.sampling is grid; use "
+                "stratified, or method answers"
+            )
+        if methods & {"cut", "pathwise", "through"} and recipe.sparse.rule != "top_p":
+            raise InputError(
+                f"efficiency.method {recipe.efficiency.method} differentiates top_p and sparse.rule is "
+                f"{recipe.sparse.rule}; use rule top_p or method answers"
+            )
+
+
+# Prompts that are encoded before anything starts.
+FIRST = 16
+
+
+def check_lengths(recipe: Recipe, lengths: Sequence[int]) -> None:
+    """InputError if not one of the first prompts is long enough to be sparse: nothing could be learned."""
+    limit = recipe.sparse.dense_below
+    if recipe.train.stage == "rl" and lengths and max(lengths) < limit:
+        raise InputError(
+            f"the first {len(lengths)} prompts have {max(lengths)} tokens at most and stay dense below "
+            f"sparse.dense_below = {limit}; use larger pictures, or set sparse.dense_below=0 to prune short prompts too"
+        )
+
+
+def needs_prompts(recipe: Recipe) -> bool:
+    """Embedded lessons of the supervised stage are made step by step."""
+    return recipe.train.stage == "rl" or recipe.data.source != "digits"
