@@ -1,0 +1,1 @@
+"""export: a trained run as a plain Hugging Face folder, checked against the run."""

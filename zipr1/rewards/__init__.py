@@ -1,0 +1,1 @@
+"""rewards: how right an answer is, by name: one file a check."""
