@@ -3,7 +3,7 @@
     python recipes/bench/memory.py [--rows 4] [--json]
 
 Each case is a process of its own, on a CPU: a small random Qwen2.5-VL whose vocabulary is made large, rollouts whose
-answers are replaced by random ones of a given length, and the forward and backward pass of `zipr1.update`, KL to the
+answers are replaced by random ones of a given length, and the forward and backward pass of train/update.py, KL to the
 dense reference summed over the vocabulary included. Printed is how far the process's peak rose above what it held
 before. `chunked` is what training does; `whole` lifts the bound on logits, and is what it would cost otherwise.
 """

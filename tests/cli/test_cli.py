@@ -12,6 +12,7 @@ import types
 import pytest
 
 import zipr1
+import zipr1.train
 from zipr1.cli import main
 from zipr1.core.errors import InputError, RunError
 
@@ -23,11 +24,18 @@ def recipe(tmp_path):
     return path
 
 
+def stand_in(monkeypatch, fake):
+    """`fake` in place of the modules that the command imports when it runs."""
+    for name in ("loop", "dry_run"):
+        monkeypatch.setitem(sys.modules, f"zipr1.train.{name}", fake)
+        monkeypatch.setattr(zipr1.train, name, fake, raising=False)
+
+
 @pytest.fixture
 def calls(monkeypatch):
-    """Stands in for zipr1.train; what it was called with."""
+    """Stands in for the loop and the dry run; what they were called with."""
     seen = []
-    fake = types.ModuleType("zipr1.train")
+    fake = types.ModuleType("zipr1.train.loop")
 
     def run(recipe, output, resume, device, command, console):
         seen.append((recipe, output, resume, device, command))
@@ -39,8 +47,7 @@ def calls(monkeypatch):
         return {"dry": True}
 
     fake.run, fake.dry_run = run, dry_run
-    monkeypatch.setitem(sys.modules, "zipr1.train", fake)
-    monkeypatch.setattr(zipr1, "train", fake, raising=False)
+    stand_in(monkeypatch, fake)
     return seen
 
 
@@ -63,14 +70,13 @@ def cli(monkeypatch, capsys, tmp_path):
 
 
 def failing(monkeypatch, error):
-    fake = types.ModuleType("zipr1.train")
+    fake = types.ModuleType("zipr1.train.loop")
 
     def run(*arguments):
         raise error
 
     fake.run = run
-    monkeypatch.setitem(sys.modules, "zipr1.train", fake)
-    monkeypatch.setattr(zipr1, "train", fake, raising=False)
+    stand_in(monkeypatch, fake)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +96,7 @@ def test_help_loads_no_torch(arguments):
         "import sys; from zipr1.cli import main; sys.argv = ['zipr1', *sys.argv[1:]]\n"
         "try: main()\n"
         "except SystemExit as e: assert not e.code, e.code\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'zipr1.recipe'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'zipr1.core.recipe'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     done = subprocess.run(
@@ -221,9 +227,9 @@ def test_wrong_input_exits_with_2(cli, recipe, arguments, expected):
 def test_a_stopped_export_leaves_nothing(run, tmp_path, number, code, word):
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "import sys, time, zipr1.export\n"
+        "import sys, time; from zipr1.export import session\n"
         "def compare(*a): print('ready', flush=True); time.sleep(60)\n"
-        "zipr1.export.compare = compare\n"
+        "session.compare = compare\n"
         "from zipr1.cli import main; sys.argv = ['zipr1', 'export', *sys.argv[1:]]; main()"
     )
     command = [sys.executable, "-c", program, run, "--to", tmp_path / "out", "--device", "cpu"]
@@ -245,9 +251,9 @@ def test_signals_end_with_one_line(recipe, number, code, word):
     program = (
         # A shell starts background jobs with SIGINT ignored, and children inherit that.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "import sys, time, types, zipr1; fake = types.ModuleType('zipr1.train')\n"
+        "import sys, time, types, zipr1.train; fake = types.ModuleType('zipr1.train.loop')\n"
         "def run(*a): print('ready', flush=True); time.sleep(60)\n"
-        "fake.run = run; sys.modules['zipr1.train'] = zipr1.train = fake\n"
+        "fake.run = run; sys.modules['zipr1.train.loop'] = zipr1.train.loop = fake\n"
         "from zipr1.cli import main; sys.argv = ['zipr1', 'train', sys.argv[1]]; main()"
     )
     with subprocess.Popen(

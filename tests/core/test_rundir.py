@@ -198,7 +198,8 @@ def test_a_full_disk_is_one_line_with_the_path(root):
 
 def test_kill_at_any_moment_leaves_a_whole_checkpoint(root):
     program = (
-        "import sys; from pathlib import Path; from zipr1.checkpoint import RunDir; from zipr1.recipe import Recipe\n"
+        "import sys; from pathlib import Path; from zipr1.core.rundir import RunDir\n"
+        "from zipr1.core.recipe import Recipe\n"
         "run = RunDir.open(Recipe(), Path(sys.argv[1]))\n"
         "for step in range(run.start_step, 10**6):\n"
         "    run.append_metrics({'step': step})\n"
@@ -273,7 +274,7 @@ def test_the_commit_is_that_of_our_checkout_and_no_other(tmp_path, monkeypatch):
     code = tmp_path / "clone" / "zipr1" / "__init__.py"
     code.parent.mkdir(parents=True)
     code.write_text("one = 1\n")
-    monkeypatch.setattr(machine.zipr1, "__file__", str(code))
+    monkeypatch.setattr(machine, "HERE", code.parent)
     assert machine.git_commit() is None  # a folder without git
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "someone's project")

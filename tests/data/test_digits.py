@@ -37,11 +37,11 @@ def _draw(make, bank, number, **options):
 
 FINGERPRINT = """
 import hashlib
-from zipr1.data import digits
+from zipr1.data.digits import tasks
 h = hashlib.sha256()
-for scene, pairs in digits.lesson(3, 5, 6, 0.5, 6, 0.2):
+for scene, pairs in tasks.lesson(3, 5, 6, 0.5, 6, 0.2):
     h.update(scene.pixels.tobytes()); h.update(repr((scene.objects, pairs)).encode())
-for p in digits.prompts("test", "digits", 3, 2, 1):
+for p in tasks.prompts("test", "digits", 3, 2, 1):
     h.update(p.media[0].source.tobytes()); h.update(repr((p.id, p.messages, p.answer)).encode())
 print(h.hexdigest())
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 BENCH = Path(__file__).resolve().parents[2] / "kernels" / "bench"
-sys.path.insert(0, str(BENCH))
+sys.path[:0] = [str(BENCH), str(BENCH.parents[1] / "recipes" / "bench")]
 
 
 def test_a_short_run_on_the_cpu():

@@ -25,6 +25,7 @@ from zipr1.models.policy import Policy, load_policy
 from zipr1.models.random_weights import build_tokenizer
 from zipr1.models.sparse.attention import Request, sparse_attention
 from zipr1.train import loop
+from zipr1.train.dry_run import dry_run
 
 TEXT = {
     "hidden_size": 64,
@@ -229,7 +230,7 @@ def test_a_dry_run_plans_it(tmp_path, family, lora):
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         console = Console(record=True, width=80, file=open(os.devnull, "w"))  # noqa: SIM115
-        result = loop.dry_run(validate(values), "cpu", console)
+        result = dry_run(validate(values), "cpu", console)
     text = console.export_text()
     assert "memory, peak (estimate)" in text and "not_checked" not in result
     assert ("pixels (one tile)" in text) == (family != "qwen3_vl")

@@ -14,6 +14,7 @@ import transformers
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
+import zipr1
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Budgets, Lora, Model, Ppo, Recipe, Sparse, Train, load
 from zipr1.data.digits import tasks
@@ -21,12 +22,12 @@ from zipr1.models import memory
 from zipr1.models.cost import Shape, bundled, shape_of
 from zipr1.models.encoder import Pictures
 from zipr1.models.loading import add_lora
-from zipr1.train import loop as train
 from zipr1.train.controller import Pressure
+from zipr1.train.dry_run import dry_run
 from zipr1.train.rollout import roll_out
 from zipr1.train.update import backward, flatten
 
-CONFIGS = Path(memory.__file__).parent / "assets" / "configs"
+CONFIGS = Path(zipr1.__file__).parent / "assets" / "configs"
 
 
 def on_meta(name):
@@ -140,7 +141,7 @@ def test_every_recipe_is_planned_without_network_or_gpu(path, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
     recipe = load(path)
-    result = train.dry_run(recipe, None, console)
+    result = dry_run(recipe, None, console)
     text = console.export_text()
     assert "not checked here" in text and "tokenizer" in text and "data (" in text
     for shown in ("visual tokens", "rollout rows", "memory, peak", "steps", "at most 3 kept"):
@@ -163,10 +164,10 @@ def test_every_recipe_is_planned_without_network_or_gpu(path, tmp_path, monkeypa
 def test_a_plan_needs_no_datasets_library_and_a_known_model_needs_no_network(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     path = next(p for p in RECIPES if p.stem == "qwen2vl")
-    result = train.dry_run(load(path), None, Console(quiet=True))
+    result = dry_run(load(path), None, Console(quiet=True))
     assert "needs the datasets library" in result["not_checked"]
     with pytest.raises(InputError, match=r"model\.path: nobody/nothing does not load"):
-        train.dry_run(load(path, ["model.path=nobody/nothing"]), None, Console(quiet=True))
+        dry_run(load(path, ["model.path=nobody/nothing"]), None, Console(quiet=True))
 
 
 def test_data_that_is_here_is_checked_though_the_model_is_not(tmp_path):
@@ -175,8 +176,8 @@ def test_data_that_is_here_is_checked_though_the_model_is_not(tmp_path):
     changes = [f"data.{key}={tmp_path / 'rows.jsonl'}" for key in ("source", "heldout")]
     changes += ["data.columns={}", "data.on_bad_row=error"]
     with pytest.raises(InputError, match=r"rows\.jsonl: row 1: no answer; columns: question"):
-        train.dry_run(load(path, changes), None, Console(quiet=True))
+        dry_run(load(path, changes), None, Console(quiet=True))
     (tmp_path / "rows.jsonl").write_text('{"question": "q", "answer": "x"}\n')
-    result = train.dry_run(load(path, changes), None, Console(quiet=True))
+    result = dry_run(load(path, changes), None, Console(quiet=True))
     assert result["training_prompts"] == 1
     assert "tokenizer" in result["not_checked"] and "data" not in result["not_checked"]

@@ -98,7 +98,7 @@ def test_memory_is_what_is_alive_at_once():
 
 def test_phases_exclude_what_runs_inside(monkeypatch):
     ticks = iter([0.0, 1.0, 3.0, 4.0, 10.0, 12.0])
-    monkeypatch.setattr("zipr1.phases.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("zipr1.core.phases.time.perf_counter", lambda: next(ticks))
     watch = Stopwatch()
     with phase("nobody listens"):
         pass

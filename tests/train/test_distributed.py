@@ -63,7 +63,7 @@ def write(path: Path, base: Path, **sections: dict[str, Any]) -> Path:
 
 # Imports of torch once for all ranks of this file, not four seconds for each.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["zipr1.cli", "zipr1.train", "torch.distributed.fsdp"])
+FORKS.set_forkserver_preload(["zipr1.cli", "zipr1.train.loop", "torch.distributed.fsdp"])
 
 
 def be(rank: int, port: int, said: Path, before: Callable[[], None] | None, arguments: list[str]):
@@ -360,7 +360,7 @@ def end_early() -> None:
             print(f"passes {value}", flush=True)
         return gather(value)
 
-    zipr1.train.update.ranks.gather = noted
+    zipr1.train.update.distributed.gather = noted
 
 
 def test_a_rank_that_stops_early_does_not_hold_up_the_other(tmp_path, model):
@@ -384,15 +384,15 @@ def test_a_dead_rank_ends_the_run_and_is_named(tmp_path, model):
     script = tmp_path / "main.py"
     script.write_text("""
 import os, signal, time
-import zipr1.train
-real, calls = zipr1.train.roll_out, []
+import zipr1.train.loop
+real, calls = zipr1.train.loop.roll_out, []
 def dies(*arguments):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 2:
         time.sleep(2)  # the other waits, and knows before the launcher does
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
-zipr1.train.roll_out = dies
+zipr1.train.loop.roll_out = dies
 from zipr1.cli import main; main()
 """)
     recipe = write(tmp_path / "r.yaml", model, evaluation=NONE, train={"save_every": 1})

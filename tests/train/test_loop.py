@@ -22,6 +22,7 @@ from zipr1.core import signals
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.recipe import load
 from zipr1.train import loggers, loop
+from zipr1.train.dry_run import dry_run
 
 QUIET = Console(quiet=True)
 
@@ -206,7 +207,7 @@ def test_low_precision_is_refused_for_whole_models(tmp_path, model, dtype):
     with pytest.raises(InputError, match=match):
         start(recipe, tmp_path / "run")
     with pytest.raises(InputError, match=match):
-        loop.dry_run(load(recipe), "cpu", QUIET)
+        dry_run(load(recipe), "cpu", QUIET)
     assert not (tmp_path / "run").exists()
 
 
@@ -239,14 +240,14 @@ def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(tmp_path
     recipe = write(tmp_path / "r.yaml", model, evaluation={"before": False})
     program = """
 import resource, signal
-from zipr1 import stopping, train
-save = train.save
+from zipr1.train import loop
+save = loop.save
 def full(folder, policy, optimizer, named, state, step):
     if step == 2:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     save(folder, policy, optimizer, named, state, step)
-train.save = full
+loop.save = full
 from zipr1.cli import main; main()
 """
     out = tmp_path / "run"
@@ -282,7 +283,7 @@ def test_prompts_too_short_to_be_sparse_are_refused(tmp_path, model):
         start(path, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match=r"set sparse\.dense_below=0"):
-        loop.dry_run(load(path, []), "cpu", QUIET)
+        dry_run(load(path, []), "cpu", QUIET)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +321,7 @@ def test_dry_run_writes_nothing(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = load(write(tmp_path / "r.yaml", model))
     console = Console(record=True, width=80, file=open(os.devnull, "w"))  # noqa: SIM115
-    plan = loop.dry_run(recipe, "cpu", console)
+    plan = dry_run(recipe, "cpu", console)
     text = console.export_text()
     assert text.count("<|im_start|>assistant") >= 2 and "visual" in text and "memory, peak" in text
     assert plan["visual_tokens"]["min"] >= 64 and plan["rollout_rows"] == 9
@@ -383,7 +384,7 @@ def test_a_place_for_metrics_that_is_missing_is_said_before_anything_is_loaded(
     with pytest.raises(InputError, match=r"zipr1\[tensorboard\]"):
         start(recipe, tmp_path / "run")
     with pytest.raises(InputError, match=r"zipr1\[tensorboard\]"):
-        loop.dry_run(load(recipe), "cpu", QUIET)
+        dry_run(load(recipe), "cpu", QUIET)
     assert not (tmp_path / "run").exists()
 
 

@@ -9,10 +9,10 @@ from test_rollout import recipe
 
 from zipr1.core.recipe import Ppo, Train
 from zipr1.core.types import Media, Prompt
+from zipr1.models.batching import by_length
 from zipr1.models.encoder import Pictures
 from zipr1.models.token_budget import bytes_per_token, most_tokens
 from zipr1.train import memory_check
-from zipr1.train.rollout import by_length
 
 
 def test_batches_are_bounded_by_rows_and_by_tokens_longest_first():

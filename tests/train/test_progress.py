@@ -10,8 +10,9 @@ from PIL import Image
 from rich.console import Console
 
 from zipr1.core.errors import InputError
-from zipr1.core.plots import smooth
-from zipr1.train.progress import Progress, curves, duration, kept_picture, summary_table
+from zipr1.core.plots import curves, kept_picture, smooth
+from zipr1.core.text import duration
+from zipr1.train.progress import Progress, summary_table
 
 METRICS = {
     "reward": 1.25,

@@ -11,8 +11,9 @@ import torch
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Budgets, Data, Efficiency, Probes, Recipe, Rewards, Sparse, Train
 from zipr1.core.types import Group, Media, Rollout
+from zipr1.models.batching import by_length
 from zipr1.models.encoder import Pictures
-from zipr1.train.rollout import by_length, probe_seed, roll_out, score
+from zipr1.train.rollout import probe_seed, roll_out, score
 
 
 def recipe(**changes) -> Recipe:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,7 +41,6 @@ def export(
 
     from zipr1.core.jsontext import dumps
     from zipr1.export import session as exports
-    from zipr1.train.progress import export_text
 
     console = Console(stderr=as_json)
     with console.status(f"exporting {run}"):
@@ -49,3 +49,23 @@ def export(
         console.print(line, soft_wrap=line.startswith(" "), highlight=False)  # code is copied
     if as_json:
         print(dumps(result), flush=True)
+
+
+def export_text(result: Mapping[str, Any]) -> str:
+    """What `zipr1 export` says when it is done: what was checked, and how to use the folder."""
+    from rich.markup import escape
+
+    from zipr1.core.text import size
+
+    check, to = result["check"], result["to"]
+    said = f"same answers on {check['same_text']} of {check['n']}"
+    return (
+        f"[bold green]{escape(to)}[/]: {result['format']}, {result['dtype']}, {size(result['bytes'])}, "
+        f"step {result['step']} of the run\n"
+        f"checked against the run on {check['n']} {check['questions']}: {said}, logits within "
+        f"{check['logits_error']:.1e} (allowed: {check['limit']:g})\n\n"
+        "Run it sparse:\n"
+        "  import zipr1\n"
+        f'  model, processor = zipr1.load("{escape(to)}")  # p = {result["p"]:g}\n'
+        "Everything else takes it for an ordinary dense model; its README.md tells what was measured."
+    )

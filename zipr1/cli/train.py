@@ -1,4 +1,4 @@
-"""`zipr1 train RECIPE`: reads the recipe, hands it to `zipr1.train`, prints the result."""
+"""`zipr1 train RECIPE`: reads the recipe, hands it to `zipr1/train`, prints the result."""
 
 from __future__ import annotations
 
@@ -56,7 +56,6 @@ def train(
     changes = [*(overrides or []), *([f"model.dtype={dtype}"] if dtype is not None else [])]
     run = load(recipe, changes)
 
-    import zipr1.train.loop
     from zipr1.core import distributed
     from zipr1.core.jsontext import dumps
     from zipr1.core.rundir import new_folder
@@ -65,10 +64,14 @@ def train(
     console = Console(stderr=as_json, quiet=not distributed.is_first())
     show_log(console)
     if dry_run:
-        result = zipr1.train.dry_run(run, device, console)
+        from zipr1.train import dry_run as plan
+
+        result = plan.dry_run(run, device, console)
     else:
         if output is None and resume in ("auto", "never"):
             output = new_folder(recipe.stem)
-        result = zipr1.train.run(run, output, resume, device, sys.argv, console)
+        from zipr1.train import loop
+
+        result = loop.run(run, output, resume, device, sys.argv, console)
     if as_json and distributed.is_first():
         print(dumps(result), flush=True)

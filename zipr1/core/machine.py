@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import zipr1
+# The package's own folder: its commit is asked of git.
+HERE = Path(__file__).resolve().parents[1]
 
 PACKAGES = (
+    "zipr1",
     "torch",
     "transformers",
     "peft",
@@ -47,7 +49,7 @@ def describe(
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"zipr1": zipr1.__version__, "python": platform.python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -79,12 +81,11 @@ def hardware(device: str | None = None) -> dict[str, Any]:
 
 def git_commit() -> dict[str, Any] | None:
     """The commit of the checkout that this code is in, and whether it had changes; None for an installed copy."""
-    here = Path(zipr1.__file__).parent
-    commit = _git(here, "log", "-1", "--format=%H", "--", ".")
-    head = _git(here, "rev-parse", "HEAD")
+    commit = _git(HERE, "log", "-1", "--format=%H", "--", ".")
+    head = _git(HERE, "rev-parse", "HEAD")
     if not commit or not head:
         return None
-    return {"commit": head, "changed": bool(_git(here, "status", "--porcelain", "--", "."))}
+    return {"commit": head, "changed": bool(_git(HERE, "status", "--porcelain", "--", "."))}
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

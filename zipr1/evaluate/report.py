@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zipr1.core.jsontext import dumps, plain
+from zipr1.core.text import size
 from zipr1.evaluate.folder import Folder
 from zipr1.evaluate.suites import SUITES, Suite
 
@@ -194,14 +195,6 @@ def difference(value: float | None, interval: Sequence[float] | None, top: float
         return text
     half = max(interval[1] - value, value - interval[0])
     return f"{text} ± {half:.{digits}f}"
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit, one in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= one:
-            return f"{count / one:.{0 if count >= 100 * one else 1}f} {unit}"
-    return f"{count:.0f} B"
 
 
 def conditions_text(record: dict[str, Any]) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from zipr1.core.text import duration
 from zipr1.export.source import Source
-from zipr1.train.progress import duration
 
 # A task that lost more than this against the dense model is named under limits.
 NOTABLE = 0.01

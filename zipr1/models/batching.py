@@ -90,3 +90,17 @@ def replay_masks(
         for d, positions in enumerate(layers):
             masks[d, b, positions.numpy()] = True
     return list(torch.from_numpy(masks).to(device))
+
+
+def by_length(lengths: Sequence[int], most: int, tokens: int | None = None) -> list[list[int]]:
+    """Indices in batches of at most `most`, alike in length, so that little is padding; the longest come first.
+
+    tokens: most in a batch, padding included; one row may have more.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    while order:
+        size = most if tokens is None else min(most, max(1, tokens // max(1, lengths[order[0]])))
+        batches.append(order[:size])
+        order = order[size:]
+    return batches

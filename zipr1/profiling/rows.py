@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from zipr1_kernels import use
 
 from zipr1.models import cost
-from zipr1.models.sparse.attention import use
 from zipr1.profiling import measure
 from zipr1.profiling.counting import memory, operations
 from zipr1.profiling.measure import Spread, Variant

@@ -16,6 +16,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from zipr1.core.errors import InputError
+from zipr1.core.recipe import Recipe
+from zipr1.core.types import Prompt
 from zipr1.rewards.choice import choice
 from zipr1.rewards.distance import anls, ocr
 from zipr1.rewards.exact import exact
@@ -105,3 +107,11 @@ def _takes_two(check: Callable[..., object]) -> bool:
     except ValueError:  # built in C: it has no signature to look at
         return True
     return True
+
+
+def reward_of(prompt: Prompt, recipe: Recipe) -> Reward:
+    """The check of a prompt's answer: its own, or the recipe's; the best over all answers that are right."""
+    check = find(prompt.reward or recipe.rewards.correct, tolerance=recipe.rewards.tolerance)
+    if not prompt.accepted:
+        return check
+    return lambda said, wanted: max(check(said, right) for right in (wanted, *prompt.accepted))

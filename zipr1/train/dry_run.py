@@ -18,6 +18,7 @@ from rich.table import Table
 
 from zipr1.core.errors import InputError, Missing
 from zipr1.core.recipe import Recipe
+from zipr1.core.text import size
 from zipr1.core.types import Prompt
 from zipr1.data import sources
 from zipr1.models import memory
@@ -86,7 +87,7 @@ def _policy(recipe: Recipe, device: str | None, unchecked: list[str]) -> Policy 
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     if needed > free:
         unchecked.append(
-            f"tokenizer and weights ({path} needs {_size(needed)} and {_size(free)} are free)"
+            f"tokenizer and weights ({path} needs {size(needed)} and {size(free)} are free)"
         )
         return None
     return load_policy(recipe.model, device, recipe.seed)
@@ -207,12 +208,12 @@ def _table(result: dict[str, Any]) -> Table:
         name = key.replace("_", " ")
         if key == "memory":
             shards = "peak_of_8_ranks" in value
-            for part, size in value.items():
-                if size:
+            for part, count in value.items():
+                if count:
                     bold = "[bold]" if part.startswith("peak") else ""
-                    table.add_row(f"{bold}memory, {_part(part, shards)}", f"{bold}{_size(size)}")
+                    table.add_row(f"{bold}memory, {_part(part, shards)}", f"{bold}{size(count)}")
         elif key == "checkpoints":
-            each = f"{value['written']} of {_size(value['bytes'])}"
+            each = f"{value['written']} of {size(value['bytes'])}"
             table.add_row(name, f"{each}, at most {value['kept']} kept")
         elif key == "sampled":
             for sample in value:
@@ -251,12 +252,3 @@ def _line(text: str, most: int) -> str:
     """A text on one line, what is over `most` characters left out."""
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[:most]}..."
-
-
-def _size(size: int) -> str:
-    amount = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1024 or unit == "GiB":
-            break
-        amount /= 1024
-    return f"{amount:,.1f} {unit}"

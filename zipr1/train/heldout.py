@@ -15,10 +15,11 @@ import torch
 from zipr1.core.recipe import Recipe, Sparse
 from zipr1.core.statistics import confidence_interval
 from zipr1.core.types import Prompt
+from zipr1.models.batching import by_length
 from zipr1.models.encoder import Pictures
 from zipr1.models.policy import Policy
 from zipr1.models.sparse.attention import Request
-from zipr1.train.rollout import by_length, reward_of
+from zipr1.rewards.registry import reward_of
 
 
 @dataclass

@@ -29,7 +29,6 @@ from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
 from zipr1.train import optim, supervised
 from zipr1.train.controller import draw_weights, press
-from zipr1.train.dry_run import dry_run
 from zipr1.train.loggers import board
 from zipr1.train.memory_check import rehearse
 from zipr1.train.metrics import merit, rollout_lines, step_metrics
@@ -39,8 +38,6 @@ from zipr1.train.rollout import Batch, roll_out, together
 from zipr1.train.summary import finish, measure_before
 from zipr1.train.update import update
 from zipr1.train.validate import FIRST, check, check_lengths, needs_prompts
-
-__all__ = ["dry_run", "run"]
 
 
 def run(

@@ -15,14 +15,11 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from zipr1.core.plots import curves, kept_picture
-
-__all__ = ["Progress", "curves", "duration", "export_text", "kept_picture", "summary_table"]
+from zipr1.core.text import duration
 
 # Key in metrics.jsonl (dots go into sections), label, how it is written.
 SHOWN = (
@@ -163,40 +160,6 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
             Text(_written(after.get("token_ratio"), "share"), style="bold green"),
         )
     return table
-
-
-def export_text(result: Mapping[str, Any]) -> str:
-    """What `zipr1 export` says when it is done: what was checked, and how to use the folder."""
-    check, to = result["check"], result["to"]
-    said = f"same answers on {check['same_text']} of {check['n']}"
-    return (
-        f"[bold green]{escape(to)}[/]: {result['format']}, {result['dtype']}, {_size(result['bytes'])}, "
-        f"step {result['step']} of the run\n"
-        f"checked against the run on {check['n']} {check['questions']}: {said}, logits within "
-        f"{check['logits_error']:.1e} (allowed: {check['limit']:g})\n\n"
-        "Run it sparse:\n"
-        "  import zipr1\n"
-        f'  model, processor = zipr1.load("{escape(to)}")  # p = {result["p"]:g}\n'
-        "Everything else takes it for an ordinary dense model; its README.md tells what was measured."
-    )
-
-
-def _size(number: int) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000  # type: ignore[assignment]
-    return f"{number:.3g} GB"
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min 5 s`, `3 h 7 min`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _title(summary: Mapping[str, Any]) -> str:

@@ -17,12 +17,13 @@ import torch
 from zipr1.core import distributed
 from zipr1.core.recipe import Recipe
 from zipr1.core.types import Group, Prompt, Rollout
+from zipr1.models.batching import by_length
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
 from zipr1.models.sparse import thresholds
 from zipr1.models.sparse.attention import Request
 from zipr1.models.token_budget import most_tokens
-from zipr1.rewards.registry import Reward, find
+from zipr1.rewards.registry import reward_of
 from zipr1.train import advantages
 from zipr1.train.controller import Check
 
@@ -54,20 +55,6 @@ class Batch:
 def probe_seed(recipe: Recipe, step: int) -> int:
     """Probes are drawn anew in each training step; inference uses seed 0, which no step does."""
     return 1 + int(np.random.SeedSequence([recipe.seed, step]).generate_state(1)[0])
-
-
-def by_length(lengths: Sequence[int], most: int, tokens: int | None = None) -> list[list[int]]:
-    """Indices in batches of at most `most`, alike in length, so that little is padding; the longest come first.
-
-    tokens: most in a batch, padding included; one row may have more.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches: list[list[int]] = []
-    while order:
-        size = most if tokens is None else min(most, max(1, tokens // max(1, lengths[order[0]])))
-        batches.append(order[:size])
-        order = order[size:]
-    return batches
 
 
 def roll_out(
@@ -287,14 +274,6 @@ def dense_right(
                 said = policy.processor.decode(answers.tokens[b])
                 right[i] = reward_of(prompts[i], recipe)(said, prompts[i].answer)
     return right
-
-
-def reward_of(prompt: Prompt, recipe: Recipe) -> Reward:
-    """The check of a prompt's answer: its own, or the recipe's; the best over all answers that are right."""
-    check = find(prompt.reward or recipe.rewards.correct, tolerance=recipe.rewards.tolerance)
-    if not prompt.accepted:
-        return check
-    return lambda said, wanted: max(check(said, right) for right in (wanted, *prompt.accepted))
 
 
 def score(

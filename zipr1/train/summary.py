@@ -14,6 +14,7 @@ from rich.progress import Progress as Bar
 
 from zipr1.core import distributed
 from zipr1.core.errors import InputError
+from zipr1.core.plots import curves, kept_picture
 from zipr1.core.recipe import Recipe, Sparse
 from zipr1.core.rundir import RunDir, read_json
 from zipr1.core.statistics import paired_difference
@@ -22,7 +23,7 @@ from zipr1.data.media import load_media
 from zipr1.models.policy import Policy
 from zipr1.train.heldout import Result, evaluate, joined
 from zipr1.train.metrics import question
-from zipr1.train.progress import curves, kept_picture, summary_table
+from zipr1.train.progress import summary_table
 
 BEFORE = "before.json"
 

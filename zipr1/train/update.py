@@ -15,7 +15,7 @@ import torch
 
 from zipr1.core import distributed
 from zipr1.core.recipe import Recipe
-from zipr1.models.batching import replay_masks
+from zipr1.models.batching import by_length, replay_masks
 from zipr1.models.policy import Policy
 from zipr1.models.shared_prefill import ANSWERS, shared_states
 from zipr1.models.sparse import thresholds
@@ -24,7 +24,7 @@ from zipr1.models.token_budget import most_tokens
 from zipr1.train import advantages, losses
 from zipr1.train.controller import Pressure
 from zipr1.train.optim import Optimizers, clipped_step
-from zipr1.train.rollout import Batch, by_length, score
+from zipr1.train.rollout import Batch, score
 
 
 @dataclass

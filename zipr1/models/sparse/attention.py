@@ -1,10 +1,8 @@
 """The bridge between transformers' decoders and the sparse operations.
 
-Nothing of transformers is forked: `ATTENTION` is registered with its `AttentionInterface`, a pre-hook on the text
-decoder hands each forward pass its `Pass`; with `skip: layer` each layer's forward chooses before it runs
-(`zipr1.models.skipping`), with `skip: attention` hooks let the output projection run on the kept rows alone. All of
-it is the instance's own and is gone when `sparse_attention` exits; outside of it, and at p = 1 without a request,
-the model is transformers' SDPA path unchanged.
+Nothing of transformers is forked: `ATTENTION` is registered with its `AttentionInterface`, and hooks of the instance's
+own choose tokens (`skip: layer`: layer_skip.py). All of it is gone when `sparse_attention` exits; outside of it, and
+at p = 1 without a request, the model is transformers' SDPA path unchanged.
 
 A prefill selects among prompt tokens and prunes the cache; later tokens are appended and attend to what is left.
 With gradient checkpointing, run backward inside the context: layers are computed again there.
@@ -31,7 +29,6 @@ from zipr1_kernels import (
     sparse_decode,
     sparse_prefill,
 )
-from zipr1_kernels import use as use
 
 from zipr1.core.errors import InputError
 from zipr1.core.phases import phase
