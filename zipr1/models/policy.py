@@ -24,7 +24,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.recipe import Model, Train
 from zipr1.core.text import reason
 from zipr1.core.types import Prompt
-from zipr1.models.batching import answer_slots, choose, dense_bytes, groups, heldout_mass, padded
+from zipr1.models.batching import answer_slots, choose, groups, heldout_mass, padded
 from zipr1.models.families import FAMILIES, deepstack, towers
 from zipr1.models.loading import (
     add_lora,
@@ -36,7 +36,7 @@ from zipr1.models.loading import (
 )
 from zipr1.models.processors import Encoded, Processor, Visual
 from zipr1.models.sparse.attention import ATTENTION, Request, sparse_attention
-from zipr1.models.sparse.cache import PrunedCache
+from zipr1.models.sparse.cache import PrunedCache, kv_bytes
 from zipr1.models.sparse.last_layer import finished_at, last_column
 
 # Placeholders are never sampled: an answer with one would ask for a picture that is not there. Finite, so that
@@ -331,7 +331,7 @@ class Policy:
                 )
             state = out.past_key_values
             counts = cache.prompt_counts() if cache is not None else None
-            kv_bytes = cache.kv_bytes() if cache is not None else dense_bytes(state)
+            held = kv_bytes(state)
             following = torch.tensor([e.next_position for e in encoded], device=self.device)
             alive = torch.ones(len(encoded), dtype=torch.bool, device=self.device)
             ends = torch.tensor(self.processor.end_ids, device=self.device)
@@ -365,7 +365,7 @@ class Policy:
             counts=None if counts is None else counts.cpu(),
             kept=None if record is None else record.kept_positions(starts),
             heldout=None if record is None else heldout_mass(record),
-            kv_bytes=kv_bytes,
+            kv_bytes=held,
         )
 
     def weights(self) -> dict[str, torch.Tensor] | None:
