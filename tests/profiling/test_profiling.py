@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import sys
 
 import pytest
@@ -14,7 +13,6 @@ from zipr1.core import machine
 from zipr1.core.errors import InputError
 from zipr1.core.phases import Stopwatch, phase
 from zipr1.core.recipe import Sparse
-from zipr1.core.runs import find_model
 from zipr1.models import cost
 from zipr1.models.sparse.attention import ATTENTION, Request, sparse_attention
 from zipr1.models.sparse.cache import PrunedCache
@@ -130,12 +128,18 @@ def test_bounds_come_from_the_slower_of_operations_and_bytes():
 
 
 def test_noise_is_told():
+    """By hand: p20 and p80 lie at indices 0.2 (n - 1) and 0.8 (n - 1) of the sorted times, between neighbours."""
     assert not measure.Spread([10, 10.1, 10, 10.1, 10, 10.1]).noisy
     assert measure.Spread([10, 10, 10.05, 11, 11, 11.05, 11, 10]).noisy is False
     assert measure.Spread([10] * 6 + [11] * 6).noisy is False  # the spread covers it
     assert measure.Spread([10, 14, 10, 14, 10, 14]).noisy, "the spread is a fifth"
     assert measure.Spread([10.0] * 9 + [10.5] * 2 + [10.0] * 9).noisy is False
-    assert measure.Spread([10.0] * 11 + [10.9] * 2 + [10.0] * 0).noisy is False
+    # Of 9 times: p20 = 9.6, p80 = 10. The first four have a median of 9.5, the last five of 10: 0.5 apart.
+    assert measure.Spread([9, 9, 10, 10, 10, 10, 10, 10, 10]).noisy is True, "it drifted"
+    assert (
+        measure.Spread([9, 10, 10, 10, 9, 10, 10, 10, 10]).noisy is False
+    )  # the same times, no drift
+    assert measure.Spread([9.9, 9.9, *[10] * 7]).noisy is False  # 0.05 apart: less than 2 %
 
 
 def test_the_whole_cache_decodes_as_the_dense_one(tiny):
@@ -321,15 +325,3 @@ def test_pictures_need_a_tokenizer(tmp_path):
         subject.Subject(None, cost.shape_of("tiny"), 4, Sparse(), "random").real(
             subject.given_prompt(path, None), 1
         )
-
-
-def test_which_model_is_meant(tmp_path):
-    assert find_model("x", tmp_path) == ("x", "model: x")
-    assert find_model(None, tmp_path)[0] == "tiny"
-    for name, age in (("old", 100), ("new", 200), ("unfinished", 300)):
-        (tmp_path / name).mkdir()
-        if name != "unfinished":
-            (tmp_path / name / "last" / "model").mkdir(parents=True)
-            os.utime(tmp_path / name / "last", (age, age))
-    model, said = find_model(None, tmp_path)
-    assert model == str(tmp_path / "new") and "last run" in said

@@ -87,7 +87,7 @@ def evaluate(
     budgets = numbers("--budget", budget, float)
 
     from zipr1.core.jsontext import dumps
-    from zipr1.core.runs import find_model
+    from zipr1.core.rundir import find_model
     from zipr1.evaluate import session
 
     found, why = find_model(model)

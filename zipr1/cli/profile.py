@@ -91,7 +91,7 @@ def profile(
 
     from zipr1.core.errors import InputError
     from zipr1.core.jsontext import dumps
-    from zipr1.core.runs import find_model
+    from zipr1.core.rundir import find_model
 
     console = Console(stderr=as_json)
     name, said = find_model(model)

@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     import torch
 
 COMPLETE = "complete.json"
+RUNS = Path("runs")
 
 
-def new_folder(name: str, base: Path = Path("runs")) -> Path:
+def new_folder(name: str, base: Path = RUNS) -> Path:
     """A folder that does not exist yet: `runs/<name>-<date>-<time>`, with a counter where that is taken."""
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for tail in ("", *(f"-{i}" for i in range(2, 1000))):
@@ -44,6 +45,17 @@ def new_folder(name: str, base: Path = Path("runs")) -> Path:
         if not path.exists():
             return path
     raise RunError(f"{base}: a thousand runs called {stem} are there; clear some away")
+
+
+def find_model(given: str | None, runs: Path = RUNS) -> tuple[str, str]:
+    """The model to use and a line that says why: the one given, else the newest trained run, else `tiny`."""
+    if given is not None:
+        return given, f"model: {given}"
+    trained = [path for path in runs.glob("*") if (path / "last" / "model").is_dir()]
+    if not trained:
+        return "tiny", "model: tiny, the embedded one (no run in runs/; choose with --model)"
+    newest = max(trained, key=lambda path: (path / "last").stat().st_mtime)
+    return str(newest), f"model: {newest}, the last run (choose with --model)"
 
 
 class RunDir:

@@ -16,6 +16,7 @@ from typing import Any
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.files import write_whole
 from zipr1.core.jsontext import dumps, plain
+from zipr1.core.rundir import RUNS
 
 
 def identity(path: str) -> str:
@@ -36,7 +37,7 @@ class Folder:
 
     @classmethod
     def open(
-        cls, output: Path | None, model: str, meta: dict[str, Any], base: Path = Path("runs")
+        cls, output: Path | None, model: str, meta: dict[str, Any], base: Path = RUNS
     ) -> Folder:
         """A new folder, or the one in which the same evaluation was begun.
 
