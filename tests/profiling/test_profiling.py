@@ -108,6 +108,50 @@ def test_phases_exclude_what_runs_inside(monkeypatch):
     assert watch.seconds == {"outer": 2.0, "inner": 4.0}
 
 
+def spans_of(trace):
+    return {e.key: e.count for e in trace.key_averages() if e.key.startswith("zipr1/")}
+
+
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+def test_a_users_trace_shows_the_phases(tiny, skip):
+    """Each of four layers scores once and attends once, and what ran inside lies below its span."""
+    inputs = tiny.random(64, 1)
+    variant = measure.sparse_variant(tiny, inputs, skip, 0.25)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        measure.prefill(tiny, inputs, variant)
+    found = spans_of(trace)
+    assert set(found) == {f"zipr1/{p}" for p in ("scoring", "selection", "attention", "gathers")}
+    assert found["zipr1/scoring"] == found["zipr1/attention"] == 4
+    scored = [e for e in trace.events() if e.name == "zipr1/scoring"]
+    assert all(any("bmm" in child.name for child in descendants(e)) for e in scored)
+
+
+def descendants(event):
+    for child in event.cpu_children:
+        yield child
+        yield from descendants(child)
+
+
+def test_a_stopwatch_and_a_trace_hear_the_same_phases(monkeypatch):
+    watch = Stopwatch()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        with watch.listening(), phase("outer"), phase("inner"):
+            pass
+        with phase("alone"):
+            pass
+    assert set(watch.seconds) == {"outer", "inner"}
+    assert spans_of(trace) == {"zipr1/outer": 1, "zipr1/inner": 1, "zipr1/alone": 1}
+
+    def made(name):
+        raise AssertionError(f"a span of {name} although nobody traces")
+
+    monkeypatch.setattr(torch.profiler, "record_function", made)
+    with watch.listening(), phase("outer"):
+        pass
+    with phase("alone"):
+        pass
+
+
 @pytest.mark.parametrize("skip", ["attention", "layer"])
 def test_phases_add_up_to_the_decoder(tiny, skip):
     inputs = tiny.random(64, 1)
