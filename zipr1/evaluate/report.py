@@ -1,4 +1,7 @@
-"""results.json, the table on the terminal, and report.md: the same numbers three times."""
+"""results.json, the table of the terminal, and report.md, as values and text: the same numbers three times.
+
+Nothing is written here: session.py does that, and html.py makes the page.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,10 @@ from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from zipr1.core.jsontext import dumps, plain
+from zipr1.core.jsontext import plain
 from zipr1.core.text import size
 from zipr1.evaluate.folder import Folder
 from zipr1.evaluate.suites import SUITES, Suite
@@ -65,24 +67,9 @@ def averages(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def write(folder: Folder, results: dict[str, Any], console: Console) -> None:
-    """Every file of the report, and the table."""
-    from zipr1.evaluate import html, plots
-
-    folder.write("results.json", dumps(results, indent=2) + "\n")
-    records = [
-        r
-        for r in (folder.read(t) for t in dict.fromkeys(row["task"] for row in results["rows"]))
-        if r
-    ]
-    drawings = plots.draw(records, results, folder.root) if records else {}
-    folder.write("report.md", markdown(results, records, list(drawings)))
-    folder.write("report.html", html.page(results, records, drawings))
-    if results["rows"]:
-        console.print(table(results, console.width))
-    for note in results["notes"]:
-        console.print(f"corrected: {note}", highlight=False, style="dim")
-    console.print(f"report: {folder.root / 'report.html'}", soft_wrap=True, highlight=False)
+def is_mean(row: Sequence[str]) -> bool:
+    """Whether a row of `cells` is one of averages."""
+    return row[0].startswith("mean, ")
 
 
 def headings(results: dict[str, Any]) -> list[str]:
@@ -150,10 +137,9 @@ def table(results: dict[str, Any], width: int = 120) -> Table:
         box=SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
-        title=f"{results['model']}: {machine(results)}",
+        title=Text(f"{results['model']}: {machine(results)}", style="bold"),
         title_justify="left",
-        title_style="bold",
-        caption=caption(results),
+        caption=Text(caption(results), style="table.caption"),
         caption_justify="left",
     )
     names = headings(results)
@@ -162,7 +148,7 @@ def table(results: dict[str, Any], width: int = 120) -> Table:
     for k in there:
         shown.add_column(names[k], justify="right" if k else "left", no_wrap=True)
     for row in cells(results):
-        style = "bold" if row[0].startswith("mean, ") else ""
+        style = "bold" if is_mean(row) else ""
         shown.add_row(*(Text(row[k], style=style) for k in there))
     return shown
 
@@ -227,9 +213,9 @@ def markdown(
         "",
         f"`{' '.join(results['machine']['command'])}`",
         "",
-        "| " + " | ".join(names) + " |",
+        _markdown_row(names),
         "|" + "---|" * len(names),
-        *("| " + " | ".join(row) + " |" for row in cells(results)),
+        *(_markdown_row(row) for row in cells(results)),
         "",
         f"*{caption(results)}. Greedy answers; the same pictures and frames for all columns.*",
         "",
@@ -246,3 +232,7 @@ def markdown(
     if results["errors"]:
         lines += ["", "## Without a result", "", *(f"* {e['error']}" for e in results["errors"])]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_row(row: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from zipr1.core.config import override
 from zipr1.core.errors import InputError, RunError, ZipError
+from zipr1.core.jsontext import dumps
 from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe, load, validate
 from zipr1.core.text import one_line, reason
@@ -112,7 +113,7 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
 
         results = report.collect(folder, suites, meta, info)
         if loud:
-            report.write(folder, results, quiet)
+            write(folder, results, quiet)
     finally:
         processes.stop()
     if results["errors"]:
@@ -122,6 +123,25 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
             f"{folder.root}, and the same command tries again"
         )
     return results
+
+
+def write(folder: Folder, results: dict[str, Any], console: Console) -> None:
+    """results.json, the figures, report.md and report.html into the folder, and the table to the terminal."""
+    from zipr1.evaluate import html, plots, report
+
+    folder.write("results.json", dumps(results, indent=2) + "\n")
+    names = dict.fromkeys(row["task"] for row in results["rows"])
+    records = [record for record in map(folder.read, names) if record is not None]
+    drawings = plots.draw(records, results, folder.root) if records else {}
+    folder.write("report.md", report.markdown(results, records, list(drawings)))
+    folder.write("report.html", html.page(results, records, drawings))
+    if results["rows"]:
+        console.print(report.table(results, console.width))
+    for note in results["notes"]:
+        console.print(f"corrected: {note}", highlight=False, markup=False, style="dim")
+    console.print(
+        f"report: {folder.root / 'report.html'}", soft_wrap=True, highlight=False, markup=False
+    )
 
 
 def check_installed() -> None:
