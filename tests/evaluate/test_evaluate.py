@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import io
 import json
 import os
@@ -33,7 +34,7 @@ from zipr1.evaluate import session
 from zipr1.evaluate.answers import Answerer, Conditions, cut
 from zipr1.evaluate.scores import Units, paired
 from zipr1.evaluate.session import Wanted
-from zipr1.evaluate.suites import SUITES
+from zipr1.evaluate.suites import LMMS_EVAL, SUITES
 from zipr1.models.loading import resolve
 from zipr1.models.manifest import TINY
 from zipr1.models.policy import load_policy
@@ -276,6 +277,26 @@ def test_a_rerun_measures_only_what_is_missing(evaluated, monkeypatch):
     result = session.run(wanted(folder), [], QUIET)
     assert measured == [] and result["rows"] == rows
     assert (folder / "benchmarks/digits.json").stat().st_mtime_ns == before
+
+
+def test_results_name_the_installed_lmms_eval(evaluated, tmp_path, monkeypatch):
+    """That of each measurement: a benchmark that was finished under another version keeps its own."""
+    folder, printed, _ = evaluated
+    tested = importlib.metadata.version("lmms-eval")
+    assert json.loads((folder / "results.json").read_text())["lmms_eval"] == tested == LMMS_EVAL
+    assert "is installed" not in printed
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "benchmarks/digits.json").unlink()
+    real, out = importlib.metadata.version, io.StringIO()
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "0.9.1" if name == "lmms-eval" else real(name)
+    )
+    result = session.run(wanted(copy), [], Console(file=out, width=200))
+    line = f"lmms-eval 0.9.1 is installed; benchmarks and scores were tested with {LMMS_EVAL}\n"
+    assert out.getvalue().count(line) == 1
+    assert result["lmms_eval"] == f"0.9.1, {tested}"  # digits, and moving_digits from before
+    assert f"lmms-eval 0.9.1, {tested}" in (copy / "report.html").read_text()
+    assert f"lmms-eval 0.9.1, {tested}" in (copy / "report.md").read_text()
 
 
 def test_a_folder_of_something_else_is_left_alone(evaluated, tmp_path):

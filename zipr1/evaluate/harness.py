@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.metadata
 import io
 import os
 import random
@@ -64,6 +65,14 @@ class Scored:
 def _register() -> TaskManager:
     """lmms-eval's register of its own tasks; making it parses two thousand files: seconds."""
     return TaskManager("ERROR", model_name="zipr1")
+
+
+def lmms_eval_version() -> str:
+    """The installed version; `unknown` of a copy that no installer knows."""
+    try:
+        return importlib.metadata.version("lmms-eval")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def task_names() -> list[str]:

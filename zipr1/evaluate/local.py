@@ -19,7 +19,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.files import replacing
 from zipr1.data.digits.tasks import prompts
 from zipr1.data.sources import HELDOUT_SEED
-from zipr1.evaluate.suites import SUITES, Suite, Task
+from zipr1.evaluate.suites import LMMS_EVAL, SUITES, Suite, Task
 
 CLIPS = (".mp4", ".mkv", ".avi", ".mov", ".webm")
 EMBEDDED_QUESTIONS = 2000
@@ -86,7 +86,7 @@ def copies(suite: Suite, root: Path, folder: Path, tasks_folder: Path) -> None:
     for task in suite.tasks:
         yaml = next(iter(sorted(tasks_folder.rglob(f"{task.name}.yaml"))), None)
         if yaml is None:
-            raise InputError(f"lmms-eval has no task {task.name}; install lmms-eval==0.7.3")
+            raise InputError(f"lmms-eval has no task {task.name}; install lmms-eval=={LMMS_EVAL}")
         files = [f for f in found if _is_of(f.relative_to(own), task, len(suite.tasks) > 1)]
         if not files:
             wanted = (

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from zipr1.evaluate.answers import Answerer, Conditions
-from zipr1.evaluate.harness import Scored
+from zipr1.evaluate.harness import Scored, lmms_eval_version
 from zipr1.evaluate.scores import paired, suite_score, suite_units
 from zipr1.evaluate.suites import Suite
 
@@ -90,6 +90,7 @@ def record(
         "vision_seconds": float(sum(a.vision for a in answered)),
         "wall_seconds": seconds,
         "layers": {str(p): parts[k]["layers"] for k, p in enumerate(answerer.budgets)},
+        "lmms_eval": lmms_eval_version(),
         "gallery": _gallery(scored, answerer, base),
         "samples": _samples(scored, answerer, base),
     }

@@ -20,9 +20,16 @@ from zipr1.evaluate.suites import SUITES, Suite
 
 
 def collect(
-    folder: Folder, suites: Sequence[Suite], meta: dict[str, Any], info: dict[str, Any]
+    folder: Folder,
+    suites: Sequence[Suite],
+    meta: dict[str, Any],
+    info: dict[str, Any],
+    version: str,
 ) -> dict[str, Any]:
-    """results.json: what lies in `folder`, in the order of the suites."""
+    """results.json: what lies in `folder`, in the order of the suites.
+
+    version: of lmms-eval, as installed. Benchmarks that an earlier call measured name theirs themselves.
+    """
     there = {p.stem for p in (folder.root / "benchmarks").glob("*.json")}
     order = [*SUITES, *sorted(there - set(SUITES))]
     found = [r for r in (folder.read(name) for name in order if name in there) if r is not None]
@@ -39,7 +46,8 @@ def collect(
                 "base": meta["base"],
                 "conditions": meta,
                 "machine": info,
-                "lmms_eval": "0.7.3",
+                "lmms_eval": ", ".join(dict.fromkeys(r.get("lmms_eval", version) for r in good))
+                or version,
             }
         )
     )

@@ -22,7 +22,7 @@ from zipr1.core.recipe import Recipe, load, validate
 from zipr1.core.text import one_line, reason
 from zipr1.evaluate import processes
 from zipr1.evaluate.folder import Folder, identity
-from zipr1.evaluate.suites import GROUPS, SUITES, Suite, resolve
+from zipr1.evaluate.suites import GROUPS, LMMS_EVAL, SUITES, Suite, resolve
 from zipr1.models.loading import choose_device
 from zipr1.models.loading import resolve as resolve_model
 from zipr1.models.manifest import read, sparsity_of
@@ -31,7 +31,6 @@ from zipr1.models.policy import Policy, load_policy
 if TYPE_CHECKING:
     from zipr1.evaluate.answers import Conditions
 
-LMMS_EVAL = "0.7.3"
 # Recipe keys that mean something here.
 READ = (
     "model.",
@@ -105,13 +104,21 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
             soft_wrap=True, highlight=False,
         )  # fmt: skip
         info = describe(command, str(policy.device))
+        from zipr1.evaluate.harness import lmms_eval_version
+
+        version = lmms_eval_version()
+        if version != LMMS_EVAL:
+            quiet.print(
+                f"lmms-eval {version} is installed; benchmarks and scores were tested with {LMMS_EVAL}",
+                soft_wrap=True, highlight=False,
+            )  # fmt: skip
         # 4. one benchmark after another, each written when it is done
         asked = [p for p in budgets if p in wanted.budgets or p < 1]
         _measure_all(wanted, suites, policy, base, recipe, keys, budgets, asked, folder, quiet)
         # 5. everything together
         from zipr1.evaluate import report
 
-        results = report.collect(folder, suites, meta, info)
+        results = report.collect(folder, suites, meta, info, version)
         if loud:
             write(folder, results, quiet)
     finally:

@@ -1,4 +1,4 @@
-"""Benchmarks as data: a friendly name to lmms-eval's exact tasks (0.7.3), its metric, and the conditions.
+"""Benchmarks as data: a friendly name to lmms-eval's exact tasks, its metric, and the conditions.
 
 Data only; evaluate/ runs them. To add a benchmark, add an entry to SUITES.
 """
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from zipr1.core.errors import InputError
+
+# The version of lmms-eval whose tasks and metrics these are, and that the tests run.
+LMMS_EVAL = "0.7.3"
 
 
 @dataclass(frozen=True)
