@@ -6,7 +6,6 @@ and one line says what could not be checked.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from zipr1.core.errors import InputError, Missing
+from zipr1.core.machine import free_memory
 from zipr1.core.recipe import Recipe
 from zipr1.core.text import size
 from zipr1.core.types import Prompt
@@ -84,8 +84,8 @@ def _policy(recipe: Recipe, device: str | None, unchecked: list[str]) -> Policy 
         unchecked.append(f"tokenizer and weights (hf download {path})")
         return None
     needed = sum(memory.parameters(known).values()) * memory.weight_bytes(recipe)
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    if needed > free:
+    free = free_memory()
+    if free is not None and needed > free:
         unchecked.append(
             f"tokenizer and weights ({path} needs {size(needed)} and {size(free)} are free)"
         )
