@@ -138,8 +138,7 @@ def inputs_name(wish: Wish) -> str:
 def _real(wish: Wish, built: Subject, batch: int) -> Inputs:
     if wish.image is not None or wish.video is not None:
         return built.real(subject.given_prompt(wish.image, wish.video), batch)
-    assert built.policy is not None
-    return built.real(subject.longest_clip(built.policy), batch)
+    return built.real(built.longest_clip(), batch)
 
 
 def _case(

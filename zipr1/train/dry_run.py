@@ -24,7 +24,7 @@ from zipr1.data import sources
 from zipr1.models import memory
 from zipr1.models.cost import Shape
 from zipr1.models.encoder import Pictures, effective
-from zipr1.models.loading import is_here
+from zipr1.models.open import is_here
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
 from zipr1.train import supervised
