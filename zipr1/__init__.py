@@ -33,9 +33,10 @@ def load(
 
     path: a run directory, a folder made by `zipr1 export`, a model folder, a hub id, or `tiny`. budget: p, the share
     of score mass kept, in (0, 1]; 1.0 is exactly dense; None takes what the run was trained for, 0.975 for other
-    models. settings: other keys of a recipe's `sparse` section, such as `kv="retain"` or `dense_below=0`, in place of
-    the run's. device: None takes CUDA where there is one. dtype: float32, bfloat16 or float16; None is float32 on a
-    CPU and that of the weights elsewhere.
+    models. settings: other keys of a recipe's `sparse` section, such as `kv="retain"` or `dense_below=0`, and of its
+    `model` section `revision`, `min_pixels`, `max_pixels`, `max_frame_pixels` and `trust_remote_code`, in place of the
+    run's; no file of a folder can set the last one. device: None takes CUDA where there is one. dtype: float32,
+    bfloat16 or float16; None is float32 on a CPU and that of the weights elsewhere.
 
     The model is transformers' own class: `generate`, pipelines and padded batches work as usual.
     """

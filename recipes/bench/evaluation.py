@@ -21,7 +21,7 @@ from zipr1.core.recipe import Model
 from zipr1.core.types import Prompt
 from zipr1.data.digits import tasks
 from zipr1.evaluate.answers import Answerer, Conditions
-from zipr1.models.manifest import sparsity_of
+from zipr1.models.open import find_source
 from zipr1.models.policy import load_policy
 
 BUDGETS = (1.0, 0.975, 0.94)
@@ -31,7 +31,7 @@ CONDITIONS = Conditions(max_new_tokens=6, frames=16, fps=None)
 def measure(model: str, questions: int, repeats: int) -> list[dict[str, object]]:
     """A row for images and one for videos; seconds are medians over repeats."""
     policy = load_policy(Model(path=model))
-    sparse, _ = sparsity_of(model)
+    sparse = find_source(model).sparse
     together = Answerer(policy, sparse, BUDGETS, shown=0)
     single = [Answerer(policy, sparse, [p], shown=0) for p in BUDGETS]
     rows: list[dict[str, object]] = []

@@ -35,8 +35,8 @@ from zipr1.evaluate.answers import Answerer, Conditions, cut
 from zipr1.evaluate.scores import Units, paired
 from zipr1.evaluate.session import Wanted
 from zipr1.evaluate.suites import LMMS_EVAL, SUITES
-from zipr1.models.loading import resolve
 from zipr1.models.manifest import TINY
+from zipr1.models.open import resolve
 from zipr1.models.policy import load_policy
 
 QUIET = Console(file=io.StringIO())

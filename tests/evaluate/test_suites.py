@@ -6,7 +6,8 @@ from standins import MVBENCH
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import load
 from zipr1.evaluate.suites import EMBEDDED, GROUPS, SUITES, resolve
-from zipr1.models.manifest import TINY, sparsity_of
+from zipr1.models.manifest import TINY
+from zipr1.models.open import find_source
 
 
 def test_groups_hold_thirteen():
@@ -47,7 +48,7 @@ def test_tasks_and_metrics_are_lmms_evals():
 
 
 def test_the_embedded_model_is_evaluated_as_it_is_trained():
-    assert load("recipes/tiny.yaml").sparse == TINY == sparsity_of("tiny")[0]
+    assert load("recipes/tiny.yaml").sparse == TINY == find_source("tiny").sparse
 
 
 def test_averages_scale_as_the_paper_does():

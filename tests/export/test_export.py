@@ -20,7 +20,7 @@ from zipr1.core.recipe import Lora, Model
 from zipr1.export import merged, verify
 from zipr1.export import session as exports
 from zipr1.export.session import FORMATS, export
-from zipr1.models import manifest
+from zipr1.models.open import find_source
 from zipr1.models.policy import load_policy
 
 STOCK = """
@@ -138,8 +138,8 @@ def test_zipr1_json_tells_how_to_run_it(run, exported):
     assert about["provenance"]["base"] == "tiny" and about["provenance"]["step"] == 7
     assert about["provenance"]["recipe_sha256"] == tinyruns.recipe().sha256()
     assert (
-        manifest.sparsity_of(str(exported))[0]
-        == manifest.sparsity_of(str(run))[0]
+        find_source(str(exported)).sparse
+        == find_source(str(run)).sparse
         == tinyruns.recipe().sparse
     )
     assert str(run) not in "".join(p.read_text() for p in exported.glob("*.json"))

@@ -24,7 +24,7 @@ from transformers import (
 import zipr1
 from zipr1.core.errors import InputError
 from zipr1.data.media import load_media
-from zipr1.models.loading import resolve
+from zipr1.models.open import resolve
 from zipr1.models.sparse import attention
 from zipr1.models.sparse.attention import Request
 from zipr1.models.sparse.cache import PrunedCache

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tinymodels
@@ -15,6 +17,7 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
 import zipr1
+from zipr1.core import machine
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Budgets, Lora, Model, Ppo, Recipe, Sparse, Train, load
 from zipr1.data.digits import tasks
@@ -22,6 +25,9 @@ from zipr1.models import memory
 from zipr1.models.cost import Shape, bundled, shape_of
 from zipr1.models.encoder import Pictures
 from zipr1.models.loading import add_lora
+from zipr1.models.token_budget import token_budget
+from zipr1.profiling import session as profiling
+from zipr1.train import dry_run as plan
 from zipr1.train.controller import Pressure
 from zipr1.train.dry_run import dry_run
 from zipr1.train.rollout import roll_out
@@ -181,3 +187,67 @@ def test_data_that_is_here_is_checked_though_the_model_is_not(tmp_path):
     result = dry_run(load(path, changes), None, Console(quiet=True))
     assert result["training_prompts"] == 1
     assert "tokenizer" in result["not_checked"] and "data" not in result["not_checked"]
+
+
+def test_files_that_were_read_do_not_make_a_model_too_large(monkeypatch):
+    """What the page cache holds is free: MemAvailable counts, not the pages that are unused at this moment."""
+    recipe = load(next(p for p in RECIPES if p.stem == "qwen2vl"), ["model.path=Qwen/Qwen2-VL-2B"])
+    needed = sum(memory.parameters(shape_of("qwen2-vl-2b")).values()) * memory.weight_bytes(recipe)
+    unused, read, sysconf = 2**30, Path.read_text, os.sysconf
+    loaded, unchecked = [], list[str]()
+    available = 0
+
+    def told(path, *arguments, **options):
+        if str(path) == "/proc/meminfo":
+            return f"MemFree: {unused // 1024} kB\nMemAvailable: {available // 1024} kB\n"
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", told)
+    monkeypatch.setattr(
+        os,
+        "sysconf",
+        lambda n: unused // sysconf("SC_PAGE_SIZE") if n == "SC_AVPHYS_PAGES" else sysconf(n),
+    )
+    monkeypatch.setattr(plan, "is_here", lambda *a: True)
+    monkeypatch.setattr(plan, "load_policy", lambda *a: loaded.append(a))
+    available = needed + 2**20
+    plan._policy(recipe, "cpu", unchecked)
+    assert loaded and not unchecked
+    available = needed - 2**20
+    assert plan._policy(recipe, "cpu", unchecked) is None
+    assert len(loaded) == 1 and "are free" in unchecked[0]
+
+
+def test_one_memory_model_for_the_plan_the_budget_of_a_pass_and_the_profile(monkeypatch):
+    """Each of the three asked for what it counts; the numbers by hand: 3 layers of width 64, MLP 96, 2 KV heads of 16,
+    float32."""
+    policy = tinymodels.shared()
+    layer, cache = 4 * (24 * 64 + 3 * 96), 4 * 3 * 2 * 2 * 16
+    shape = Shape.of(policy.core.config.to_dict())
+    # The plan: one row, whose update keeps all layers; the probes' scores are besides.
+    recipe = Recipe(train=Train(prompts=1, micro_batch=1, max_new_tokens=10))
+    parts = memory.memory(shape, recipe, 90, 4)
+    assert parts["kv_cache"] == 100 * cache
+    assert parts["activations"] == 3 * (100 * layer + 2 * 4 * 90 * 90 * 4)
+    # A pass: tokens that 70 % of the free memory holds.
+    free = 10**9
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    on_gpu = SimpleNamespace(
+        device=torch.device("cuda"),
+        core=policy.core,
+        decoder=policy.decoder,
+        name="x",
+        processor=policy.processor,
+    )
+    assert token_budget(on_gpu, recipe, update=True) == int(0.7 * free / (3 * layer))
+    assert token_budget(on_gpu, recipe, update=False) == int(0.7 * free / (cache + layer))
+    # A profile: one layer beside a dense and a sparse cache, in nine tenths of what is free.
+    built = SimpleNamespace(device=torch.device("cpu"), shape=replace(shape, size=4))
+    need = 64 * 2 * (layer + 2 * cache)
+    monkeypatch.setattr(machine, "free_memory", lambda: int(need / 0.9) + 1)
+    profiling._check_memory(built, 64, 2)
+    monkeypatch.setattr(machine, "free_memory", lambda: int(need / 0.9) - 1)
+    with pytest.raises(MemoryError, match="are free"):
+        profiling._check_memory(built, 64, 2)

@@ -11,7 +11,7 @@ from zipr1.core.recipe import Ppo, Train
 from zipr1.core.types import Media, Prompt
 from zipr1.models.batching import by_length
 from zipr1.models.encoder import Pictures
-from zipr1.models.token_budget import bytes_per_token, most_tokens
+from zipr1.models.token_budget import bytes_per_token, token_budget
 from zipr1.train import memory_check
 
 
@@ -25,9 +25,9 @@ def test_batches_are_bounded_by_rows_and_by_tokens_longest_first():
 
 def test_on_a_cpu_only_the_recipe_bounds_a_pass():
     policy = tinymodels.shared()
-    assert most_tokens(policy, recipe(), update=True) is None
+    assert token_budget(policy, recipe(), update=True) is None
     few = recipe(train=Train(micro_tokens=300))
-    assert most_tokens(policy, few, update=True) == most_tokens(policy, few, update=False) == 300
+    assert token_budget(policy, few, update=True) == token_budget(policy, few, update=False) == 300
 
 
 def test_bytes_of_a_token_by_hand():

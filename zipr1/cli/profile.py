@@ -152,13 +152,14 @@ def count(
 ) -> dict[str, Any]:
     """The card: no torch, no weights."""
     from zipr1.models import cost as card
+    from zipr1.profiling import card_table
 
     shape = card.shape_of(model)
     rows: list[dict[str, Any]] = []
     for batch in batches:
         sizes = lengths or card.default_lengths(shape)
         found = card.card(shape, sizes, keeps or [0.25], probes, batch, visual)
-        for table in card.tables(shape, found, probes, visual):
+        for table in card_table.tables(shape, found, probes, visual):
             console.print(table)
         rows += found
     return {"model": shape.name, "rows": rows}

@@ -20,7 +20,8 @@ from zipr1.core.errors import InputError
 from zipr1.core.recipe import Model
 from zipr1.core.types import Media, Prompt
 from zipr1.evaluate.answers import Answered, Answerer, Conditions
-from zipr1.models.manifest import sparsity_of
+from zipr1.models.loading import choose_device
+from zipr1.models.open import find_source, inference_dtype
 from zipr1.models.policy import load_policy
 
 # Tasks that set no length of answers get this one, lmms-eval's own habit.
@@ -55,8 +56,9 @@ class Adapter(lmms):
                 f"--model_args {next(iter(unknown))}: unknown; allowed: pretrained, budget, batch_size, device"
             )
         if answerer is None:
-            sparse, _ = sparsity_of(pretrained)
-            policy = load_policy(Model(path=pretrained), device)
+            sparse = find_source(pretrained).sparse
+            dtype = inference_dtype("auto", choose_device(device))
+            policy = load_policy(Model.model_validate({"path": pretrained, "dtype": dtype}), device)
             answerer = Answerer(policy, sparse, [float(budget)], int(batch_size), shown=0)
         self.answerer = answerer
         self.conditions = conditions

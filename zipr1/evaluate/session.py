@@ -18,14 +18,14 @@ from zipr1.core.config import override
 from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.jsontext import dumps
 from zipr1.core.machine import describe
-from zipr1.core.recipe import Recipe, load, validate
+from zipr1.core.recipe import Recipe, validate
 from zipr1.core.text import one_line, reason
 from zipr1.evaluate import processes
 from zipr1.evaluate.folder import Folder, identity
 from zipr1.evaluate.suites import GROUPS, LMMS_EVAL, SUITES, Suite, resolve
 from zipr1.models.loading import choose_device
-from zipr1.models.loading import resolve as resolve_model
-from zipr1.models.manifest import read, sparsity_of
+from zipr1.models.manifest import read
+from zipr1.models.open import ModelSource, find_source, inference_dtype
 from zipr1.models.policy import Policy, load_policy
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
     # 1. what is asked for, in full
     check_installed()
     suites = _suites(wanted.tasks)
-    recipe, source, keys = _settings(wanted)
+    source = find_source(wanted.model)
+    recipe, keys = _settings(wanted, source)
     budgets = _budgets(wanted.budgets, recipe)
     _check_data_root(wanted.data_root, suites)
     processes.start()
@@ -80,7 +81,7 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
         device = wanted.device or processes.device()
         recipe = _with_dtype(recipe, device)
         policy = load_policy(recipe.model, device)
-        base, base_name, base_note = _base(wanted, recipe, device)
+        base, base_name, base_note = _base(wanted, source, recipe, device)
         meta = {
             "model": wanted.model,
             "base": base_name,
@@ -89,16 +90,17 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
             "limit": wanted.limit,
             "dtype": str(policy.core.dtype).removeprefix("torch."),
             "max_pixels": policy.processor.settings.max_pixels,
+            **_frame_bound(policy),
             "changes": list(wanted.changes),
             "data_root": str(wanted.data_root.resolve()) if wanted.data_root else None,
-            "weights": identity(resolve_model(recipe.model.path)),
+            "weights": identity(source.place),
         }
         # 3. where results go; what is there already
         folder = Folder.open(wanted.output, wanted.model, meta)
         loud = processes.rank() == 0
         quiet = console if loud else Console(file=io.StringIO())
         quiet.print(
-            f"{wanted.model}: sparsity of {source}; "
+            f"{wanted.model}: sparsity of {source.sparse_from}; "
             + (f"base: {base_name}; " if base_name else f"{base_note}; " if base_note else "")
             + f"results in {folder.root}",
             soft_wrap=True, highlight=False,
@@ -208,10 +210,10 @@ def _check_data_root(root: Path | None, suites: Sequence[Suite]) -> None:
         )
 
 
-def _settings(wanted: Wanted) -> tuple[Recipe, str, set[str]]:
-    """A recipe that holds what is read here, where its sparsity comes from, and the keys given on the command line."""
-    sparse, source = sparsity_of(wanted.model)
-    values: dict[str, Any] = {"model": {"path": wanted.model}, "sparse": sparse.model_dump()}
+def _settings(wanted: Wanted, source: ModelSource) -> tuple[Recipe, set[str]]:
+    """A recipe that holds what is read here, and the keys given on the command line."""
+    sparse = source.sparse.model_dump()
+    values: dict[str, Any] = {"model": {"path": wanted.model}, "sparse": sparse}
     keys = [override(values, text) for text in wanted.changes]
     for key in keys:
         if not any(key == name or key.startswith(name) for name in READ):
@@ -222,14 +224,12 @@ def _settings(wanted: Wanted) -> tuple[Recipe, str, set[str]]:
             raise InputError(
                 f"command line: `{key}`: use --{'model' if key == 'model.path' else 'budget'}"
             )
-    return validate(values, "command line", keys), source, set(keys)
+    return validate(values, "command line", keys), set(keys)
 
 
 def _with_dtype(recipe: Recipe, device: str | None) -> Recipe:
-    """`auto` is bfloat16 on a GPU, where models are run so; nothing is trained here."""
-    if recipe.model.dtype != "auto" or choose_device(device).type == "cpu":
-        return recipe
-    model = recipe.model.model_copy(update={"dtype": "bfloat16"})
+    dtype = inference_dtype(recipe.model.dtype, choose_device(device))
+    model = recipe.model.model_copy(update={"dtype": dtype})
     return recipe.model_copy(update={"model": model})
 
 
@@ -243,21 +243,25 @@ def _budgets(given: Sequence[float], recipe: Recipe) -> list[float]:
     return sorted({1.0, *(given or [recipe.sparse.p])}, reverse=True)
 
 
+def _frame_bound(policy: Policy) -> dict[str, int]:
+    """The most pixels of a clip's frame, where it is not that of a picture."""
+    most = policy.processor.settings.max_frame_pixels
+    return {} if most is None else {"max_frame_pixels": most}
+
+
 def _base(
-    wanted: Wanted, recipe: Recipe, device: str | None
+    wanted: Wanted, source: ModelSource, recipe: Recipe, device: str | None
 ) -> tuple[Policy | None, str | None, str | None]:
     """The untouched model that a run or an exported folder was trained from: (it, its name, why there is none).
 
     A run's recipe names it; an exported folder's zipr1.json does, which still holds where the run is not at hand.
     """
-    root = Path(wanted.model)
-    written = root / "recipe.yaml"
-    if not wanted.base or not written.is_file():
+    trained = source.recipe
+    if not wanted.base or trained is None:
         return None, None, None
-    trained = load(written)
     if trained.train.stage != "rl" or trained.model.train_vision:
         return None, None, None
-    origin = (read(root) or {}).get("base") or trained.model.model_dump()
+    origin = (read(Path(source.place)) or {}).get("base") or trained.model.model_dump()
     settings = recipe.model.model_copy(
         update={"path": origin["path"], "revision": origin["revision"]}
     )

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from zipr1.core.errors import InputError
 from zipr1.export.source import Source
-from zipr1.models.loading import load_parts, save_processor, with_adapter
+from zipr1.models.loading import save_processor, with_adapter
+from zipr1.models.open import open_model
 from zipr1.models.processors import Processor
 
 WEIGHTS = "adapter_model.safetensors"
@@ -37,8 +38,6 @@ def write(
 
 def reload(source: Source, folder: Path, written: Any, device: torch.device) -> Any:
     """A fresh copy of the base, in float32, with the adapter of `folder`."""
-    settings = source.recipe.model.model_copy(
-        update={"path": source.base_folder, "dtype": "float32", "lora": None}
-    )
-    model, _ = load_parts(settings, device, source.recipe.seed)
-    return with_adapter(model, folder).merge_and_unload().eval()
+    assert source.trained_on is not None
+    base = source.trained_on.model_copy(update={"dtype": "float32"})
+    return with_adapter(open_model(base, device).model, folder).merge_and_unload().eval()

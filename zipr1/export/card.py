@@ -173,8 +173,7 @@ def _training(source: Source) -> str:
     else:
         data = f"`{data.rsplit('/', 1)[-1]}`"
     lines = [
-        f"* Base: {_base(source)}"
-        + (f", revision {recipe.model.revision}" if recipe.model.revision else ""),
+        f"* Base: {_base(source)}" + (f", revision {source.revision}" if source.revision else ""),
         f"* Licence of the base: {source.licence() or 'not found beside its weights'}",
         f"* Data: {data}",
         f"* {'Reinforcement learning' if recipe.train.stage == 'rl' else 'Supervised training'}: step {source.step} "

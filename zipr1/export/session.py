@@ -18,12 +18,14 @@ from typing import Any
 
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.jsontext import dumps
+from zipr1.core.recipe import Model
 from zipr1.export import adapter, merged
 from zipr1.export.card import model_card, provenance, results
 from zipr1.export.source import Source, open_run
 from zipr1.export.verify import compare, reference
 from zipr1.models import manifest
-from zipr1.models.loading import WEIGHT_DTYPES, choose_device, load_parts, with_adapter
+from zipr1.models.loading import WEIGHT_DTYPES, choose_device
+from zipr1.models.open import adapter_of, open_model, resolve
 from zipr1.models.policy import Policy
 
 __all__ = ["FORMATS", "export"]
@@ -51,17 +53,10 @@ def export(
     chosen = source.dtype() if dtype == "auto" else dtype
     place, kind = choose_device(device), FORMATS[format]
 
-    settings = source.recipe.model.model_copy(
-        update={
-            "path": source.base_folder if source.adapter else str(source.weights),
-            "dtype": "float32",
-            "lora": None,
-            "gradient_checkpointing": False,
-        }
-    )
-    model, processor = load_parts(settings, place, source.recipe.seed)
-    adapted = with_adapter(model, source.weights) if source.adapter else None
-    policy = Policy(model, processor, str(run), settings)
+    settings = Model(path=str(source.weights), dtype="float32")
+    opened = open_model(settings, place, merge_adapter=False)
+    model, processor, adapted = opened.model, opened.processor, opened.peft_model
+    policy = Policy(model, processor, str(run), opened.settings)
     wanted = reference(policy, source.recipe)
     with _new_folder(folder) as temporary:
         written = kind.write(source, model, adapted, processor, WEIGHT_DTYPES[chosen], temporary)
@@ -105,10 +100,16 @@ def check(source: Source, folder: Path, format: str, dtype: str) -> None:
         raise InputError(f"--format {format}: unknown; allowed: {', '.join(FORMATS)}")
     if dtype != "auto" and dtype not in WEIGHT_DTYPES:
         raise InputError(f"--dtype {dtype}: unknown; allowed: auto, {', '.join(WEIGHT_DTYPES)}")
-    if format == "adapter" and not source.adapter:
-        raise InputError(
-            f"{source.root}: trained all weights and has no adapter; use --format merged"
-        )
+    if format == "adapter":
+        if source.trained_on is None:
+            raise InputError(
+                f"{source.root}: trained all weights and has no adapter; use --format merged"
+            )
+        if adapter_of(resolve(source.trained_on.path)) is not None:
+            raise InputError(
+                f"{source.root}: its adapter was trained on another run's, and peft loads one on whole models alone; "
+                "use --format merged"
+            )
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise InputError(
             f"--to {folder}: is there already and is never overwritten; name a new folder, or remove that one"
@@ -121,7 +122,7 @@ def describe(source: Source, format: str, dtype: str, folder: Path) -> dict[str,
         "zipr1": manifest.VERSION,
         "format": format,
         "dtype": dtype,
-        "base": {"path": source.base, "revision": source.recipe.model.revision},
+        "base": {"path": source.base, "revision": source.revision},
         "sparse": source.recipe.sparse.model_dump(mode="json"),
         "results": results(source),
         "provenance": provenance(source),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import yaml
 
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Recipe, load
+from zipr1.core.recipe import Model, Recipe, load
 from zipr1.core.rundir import is_complete, read_json
-from zipr1.models.loading import base_of, resolve
+from zipr1.models.open import find_source, origin, resolve, stored_dtype
 
 # Of the weights in this package; the digits they were trained on are CC BY 4.0.
 TINY_LICENCE = "apache-2.0"
@@ -20,8 +19,9 @@ TINY_LICENCE = "apache-2.0"
 
 @dataclass(frozen=True)
 class Source:
-    """A run, ready to be exported. base: what its recipe started from, followed back through runs of runs; summary:
-    empty if the run did not finish; weights: the checkpoint's model folder; adapter: whether it holds adapters only."""
+    """A run, ready to be exported. base, revision: what its recipe started from, followed back through runs of runs;
+    summary: empty if the run did not finish; weights: the checkpoint's model folder; trained_on: what the adapter was
+    trained on, None where the run trained all weights."""
 
     root: Path
     recipe: Recipe
@@ -30,12 +30,8 @@ class Source:
     weights: Path
     step: int
     base: str
-    adapter: bool
-
-    @property
-    def base_folder(self) -> str:
-        """Folder or hub id from which the base of an adapter is loaded."""
-        return base_of(self.weights)
+    revision: str | None
+    trained_on: Model | None
 
     @property
     def base_is_public(self) -> bool:
@@ -46,7 +42,7 @@ class Source:
         """The licence that the base's own model card states; None if there is no card here."""
         if self.base == "tiny":
             return TINY_LICENCE
-        text = _file_of(self.base, "README.md")
+        text = _file_of(self.base, "README.md", self.revision)
         if text is None or not text.startswith("---"):
             return None
         try:
@@ -60,10 +56,8 @@ class Source:
 
     def dtype(self) -> str:
         """The dtype of the weights that were trained, or of the base that an adapter belongs to."""
-        text = _file_of(self.base_folder if self.adapter else str(self.weights), "config.json")
-        config = json.loads(text) if text else {}
-        found = config.get("dtype") or config.get("torch_dtype")
-        return found if found in ("float32", "bfloat16", "float16") else "float32"
+        found = stored_dtype(str(self.weights))
+        return "float32" if found == "auto" else found
 
 
 def open_run(path: Path) -> Source:
@@ -82,7 +76,7 @@ def open_run(path: Path) -> Source:
         )
     recipe = load(path / "recipe.yaml")
     weights = (last / "model").resolve()
-    summary = path / "summary.json"
+    summary, start = path / "summary.json", origin(recipe.model)
     return Source(
         root=path,
         recipe=recipe,
@@ -90,21 +84,13 @@ def open_run(path: Path) -> Source:
         summary=read_json(summary) if summary.is_file() else {},
         weights=weights,
         step=int(read_json(last / "complete.json")["step"]),
-        base=_origin(recipe.model.path),
-        adapter=(weights / "adapter").is_dir(),
+        base=start.path,
+        revision=start.revision,
+        trained_on=find_source(str(weights)).base,
     )
 
 
-def _origin(path: str) -> str:
-    """Follows runs back to what the first of them started from."""
-    seen: set[str] = set()
-    while (Path(path) / "recipe.yaml").is_file() and path not in seen:
-        seen.add(path)
-        path = load(Path(path) / "recipe.yaml").model.path
-    return path
-
-
-def _file_of(model: str, name: str) -> str | None:
+def _file_of(model: str, name: str, revision: str | None) -> str | None:
     """The text of a small file of a model: of a folder, of `tiny`, or of what was downloaded of a hub id."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -114,7 +100,7 @@ def _file_of(model: str, name: str) -> str | None:
     if folder.is_dir():
         path = folder / name
     else:
-        found = try_to_load_from_cache(model, name)
+        found = try_to_load_from_cache(model, name, revision=revision)
         if not isinstance(found, str):
             return None
         path = Path(found)

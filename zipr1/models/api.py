@@ -13,23 +13,18 @@ from typing import Any
 import numpy as np
 
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Data, Model, Sparse, validate
-from zipr1.core.recipe import load as load_recipe
+from zipr1.core.recipe import Sparse, validate
 from zipr1.core.types import Media
 from zipr1.data.media import load_media
-from zipr1.models import manifest
 from zipr1.models.inputs import model_inputs
-from zipr1.models.loading import (
-    WEIGHT_DTYPES,
-    choose_device,
-    load_parts,
-    save_processor,
-    stored_dtype,
-)
+from zipr1.models.loading import WEIGHT_DTYPES, choose_device, save_processor
+from zipr1.models.open import BOUNDS, find_source, open_model, stored_dtype
 from zipr1.models.processors import Processor, Visual
 from zipr1.models.sparse.session import live_of
 
 KINDS = ("image", "video")
+# Keys of a recipe's `model` section that `load` takes beside those of `sparse`.
+MODEL_KEYS = ("revision", "trust_remote_code", *BOUNDS)
 
 
 def load(
@@ -40,27 +35,26 @@ def load(
     settings: Mapping[str, Any],
 ) -> tuple[Any, ChatProcessor]:
     """See `zipr1.load`."""
-    where, folder = "zipr1.load", Path(path)
-    sparse = changed(manifest.sparsity_of(path)[0], budget, settings, where)
+    where = "zipr1.load"
+    chosen = {"path": path, **{k: v for k, v in settings.items() if k in MODEL_KEYS}}
+    wanted = validate({"model": chosen}, where).model
+    source = find_source(path)
+    others = {k: v for k, v in settings.items() if k not in MODEL_KEYS}
+    sparse = changed(source.sparse, budget, others, where)
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise InputError(f"{where}: dtype {dtype!r}; allowed: {', '.join(WEIGHT_DTYPES)}")
-    wanted, data = Model(path=path), Data()
-    if (folder / "recipe.yaml").is_file():  # a run, or an export of one
-        recipe = load_recipe(folder / "recipe.yaml")
-        data = recipe.data
-        bounds = {
-            k: getattr(recipe.model, k) for k in ("min_pixels", "max_pixels", "trust_remote_code")
-        }
-        wanted = wanted.model_copy(update=bounds)
     place = choose_device(device)
-    chosen = dtype or ("float32" if place.type == "cpu" else stored_dtype(path))
-    model, processor = load_parts(wanted.model_copy(update={"dtype": chosen}), place, 0)
+    if dtype is None:
+        dtype = "float32" if place.type == "cpu" else stored_dtype(path, wanted.revision)
+    opened = open_model(wanted.model_copy(update={"dtype": dtype}), place)
+    model, processor = opened.model, opened.processor
     # As in training: these end an answer, and placeholders without a picture are never said.
     model.generation_config.eos_token_id = processor.end_ids
     model.generation_config.suppress_tokens = sorted(processor.placeholder.values())
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = processor.end_id
     live_of(model).switch(sparse)
+    data = source.data
     return model, ChatProcessor(processor, model.config.model_type, data.max_frames, data.fps)
 
 

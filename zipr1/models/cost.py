@@ -42,7 +42,7 @@ class Work(NamedTuple):
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a Qwen2-VL or Qwen2.5-VL model. size: bytes of a number. counted: parameters by part, of a loaded model
-    of another family (plan.py), which cannot be had from the sizes."""
+    of another family (memory.py), which cannot be had from the sizes."""
 
     name: str
     hidden: int
@@ -319,65 +319,6 @@ def _rows(
         row("decode", step.bytes, slow.bytes),
         row("kv_cache", cache, large, kv_bytes=cache, dense_kv_bytes=large),
     ]
-
-
-def tables(s: Shape, rows: list[dict[str, Any]], probes: int, visual: float) -> list[Any]:
-    """The bounds over length, and where the operations of the longest prefill go."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    batch = rows[0]["batch"]
-    bounds = Table(
-        title=f"{s.name}: bounds by counting, batch {batch}, {probes} probes, {visual:.0%} of tokens visual",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        caption="operations (layer, prefill) or bytes (decode, KV cache), dense / sparse: the most at one rate",
-        caption_justify="left",
-    )
-    for name in (
-        "tokens",
-        "kept",
-        "skip",
-        "layer",
-        "prefill",
-        "decode",
-        "KV cache",
-        "KV MiB",
-    ):
-        bounds.add_column(name, justify="left" if name == "skip" else "right", no_wrap=True)
-    for i in range(0, len(rows), 4):
-        one, whole, step, cache = rows[i : i + 4]
-        bounds.add_row(
-            f"{one['length']:,}",
-            f"{one['keep']:.0%}",
-            one["skip"],
-            *(f"{r['bound']:.2f}x" for r in (one, whole, step, cache)),
-            f"{cache['kv_bytes'] / 2**20:,.1f}",
-        )
-    longest = max(row["length"] for row in rows)
-    least = min(row["keep"] for row in rows)
-    chosen = [
-        r for r in rows if r["phase"] == "prefill" and r["length"] == longest and r["keep"] == least
-    ]
-    spent = Table(
-        title=f"operations of a prefill of {longest:,} tokens, {least:.0%} kept",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
-    spent.add_column("phase")
-    runs = {
-        "dense": chosen[0]["dense_phases"],
-        **{f"skip: {r['skip']}": r["phases"] for r in chosen},
-    }
-    for name in runs:
-        spent.add_column(name, justify="right")
-    for phase in chosen[0]["phases"]:
-        spent.add_row(phase, *(tera(phases[phase]["flops"]) for phases in runs.values()))
-    spent.add_section()
-    spent.add_row(
-        "all", *(tera(sum(w["flops"] for w in phases.values())) for phases in runs.values())
-    )
-    return [bounds, spent]
 
 
 def tera(flops: float) -> str:

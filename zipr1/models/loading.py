@@ -1,22 +1,20 @@
-"""Where a model comes from: the embedded one, a run, a folder, the hub, or `scratch`.
+"""Weights and processors of a model folder: read, written, copied, and where and in what dtype they live.
 
-Weights are read from safetensors only; remote code never runs unless the recipe asks for it.
+Weights are read from safetensors only; remote code never runs unless the caller's settings ask for it. What a model's
+path means is found in open.py.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.resources
 import json
 import os
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from zipr1_kernels import unusable
@@ -24,9 +22,8 @@ from zipr1_kernels import unusable
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Lora, Model
 from zipr1.core.text import reason
-from zipr1.models import families, manifest
-from zipr1.models.processors import PixelSettings, Processor
-from zipr1.models.random_weights import build_model, build_tokenizer
+from zipr1.models import families
+from zipr1.models.processors import PixelSettings
 from zipr1.models.sparse.attention import ATTENTION
 
 # The run's own display shows what goes on; bars of loading and saving shards would break it.
@@ -40,57 +37,7 @@ LORA_TARGETS = (
 WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def resolve(path: str) -> str:
-    """`tiny`, a run directory or a folder -> a folder; anything else is taken for a hub id.
-
-    Raises InputError for a path that looks local and does not exist, or a run without a checkpoint.
-    """
-    if path == "tiny":
-        return str(importlib.resources.files("zipr1") / "assets" / "tiny")
-    folder = Path(path)
-    if (folder / "last").exists():
-        return str((folder / "last" / "model").resolve())
-    if (folder / "run.json").exists():
-        raise InputError(
-            f"model.path: the run {path} has no complete checkpoint yet; resume it or name another"
-        )
-    if folder.is_dir():
-        manifest.read(folder)
-        if not (folder / "config.json").exists() and adapter_of(folder) is None:
-            raise InputError(
-                f"model.path: {path} has no config.json; give a model folder, a run, a hub id or 'tiny'"
-            )
-        return str(folder)
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise InputError(
-            f"model.path: {path} does not exist; give a model folder, a run, a hub id or 'tiny'"
-        )
-    return path
-
-
-def adapter_of(folder: str | Path) -> Path | None:
-    """Where the adapter of a checkpoint (beside its base) or of an exported folder lies; None for whole models."""
-    for path in (Path(folder) / "adapter", Path(folder)):
-        if (path / "adapter_config.json").is_file():
-            return path
-    return None
-
-
-def is_here(path: str, revision: str | None = None) -> bool:
-    """Whether a model loads without a network: a folder, a run, `tiny`, or a hub id whose weights were downloaded.
-
-    Raises InputError for a path that looks local and does not exist.
-    """
-    place = resolve(path)
-    if Path(place).is_dir():
-        return True
-    return any(
-        isinstance(try_to_load_from_cache(place, name, revision=revision), str)
-        for name in ("model.safetensors", "model.safetensors.index.json")
-    )
-
-
-def choose_device(device: str | None) -> torch.device:
+def choose_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, else CUDA where there is one, else the CPU.
 
     Raises InputError if it is not there, or if the kernels that ZIPR1_KERNELS asks for cannot run on it.
@@ -102,7 +49,7 @@ def choose_device(device: str | None) -> torch.device:
     return chosen
 
 
-def find_device(device: str | None) -> torch.device:
+def find_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -124,56 +71,8 @@ def choose_dtype(settings: Model, device: torch.device) -> torch.dtype:
     return WEIGHT_DTYPES[settings.dtype]
 
 
-def stored_dtype(path: str) -> str:
-    """The dtype that a model's weights have on disk, or its base's; `auto` where that is not known."""
-    folder = resolve(path)
-    try:
-        dtype = AutoConfig.from_pretrained(base_of(folder) if adapter_of(folder) else folder).dtype
-    except (OSError, ValueError):
-        return "auto"
-    return next((name for name, known in WEIGHT_DTYPES.items() if known == dtype), "auto")
-
-
-def load_parts(
-    settings: Model, device: torch.device, seed: int, words: Sequence[str] = ()
-) -> tuple[Any, Processor]:
-    """Model in `settings.dtype` on `device`, and its processor. Raises InputError where nothing loads."""
-    dtype = choose_dtype(settings, device)
-    model: Any
-    if settings.path == "scratch":
-        if not settings.config:
-            raise InputError(
-                "model.path is scratch and model.config is missing; see recipes/tiny_base.yaml"
-            )
-        tokenizer = build_tokenizer(settings.config.get("words") or words)
-        model = build_model(tokenizer, settings.config, seed)
-        folder = ""
-    else:
-        folder = resolve(settings.path)
-        merged = adapter_of(folder) is not None
-        model, tokenizer = (_merged if merged else _from_pretrained)(folder, settings, dtype)
-        folder = str(model.config._name_or_path or folder)
-    family = families.find(model.config.model_type, settings.path)
-    side, _, besides = family.tile(model.config) if family.tile else (0, 0, 0)
-    sizes = families.merge_of(model.config.vision_config, model.config)
-    given = (settings.config or {}).get("pixels")
-    pixels = PixelSettings.read(
-        folder,
-        sizes,
-        settings.min_pixels,
-        settings.max_pixels,
-        given,
-        tile=side,
-        besides=besides,
-        clips=family.clips,
-        max_frame_pixels=settings.max_frame_pixels,
-    )
-    video = model.config.video_token_id if family.clips else None
-    processor = Processor(tokenizer, pixels, model.config.image_token_id, video, family.around)
-    return model.to(device=device, dtype=dtype).eval(), processor
-
-
-def _from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[Any, Any]:
+def from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder or a hub id. Raises InputError where they do not load."""
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(folder, **options)
@@ -198,8 +97,9 @@ def _from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[
     return model, tokenizer
 
 
-def add_lora(model: Any, lora: Lora) -> Any:
-    """Adapters on the language model's projections; everything else frozen."""
+def add_lora(model: Any, lora: Lora, revision: str | None = None) -> Any:
+    """Adapters on the language model's projections; everything else frozen. revision: of the model, written beside the
+    adapters for whoever loads them."""
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(
@@ -207,6 +107,7 @@ def add_lora(model: Any, lora: Lora) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=LORA_TARGETS,
+        revision=revision,
     )
     with warnings.catch_warnings():
         # peft asks transformers by an older name.
@@ -268,7 +169,21 @@ def save_processor(tokenizer: Any, settings: PixelSettings, family: str, folder:
     ):  # of this machine, not of the model
         known.pop(key, None)
     _write_json(folder / "tokenizer_config.json", known)
-    pixels = {
+    known_as = families.FAMILIES[family]
+    processor = {"processor_class": known_as.processor}
+    image = {"image_processor_type": known_as.pixels, **_pixel_values(settings)}
+    parts: dict[str, Any] = {"image_processor": image}
+    if known_as.clips:
+        bounds = _pixel_values(settings.of("video"))
+        video = {"video_processor_type": "Qwen2VLVideoProcessor", **bounds}
+        parts["video_processor"] = video
+        _write_json(folder / "video_preprocessor_config.json", {**processor, **video})
+    _write_json(folder / "processor_config.json", {**processor, **parts})
+    _write_json(folder / "preprocessor_config.json", {**processor, **image})
+
+
+def _pixel_values(settings: PixelSettings) -> dict[str, Any]:
+    return {
         "size": {"height": settings.tile, "width": settings.tile}
         if settings.tile
         else {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels},
@@ -278,16 +193,6 @@ def save_processor(tokenizer: Any, settings: PixelSettings, family: str, folder:
         "image_mean": list(settings.mean),
         "image_std": list(settings.std),
     }
-    known_as = families.FAMILIES[family]
-    processor = {"processor_class": known_as.processor}
-    image = {"image_processor_type": known_as.pixels, **pixels}
-    parts: dict[str, Any] = {"image_processor": image}
-    if known_as.clips:
-        video = {"video_processor_type": "Qwen2VLVideoProcessor", **pixels}
-        parts["video_processor"] = video
-        _write_json(folder / "video_preprocessor_config.json", {**processor, **video})
-    _write_json(folder / "processor_config.json", {**processor, **parts})
-    _write_json(folder / "preprocessor_config.json", {**processor, **image})
 
 
 def _write_json(path: Path, values: Any) -> None:
@@ -311,28 +216,8 @@ def restore_weights(model: Any, folder: Path) -> None:
     model.load_state_dict(saved.state_dict())
 
 
-def _merged(folder: str, settings: Model, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The base that an adapter was trained on, with the adapter merged into it."""
-    model, tokenizer = _from_pretrained(base_of(folder), settings, dtype)
-    # peft froze the base; what trains is the recipe's choice.
-    return with_adapter(model, folder).merge_and_unload().requires_grad_(True), tokenizer
-
-
-def base_of(folder: str | Path) -> str:
-    """The folder or hub id of the base that the adapter in `folder` was trained on."""
-    adapter = adapter_of(folder)
-    assert adapter is not None
-    known = manifest.read(adapter)
-    if (
-        known is not None and known["base"]["path"] == "tiny"
-    ):  # lies in the package, wherever that is
-        return resolve("tiny")
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    return str(config["base_model_name_or_path"])
-
-
-def with_adapter(model: Any, folder: str | Path) -> Any:
-    """peft's model: `model`, changed in place, with the adapter of `folder` in it, not merged."""
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """peft's model: `model`, changed in place, with the adapter of a folder in it, not merged."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(adapter_of(folder)))
+    return PeftModel.from_pretrained(model, str(adapter))

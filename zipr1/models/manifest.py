@@ -1,8 +1,4 @@
-"""zipr1.json: how an exported folder is meant to be run sparse, what was measured, and which weights it speaks of.
-
-`sparsity_of` is the one place that knows where a model's own sparsity is written: in the recipe of a run, in the
-zipr1.json of an exported folder, nowhere for other models.
-"""
+"""zipr1.json: how an exported folder is meant to be run sparse, what was measured, and which weights it speaks of."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Probes, Sparse, load
+from zipr1.core.recipe import Probes, Sparse
 from zipr1.core.text import reason
 
 # The section `sparse` of recipes/tiny.yaml: the embedded model's prompts are short, so none is too short to be pruned.
@@ -55,21 +51,6 @@ def read(folder: Path) -> dict[str, Any] | None:
             f"{folder}: {NAME} knows nothing of {min(strangers)}; it belongs to another export: copy the whole folder"
         )
     return dict(values)
-
-
-def sparsity_of(path: str) -> tuple[Sparse, str]:
-    """How a model's tokens are chosen and where that is written: as its run was trained, as its exported folder says,
-    for `tiny` as recipes/tiny.yaml has it, else the defaults of a recipe."""
-    if path == "tiny":
-        return TINY, "the embedded model"
-    folder = Path(path)
-    recipe = folder / "recipe.yaml"
-    if recipe.is_file() and (folder / "run.json").is_file():
-        return load(recipe).sparse, str(recipe)
-    manifest = read(folder) if folder.is_dir() else None
-    if manifest is None:
-        return Sparse(), "the defaults"
-    return Sparse.model_validate(manifest["sparse"]), str(folder / NAME)
 
 
 def weights(folder: Path) -> dict[str, dict[str, Any]]:

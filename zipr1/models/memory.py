@@ -1,5 +1,8 @@
 """What a run will take, by counting: parameters, memory by part, checkpoints, hours. Nothing is loaded.
 
+The one memory model: the plan of a run (`memory`), the tokens that one pass may have (token_budget.py) and the check
+before a profile (profiling/session.py) take the bytes of a token from the same three functions.
+
 The counts need a `Shape` (a bundled config, or that of a loaded model) and the recipe. `memory` bounds from above what
 depends on the data (nothing pruned, every row as long as the longest) and leaves out the allocator's fragments and the
 CUDA context, about 1 GiB. tests/models/test_memory.py holds it against the measured peak of a small model.
@@ -77,6 +80,24 @@ def computed(recipe: Recipe, size: int) -> int:
     return {"bfloat16": 2, "float32": 4}.get(recipe.train.param_dtype or "", size)
 
 
+def layer_bytes(s: Shape, size: int) -> int:
+    """Bytes that one decoder layer makes of one token, and that autograd keeps of it. size: bytes of a number."""
+    return size * (KEPT_HIDDEN * s.hidden + KEPT_MLP * s.mlp)
+
+
+def cache_bytes(s: Shape, size: int) -> int:
+    """Bytes of one token's keys and values in all layers, nothing pruned."""
+    return size * s.layers * 2 * s.heads * s.dim
+
+
+def update_bytes(s: Shape, size: int, checkpointing: bool) -> int:
+    """Bytes that a forward pass keeps of one token for its backward pass: all that every layer makes; with gradient
+    checkpointing one hidden state a layer and what one layer makes."""
+    if checkpointing:
+        return size * s.layers * s.hidden + layer_bytes(s, size)
+    return s.layers * layer_bytes(s, size)
+
+
 def memory(
     s: Shape, recipe: Recipe, longest: int, size: int | None = None, ranks: int = 1
 ) -> dict[str, int]:
@@ -101,13 +122,13 @@ def memory(
     length = longest + recipe.train.max_new_tokens
     tokens = rows * length
     probes = min(longest, recipe.sparse.probes.recent + recipe.sparse.probes.random)
-    # A layer's worth of a token, and of the probes' scores, which are float32.
-    layer = tokens * (KEPT_HIDDEN * s.hidden + KEPT_MLP * s.mlp) * size
+    # What one layer makes of these tokens, and of the probes' scores, which are float32.
+    layer = tokens * layer_bytes(s, size)
     scores = 2 * rows * s.q_heads * probes * longest * 4
-    deep = 1 if recipe.model.gradient_checkpointing else s.layers
-    kept = deep * (layer + scores)
-    if recipe.model.gradient_checkpointing:
-        kept += s.layers * tokens * s.hidden * size
+    checkpointing = recipe.model.gradient_checkpointing
+    kept = (
+        tokens * update_bytes(s, size, checkpointing) + (1 if checkpointing else s.layers) * scores
+    )
     answers = rows * recipe.train.max_new_tokens * s.vocab
     patches = longest * s.merge**2
     copied = (total - tower) * own_size if rl and not lora else 0
@@ -116,7 +137,7 @@ def memory(
         "reference": copied // shards,
         "gradients": learning // shards,
         "optimizer": 2 * learning // shards,
-        "kv_cache": s.layers * 2 * s.heads * s.dim * tokens * size,
+        "kv_cache": tokens * cache_bytes(s, size),
         "activations": kept,
         "logits": min(answers, max(LOGITS, s.vocab)) * 4 * COPIES,
         "vision": patches * (10 * s.vision_hidden + 3 * int(s.vision_mlp)) * size,
@@ -181,10 +202,11 @@ def hours(
 
 
 def loaded_shape(
-    config: Mapping[str, Any], name: str, merge: int, counted: Mapping[str, int]
+    config: Mapping[str, Any], name: str, merge: int, counted: Mapping[str, int] | None = None
 ) -> Shape:
     """Sizes of a loaded model of any family, for `memory` and `checkpoints`. config: as config.json has it. merge:
-    patches on a side of a visual token. counted: parameters of `vision`, `decoder` and `embeddings`."""
+    patches on a side of a visual token. counted: parameters of `vision`, `decoder` and `embeddings`, which `parameters`
+    needs for families other than Qwen2-VL's and Qwen2.5-VL's."""
     if config["model_type"] in ("qwen2_vl", "qwen2_5_vl"):
         return Shape.of(config, name)
     text, seen = config["text_config"], config["vision_config"]

@@ -28,12 +28,11 @@ from zipr1.models.batching import answer_slots, choose, groups, heldout_mass, pa
 from zipr1.models.families import FAMILIES, deepstack, towers
 from zipr1.models.loading import (
     add_lora,
-    choose_device,
     frozen_copy,
-    load_parts,
     restore_weights,
     save_folder,
 )
+from zipr1.models.open import open_model
 from zipr1.models.processors import Encoded, Processor, Visual
 from zipr1.models.sparse.attention import ATTENTION, Request, sparse_attention
 from zipr1.models.sparse.cache import PrunedCache, kv_bytes
@@ -72,7 +71,9 @@ class Policy:
         self.family = FAMILIES[model.config.model_type]
         for parameter in self.tower():
             parameter.requires_grad_(settings.train_vision)
-        self.adapted: Any = add_lora(model, settings.lora) if settings.lora else None
+        self.adapted: Any = (
+            add_lora(model, settings.lora, settings.revision) if settings.lora else None
+        )
         self.twin: Any = None
         self.decoder = model.get_decoder()
         self.layers = len(self.decoder.layers)
@@ -396,5 +397,5 @@ class Policy:
 
 def load_policy(settings: Model, device: str | None = None, seed: int = 0) -> Policy:
     """The model a recipe names. Raises InputError if it cannot be loaded or is of an unknown family."""
-    model, processor = load_parts(settings, choose_device(device), seed)
-    return Policy(model, processor, settings.path, settings)
+    opened = open_model(settings, device, seed)
+    return Policy(opened.model, opened.processor, settings.path, opened.settings)

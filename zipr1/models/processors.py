@@ -26,8 +26,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class PixelSettings:
-    """How pictures become patches. min_pixels, max_pixels: bounds of height x width after resizing; max_frame_pixels:
-    of a clip's frame, where it is not max_pixels.
+    """How pictures become patches. min_pixels, max_pixels: bounds of height x width after resizing; min_frame_pixels,
+    max_frame_pixels: of a clip's frame, None where they are a picture's.
 
     tile: pixels on a side of the one square that a picture is made, 0 for any size; besides: its tokens that show no
     part of it. clips: whether videos are handled."""
@@ -43,13 +43,17 @@ class PixelSettings:
     besides: int = 0
     clips: bool = True
     max_frame_pixels: int | None = None
+    min_frame_pixels: int | None = None
 
-    def of(self, kind: str) -> PixelSettings:
-        """Those of an `image` or a `video`."""
-        if kind == "image" or self.max_frame_pixels is None:
+    def of(self, kind: str, frame_pixels: int | None = None) -> PixelSettings:
+        """Those of an `image` or a `video`. frame_pixels: a lower upper bound of a clip's frame, if it is one."""
+        if kind == "image":
             return self
-        low = min(self.min_pixels, self.max_frame_pixels)
-        return replace(self, max_pixels=self.max_frame_pixels, min_pixels=low)
+        high = self.max_frame_pixels or self.max_pixels
+        if frame_pixels is not None:
+            high = min(high, frame_pixels)
+        low = min(self.min_frame_pixels or self.min_pixels, high)
+        return replace(self, min_pixels=low, max_pixels=high)
 
     @property
     def factor(self) -> int:
@@ -61,47 +65,75 @@ class PixelSettings:
         cls,
         folder: str | Path,
         sizes: tuple[int, int, int],
-        low: int | None,
-        high: int | None,
+        asked: Mapping[str, int | None],
         given: Mapping[str, Any] | None = None,
+        revision: str | None = None,
         **fixed: Any,
     ) -> PixelSettings:
-        """Settings saved beside the weights in `folder`, else `given`; the recipe's bounds win. sizes: patch, merge
-        and temporal; fixed: the family's other fields."""
-        saved: dict[str, Any] = dict(given or {})
-        for name in ("processor_config.json", "preprocessor_config.json"):
-            path = _file(folder, name)
-            if path is not None:
-                saved = json.loads(path.read_text())
-                saved = saved.get("image_processor", saved)
-                break
-        size = saved.get("size") or {}
+        """Settings saved beside the weights in `folder` (a hub id: what was downloaded of `revision`), else `given`.
+
+        sizes: patch, merge and temporal. asked: min_pixels, max_pixels and max_frame_pixels; those that are set win.
+        fixed: the family's other fields.
+        """
+        picture = _saved(folder, "image_processor", "preprocessor_config.json", revision)
+        picture = dict(given or {}) if picture is None else picture
+        clip = _saved(folder, "video_processor", "video_preprocessor_config.json", revision) or {}
         default = cls()
+        low, high = _bounds(picture)
+        low, high = low or default.min_pixels, high or default.max_pixels
+        least, most = _bounds(clip)
+        # None where it follows from the picture's, so that whoever asks for other pictures gets clips like them.
+        least = None if least == min(low, most or high) else least
+        most = None if most == high else most
         return cls(
             patch=sizes[0],
             merge=sizes[1],
             temporal=sizes[2],
-            min_pixels=low
-            or size.get("shortest_edge")
-            or saved.get("min_pixels")
-            or default.min_pixels,
-            max_pixels=high
-            or size.get("longest_edge")
-            or saved.get("max_pixels")
-            or default.max_pixels,
-            mean=tuple(saved.get("image_mean") or CLIP_MEAN),
-            std=tuple(saved.get("image_std") or CLIP_STD),
+            min_pixels=asked.get("min_pixels") or low,
+            max_pixels=asked.get("max_pixels") or high,
+            mean=tuple(picture.get("image_mean") or CLIP_MEAN),
+            std=tuple(picture.get("image_std") or CLIP_STD),
+            max_frame_pixels=asked.get("max_frame_pixels") or most,
+            min_frame_pixels=least,
             **fixed,
         )
 
 
-def _file(folder: str | Path, name: str) -> Path | None:
-    """A file of a model folder, or of a hub id's snapshot that has been downloaded."""
-    if Path(folder).is_dir():
-        path = Path(folder) / name
-        return path if path.is_file() else None
-    found = try_to_load_from_cache(str(folder), name) if folder else None
-    return Path(found) if isinstance(found, str) else None
+def has_pixel_settings(folder: str | Path) -> bool:
+    """Whether a folder holds pixel settings of its own."""
+    return _saved(folder, "image_processor", "preprocessor_config.json", None) is not None
+
+
+def _saved(folder: str | Path, part: str, file: str, revision: str | None) -> dict[str, Any] | None:
+    """What transformers 5 writes as a part of processor_config.json, and version 4 as a file of its own."""
+    whole = _json(folder, "processor_config.json", revision) or {}
+    found = whole.get(part)
+    return dict(found) if isinstance(found, dict) else _json(folder, file, revision)
+
+
+def _bounds(saved: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Least and most pixels, as either version of transformers writes them."""
+    size = saved.get("size") or {}
+    return (
+        size.get("shortest_edge") or saved.get("min_pixels"),
+        size.get("longest_edge") or saved.get("max_pixels"),
+    )
+
+
+def _json(folder: str | Path, name: str, revision: str | None) -> dict[str, Any] | None:
+    """A file of a model folder, or of what was downloaded of a hub id; None where there is none."""
+    if not folder:
+        return None
+    found: Any = Path(folder) / name
+    if not Path(folder).is_dir():
+        found = try_to_load_from_cache(str(folder), name, revision=revision)
+        found = Path(found) if isinstance(found, str) else None
+    if found is None or not found.is_file():
+        return None
+    try:
+        return dict(json.loads(found.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise InputError(f"{found}: not a JSON object; copy the model folder again") from None
 
 
 def fit_size(height: int, width: int, settings: PixelSettings) -> tuple[int, int]:
@@ -222,8 +254,11 @@ class Processor:
         """More end tokens, from the model's generation config."""
         self.end_ids = sorted({*self.end_ids, *tokens})
 
-    def visual(self, kind: str, pixels: np.ndarray, fps: float | None) -> Visual:
-        """pixels: uint8 `(H, W, 3)` or `(F, H, W, 3)`; fps of the frames given.
+    def visual(
+        self, kind: str, pixels: np.ndarray, fps: float | None, frame_pixels: int | None = None
+    ) -> Visual:
+        """pixels: uint8 `(H, W, 3)` or `(F, H, W, 3)`; fps of the frames given. frame_pixels: as in
+        `PixelSettings.of`.
 
         Raises InputError for a clip where the family's are not handled."""
         self._handled(kind)
@@ -232,7 +267,7 @@ class Processor:
             tokens = math.prod(grid) // self.settings.merge**2 + self.settings.besides
             return Visual(kind, patches, grid, 0.0, tokens)
         frames = pixels[None] if pixels.ndim == 3 else pixels
-        patches, grid = patchify(frames, self.settings.of(kind))
+        patches, grid = patchify(frames, self.settings.of(kind, frame_pixels))
         return self._visual(kind, patches, grid, fps)
 
     def planned(self, kind: str, frames: int, height: int, width: int, fps: float | None) -> Visual:

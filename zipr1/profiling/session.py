@@ -17,7 +17,7 @@ import torch
 from zipr1.core import machine
 from zipr1.core.errors import InputError
 from zipr1.core.text import reason
-from zipr1.models import cost
+from zipr1.models import cost, memory
 from zipr1.profiling import measure, rates, rows, subject
 from zipr1.profiling.subject import Inputs, Subject
 
@@ -70,7 +70,7 @@ def profile(wish: Wish, tell: Callable[[str], None] = lambda text: None) -> dict
         tell(f"{name}, batch {batch}")
         try:
             if synthetic:
-                _room(built, length, batch)
+                _check_memory(built, length, batch)
             inputs = built.random(length, batch) if synthetic else _real(wish, built, batch)
             found += _case(built, inputs, keeps, known, python[batch], wish)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -140,8 +140,7 @@ def inputs_name(wish: Wish) -> str:
 def _real(wish: Wish, built: Subject, batch: int) -> Inputs:
     if wish.image is not None or wish.video is not None:
         return built.real(subject.given_prompt(wish.image, wish.video), batch)
-    assert built.policy is not None
-    return built.real(subject.longest_clip(built.policy), batch)
+    return built.real(built.longest_clip(), batch)
 
 
 def _case(
@@ -157,13 +156,14 @@ def _case(
     return rows.rows_of(built, inputs, taken, seen, known, python_ms)
 
 
-def _room(built: Subject, length: int, batch: int) -> None:
+def _check_memory(built: Subject, length: int, batch: int) -> None:
     """Raise MemoryError where a CPU would be killed instead: it hands out memory that it has not got."""
     if built.device.type != "cpu":
         return
     s = built.shape
-    tokens = length * batch
-    need = s.size * tokens * (8 * s.hidden + 3 * s.mlp + 4 * s.layers * s.heads * s.dim)
+    # The dense and the sparse cache are there at once, and what one layer makes.
+    token = 2 * memory.cache_bytes(s, s.size) + memory.layer_bytes(s, s.size)
+    need = length * batch * token
     free = machine.free_memory()
     if free is not None and need > 0.9 * free:
         raise MemoryError(

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Model, Sparse
+from zipr1.core.recipe import Data, Model, Sparse
 from zipr1.core.types import Media, Prompt
 from zipr1.data.digits import tasks
 from zipr1.data.media import load_media
 from zipr1.models import cost
 from zipr1.models.loading import choose_device, random_model
-from zipr1.models.manifest import sparsity_of
+from zipr1.models.open import find_source, inference_dtype
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
 
 QUESTION = "Describe this."
-# The same budget of frames for whoever names a clip and no recipe.
-FRAMES = 16
 
 
 @dataclass
@@ -56,7 +54,7 @@ class Inputs:
 @dataclass
 class Subject:
     """core: the transformers model, its text attention ours. shape: its sizes, `layers` those that are built.
-    all_layers: those of the model it stands for. sparse: its own settings. real: prompts of its own, by batch."""
+    all_layers: those of the model it stands for. sparse: its own settings. data: frames of its clips."""
 
     core: Any
     shape: cost.Shape
@@ -64,6 +62,7 @@ class Subject:
     sparse: Sparse
     weights: str
     policy: Policy | None = None
+    data: Data = field(default_factory=Data)
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +85,7 @@ class Subject:
         return Inputs(arguments, valid, "random tokens")
 
     @torch.no_grad()
-    def real(self, prompt: Prompt, batch: int, frames: int = FRAMES) -> Inputs:
+    def real(self, prompt: Prompt, batch: int) -> Inputs:
         """`batch` copies of a real prompt. Raises InputError for media that cannot be read."""
         policy = self.policy
         if policy is None:
@@ -94,13 +93,24 @@ class Subject:
                 "random weights of a bundled config have no tokenizer for --image or --video; "
                 "give --lengths, or --model with a model folder"
             )
-        media = [load_media(m, frames) for m in prompt.media]
-        encoded: Encoded = policy.encode(prompt, media, self.shape.limit)
+        encoded = self.encode(policy, prompt, self.shape.limit)
         features = policy.look([encoded])
         arguments, valid = policy.rows([encoded] * batch, features, None, left=True)
         visual = sum(len(x) for x in features.values())
         names = [Path(m.source).name for m in prompt.media if isinstance(m.source, (str, Path))]
         return Inputs(arguments, valid, ", ".join(names), visual, lambda: policy.look([encoded]))
+
+    def encode(self, policy: Policy, prompt: Prompt, most: int) -> Encoded:
+        """A prompt of at most `most` tokens, its clips with as many frames as the model was trained on."""
+        media = [load_media(m, self.data.max_frames, self.data.fps) for m in prompt.media]
+        return policy.encode(prompt, media, most)
+
+    def longest_clip(self) -> Prompt:
+        """The embedded test clip with the longest prompt, of 40."""
+        policy = self.policy
+        assert policy is not None
+        prompts = tasks.prompts("test", "moving_digits", 40, 1, seed=0)
+        return max(prompts, key=lambda p: len(self.encode(policy, p, 100_000)))
 
 
 def load(
@@ -112,8 +122,7 @@ def load(
     model's own. Raises InputError.
     """
     chosen = choose_device(device)
-    if dtype == "auto":
-        dtype = "bfloat16" if chosen.type == "cuda" else "float32"
+    dtype = inference_dtype(dtype, chosen)
     if model in cost.bundled():
         shape = cost.shape_of(model)
         built = layers if layers is not None else shape.layers
@@ -132,8 +141,10 @@ def load(
             cost.shape_of(model)  # which names the nearest bundled config
         policy = load_policy(Model.model_validate({"path": model, "dtype": dtype}), device)
         shape = cost.Shape.of(policy.core.config.to_dict(), model)
-        sparse, _ = sparsity_of(model)
-        subject = Subject(policy.core, shape, shape.layers, sparse, "its own", policy)
+        source = find_source(model)
+        subject = Subject(
+            policy.core, shape, shape.layers, source.sparse, "its own", policy, source.data
+        )
     size = torch.empty(0, dtype=subject.dtype).element_size()
     subject.shape = replace(subject.shape, size=size)
     if probes is not None:
@@ -152,13 +163,3 @@ def given_prompt(image: Path | None, video: Path | None) -> Prompt:
     media = Media("image", image) if image is not None else Media("video", str(video))
     content = [{"type": media.kind}, {"type": "text", "text": QUESTION}]
     return Prompt("given", [{"role": "user", "content": content}], (media,), "", picture="given")
-
-
-def longest_clip(policy: Policy) -> Prompt:
-    """The embedded test clip with the longest prompt, of 40."""
-    prompts = tasks.prompts("test", "moving_digits", 40, 1, seed=0)
-    return max(prompts, key=lambda p: len(_encoded(policy, p)))
-
-
-def _encoded(policy: Policy, prompt: Prompt) -> Encoded:
-    return policy.encode(prompt, [load_media(m, FRAMES) for m in prompt.media], 100_000)

@@ -6,7 +6,6 @@ and one line says what could not be checked.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from zipr1.core.errors import InputError, Missing
+from zipr1.core.machine import free_memory
 from zipr1.core.recipe import Recipe
 from zipr1.core.text import one_line, size
 from zipr1.core.types import Prompt
@@ -24,7 +24,7 @@ from zipr1.data import sources
 from zipr1.models import memory
 from zipr1.models.cost import Shape
 from zipr1.models.encoder import Pictures, effective
-from zipr1.models.loading import is_here
+from zipr1.models.open import is_here
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
 from zipr1.train import supervised
@@ -84,8 +84,8 @@ def _policy(recipe: Recipe, device: str | None, unchecked: list[str]) -> Policy 
         unchecked.append(f"tokenizer and weights (hf download {path})")
         return None
     needed = sum(memory.parameters(known).values()) * memory.weight_bytes(recipe)
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    if needed > free:
+    free = free_memory()
+    if free is not None and needed > free:
         unchecked.append(
             f"tokenizer and weights ({path} needs {size(needed)} and {size(free)} are free)"
         )

@@ -22,7 +22,7 @@ from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
 from zipr1.models.sparse import thresholds
 from zipr1.models.sparse.attention import Request
-from zipr1.models.token_budget import most_tokens
+from zipr1.models.token_budget import token_budget
 from zipr1.rewards.registry import reward_of
 from zipr1.train import advantages
 from zipr1.train.controller import Check
@@ -171,7 +171,7 @@ def sample(
     wants_cut = "cut" in thresholds.parse(recipe.efficiency.method)
     made: dict[int, Rollout] = {}
     cuts, masses = torch.zeros(len(p)), []
-    room = most_tokens(policy, recipe, update=False)
+    room = token_budget(policy, recipe, update=False)
     lengths = [len(e) + settings.max_new_tokens for e in encoded]
     for rows in by_length(lengths, settings.micro_batch, room):
         request = Request(
@@ -265,7 +265,7 @@ def dense_right(
     right = [0.0] * len(prompts)
     with policy.reference() as model:
         lengths = [len(e) + recipe.train.max_new_tokens for e in encoded]
-        room = most_tokens(policy, recipe, update=False)
+        room = token_budget(policy, recipe, update=False)
         for rows in by_length(lengths, recipe.train.micro_batch, room):
             answers = policy.generate(
                 [encoded[i] for i in rows], features, None, recipe.train.max_new_tokens, model=model

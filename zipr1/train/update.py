@@ -20,7 +20,7 @@ from zipr1.models.policy import Policy
 from zipr1.models.shared_prefill import ANSWERS, shared_states
 from zipr1.models.sparse import thresholds
 from zipr1.models.sparse.attention import Request, sparse_attention
-from zipr1.models.token_budget import most_tokens
+from zipr1.models.token_budget import token_budget
 from zipr1.train import advantages, losses
 from zipr1.train.controller import Pressure
 from zipr1.train.optim import Optimizers, clipped_step
@@ -89,7 +89,7 @@ def update(
     said: dict[str, float] = defaultdict(float)
     norms = 0.0
     here = [b for b, i in enumerate(rows.prompt) if batch.encoded[i] is not None]
-    room = most_tokens(policy, recipe, update=True)
+    room = token_budget(policy, recipe, update=True)
     count = min(recipe.ppo.minibatches, len(rows.tokens))
     steps = recipe.ppo.epochs * count
     for _ in range(recipe.ppo.epochs):
