@@ -1,6 +1,6 @@
 """What an evaluation leaves behind, written benchmark by benchmark, so that a kill costs only the one under way.
 
-DIR/eval.json               what was measured: model, budgets, conditions
+DIR/eval.json               what was measured: model, values of p, conditions
     benchmarks/<name>.json  one benchmark, complete once it is there
     results.json  report.md  report.html  pareto.png  layers.png
 """
@@ -78,8 +78,8 @@ class Folder:
 
     def done(self, name: str) -> bool:
         """Whether this benchmark has a result here; failed ones are tried again."""
-        found = self.read(name)
-        return found is not None and "error" not in found
+        result = self.read(name)
+        return result is not None and "error" not in result
 
     def read(self, name: str) -> dict[str, Any] | None:
         try:

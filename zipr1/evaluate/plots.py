@@ -88,7 +88,7 @@ def _pareto(records: Sequence[dict[str, Any]], results: dict[str, Any]) -> Any:
 
 
 def _layers(records: Sequence[dict[str, Any]]) -> Any:
-    """A panel a benchmark: the kept share of tokens by layer, a line a budget."""
+    """A panel a benchmark: the kept share of tokens by layer, a line for each p."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     figure, axes = _grid(len(records), 2.4)

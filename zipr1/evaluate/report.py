@@ -32,15 +32,15 @@ def collect(
     """
     there = {p.stem for p in (folder.root / "benchmarks").glob("*.json")}
     order = [*SUITES, *sorted(there - set(SUITES))]
-    found = [r for r in (folder.read(name) for name in order if name in there) if r is not None]
+    records = [r for r in (folder.read(name) for name in order if name in there) if r is not None]
     asked = {suite.name for suite in suites}
-    good = [r for r in found if "error" not in r]
+    good = [r for r in records if "error" not in r]
     return dict(
         plain(
             {
                 "rows": [row for r in good for row in r["rows"]],
                 "averages": averages(good),
-                "errors": [r for r in found if "error" in r and r["task"] in asked],
+                "errors": [r for r in records if "error" in r and r["task"] in asked],
                 "notes": list(dict.fromkeys(note for r in good for note in r["notes"])),
                 "model": meta["model"],
                 "base": meta["base"],
@@ -62,15 +62,15 @@ def averages(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(some) < 2:
             continue
         for p in dict.fromkeys(row["p"] for r in some for row in r["rows"]):
-            here = [(r["average"], row) for r in some for row in r["rows"] if row["p"] == p]
-            row: dict[str, Any] = {"group": name, "p": p, "benchmarks": len(here)}
+            at_p = [(r["average"], row) for r in some for row in r["rows"] if row["p"] == p]
+            row: dict[str, Any] = {"group": name, "p": p, "benchmarks": len(at_p)}
             for key in ("dense", "sparse", "difference", "base", "base_difference"):
-                values = [one.get(key) for _, one in here]
+                values = [one.get(key) for _, one in at_p]
                 if all(v is not None for v in values):
                     row[key] = float(
-                        np.mean([v / scale for v, (scale, _) in zip(values, here, strict=True)])
+                        np.mean([v / scale for v, (scale, _) in zip(values, at_p, strict=True)])
                     )
-            row["token_ratio"] = float(np.mean([one["token_ratio"] for _, one in here]))
+            row["token_ratio"] = float(np.mean([one["token_ratio"] for _, one in at_p]))
             rows.append(row)
     return rows
 
@@ -100,8 +100,8 @@ def headings(results: dict[str, Any]) -> list[str]:
 def cells(results: dict[str, Any]) -> list[list[str]]:
     """The table as text, a list a row; averages last."""
     rows = []
-    based = bool(results["base"])
-    key = "base_difference" if based else "difference"
+    has_base = bool(results["base"])
+    key = "base_difference" if has_base else "difference"
     last = ""
     for row in results["rows"]:
         first = row["task"] != last
@@ -111,7 +111,7 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
             [
                 row["task"] if first else "",
                 f"{row['n']:,}" if first else "",
-                *([score(row.get("base"), top) if first else ""] if based else []),
+                *([score(row.get("base"), top) if first else ""] if has_base else []),
                 score(row["dense"], top) if first else "",
                 f"{row['p']:g}",
                 score(row["sparse"], top),
@@ -126,7 +126,7 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
             [
                 f"mean, {row['group']}",
                 f"{row['benchmarks']} sets",
-                *([score(row.get("base"), 100)] if based else []),
+                *([score(row.get("base"), 100)] if has_base else []),
                 score(row.get("dense"), 100),
                 f"{row['p']:g}",
                 score(row.get("sparse"), 100),

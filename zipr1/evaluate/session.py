@@ -29,7 +29,7 @@ from zipr1.models.open import ModelSource, find_source, inference_dtype
 from zipr1.models.policy import Policy, load_policy
 
 if TYPE_CHECKING:
-    from zipr1.evaluate.answers import Conditions
+    from zipr1.evaluate.answers import Answerer, Conditions
 
 # Recipe keys that mean something here.
 READ = (
@@ -44,8 +44,8 @@ BATCH = 16
 
 
 @dataclass
-class Wanted:
-    """What a user asks for. tasks: names of suites, groups and lmms-eval's tasks. budgets: p of each, 1.0 is dense.
+class EvalRequest:
+    """What a user asks for. tasks: names of suites, groups and lmms-eval's tasks. p_values: of --budget, 1.0 is dense.
 
     limit: first questions of each benchmark; None takes the suite's own, 0 all. changes: `a.b=c` of a recipe.
     base: measure the untouched model too, where `model` is a run. output: None is a folder named by all of this.
@@ -53,7 +53,7 @@ class Wanted:
 
     model: str
     tasks: Sequence[str]
-    budgets: Sequence[float]
+    p_values: Sequence[float]
     limit: int | None = None
     output: Path | None = None
     data_root: Path | None = None
@@ -62,7 +62,7 @@ class Wanted:
     base: bool = True
 
 
-def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, Any]:
+def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[str, Any]:
     """Measure every benchmark and write results.json, report.md, report.html and plots; return results.json.
 
     A benchmark that fails is reported and does not stop the others; one that was finished before is not repeated.
@@ -70,37 +70,37 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
     """
     # 1. what is asked for, in full
     check_installed()
-    suites = _suites(wanted.tasks)
-    source = find_source(wanted.model)
-    recipe, keys = _settings(wanted, source)
-    budgets = _budgets(wanted.budgets, recipe)
-    _check_data_root(wanted.data_root, suites)
+    suites = _suites(request.tasks)
+    source = find_source(request.model)
+    recipe, keys = _settings(request, source)
+    p_values = _p_values(request.p_values, recipe)
+    _check_data_root(request.data_root, suites)
     processes.start()
     try:
         # 2. the model, and the one it was trained from
-        device = wanted.device or processes.device()
+        device = request.device or processes.device()
         recipe = _with_dtype(recipe, device)
         policy = load_policy(recipe.model, device)
-        base, base_name, base_note = _base(wanted, source, recipe, device)
+        base, base_name, base_note = _base(request, source, recipe, device)
         meta = {
-            "model": wanted.model,
+            "model": request.model,
             "base": base_name,
             "sparse": recipe.sparse.model_dump(mode="json"),
-            "budgets": list(budgets),
-            "limit": wanted.limit,
+            "budgets": list(p_values),
+            "limit": request.limit,
             "dtype": str(policy.core.dtype).removeprefix("torch."),
             "max_pixels": policy.processor.settings.max_pixels,
             **_frame_bound(policy),
-            "changes": list(wanted.changes),
-            "data_root": str(wanted.data_root.resolve()) if wanted.data_root else None,
+            "changes": list(request.changes),
+            "data_root": str(request.data_root.resolve()) if request.data_root else None,
             "weights": identity(source.place),
         }
         # 3. where results go; what is there already
-        folder = Folder.open(wanted.output, wanted.model, meta)
+        folder = Folder.open(request.output, request.model, meta)
         loud = processes.rank() == 0
         quiet = console if loud else Console(file=io.StringIO())
         quiet.print(
-            f"{wanted.model}: sparsity of {source.sparse_from}; "
+            f"{request.model}: sparsity of {source.sparse_from}; "
             + (f"base: {base_name}; " if base_name else f"{base_note}; " if base_note else "")
             + f"results in {folder.root}",
             soft_wrap=True, highlight=False,
@@ -115,8 +115,12 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
                 soft_wrap=True, highlight=False,
             )  # fmt: skip
         # 4. one benchmark after another, each written when it is done
-        asked = [p for p in budgets if p in wanted.budgets or p < 1]
-        _measure_all(wanted, suites, policy, base, recipe, keys, budgets, asked, folder, quiet)
+        from zipr1.evaluate.answers import Answerer
+
+        batch = recipe.evaluation.batch if "evaluation.batch" in keys else BATCH
+        answerer = Answerer(policy, recipe.sparse, p_values, batch, base=base)
+        reported = [p for p in p_values if p in request.p_values or p < 1]
+        _measure_all(request, suites, answerer, recipe, keys, reported, folder, quiet)
         # 5. everything together
         from zipr1.evaluate import report
 
@@ -210,11 +214,11 @@ def _check_data_root(root: Path | None, suites: Sequence[Suite]) -> None:
         )
 
 
-def _settings(wanted: Wanted, source: ModelSource) -> tuple[Recipe, set[str]]:
+def _settings(request: EvalRequest, source: ModelSource) -> tuple[Recipe, set[str]]:
     """A recipe that holds what is read here, and the keys given on the command line."""
     sparse = source.sparse.model_dump()
-    values: dict[str, Any] = {"model": {"path": wanted.model}, "sparse": sparse}
-    keys = [override(values, text) for text in wanted.changes]
+    values: dict[str, Any] = {"model": {"path": request.model}, "sparse": sparse}
+    keys = [override(values, text) for text in request.changes]
     for key in keys:
         if not any(key == name or key.startswith(name) for name in READ):
             raise InputError(
@@ -233,8 +237,8 @@ def _with_dtype(recipe: Recipe, device: str | None) -> Recipe:
     return recipe.model_copy(update={"model": model})
 
 
-def _budgets(given: Sequence[float], recipe: Recipe) -> list[float]:
-    """All budgets, dense first; without any the model's own beside dense."""
+def _p_values(given: Sequence[float], recipe: Recipe) -> list[float]:
+    """All values of p, dense first; without any the model's own beside dense."""
     for p in given:
         if not 0 < p <= 1:
             raise InputError(
@@ -250,14 +254,14 @@ def _frame_bound(policy: Policy) -> dict[str, int]:
 
 
 def _base(
-    wanted: Wanted, source: ModelSource, recipe: Recipe, device: str | None
+    request: EvalRequest, source: ModelSource, recipe: Recipe, device: str | None
 ) -> tuple[Policy | None, str | None, str | None]:
     """The untouched model that a run or an exported folder was trained from: (it, its name, why there is none).
 
     A run's recipe names it; an exported folder's zipr1.json does, which still holds where the run is not at hand.
     """
     trained = source.recipe
-    if not wanted.base or trained is None:
+    if not request.base or trained is None:
         return None, None, None
     if trained.train.stage != "rl" or trained.model.train_vision:
         return None, None, None
@@ -272,36 +276,32 @@ def _base(
 
 
 def _measure_all(
-    wanted: Wanted,
+    request: EvalRequest,
     suites: Sequence[Suite],
-    policy: Policy,
-    base: Policy | None,
+    answerer: Answerer,
     recipe: Recipe,
     keys: set[str],
-    budgets: Sequence[float],
-    asked: Sequence[float],
+    reported: Sequence[float],
     folder: Folder,
     console: Console,
 ) -> None:
-    from zipr1.evaluate.answers import Answerer
+    """A file for each benchmark, its result or why there is none. reported: the values of p that get a row."""
     from zipr1.evaluate.records import record
 
-    batch = recipe.evaluation.batch if "evaluation.batch" in keys else BATCH
-    answerer = Answerer(policy, recipe.sparse, budgets, batch, base=base)
     for suite in suites:
         done = processes.gather(folder.done(suite.name))[0]
         if done:
             console.print(f"{suite.name}: finished before, not repeated", highlight=False)
             continue
         conditions = conditions_of(suite, recipe, keys)
-        limit = suite.limit if wanted.limit is None else wanted.limit or None
+        limit = suite.limit if request.limit is None else request.limit or None
         began = time.monotonic()
         try:
             from zipr1.evaluate.harness import measure
 
             with _bar(console, suite, limit) as tell:
-                scored = measure(suite, answerer, conditions, limit, wanted.data_root, tell)
-            result = record(suite, scored, answerer, conditions, asked, time.monotonic() - began)
+                scored = measure(suite, answerer, conditions, limit, request.data_root, tell)
+            result = record(suite, scored, answerer, conditions, reported, time.monotonic() - began)
         except ZipError as error:
             result = {"task": suite.name, "error": one_line(error)}
             console.print(
