@@ -58,10 +58,10 @@ def take(
     phases = measure.by_phase(subject, inputs, variants)
     steps = measure.decoding(subject, inputs, variants, seconds)
     out = []
-    for variant, parts, found, (step, size) in zip(variants, times, phases, steps, strict=True):
+    for variant, parts, by_phase, (step, size) in zip(variants, times, phases, steps, strict=True):
         with memory(subject.device) as used:
             measure.prefill(subject, inputs, variant)
-        taken = Taken(variant, realised(variant), parts, found, step, size, int(used.peak))
+        taken = Taken(variant, realised(variant), parts, by_phase, step, size, int(used.peak))
         if count:
             taken.flops, taken.step_flops = counted(subject, inputs, variant)
         out.append(taken)
