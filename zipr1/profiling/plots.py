@@ -21,9 +21,6 @@ LINES = {"attention": "#F58518", "layer": "#4C78A8"}
 
 def draw(result: Mapping[str, Any], layer: Sequence[Row], folder: Path) -> list[tuple[Path, str]]:
     """PNG files and what each shows. layer: the rows whose phases are stacked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     out = []
     if layer:
         out.append(_phases(layer, folder / "phases.png"))
