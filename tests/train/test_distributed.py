@@ -29,6 +29,7 @@ from zipr1.core import distributed
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import load
 from zipr1.data import sources, video
+from zipr1.data.sampler import PromptSampler
 from zipr1.models import encoder
 from zipr1.train import loop
 
@@ -233,7 +234,7 @@ def dealt(recipe: Path, wanted: list[list[int]]) -> int:
     for seed in range(1000):
         rows = sources.load(made.data, "train", seed)
         ids = [p.id for p in sources.load(made.data, "train", 0)]
-        drawn = [ids.index(p.id) for p in sources.Deck(rows, seed, made.train.prompts).draw(0)]
+        drawn = [ids.index(p.id) for p in PromptSampler(rows, seed, made.train.prompts).draw(0)]
         if [sorted(drawn[0::2]), sorted(drawn[1::2])] == wanted:
             return seed
     raise AssertionError("no such seed")

@@ -36,13 +36,13 @@ def load_media(
     return read_image(_encoded(media.source)), None
 
 
-def look(media: Media) -> tuple[int, int, int, float]:
+def check(media: Media) -> tuple[int, int, int, float]:
     """`Media.size` of a picture or clip: it is opened and decoded. Raises InputError if that fails."""
     if isinstance(media.source, np.ndarray):
         frames = media.source[None] if media.kind == "image" else media.source
         return (*frames.shape[:3], media.fps or 0.0)
     if media.kind == "video":
-        return video.look(as_path(media.source))
+        return video.check(as_path(media.source))
     return (1, *check_image(_encoded(media.source)), 0.0)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
+import threading
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
@@ -26,7 +28,7 @@ def reader() -> tuple[str, str]:
     try:
         importlib.import_module("decord")
     except (ImportError, OSError) as error:
-        reason = f"decord cannot be imported ({error}); clips are read by PyAV, slower"
+        reason = f"decord cannot be imported ({_first_line(error)}); clips are read by PyAV, slower"
         log.warning("%s", reason)
         return "pyav", reason
     return "decord", "decord is installed"
@@ -37,13 +39,13 @@ def read(
 ) -> tuple[np.ndarray, float]:
     """Frames uint8 `(F, H, W, 3)` spread evenly over the whole clip, and how many of them make a second.
 
-    fps: wanted; never more than the clip has; None takes all frames. max_frames: most that come back.
+    fps: to read at, at most the clip's own; None takes all frames. max_frames: the most that come back.
     """
     frames, own_fps, total = _decode(path, lambda total, own: choose(total, own, max_frames, fps))
     return frames, own_fps * len(frames) / total
 
 
-def look(path: str | Path) -> tuple[int, int, int, float]:
+def check(path: str | Path) -> tuple[int, int, int, float]:
     """A clip's frames, height, width and frames per second. Its first and last frames are decoded, so that a file that
     is cut off or damaged on the way is an InputError here."""
     frames, own_fps, total = _decode(path, lambda total, own: np.unique([0, total - 1]))
@@ -79,40 +81,64 @@ def write(path: Path, frames: np.ndarray, fps: float) -> None:
 
 def choose(total: int, own_fps: float, max_frames: int | None, fps: float | None) -> np.ndarray:
     """Ascending indices, int64, of the frames to read: the middles of equal parts of the clip."""
-    wanted = total if fps is None or own_fps <= 0 else min(total, round(total / own_fps * fps))
-    number = max(1, wanted if max_frames is None else min(wanted, max_frames))
+    number = total if fps is None or own_fps <= 0 else min(total, round(total / own_fps * fps))
+    if max_frames is not None:
+        number = min(number, max_frames)
+    number = max(1, number)
     return ((np.arange(number) + 0.5) * total / number).astype(np.int64)
 
 
 # Which frames to decode, of a clip with so many frames at so many a second: ascending indices.
-Rows = Callable[[int, float], np.ndarray]
+ChooseFrames = Callable[[int, float], np.ndarray]
 
 
-def _decode(path: str | Path, rows: Rows) -> tuple[np.ndarray, float, int]:
+def _decode(path: str | Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, float, int]:
     """Chosen frames uint8 `(F, H, W, 3)`, the clip's own frames per second, and how many frames it has."""
     path = exists(path)
-    if reader()[0] == "decord":
-        from decord.base import DECORDError
+    if reader()[0] != "decord":
+        return _read_pyav(path, choose_frames)
+    from decord.base import DECORDError
 
-        # decord 0.6 brings an old FFmpeg (no AV1), and fails on frames 16 or 48 px wide.
-        try:
-            return _read_decord(path, rows)
-        except (DECORDError, RuntimeError, IndexError, OSError) as error:
-            log.debug("%s: decord failed (%s); trying PyAV", path, _first_line(error))
-    return _read_pyav(path, rows)
+    # decord 0.6 brings an old FFmpeg (no AV1), and fails on frames 16 or 48 px wide.
+    try:
+        return _read_decord(path, choose_frames)
+    except (DECORDError, RuntimeError, IndexError, OSError) as error:
+        reason = _first_line(error)
+    decoded = _read_pyav(path, choose_frames)
+    _warn_of_fallback(path, reason)
+    return decoded
 
 
-def _read_decord(path: Path, rows: Rows) -> tuple[np.ndarray, float, int]:
+_reasons_told: set[str] = set()
+_lock = threading.Lock()  # several threads read clips
+
+
+def _warn_of_fallback(path: Path, reason: str) -> None:
+    """Say that PyAV reads what decord cannot: once for each reason of decord's, since whole data sets can be so."""
+    # decord puts the time before its message and names the file in it.
+    reason = re.sub(r"^\[\d+:\d+:\d+\] ", "", reason).replace(str(path), "FILE")
+    with _lock:
+        if reason in _reasons_told:
+            return
+        _reasons_told.add(reason)
+    log.warning(
+        "%s: decord cannot read it (%s); PyAV reads it and others like it, which can be slower",
+        path,
+        reason,
+    )
+
+
+def _read_decord(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, float, int]:
     import decord
 
     clip = decord.VideoReader(str(path), num_threads=1)
     total, own_fps = len(clip), float(clip.get_avg_fps())
     if total == 0:
         raise InputError(f"{path}: the video has no frames; {_HELP}")
-    return clip.get_batch(rows(total, own_fps).tolist()).asnumpy(), own_fps, total
+    return clip.get_batch(choose_frames(total, own_fps).tolist()).asnumpy(), own_fps, total
 
 
-def _read_pyav(path: Path, rows: Rows) -> tuple[np.ndarray, float, int]:
+def _read_pyav(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, float, int]:
     import av
 
     try:
@@ -125,12 +151,12 @@ def _read_pyav(path: Path, rows: Rows) -> tuple[np.ndarray, float, int]:
             total = sum(1 for _ in container.decode(stream))
             if total == 0:
                 raise InputError(f"{path}: the video has no frames; {_HELP}")
-        wanted = set(rows(total, own_fps).tolist())
+        chosen = set(choose_frames(total, own_fps).tolist())
         with av.open(str(path)) as container:
             frames = [
                 frame.to_ndarray(format="rgb24")
                 for index, frame in enumerate(container.decode(container.streams.video[0]))
-                if index in wanted
+                if index in chosen
             ]
     except (av.FFmpegError, OSError) as error:
         raise InputError(

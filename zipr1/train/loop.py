@@ -24,6 +24,7 @@ from zipr1.core.recipe import Recipe
 from zipr1.core.rundir import RunDir, load_state, save_state
 from zipr1.core.types import Prompt
 from zipr1.data import sources
+from zipr1.data.sampler import PromptSampler
 from zipr1.models.encoder import Pictures, effective
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
@@ -84,7 +85,7 @@ def _run(
         questions, _ = pictures.usable(questions)
     _, first = pictures.usable(prompts[: FIRST if recipe.sparse.dense_below else 1], least=0)
     check_lengths(recipe, [len(encoded) for encoded in first])
-    deck = sources.Deck(prompts, recipe.seed, recipe.train.prompts)
+    deck = PromptSampler(prompts, recipe.seed, recipe.train.prompts)
     hashes = {"train": sources.identity(prompts), "heldout": sources.identity(questions)}
     about = describe(
         command, str(policy.device), recipe.seed, ranks=distributed.size(),
@@ -165,7 +166,7 @@ def rl_step(
     policy: Policy,
     recipe: Recipe,
     pictures: Pictures,
-    deck: sources.Deck,
+    deck: PromptSampler,
     optimizer: Optimizers,
     state: dict[str, Any],
     step: int,
@@ -230,7 +231,7 @@ def take(
 def supervised_step(
     policy: Policy,
     recipe: Recipe,
-    deck: sources.Deck,
+    deck: PromptSampler,
     optimizer: Optimizers,
     state: dict[str, float],
     step: int,

@@ -21,9 +21,10 @@ from zipr1.data.digits import glyphs
 from zipr1.data.digits.questions import KINDS, Question, catalogue, draw, draw_second, vocabulary
 from zipr1.data.digits.scenes import Scene, draw_image, draw_video
 
-__all__ = ["TASKS", "cache_directory", "lesson", "prompts", "vocabulary"]
+__all__ = ["HELDOUT_SHARE", "TASKS", "cache_directory", "lesson", "prompts", "vocabulary"]
 
 TASKS = tuple(KINDS)
+HELDOUT_SHARE = {"hard_digits": 0.25}
 _LESSON = 100  # keeps the random streams of lessons apart from those of prompts
 _TRIES = 1000
 
