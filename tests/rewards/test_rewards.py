@@ -314,7 +314,7 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     for name, words in {
         "gone.py:f": r"there is no file gone\.py",
         "broken.py:f": r"broken\.py does not load \(SyntaxError",
-        "mine.py:f": r"has no function f of two arguments; write def f\(said: str",
+        "mine.py:f": r"has no function f of two arguments; write def f\(prediction: str",
         "mine.py:three": "no function three",
         "mine.py:one": "no function one of two arguments",
     }.items():

@@ -15,9 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from zipr1.core.config import override, parse, read, show
+from zipr1.core.config import override, parse, problem, read, show
 from zipr1.core.errors import InputError
-from zipr1.core.mistakes import problem
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]

@@ -40,8 +40,8 @@ def letter(text: str) -> str | None:
             last = found[-1]
             if _SECOND.match(text, last.end(last.lastindex or 0)):
                 return None
-            return _said(last)
-    options = {_said(match) for match in _OPTION.finditer(text)}
+            return _letter_of(last)
+    options = {_letter_of(match) for match in _OPTION.finditer(text)}
     if len(options) == 1:
         return options.pop()
     alone = {
@@ -55,12 +55,12 @@ def letter(text: str) -> str | None:
     return alone.pop() if len(alone) == 1 else None
 
 
-def choice(said: str, wanted: str) -> float:
+def choice(prediction: str, reference: str) -> float:
     """1.0 if both settle on the same letter, else 0.0."""
-    heard = letter(said)
-    return float(heard is not None and heard == letter(wanted))
+    predicted = letter(prediction)
+    return float(predicted is not None and predicted == letter(reference))
 
 
-def _said(match: re.Match[str]) -> str:
+def _letter_of(match: re.Match[str]) -> str:
     """The letter: of the pattern's groups only one can match."""
     return str(match[match.lastindex or 0]).upper()

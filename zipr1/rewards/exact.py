@@ -28,7 +28,7 @@ def words(text: str) -> list[str]:
     return [re.sub(r"\s", "", word) for word in _WORD.findall(plain(text))]
 
 
-def exact(said: str, wanted: str) -> float:
-    """1.0 if the words are those of `wanted`, else 0.0; an answer without words is never right."""
-    heard = words(final(said))
-    return float(bool(heard) and heard == words(final(wanted)))
+def exact(prediction: str, reference: str) -> float:
+    """1.0 if the words are those of `reference`, else 0.0; an answer without words is never right."""
+    predicted = words(final(prediction))
+    return float(bool(predicted) and predicted == words(final(reference)))
