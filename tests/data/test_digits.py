@@ -290,6 +290,21 @@ def test_train_prompts_follow_the_mix_and_the_seed():
     assert len({p.id for p in made}) == 50
 
 
+@pytest.mark.parametrize(
+    ("mix", "number", "counts"),
+    [
+        # 10/3 each: the one that is left over goes to the first of equal remainders.
+        ({"digits": 1, "moving_digits": 1, "hard_digits": 1}, 10, [4, 3, 3]),
+        # 7.28, 5.88, 0.84: the largest remainders are those of the last two.
+        ({"digits": 0.52, "moving_digits": 0.42, "hard_digits": 0.06}, 14, [7, 6, 1]),
+        ({"digits": 0, "moving_digits": 2, "hard_digits": 0}, 3, [0, 3, 0]),
+    ],
+)
+def test_a_mix_is_split_by_the_largest_remainders(mix, number, counts):
+    made = Counter(p.task for p in load(Data(prompts=number, mix=mix), "train", 0))
+    assert [made[task] for task in mix] == counts
+
+
 def test_heldout_questions_are_the_same_for_all_runs():
     data = Data(heldout_prompts=44, mix={"digits": 1})
     made = load(data, "heldout", 0)

@@ -25,6 +25,14 @@ def test_an_epoch_asks_every_question_once():
     )
 
 
+def test_epochs_may_end_within_a_step():
+    """Seven steps of five are five epochs of seven: whole ones, each in an order of its own."""
+    drawn = [p.id for step in range(7) for p in PromptSampler(prompts(7), 3, 5).draw(step)]
+    epochs = [drawn[start : start + 7] for start in range(0, 35, 7)]
+    assert all(sorted(epoch) == [str(i) for i in range(7)] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
 def test_weights_by_kind():
     asked = [PromptSampler(prompts(), 0, 4).draw(step, {"t/hard": 4.0}) for step in range(500)]
     assert all(len({p.id for p in one}) == 4 for one in asked)
