@@ -1,6 +1,6 @@
 """One row in the common form of formats.py -> one Prompt: its messages, media, answers and reward.
 
-Nothing is opened here: whether pictures and clips can be read is found out in rows.py.
+Nothing is opened here: whether pictures and clips can be read is checked in rows.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BASE64_IMAGE = re.compile(r"data:image/[\w.+-]+;base64,")
 
 class Conversation(NamedTuple):
     """messages: chat messages that end with the question. sources: (kind, source) of each image or video entry, in
-    the order of the entries. closing_answer: what the assistant said after the question, if the row goes on so far."""
+    the order of the entries. closing_answer: the text of an assistant turn after the question, else None."""
 
     messages: list[dict[str, Any]]
     sources: list[tuple[str, Any]]

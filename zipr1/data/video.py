@@ -41,15 +41,17 @@ def read(
 
     fps: to read at, at most the clip's own; None takes all frames. max_frames: the most that come back.
     """
-    frames, own_fps, total = _decode(path, lambda total, own: choose(total, own, max_frames, fps))
-    return frames, own_fps * len(frames) / total
+    frames, clip_fps, total = _decode(
+        path, lambda total, clip_fps: choose(total, clip_fps, max_frames, fps)
+    )
+    return frames, clip_fps * len(frames) / total
 
 
 def check(path: str | Path) -> tuple[int, int, int, float]:
     """A clip's frames, height, width and frames per second. Its first and last frames are decoded, so that a file that
-    is cut off or damaged on the way is an InputError here."""
-    frames, own_fps, total = _decode(path, lambda total, own: np.unique([0, total - 1]))
-    return total, frames.shape[1], frames.shape[2], own_fps
+    is cut off or damaged in between raises InputError here."""
+    frames, clip_fps, total = _decode(path, lambda total, _: np.unique([0, total - 1]))
+    return total, frames.shape[1], frames.shape[2], clip_fps
 
 
 def exists(path: str | Path) -> Path:
@@ -79,16 +81,16 @@ def write(path: Path, frames: np.ndarray, fps: float) -> None:
         container.mux(stream.encode())
 
 
-def choose(total: int, own_fps: float, max_frames: int | None, fps: float | None) -> np.ndarray:
+def choose(total: int, clip_fps: float, max_frames: int | None, fps: float | None) -> np.ndarray:
     """Ascending indices, int64, of the frames to read: the middles of equal parts of the clip."""
-    number = total if fps is None or own_fps <= 0 else min(total, round(total / own_fps * fps))
+    number = total if fps is None or clip_fps <= 0 else min(total, round(total / clip_fps * fps))
     if max_frames is not None:
         number = min(number, max_frames)
     number = max(1, number)
     return ((np.arange(number) + 0.5) * total / number).astype(np.int64)
 
 
-# Which frames to decode, of a clip with so many frames at so many a second: ascending indices.
+# (number of a clip's frames, its frames per second) -> ascending indices of the frames to decode.
 ChooseFrames = Callable[[int, float], np.ndarray]
 
 
@@ -132,10 +134,10 @@ def _read_decord(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, f
     import decord
 
     clip = decord.VideoReader(str(path), num_threads=1)
-    total, own_fps = len(clip), float(clip.get_avg_fps())
+    total, clip_fps = len(clip), float(clip.get_avg_fps())
     if total == 0:
         raise InputError(f"{path}: the video has no frames; {_HELP}")
-    return clip.get_batch(choose_frames(total, own_fps).tolist()).asnumpy(), own_fps, total
+    return clip.get_batch(choose_frames(total, clip_fps).tolist()).asnumpy(), clip_fps, total
 
 
 def _read_pyav(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, float, int]:
@@ -146,12 +148,12 @@ def _read_pyav(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, flo
             if not container.streams.video:
                 raise InputError(f"{path}: the file has no video stream; {_HELP}")
             stream = container.streams.video[0]
-            own_fps = float(stream.average_rate or 0)
+            clip_fps = float(stream.average_rate or 0)
             # Containers often do not say how many frames they hold: count them, then keep only the chosen ones.
             total = sum(1 for _ in container.decode(stream))
             if total == 0:
                 raise InputError(f"{path}: the video has no frames; {_HELP}")
-        chosen = set(choose_frames(total, own_fps).tolist())
+        chosen = set(choose_frames(total, clip_fps).tolist())
         with av.open(str(path)) as container:
             frames = [
                 frame.to_ndarray(format="rgb24")
@@ -162,7 +164,7 @@ def _read_pyav(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, flo
         raise InputError(
             f"{path}: cannot be read as a video ({_first_line(error)}); {_HELP}"
         ) from error
-    return np.stack(frames), own_fps, total
+    return np.stack(frames), clip_fps, total
 
 
 def _first_line(error: Exception) -> str:

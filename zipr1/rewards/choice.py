@@ -1,4 +1,4 @@
-"""Multiple choice: the letter that an answer settles on."""
+"""Multiple choice: the letter that an answer decides on."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _ARTICLE = re.compile(
 def letter(text: str) -> str | None:
     """The chosen letter in upper case, or None where there is none or no single one.
 
-    Looked for in this order: inside <answer> tags or a box, at the start ("B", "(b)", "B. a cat"), after "answer is"
+    Searched in this order: inside <answer> tags or a box, at the start ("B", "(b)", "B. a cat"), after "answer is"
     (the last time), after "option" if there is one only, and last as the only capital letter that stands alone.
     """
     text = re.sub(r"\\[A-Za-z]+", " ", unicodedata.normalize("NFKC", final(text)))
     text = re.sub(r"[*_`${}\\]+", " ", text).strip()
     for pattern in (_LEADING, _ANSWER):
-        if found := list(pattern.finditer(text)):
-            last = found[-1]
+        if matches := list(pattern.finditer(text)):
+            last = matches[-1]
             if _SECOND.match(text, last.end(last.lastindex or 0)):
                 return None
             return _letter_of(last)
@@ -56,7 +56,7 @@ def letter(text: str) -> str | None:
 
 
 def choice(prediction: str, reference: str) -> float:
-    """1.0 if both settle on the same letter, else 0.0."""
+    """1.0 if both decide on the same letter, else 0.0."""
     predicted = letter(prediction)
     return float(predicted is not None and predicted == letter(reference))
 

@@ -14,13 +14,13 @@ MARKS = "".join(
 _WORD = re.compile(
     rf"[-+]?\d+(?:[.,]\d+)*(?:\s*%)?|[^\W\d_](?:[^\W\d_]|[{MARKS}])*(?:['’](?:[^\W\d_]|[{MARKS}])+)*"
 )
-# Joiners inside of words, which are not seen.
-_UNSEEN = dict.fromkeys(map(ord, "\u200b\u200c\u200d\ufeff\u00ad"))
+# Invisible joiners inside of words.
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\ufeff\u00ad"))
 
 
 def plain(text: str) -> str:
     """Small letters, each character in one way of writing it."""
-    return unicodedata.normalize("NFKC", text).casefold().translate(_UNSEEN)
+    return unicodedata.normalize("NFKC", text).casefold().translate(_INVISIBLE)
 
 
 def words(text: str) -> list[str]:
