@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -56,12 +58,23 @@ def test_frames_are_spread_evenly(clip, backend, max_frames, fps, rows):
 
 
 def test_the_fallback_says_why_once(clip, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "decord", None)
+    """Even where several threads read their first clip at the same time."""
+    monkeypatch.setattr(video, "_reasons_told", set())
     video.reader.cache_clear()
-    video.read(clip)
-    video.read(clip)
-    assert video.reader()[0] == "pyav"
-    assert len([r for r in caplog.records if "decord cannot be imported" in r.message]) == 1
+    ready = threading.Barrier(4)
+
+    def fail(name):
+        ready.wait(10)
+        raise OSError(f"{name}.so: cannot open shared object file\nsecond line")
+
+    monkeypatch.setattr(video.importlib, "import_module", fail)
+    with ThreadPoolExecutor(4) as pool:
+        assert [len(frames) for frames, _ in pool.map(video.read, [clip] * 4)] == [20] * 4
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert said == (
+        "decord cannot be imported (decord.so: cannot open shared object file); clips are read by PyAV, slower"
+    )
+    assert video.reader() == ("pyav", said)
     video.reader.cache_clear()
 
 

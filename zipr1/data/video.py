@@ -29,7 +29,7 @@ def reader() -> tuple[str, str]:
         importlib.import_module("decord")
     except (ImportError, OSError) as error:
         reason = f"decord cannot be imported ({_first_line(error)}); clips are read by PyAV, slower"
-        log.warning("%s", reason)
+        _warn_once(reason, reason)
         return "pyav", reason
     return "decord", "decord is installed"
 
@@ -111,23 +111,26 @@ def _decode(path: str | Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, 
     return decoded
 
 
+def _warn_of_fallback(path: Path, reason: str) -> None:
+    """Say that PyAV reads what decord cannot: once for each reason of decord's, since a whole data set can be so."""
+    # decord puts the time before its message and names the file in it.
+    reason = re.sub(r"^\[\d+:\d+:\d+\] ", "", reason).replace(str(path), "FILE")
+    _warn_once(
+        reason,
+        f"{path}: decord cannot read it ({reason}); PyAV reads it and others like it, which can be slower",
+    )
+
+
 _reasons_told: set[str] = set()
 _lock = threading.Lock()  # several threads read clips
 
 
-def _warn_of_fallback(path: Path, reason: str) -> None:
-    """Say that PyAV reads what decord cannot: once for each reason of decord's, since whole data sets can be so."""
-    # decord puts the time before its message and names the file in it.
-    reason = re.sub(r"^\[\d+:\d+:\d+\] ", "", reason).replace(str(path), "FILE")
+def _warn_once(reason: str, message: str) -> None:
     with _lock:
         if reason in _reasons_told:
             return
         _reasons_told.add(reason)
-    log.warning(
-        "%s: decord cannot read it (%s); PyAV reads it and others like it, which can be slower",
-        path,
-        reason,
-    )
+    log.warning("%s", message)
 
 
 def _read_decord(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, float, int]:
