@@ -146,6 +146,13 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(root):
     assert read_lines(root / "metrics.jsonl") == []
 
 
+def test_what_a_killed_write_left_is_cleared_when_the_run_goes_on(root):
+    RunDir.open(Recipe(), root)
+    (root / ".tmp-metrics-123-456.jsonl").write_text("ha")
+    RunDir.open(Recipe(), root)
+    assert names(root) == ["checkpoints", "recipe.yaml", "run.json"]
+
+
 @pytest.mark.parametrize("left", [".tmp-recipe.yaml", "checkpoints"])
 def test_a_run_killed_while_starting_starts_again(root, left):
     root.mkdir()

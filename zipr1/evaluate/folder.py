@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from zipr1.core.errors import InputError, RunError
+from zipr1.core.files import write_whole
 from zipr1.core.jsontext import dumps, plain
 
 
@@ -93,10 +93,8 @@ class Folder:
     def write(self, name: str, text: str) -> None:
         """A whole file, replaced at once."""
         path = self.root / name
-        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
         try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
+            write_whole(path, text)
         except OSError as error:
             raise RunError(
                 f"{path}: cannot be written ({error.strerror}); free some space, then run again"

@@ -34,6 +34,7 @@ from PIL import ImageFile
 from tenacity import RetryError, stop_after_attempt
 
 from zipr1.core.errors import InputError, RunError, ZipError
+from zipr1.core.text import reason
 from zipr1.evaluate import local, processes
 from zipr1.evaluate.adapter import Adapter
 from zipr1.evaluate.answers import Answered, Answerer, Conditions
@@ -260,7 +261,7 @@ def _reason(error: BaseException, suite: Suite, task: Task, manager: TaskManager
         if inner is None:
             break
         error = inner
-    text = " ".join(str(error).split())[:240]
+    text = reason(error, 240)
     hub = task.hub or str(manager._get_config(task.name).get("dataset_path", ""))
     kind = type(error).__name__
     missing = ("ConnectionError", "LocalTokenNotFoundError", "LocalEntryNotFoundError", "OfflineModeIsEnabled",

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from zipr1.core.errors import InputError
+from zipr1.core.files import replacing
 from zipr1.data.embedded import HELDOUT_SEED, draw
 from zipr1.evaluate.suites import SUITES, Suite, Task
 
@@ -64,9 +65,8 @@ def _write_questions(task: str, number: int, path: Path) -> None:
         else:
             rows["media"].append(str(media.source))
     table = datasets.Dataset.from_dict(rows)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    table.to_parquet(temporary)
-    os.replace(temporary, path)  # another process may make the same file
+    with replacing(path) as temporary:  # another process may make the same file
+        table.to_parquet(temporary)
 
 
 def copies(suite: Suite, root: Path, folder: Path, tasks_folder: Path) -> None:

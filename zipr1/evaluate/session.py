@@ -18,6 +18,7 @@ from zipr1.core.config import override
 from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe, load, validate
+from zipr1.core.text import one_line, reason
 from zipr1.evaluate import processes
 from zipr1.evaluate.folder import Folder, identity
 from zipr1.evaluate.suites import GROUPS, SUITES, Suite, resolve
@@ -132,9 +133,9 @@ def check_installed() -> None:
         try:
             importlib.import_module("torchvision")
         except (ImportError, RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())[:120]
             raise InputError(
-                f"torchvision is broken here and takes lmms-eval with it ({reason}); pip uninstall torchvision"
+                f"torchvision is broken here and takes lmms-eval with it ({reason(error, 120)}); "
+                "pip uninstall torchvision"
             ) from None
     try:
         with _silence():
@@ -271,7 +272,7 @@ def _measure_all(
                 scored = measure(suite, answerer, conditions, limit, wanted.data_root, tell)
             result = record(suite, scored, answerer, conditions, asked, time.monotonic() - began)
         except ZipError as error:
-            result = {"task": suite.name, "error": " ".join(str(error).split())}
+            result = {"task": suite.name, "error": one_line(error)}
             console.print(
                 f"[bold red]failed:[/] {result['error']}", soft_wrap=True, highlight=False
             )

@@ -23,6 +23,7 @@ from zipr1_kernels import unusable
 
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Lora, Model
+from zipr1.core.text import reason
 from zipr1.models import families, manifest
 from zipr1.models.processors import PixelSettings, Processor
 from zipr1.models.random_weights import build_model, build_tokenizer
@@ -184,7 +185,6 @@ def _from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
         hint = "check the folder"
         if not Path(folder).is_dir():
             hint = f"download it first (hf download {folder}) or unset HF_HUB_OFFLINE"
@@ -192,7 +192,9 @@ def _from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[
                 hint = (
                     f"check the name and the network, or download it first (hf download {folder})"
                 )
-        raise InputError(f"model.path: {settings.path} does not load ({reason}); {hint}") from None
+        raise InputError(
+            f"model.path: {settings.path} does not load ({reason(error, 300)}); {hint}"
+        ) from None
     return model, tokenizer
 
 

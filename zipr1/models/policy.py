@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from zipr1.core.distributed import Parallel, whole_state
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Model, Train
+from zipr1.core.text import reason
 from zipr1.core.types import Prompt
 from zipr1.models.batching import answer_slots, choose, dense_bytes, groups, heldout_mass, padded
 from zipr1.models.families import FAMILIES, deepstack, towers
@@ -388,9 +389,8 @@ class Policy:
         try:
             restore_weights(self.adapted if self.adapted is not None else self.core, path)
         except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"{folder}: holds no weights of this model ({reason}); resume another run"
+                f"{folder}: holds no weights of this model ({reason(error)}); resume another run"
             ) from None
 
 
