@@ -42,7 +42,9 @@ def test_bytes_of_a_token_by_hand():
 
 
 def test_the_rehearsal_takes_the_longest_and_changes_nothing():
-    settings = recipe(ppo=Ppo(kl=1.0), train=Train(prompts=4, max_new_tokens=9, micro_batch=8))
+    settings = recipe(
+        ppo=Ppo(kl_coef=1.0), train=Train(prompts_per_step=4, max_new_tokens=9, micro_batch=8)
+    )
     policy = tinymodels.make()
     policy.keep_reference()
     prompts = tinymodels.mixed()
