@@ -26,7 +26,7 @@ class Chunk:
     features: Looked
 
 
-def by_media(prompts: Sequence[Prompt], most: int = MEDIA) -> Iterator[list[int]]:
+def by_media(prompts: Sequence[Prompt], most: int) -> Iterator[list[int]]:
     """Places of prompts that follow each other and have at most `most` different media together; a single prompt may
     have more."""
     part: list[int] = []
@@ -51,7 +51,7 @@ def seen(
     """
     for start in range(0, len(prompts), size):
         chunk = Chunk([], [], Looked({}, {}))
-        for part in by_media(prompts[start : start + size]):
+        for part in by_media(prompts[start : start + size], MEDIA):
             few = [prompts[start + i] for i in part]
             good, encoded = pictures.usable(few, least=0) if skip else (few, pictures.encode(few))
             looked = pictures.look(encoded)
@@ -73,7 +73,7 @@ def readable(pictures: Pictures, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts that can be decoded and tokenised; bad ones are left out with a warning. Nothing that was decoded
     stays. Raises InputError if none is left."""
     good: list[Prompt] = []
-    for part in by_media(prompts):
+    for part in by_media(prompts, MEDIA):
         good += pictures.usable([prompts[i] for i in part], least=0)[0]
     if prompts and not good:
         raise InputError(
