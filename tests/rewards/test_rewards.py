@@ -318,7 +318,7 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
         "mine.py:three": "no function three",
         "mine.py:one": "no function one of two arguments",
     }.items():
-        with pytest.raises(InputError, match=rf"rewards\.correct '{name}': .*{words}"):
+        with pytest.raises(InputError, match=rf"rewards\.check '{name}': .*{words}"):
             find(name)
     for name, words in {
         "none": "gave None for 'x'; allowed: a number from 0 to 1",

@@ -1,6 +1,6 @@
 """`zipr1 eval`: benchmarks at several budgets, dense beside sparse in one run.
 
-    session.py    the evaluation in numbered steps                 ranks.py     several processes
+    session.py    the evaluation in numbered steps
     harness.py    lmms-eval's data sets, prompts and scoring       adapter.py   the policy as its model
     answers.py    questions -> answers at all budgets              local.py     data from files
     scores.py     samples -> scores and paired differences         records.py   one benchmark's result

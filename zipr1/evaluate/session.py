@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from zipr1.core import distributed
 from zipr1.core.config import override
 from zipr1.core.errors import InputError, RunError, ZipError
+from zipr1.core.load import load_written, validate
 from zipr1.core.machine import describe
-from zipr1.core.recipe import Recipe, load, validate
+from zipr1.core.recipe import Recipe
 from zipr1.core.text import one_line, reason
-from zipr1.evaluate import processes
 from zipr1.evaluate.folder import Folder, identity
 from zipr1.evaluate.suites import GROUPS, SUITES, Suite, resolve
 from zipr1.models.loading import choose_device
@@ -74,10 +75,10 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
     recipe, source, keys = _settings(wanted)
     budgets = _budgets(wanted.budgets, recipe)
     _check_data_root(wanted.data_root, suites)
-    processes.start()
+    distributed.start()
     try:
         # 2. the model, and the one it was trained from
-        device = wanted.device or processes.device()
+        device = wanted.device or distributed.shared_device()
         recipe = _with_dtype(recipe, device)
         policy = load_policy(recipe.model, device)
         base, base_name, base_note = _base(wanted, recipe, device)
@@ -95,7 +96,7 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
         }
         # 3. where results go; what is there already
         folder = Folder.open(wanted.output, wanted.model, meta)
-        loud = processes.rank() == 0
+        loud = distributed.rank() == 0
         quiet = console if loud else Console(file=io.StringIO())
         quiet.print(
             f"{wanted.model}: sparsity of {source}; "
@@ -114,7 +115,7 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
         if loud:
             report.write(folder, results, quiet)
     finally:
-        processes.stop()
+        distributed.stop()
     if results["errors"]:
         names = ", ".join(error["task"] for error in results["errors"])
         raise RunError(
@@ -227,7 +228,7 @@ def _base(
     written = root / "recipe.yaml"
     if not wanted.base or not written.is_file():
         return None, None, None
-    trained = load(written)
+    trained = load_written(written)
     if trained.train.stage != "rl" or trained.model.train_vision:
         return None, None, None
     origin = (read(root) or {}).get("base") or trained.model.model_dump()
@@ -258,7 +259,7 @@ def _measure_all(
     batch = recipe.evaluation.batch if "evaluation.batch" in keys else BATCH
     answerer = Answerer(policy, recipe.sparse, budgets, batch, base=base)
     for suite in suites:
-        done = processes.gather(folder.done(suite.name))[0]
+        done = distributed.gather(folder.done(suite.name))[0]
         if done:
             console.print(f"{suite.name}: finished before, not repeated", highlight=False)
             continue
@@ -276,9 +277,9 @@ def _measure_all(
             console.print(
                 f"[bold red]failed:[/] {result['error']}", soft_wrap=True, highlight=False
             )
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             folder.save(suite.name, result)
-    processes.gather(None)  # what the first process wrote is there for all
+    distributed.gather(None)  # what the first process wrote is there for all
 
 
 def conditions_of(suite: Suite, recipe: Recipe, keys: set[str]) -> Conditions:

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Recipe, load
+from zipr1.core.load import load_written
+from zipr1.core.recipe import Recipe
 from zipr1.core.rundir import is_complete, read_json
 from zipr1.models.loading import base_of, resolve
 
@@ -80,7 +81,7 @@ def open_run(path: Path) -> Source:
         raise InputError(
             f"{path}: the run has no complete checkpoint yet; resume it with zipr1 train RECIPE --resume {path}"
         )
-    recipe = load(path / "recipe.yaml")
+    recipe = load_written(path / "recipe.yaml")
     weights = (last / "model").resolve()
     summary = path / "summary.json"
     return Source(
@@ -100,7 +101,7 @@ def _origin(path: str) -> str:
     seen: set[str] = set()
     while (Path(path) / "recipe.yaml").is_file() and path not in seen:
         seen.add(path)
-        path = load(Path(path) / "recipe.yaml").model.path
+        path = load_written(Path(path) / "recipe.yaml").model.path
     return path
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Data, Model, Sparse, validate
-from zipr1.core.recipe import load as load_recipe
+from zipr1.core.load import load_written, validate
+from zipr1.core.recipe import Data, Model, Sparse
 from zipr1.core.types import Media
 from zipr1.data.media import load_media
 from zipr1.models import manifest
@@ -46,7 +46,7 @@ def load(
         raise InputError(f"{where}: dtype {dtype!r}; allowed: {', '.join(WEIGHT_DTYPES)}")
     wanted, data = Model(path=path), Data()
     if (folder / "recipe.yaml").is_file():  # a run, or an export of one
-        recipe = load_recipe(folder / "recipe.yaml")
+        recipe = load_written(folder / "recipe.yaml")
         data = recipe.data
         bounds = {
             k: getattr(recipe.model, k) for k in ("min_pixels", "max_pixels", "trust_remote_code")

@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Probes, Sparse, load
+from zipr1.core.load import load_written
+from zipr1.core.recipe import Probes, Sparse
 from zipr1.core.text import reason
 
 # The section `sparse` of recipes/tiny.yaml: the embedded model's prompts are short, so none is too short to be pruned.
@@ -65,7 +66,7 @@ def sparsity_of(path: str) -> tuple[Sparse, str]:
     folder = Path(path)
     recipe = folder / "recipe.yaml"
     if recipe.is_file() and (folder / "run.json").is_file():
-        return load(recipe).sparse, str(recipe)
+        return load_written(recipe).sparse, str(recipe)
     manifest = read(folder) if folder.is_dir() else None
     if manifest is None:
         return Sparse(), "the defaults"
