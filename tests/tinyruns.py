@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from zipr1.core.load import validate
 from zipr1.core.machine import describe
-from zipr1.core.recipe import Recipe, validate
+from zipr1.core.recipe import Recipe
 from zipr1.core.rundir import RunDir
 from zipr1.core.types import Prompt
 from zipr1.data.digits import tasks

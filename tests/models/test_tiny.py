@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zipr1.core.recipe import Model, load
+from zipr1.core.load import load
+from zipr1.core.recipe import Model
 from zipr1.core.types import Media
 from zipr1.data.digits import tasks
 from zipr1.models.policy import load_policy
@@ -77,7 +78,7 @@ def test_random_selection_costs_twenty_points():
     assert dense.correct.mean() - random.correct.mean() > 0.2
 
 
-def test_the_base_keeps_most_tokens():
+def test_the_base_keeps_token_budget():
     (result,) = evaluate("digits", 25, RECIPE.sparse)
     assert result.token_ratio.mean() > 0.6
     assert 0.9 < result.heldout <= 1

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from zipr1.core import signals
 from zipr1.core.errors import InputError, RunError
-from zipr1.core.recipe import load
+from zipr1.core.load import load
 from zipr1.train import loggers, loop
 from zipr1.train.dry_run import dry_run
 
@@ -39,9 +39,9 @@ def write(path: Path, base: Path, **sections) -> Path:
         "model": {"path": str(base)},
         "data": {"prompts": 16, "heldout_prompts": 4},
         "sparse": {"probes": {"recent": 3, "random": 6}, "dense_below": 0},
-        "budgets": {"low": 0.6, "high": 0.9, "count": 3},
+        "budgets": {"low": 0.6, "high": 0.9, "num_generations": 3},
         "optim": {"lr": 1e-3},
-        "train": {"steps": 3, "prompts": 3, "max_new_tokens": 4, "save_every": 1},
+        "train": {"steps": 3, "prompts_per_step": 3, "max_new_tokens": 4, "save_every": 1},
     }
     for name, changes in sections.items():
         values[name] = {**values.get(name, {}), **changes}
@@ -216,7 +216,7 @@ def test_steps_of_adapters_land_though_the_base_is_bfloat16(tmp_path, model):
     settings = {"dtype": "bfloat16", "lora": {"rank": 4, "alpha": 8}}
     recipe = write(
         tmp_path / "r.yaml", model, model=settings,
-        optim={"lr": 1e-6, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0},
+        optim={"lr": 1e-6, "lr_scheduler_type": "constant_with_warmup", "warmup": 0.0, "weight_decay": 0.0},
         train={"save_total_limit": 3}, evaluation={"before": False, "after": False},
     )  # fmt: skip
     start(recipe, tmp_path / "run")
@@ -295,7 +295,7 @@ def test_variants_run(tmp_path, model, kind):
         "layer": {"sparse": {"skip": "layer"}, "model": {"gradient_checkpointing": True}},
         "answers": {
             "efficiency": {"method": "answers"},
-            "ppo": {"baseline": "mean", "scale": "std"},
+            "ppo": {"baseline": "mean", "scale_rewards": "std"},
         },
         "cut": {"efficiency": {"method": "cut"}, "budgets": {"sampling": "independent"}},
         "supervised": {"train": {"stage": "supervised"}, "supervised": {"questions": 3}},

@@ -183,7 +183,10 @@ class Pictures:
     def _remember(self, name: str, one: Encoded, features: torch.Tensor) -> None:
         if name not in self.seen:
             self.held += features.nbytes
-            self.visuals[name] = tuple(replace(v, patches=v.patches[:0]) for v in one.visuals)
+            # A copy: a slice would keep all patches in memory.
+            self.visuals[name] = tuple(
+                replace(v, patches=v.patches[:0].clone()) for v in one.visuals
+            )
             self.seen[name] = kept = features.cpu()
             if features.is_cuda:
                 self.seen[name] = kept.pin_memory()
