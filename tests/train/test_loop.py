@@ -173,6 +173,35 @@ def test_a_signal_in_the_middle_of_a_step_saves_a_true_state(tmp_path, model, mo
     assert steps(tmp_path / "run") == steps(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("end", ["well", "error", "signal"])
+def test_a_run_leaves_the_signals_as_it_found_them(tmp_path, model, monkeypatch, end):
+    """In a program of someone else's, twice: the handlers are theirs, and no signal waits for a step to end."""
+    recipe = write(
+        tmp_path / "r.yaml", model, train={"steps": 1}, evaluation={"before": False, "after": False}
+    )
+    original = loop.step_metrics
+
+    def stops(*arguments):
+        if end == "error":
+            raise RunError("the disk is full")
+        if end == "signal":
+            signals.handle(signal.SIGTERM)  # after the step of the optimizer: it waits
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "step_metrics", stops)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    for turn in "ab":
+        if end == "well":
+            start(recipe, tmp_path / turn)
+        else:
+            with pytest.raises(RunError if end == "error" else signals.Stopped):
+                start(recipe, tmp_path / turn)
+        assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+        with pytest.raises(signals.Stopped):
+            signals.handle(signal.SIGTERM)
+        signals.check(lambda number: [number])
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_is_refused_for_whole_models(tmp_path, model, dtype):
     recipe = write(tmp_path / "r.yaml", model, model={"dtype": dtype}, optim={"lr": 2e-6})
