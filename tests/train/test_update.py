@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import tinymodels
 import torch
@@ -16,6 +18,7 @@ from tinysteps import (
 )
 from zipr1_kernels import pack_indices, sparse_prefill
 
+from zipr1.core import signals
 from zipr1.core.errors import RunError
 from zipr1.core.recipe import Budgets, Efficiency, Optim, Ppo, Probes, Sparse
 from zipr1.models.batching import replay_masks
@@ -129,6 +132,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
     with pytest.raises(RunError, match=r"loss is nan.*optim.lr"):
         one_update(settings, batch, policy)
     assert all(torch.equal(p, start[n]) for n, p in policy.trainable())
+
+
+def test_an_update_alone_lets_no_signal_wait():
+    """Only a run knows where its end is; outside of one a signal ends the program at once."""
+    settings = recipe()
+    policy, batch = roll(settings, tinymodels.mixed())
+    one_update(settings, batch, policy)
+    with pytest.raises(signals.Stopped):
+        signals.handle(signal.SIGTERM)
 
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing():
