@@ -30,7 +30,10 @@ def draw(
         shares[positions.numpy()] += 1 / len(kept)
     t, h, w = encoded.visuals[0].grid
     merge = policy.processor.settings.merge
-    share = shares[visual].reshape(t, h // merge, w // merge)
+    cells = (
+        t * (h // merge) * (w // merge)
+    )  # a family may have tokens that show no part of it after these
+    share = shares[visual][:cells].reshape(t, h // merge, w // merge)
     frames = pixels[None] if pixels.ndim == 3 else pixels
     moments = sorted({round(m) for m in np.linspace(0, t - 1, min(t, MOMENTS))})
     plain, lit = [], []
@@ -40,9 +43,9 @@ def draw(
         scale = SIDE / max(frame.size)
         size = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
         picture = np.asarray(frame.resize(size, Image.Resampling.BICUBIC), np.float32) / 255
-        cells = Image.fromarray((share[moment] * 255).astype(np.uint8))
+        lights = Image.fromarray((share[moment] * 255).astype(np.uint8))
         light = (
-            np.asarray(cells.resize(size, Image.Resampling.NEAREST), np.float32)[..., None] / 255
+            np.asarray(lights.resize(size, Image.Resampling.NEAREST), np.float32)[..., None] / 255
         )
         grey = picture.mean(-1, keepdims=True)
         dark = 0.22 * grey + np.array([0.03, 0.04, 0.10], np.float32)
