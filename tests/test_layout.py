@@ -1,6 +1,8 @@
 """What the tree must look like for imports, installs and readers."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -59,3 +61,16 @@ def test_every_dependency_is_pinned():
 
 def test_scripts_can_be_run():
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def test_core_is_light():
+    """Every command imports core: it loads torch and its like when a function needs them. distributed.py is torch's."""
+    names = [p.stem for p in (ROOT / "zipr1/core").glob("*.py") if p.stem != "distributed"]
+    assert len(names) > 10
+    code = (
+        "import importlib, sys\n"
+        f"for name in {names}: importlib.import_module(f'zipr1.core.{{name}}')\n"
+        "print(*{'torch', 'transformers', 'matplotlib', 'datasets', 'av', 'PIL'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -45,10 +45,12 @@ def measure(model: str, questions: int, repeats: int) -> list[dict[str, object]]
             clock.append(time.perf_counter())
             passes = [one.answer(asked, CONDITIONS) for one in single]
             clock.append(time.perf_counter())
-            for turn, answered in enumerate(passes):
-                said = [a.said[0].text for a in answered]
-                assert said == [a.said[turn].text for a in shared], "the two sides must agree"
-            vision = sum(a.vision for answered in passes for a in answered)
+            for variant, answered in enumerate(passes):
+                texts = [a.answers[0].text for a in answered]
+                assert texts == [a.answers[variant].text for a in shared], (
+                    "the two sides must agree"
+                )
+            vision = sum(a.vision_seconds for answered in passes for a in answered)
             found.append([*np.diff(clock), vision])
         one, three, vision = np.median(found[1:], axis=0)  # the first warms up
         allowed = three / (three - vision * 2 / 3)

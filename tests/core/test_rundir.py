@@ -18,6 +18,7 @@ from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe, load, validate
 from zipr1.core.rundir import (
     RunDir,
+    find_model,
     is_complete,
     load_state,
     new_folder,
@@ -146,6 +147,13 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(root):
     assert read_lines(root / "metrics.jsonl") == []
 
 
+def test_what_a_killed_write_left_is_cleared_when_the_run_goes_on(root):
+    RunDir.open(Recipe(), root)
+    (root / ".tmp-metrics-123-456.jsonl").write_text("ha")
+    RunDir.open(Recipe(), root)
+    assert names(root) == ["checkpoints", "recipe.yaml", "run.json"]
+
+
 @pytest.mark.parametrize("left", [".tmp-recipe.yaml", "checkpoints"])
 def test_a_run_killed_while_starting_starts_again(root, left):
     root.mkdir()
@@ -253,7 +261,9 @@ def test_json_is_plain():
         dumps(object())
 
 
-def test_run_json_says_what_ran(root):
+def test_run_json_says_what_ran(root, monkeypatch):
+    commit = {"commit": "0123456789abcdef" * 2 + "01234567", "changed": True}
+    monkeypatch.setattr(machine, "git_commit", lambda: commit)
     info = describe(["zipr1", "train"], device="cpu", seed=4)
     RunDir.open(Recipe(), root, info=info)
     kept = read_json(root / "run.json")
@@ -263,7 +273,7 @@ def test_run_json_says_what_ran(root):
     assert kept["hardware"]["cpus"] >= 1
     assert kept["hardware"]["memory_bytes"] > 2**28
     assert (kept["seed"], kept["command"]) == (4, ["zipr1", "train"])
-    assert kept["git"] is None or len(kept["git"]["commit"]) == 40
+    assert kept["git"] == commit
 
 
 def test_the_commit_is_that_of_our_checkout_and_no_other(tmp_path, monkeypatch):
@@ -285,3 +295,15 @@ def test_the_commit_is_that_of_our_checkout_and_no_other(tmp_path, monkeypatch):
     assert clean is not None and len(clean["commit"]) == 40 and not clean["changed"]
     code.write_text("one = 2\n")
     assert machine.git_commit() == {**clean, "changed": True}
+
+
+def test_which_model_is_meant(tmp_path):
+    assert find_model("x", tmp_path) == ("x", "model: x")
+    assert find_model(None, tmp_path)[0] == "tiny"
+    for name, age in (("old", 100), ("new", 200), ("unfinished", 300)):
+        (tmp_path / name).mkdir()
+        if name != "unfinished":
+            (tmp_path / name / "last" / "model").mkdir(parents=True)
+            os.utime(tmp_path / name / "last", (age, age))
+    model, said = find_model(None, tmp_path)
+    assert model == str(tmp_path / "new") and "last run" in said

@@ -14,7 +14,7 @@ pytest.importorskip("lmms_eval")
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.recipe import Model, Sparse
 from zipr1.data.media import load_media
-from zipr1.evaluate.answers import Answered, Answerer, Conditions, Said
+from zipr1.evaluate.answers import Answer, Answered, Answerer, Conditions, Variant
 from zipr1.evaluate.harness import letter, measure
 from zipr1.evaluate.records import record
 from zipr1.evaluate.scores import suite_units
@@ -23,11 +23,9 @@ from zipr1.models.policy import load_policy
 
 
 class Actor:
-    """Stands in for an Answerer: says what it was told to. Budget 1.0 says `dense`, 0.9 says `sparse`."""
+    """Stands in for an Answerer: says what it was told to. p = 1 says `dense`, 0.9 says `sparse`."""
 
-    base = None
-    budgets = (1.0, 0.9)
-    turns = 2
+    variants = (Variant("1", 1.0), Variant("0.9", 0.9, Sparse(p=0.9)))
     shown = 3
 
     def __init__(self, dense, sparse):
@@ -43,11 +41,11 @@ class Actor:
                 pixels, _ = load_media(media, 4)
                 assert pixels.size
             self.asked.append(prompt)
-            said = [
-                Said(say(prompt), [1.0, 1.0 - k / 2], 8, 0.1, 10, 1)
+            answers = [
+                Answer(say(prompt), [1.0, 1.0 - k / 2], 8, 0.1, 10, 1)
                 for k, say in enumerate(self.says)
             ]
-            out.append(Answered(said, 0.0, 0.0))
+            out.append(Answered(answers, 0.0, 0.0))
         return out
 
 
@@ -96,8 +94,8 @@ def test_oracle_and_constant(data, name):
     low, high = row["difference_ci"]
     assert -suite.top <= low <= row["difference"] <= high <= suite.top
     assert row["n"] == len(actor.asked)
-    for turn, wanted in ((0, suite.top), (1, CHANCE[name])):
-        assert suite_units(suite, scored, turn).total == pytest.approx(wanted)
+    for variant, score in ((0, suite.top), (1, CHANCE[name])):
+        assert suite_units(suite, scored, variant).total == pytest.approx(score)
 
 
 def test_media_kinds(data):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import tinyruns
 import torch
+from PIL import Image
 from rich.console import Console
 
 pytest.importorskip("lmms_eval")
@@ -31,8 +33,8 @@ from zipr1.data.sources import HELDOUT_SEED
 from zipr1.evaluate import session
 from zipr1.evaluate.answers import Answerer, Conditions, cut
 from zipr1.evaluate.scores import Units, paired
-from zipr1.evaluate.session import Wanted
-from zipr1.evaluate.suites import SUITES
+from zipr1.evaluate.session import EvalRequest
+from zipr1.evaluate.suites import LMMS_EVAL, SUITES
 from zipr1.models.manifest import TINY
 from zipr1.models.open import resolve
 from zipr1.models.policy import load_policy
@@ -53,13 +55,13 @@ def questions():
     ]
 
 
-def texts(answered, turn):
-    return [a.said[turn].text for a in answered]
+def texts(answered, variant):
+    return [a.answers[variant].text for a in answered]
 
 
-def ask(policy, questions, budgets, batch=16, shown=0):
+def ask(policy, questions, p_values, batch=16, shown=0):
     asked = [lambda p=p: p for p in questions]
-    return Answerer(policy, TINY, budgets, batch, shown).answer(asked, CONDITIONS)
+    return Answerer(policy, TINY, p_values, batch, shown).answer(asked, CONDITIONS)
 
 
 def test_dense_budget_is_transformers_own_generate(policy, questions):
@@ -94,18 +96,18 @@ def test_dense_budget_is_transformers_own_generate(policy, questions):
 
 def test_batches_and_shared_passes_change_nothing(policy, questions):
     """Batch 4 answers as batch 1; three budgets in one pass as three passes; each picture is seen once."""
-    budgets = [1.0, 0.975, 0.9]
+    p_values = [1.0, 0.975, 0.9]
     before = policy.vision_calls
-    together = ask(policy, questions, budgets, batch=4)
+    together = ask(policy, questions, p_values, batch=4)
     assert policy.vision_calls - before == 4  # pictures: 2 images and 2 clips, 4 questions each
-    alone = ask(policy, questions, budgets, batch=1)
-    for turn, p in enumerate(budgets):
-        assert texts(together, turn) == texts(alone, turn)
-        own = ask(policy, questions, [p], batch=4)
-        assert texts(own, 0) == texts(together, turn)
-        ratios = [a.said[turn].layer_ratios for a in together]
-        assert [a.said[0].layer_ratios for a in own] == ratios
-        assert [a.said[turn].layer_ratios for a in alone] == ratios
+    alone = ask(policy, questions, p_values, batch=1)
+    for variant, p in enumerate(p_values):
+        assert texts(together, variant) == texts(alone, variant)
+        single = ask(policy, questions, [p], batch=4)
+        assert texts(single, 0) == texts(together, variant)
+        ratios = [a.answers[variant].layer_ratios for a in together]
+        assert [a.answers[0].layer_ratios for a in single] == ratios
+        assert [a.answers[variant].layer_ratios for a in alone] == ratios
         assert (np.mean(ratios) < 1) == (p < 1)
 
 
@@ -117,10 +119,10 @@ def test_bytes_are_those_of_the_cache(policy, questions):
     for prompt, one in zip(questions[:2], answered, strict=True):
         encoded = policy.encode(prompt, [load_media(m, 16) for m in prompt.media], 4096)
         features = policy.look([encoded])
-        for p, said in zip((None, 0.9), one.said, strict=True):
+        for p, answer in zip((None, 0.9), one.answers, strict=True):
             request = None if p is None else Request(TINY.model_copy(update={"p": p}))
             kept = policy.generate([encoded], features, request, 1)
-            assert said.kv_bytes == kept.kv_bytes  # of one row: no padding
+            assert answer.kv_bytes == kept.kv_bytes  # of one row: no padding
 
 
 def test_pictures_are_drawn_of_different_questions(policy, questions):
@@ -185,13 +187,13 @@ def test_paired_difference_by_hand():
     )
 
 
-def wanted(tmp, **more):
+def request_for(tmp, **more):
     values = {
         "tasks": ["digits", "moving_digits"],
-        "budgets": [1.0, 0.975, 0.94],
+        "p_values": [1.0, 0.975, 0.94],
         "limit": 8,
     } | more
-    return Wanted("tiny", output=tmp, **values)
+    return EvalRequest("tiny", output=tmp, **values)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +203,7 @@ def evaluated(tmp_path_factory):
     out = io.StringIO()
     with pytest.raises(RunError) as error:
         session.run(
-            wanted(folder, tasks=["digits", "mmstar", "moving_digits"]),
+            request_for(folder, tasks=["digits", "mmstar", "moving_digits"]),
             ["zipr1", "eval"],
             Console(file=out, width=140),
         )
@@ -248,8 +250,11 @@ def test_report_files(evaluated):
     for row in results["rows"]:
         assert f"{row['token_ratio']:.1%}" in text and f"{row['token_ratio']:.1%}" in page
     assert "hf download" in text and "hf download" in page
-    for name in ("pareto.png", "layers.png"):
-        assert (folder / name).stat().st_size > 5000
+    # Two benchmarks are two panels beside each other: 10 inches at 130 dots, 2.9 or 2.4 high.
+    for name, height in (("pareto.png", 377), ("layers.png", 312)):
+        with Image.open(folder / name) as figure:
+            assert figure.size == (1300, height)
+            assert (31, 119, 180) in set(figure.convert("RGB").getdata())  # a line was drawn
 
 
 def test_samples_are_kept(evaluated):
@@ -269,18 +274,38 @@ def test_a_rerun_measures_only_what_is_missing(evaluated, monkeypatch):
 
     measured = []
     monkeypatch.setattr(harness, "measure", lambda suite, *a: measured.append(suite.name) or 1 / 0)
-    result = session.run(wanted(folder), [], QUIET)
+    result = session.run(request_for(folder), [], QUIET)
     assert measured == [] and result["rows"] == rows
     assert (folder / "benchmarks/digits.json").stat().st_mtime_ns == before
+
+
+def test_results_name_the_installed_lmms_eval(evaluated, tmp_path, monkeypatch):
+    """That of each measurement: a benchmark that was finished under another version keeps its own."""
+    folder, printed, _ = evaluated
+    tested = importlib.metadata.version("lmms-eval")
+    assert json.loads((folder / "results.json").read_text())["lmms_eval"] == tested == LMMS_EVAL
+    assert "is installed" not in printed
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "benchmarks/digits.json").unlink()
+    real, out = importlib.metadata.version, io.StringIO()
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "0.9.1" if name == "lmms-eval" else real(name)
+    )
+    result = session.run(request_for(copy), [], Console(file=out, width=200))
+    line = f"lmms-eval 0.9.1 is installed; benchmarks and scores were tested with {LMMS_EVAL}\n"
+    assert out.getvalue().count(line) == 1
+    assert result["lmms_eval"] == f"0.9.1, {tested}"  # digits, and moving_digits from before
+    assert f"lmms-eval 0.9.1, {tested}" in (copy / "report.html").read_text()
+    assert f"lmms-eval 0.9.1, {tested}" in (copy / "report.md").read_text()
 
 
 def test_a_folder_of_something_else_is_left_alone(evaluated, tmp_path):
     folder, _, _ = evaluated
     with pytest.raises(InputError, match="limit differ; limit was 8 and is 4"):
-        session.run(wanted(folder, limit=4), [], QUIET)
+        session.run(request_for(folder, limit=4), [], QUIET)
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(InputError, match="holds no evaluation"):
-        session.run(wanted(tmp_path), [], QUIET)
+        session.run(request_for(tmp_path), [], QUIET)
     assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
 
 
@@ -288,7 +313,7 @@ def test_a_folder_of_something_else_is_left_alone(evaluated, tmp_path):
     ("more", "message"),
     [
         ({"tasks": ["mmbnch"]}, "did you mean mmbench"),
-        ({"budgets": [1.2]}, "outside"),
+        ({"p_values": [1.2]}, "outside"),
         ({"changes": ["train.steps=3"]}, "not read by zipr1 eval"),
         ({"changes": ["sparse.p=0.5"]}, "use --budget"),
         ({"changes": ["sparse.skp=layer"]}, "did you mean sparse.skip"),
@@ -298,7 +323,7 @@ def test_a_folder_of_something_else_is_left_alone(evaluated, tmp_path):
 )
 def test_wrong_input_is_one_line(tmp_path, more, message):
     with pytest.raises(InputError, match=message):
-        session.run(wanted(tmp_path / "x", **more), [], QUIET)
+        session.run(request_for(tmp_path / "x", **more), [], QUIET)
     assert not (tmp_path / "x").exists()
 
 
@@ -309,7 +334,7 @@ def folder_evaluated(exported, tmp_path_factory):
     folder = shutil.copytree(exported, root / "model")
     text = (folder / "recipe.yaml").read_text()
     (folder / "recipe.yaml").write_text(text.replace("path: tiny", "path: runs/of-elsewhere"))
-    asked = wanted(root / "eval", budgets=[0.9, 0.4], limit=6)
+    asked = request_for(root / "eval", p_values=[0.9, 0.4], limit=6)
     return session.run(replace(asked, model=str(folder)), [], QUIET), root
 
 
@@ -383,7 +408,7 @@ def start(folder, *launcher):
 def whole(tmp_path_factory):
     """The folder of COMMAND, run by one process to its end."""
     folder = tmp_path_factory.mktemp("whole") / "one"
-    session.run(wanted(folder, budgets=[0.975], limit=LIMIT), [], QUIET)
+    session.run(request_for(folder, p_values=[0.975], limit=LIMIT), [], QUIET)
     return folder
 
 
@@ -418,7 +443,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, whole):
             assert "finished benchmarks are kept" in said and "Traceback" not in said
         first, out = folder / "benchmarks/digits.json", io.StringIO()
         stamp = first.stat().st_mtime_ns
-        session.run(wanted(folder, budgets=[0.975], limit=LIMIT), [], Console(file=out))
+        session.run(request_for(folder, p_values=[0.975], limit=LIMIT), [], Console(file=out))
         assert "digits: finished before" in out.getvalue() and first.stat().st_mtime_ns == stamp
         assert measured(folder) == measured(whole)
 

@@ -12,7 +12,7 @@ from rich.console import Console
 pytest.importorskip("lmms_eval")
 
 from zipr1.evaluate import session
-from zipr1.evaluate.session import Wanted
+from zipr1.evaluate.session import EvalRequest
 
 
 def test_a_task_by_its_own_name(tmp_path, monkeypatch):
@@ -27,10 +27,10 @@ def test_a_task_by_its_own_name(tmp_path, monkeypatch):
     ]
     standins.write(tmp_path / "lmms-lab-encoder" / "RealWorldQA", None, "test", rows)
     monkeypatch.chdir(tmp_path)
-    wanted = Wanted(
-        "tiny", output=tmp_path / "out", tasks=["realworldqa"], budgets=[1.0, 0.975], limit=3
+    request = EvalRequest(
+        "tiny", output=tmp_path / "out", tasks=["realworldqa"], p_values=[1.0, 0.975], limit=3
     )
-    session.run(wanted, ["zipr1", "eval"], Console(file=io.StringIO(), width=120))
+    session.run(request, ["zipr1", "eval"], Console(file=io.StringIO(), width=120))
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(r["task"], r["metric"], r["p"], r["n"]) for r in found["rows"]] == [
         ("realworldqa", "exact_match", p, 3) for p in (1.0, 0.975)

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import sys
 
 import pytest
@@ -14,7 +13,6 @@ from zipr1.core import machine
 from zipr1.core.errors import InputError
 from zipr1.core.phases import Stopwatch, phase
 from zipr1.core.recipe import Sparse
-from zipr1.core.runs import find_model
 from zipr1.models import cost
 from zipr1.models.sparse.attention import ATTENTION, Request, sparse_attention
 from zipr1.models.sparse.cache import PrunedCache
@@ -110,6 +108,50 @@ def test_phases_exclude_what_runs_inside(monkeypatch):
     assert watch.seconds == {"outer": 2.0, "inner": 4.0}
 
 
+def spans_of(trace):
+    return {e.key: e.count for e in trace.key_averages() if e.key.startswith("zipr1/")}
+
+
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+def test_a_users_trace_shows_the_phases(tiny, skip):
+    """Each of four layers scores once and attends once, and what ran inside lies below its span."""
+    inputs = tiny.random(64, 1)
+    variant = measure.sparse_variant(tiny, inputs, skip, 0.25)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        measure.prefill(tiny, inputs, variant)
+    found = spans_of(trace)
+    assert set(found) == {f"zipr1/{p}" for p in ("scoring", "selection", "attention", "gathers")}
+    assert found["zipr1/scoring"] == found["zipr1/attention"] == 4
+    scored = [e for e in trace.events() if e.name == "zipr1/scoring"]
+    assert all(any("bmm" in child.name for child in descendants(e)) for e in scored)
+
+
+def descendants(event):
+    for child in event.cpu_children:
+        yield child
+        yield from descendants(child)
+
+
+def test_a_stopwatch_and_a_trace_hear_the_same_phases(monkeypatch):
+    watch = Stopwatch()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        with watch.listening(), phase("outer"), phase("inner"):
+            pass
+        with phase("alone"):
+            pass
+    assert set(watch.seconds) == {"outer", "inner"}
+    assert spans_of(trace) == {"zipr1/outer": 1, "zipr1/inner": 1, "zipr1/alone": 1}
+
+    def made(name):
+        raise AssertionError(f"a span of {name} although nobody traces")
+
+    monkeypatch.setattr(torch.profiler, "record_function", made)
+    with watch.listening(), phase("outer"):
+        pass
+    with phase("alone"):
+        pass
+
+
 @pytest.mark.parametrize("skip", ["attention", "layer"])
 def test_phases_add_up_to_the_decoder(tiny, skip):
     inputs = tiny.random(64, 1)
@@ -130,12 +172,18 @@ def test_bounds_come_from_the_slower_of_operations_and_bytes():
 
 
 def test_noise_is_told():
+    """By hand: p20 and p80 lie at indices 0.2 (n - 1) and 0.8 (n - 1) of the sorted times, between neighbours."""
     assert not measure.Spread([10, 10.1, 10, 10.1, 10, 10.1]).noisy
     assert measure.Spread([10, 10, 10.05, 11, 11, 11.05, 11, 10]).noisy is False
     assert measure.Spread([10] * 6 + [11] * 6).noisy is False  # the spread covers it
     assert measure.Spread([10, 14, 10, 14, 10, 14]).noisy, "the spread is a fifth"
     assert measure.Spread([10.0] * 9 + [10.5] * 2 + [10.0] * 9).noisy is False
-    assert measure.Spread([10.0] * 11 + [10.9] * 2 + [10.0] * 0).noisy is False
+    # Of 9 times: p20 = 9.6, p80 = 10. The first four have a median of 9.5, the last five of 10: 0.5 apart.
+    assert measure.Spread([9, 9, 10, 10, 10, 10, 10, 10, 10]).noisy is True, "it drifted"
+    assert (
+        measure.Spread([9, 10, 10, 10, 9, 10, 10, 10, 10]).noisy is False
+    )  # the same times, no drift
+    assert measure.Spread([9.9, 9.9, *[10] * 7]).noisy is False  # 0.05 apart: less than 2 %
 
 
 def test_the_whole_cache_decodes_as_the_dense_one(tiny):
@@ -321,15 +369,3 @@ def test_pictures_need_a_tokenizer(tmp_path):
         subject.Subject(None, cost.shape_of("tiny"), 4, Sparse(), "random").real(
             subject.given_prompt(path, None), 1
         )
-
-
-def test_which_model_is_meant(tmp_path):
-    assert find_model("x", tmp_path) == ("x", "model: x")
-    assert find_model(None, tmp_path)[0] == "tiny"
-    for name, age in (("old", 100), ("new", 200), ("unfinished", 300)):
-        (tmp_path / name).mkdir()
-        if name != "unfinished":
-            (tmp_path / name / "last" / "model").mkdir(parents=True)
-            os.utime(tmp_path / name / "last", (age, age))
-    model, said = find_model(None, tmp_path)
-    assert model == str(tmp_path / "new") and "last run" in said

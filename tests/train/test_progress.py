@@ -1,17 +1,11 @@
 """What people see: progress with and without a terminal, the table, the pictures."""
 
 import io
-import json
 import re
 
-import numpy as np
 import pytest
-from PIL import Image
 from rich.console import Console
 
-from zipr1.core.errors import InputError
-from zipr1.core.plots import curves, kept_picture, smooth
-from zipr1.core.text import duration
 from zipr1.train.progress import Progress, summary_table
 
 METRICS = {
@@ -128,65 +122,3 @@ def test_summary_table(width):
     assert out.index("moving_digits") < out.index("all")
     assert "…" not in out
     c.print(summary_table({"after": {"accuracy": 0.5}}))  # a run without `before`
-
-
-def test_smooth_is_a_running_mean():
-    assert smooth(np.array([0.0, 3.0, 6.0, 9.0]), 3) == pytest.approx([1.5, 3.0, 6.0, 7.5])
-    assert smooth(np.array([1.0, np.nan, 3.0]), 3) == pytest.approx([1.0, 2.0, 3.0])
-
-
-def test_curves(tmp_path):
-    metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text("".join(json.dumps({"step": i, **METRICS}) + "\n" for i in range(30)))
-    path = curves(metrics, tmp_path / "plots" / "curves.png")
-    wide = Image.open(path)
-    assert wide.width > 1000
-    metrics.write_text('{"step": 0, "loss": 1.0, "kl": null}\n')
-    assert Image.open(curves(metrics, tmp_path / "one.png")).width < wide.width
-    for empty in ("", '{"step": 0}\n'):
-        metrics.write_text(empty)
-        with pytest.raises(InputError, match="holds no"):
-            curves(metrics, tmp_path / "none.png")
-
-
-def test_kept_picture_darkens_what_was_dropped(tmp_path):
-    pixels = np.zeros((56, 56, 3), np.uint8)
-    pixels[:, :, 1] = 255
-    right = np.tile([False, True], 2)
-    path = kept_picture(
-        pixels, (1, 2, 2), [np.ones(4, bool), right], "Which?", {"dense": "7"}, tmp_path / "k.png"
-    )
-    image = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    green = (image[..., 1] > 250) & (image[..., 0] < 5)
-    dark = image.max(-1) < 60
-    # Two and a half of three panels are kept, half a panel is dropped.
-    assert green.sum() / (green | dark).sum() == pytest.approx(2.5 / 3, abs=0.03)
-    columns = np.nonzero(dark & (image[..., 2] > image[..., 0] + 5))[1]
-    assert columns.min() > image.shape[1] * 0.6  # in the last panel
-
-
-def test_kept_picture_of_a_clip(tmp_path):
-    frames = np.random.default_rng(0).integers(0, 255, (8, 28, 28, 3), dtype=np.uint8)
-    one = kept_picture(frames, (1, 2, 2), [np.ones(4)], "q", {}, tmp_path / "1.png")
-    four = kept_picture(frames, (4, 2, 2), [np.ones(16)] * 9, "q", {}, tmp_path / "4.png")
-    assert Image.open(four).height > 2 * Image.open(one).height
-
-
-@pytest.mark.parametrize(
-    ("pixels", "kept", "message"),
-    [
-        (np.zeros((4, 4)), [np.ones(4)], "pixels have shape"),
-        (np.zeros((4, 4, 3)), [np.ones(5)], "layer 0 has 5 flags for a grid of 1 x 2 x 2"),
-        (np.zeros((4, 4, 3)), [], "kept_per_layer is empty"),
-    ],
-)
-def test_kept_picture_wrong_input(tmp_path, pixels, kept, message):
-    with pytest.raises(InputError, match=message):
-        kept_picture(pixels, (1, 2, 2), kept, "q", {}, tmp_path / "k.png")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (725, "12 min 5 s"), (11_220, "3 h 7 min")]
-)  # fmt: skip
-def test_duration(seconds, expected):
-    assert duration(seconds) == expected

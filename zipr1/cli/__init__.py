@@ -23,6 +23,7 @@ from zipr1.cli.profile import profile
 from zipr1.cli.train import train
 from zipr1.core import signals
 from zipr1.core.errors import ZipError
+from zipr1.core.text import one_line
 
 app = typer.Typer(
     name="zipr1",
@@ -110,9 +111,8 @@ def _is_device_memory(error: RuntimeError) -> bool:
 
 
 def _leave(message: str, code: int) -> None:
-    line = " ".join(message.split())
     console = Console(stderr=True, highlight=False)
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     who = f"rank {os.environ.get('RANK')}: " if several else ""
-    console.print(f"[bold red]error:[/] {who}{escape(line)}", soft_wrap=True)
+    console.print(f"[bold red]error:[/] {who}{escape(one_line(message))}", soft_wrap=True)
     sys.exit(code)

@@ -84,19 +84,19 @@ def evaluate(
     if "list" in names:
         _list(console)
         return
-    budgets = numbers("--budget", budget, float)
+    p_values = numbers("--budget", budget, float)
 
     from zipr1.core.jsontext import dumps
-    from zipr1.core.runs import find_model
+    from zipr1.core.rundir import find_model
     from zipr1.evaluate import session
 
-    found, why = find_model(model)
+    path, why = find_model(model)
     if model is None:
         console.print(why, soft_wrap=True, highlight=False)
-    wanted = session.Wanted(
-        found, names, budgets, limit, output, data_root, device, overrides or [], base
+    request = session.EvalRequest(
+        path, names, p_values, limit, output, data_root, device, overrides or [], base
     )
-    result = session.run(wanted, sys.argv, console)
+    result = session.run(request, sys.argv, console)
     if as_json:
         print(dumps(result), flush=True)
 

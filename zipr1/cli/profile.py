@@ -91,7 +91,7 @@ def profile(
 
     from zipr1.core.errors import InputError
     from zipr1.core.jsontext import dumps
-    from zipr1.core.runs import find_model
+    from zipr1.core.rundir import find_model
 
     console = Console(stderr=as_json)
     name, said = find_model(model)
@@ -131,8 +131,6 @@ def profile(
         with console.status("profile") as status:
             found = measure(wish, lambda text: status.update(f"profile: {text}"))
         folder = output or new_folder("profile")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "profile.json").write_text(dumps(found) + "\n", encoding="utf-8")
         page = report.write(found, folder)
         for table in report.tables(found):
             console.print(table)

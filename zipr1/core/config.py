@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from zipr1.core.errors import InputError
+from zipr1.core.text import one_line
 
 
 def read(path: Path) -> str:
@@ -43,10 +44,10 @@ def parse(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-        raise InputError(f"{source}{line}: not YAML: {_one_line(what)}; mend this line") from None
+        raise InputError(f"{source}{line}: not YAML: {one_line(what)}; mend this line") from None
     except ValueError as error:  # such as the date 2026-99-99
         raise InputError(
-            f"{source}: not YAML: {_one_line(error)}; put the value in quotes"
+            f"{source}: not YAML: {one_line(error)}; put the value in quotes"
         ) from None
 
 
@@ -74,12 +75,8 @@ def override(values: dict[str, Any], text: str) -> str:
 
 def show(value: Any) -> str:
     """A value as it may stand in a message: one line, not long."""
-    text = _one_line(repr(value) if isinstance(value, str) else json.dumps(value, default=str))
+    text = one_line(repr(value) if isinstance(value, str) else json.dumps(value, default=str))
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _one_line(value: Any) -> str:
-    return " ".join(str(value).split())
 
 
 class _Loader(yaml.SafeLoader):

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from zipr1.core import signals
 from zipr1.core.errors import InputError, RunError, ZipError
+from zipr1.core.text import reason
 
 T = TypeVar("T")
 
@@ -95,10 +96,9 @@ def meet(backend: str, timeout: timedelta | None = None) -> None:
     try:
         dist.init_process_group(backend, timeout=timeout)
     except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
         raise InputError(
-            f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')} and the processes do not meet ({reason}); start them with "
-            "torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')} and the processes do not meet ({reason(error, 160)}); "
+            "start them with torchrun, or unset WORLD_SIZE"
         ) from None
 
 

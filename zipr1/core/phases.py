@@ -1,8 +1,17 @@
-"""Where the time of a forward pass goes: named phases, which cost nothing unless a stopwatch listens in this thread."""
+"""Where the time of a forward pass goes: named phases of our own code, such as `scoring` and `selection`.
+
+    with phase("scoring"):        in the code that is measured
+        ...
+    with watch.listening():       seconds by phase, for zipr1 profile
+    with torch.profiler.profile() as trace:       a user's trace shows them as zipr1/scoring
+
+Without a stopwatch or a profiler in this thread a phase does nothing.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -60,6 +69,18 @@ class Stopwatch:
 
 
 def phase(name: str) -> contextlib.AbstractContextManager[Any]:
-    """What runs inside belongs to this phase."""
+    """What runs inside belongs to this phase: of the stopwatch that listens, and of a running trace of torch's."""
     watch: Stopwatch | None = getattr(_state, "watch", None)
-    return _NOTHING if watch is None else watch.phase(name)
+    torch = sys.modules.get("torch")  # core loads no torch; where none is loaded, none traces
+    if torch is None or not torch.autograd._profiler_enabled():
+        return _NOTHING if watch is None else watch.phase(name)
+    span: contextlib.AbstractContextManager[Any] = torch.profiler.record_function(f"zipr1/{name}")
+    return span if watch is None else _both(span, watch.phase(name))
+
+
+@contextlib.contextmanager
+def _both(
+    outer: contextlib.AbstractContextManager[Any], inner: contextlib.AbstractContextManager[Any]
+) -> Iterator[None]:
+    with outer, inner:
+        yield

@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and which visual tokens each layer kept."""
+"""Figures: a run's curves, which visual tokens each layer kept, and what all figures of zipr1 share."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zipr1.core.errors import InputError
+from zipr1.core.files import replacing
 from zipr1.core.rundir import read_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def curves(metrics: Path, out: Path) -> Path:
@@ -59,7 +61,7 @@ def curves(metrics: Path, out: Path) -> Path:
         _curve(ax, rows, title, lines, share)
     for ax in axes[len(present) :]:
         ax.set_axis_off()
-    return _save(figure, out)
+    return save(figure, out)
 
 
 def kept_picture(
@@ -98,8 +100,8 @@ def kept_picture(
             )
     if not masks:
         raise InputError("kept_per_layer is empty; give one array of flags for each layer")
-    layers = _spread(len(masks), max_layers)
-    times = _spread(t, max_frames)
+    layers = evenly_spaced(len(masks), max_layers)
+    times = evenly_spaced(t, max_frames)
     columns, rows = len(layers) + 1, len(times)
     side = 1.9
     aspect = frames.shape[1] / frames.shape[2]
@@ -113,8 +115,7 @@ def kept_picture(
     heading = f"{_wrapped(question, columns)}\n" if question else ""
     figure.suptitle(heading + "     ".join(answer_lines), fontsize=10, x=0.01, ha="left")
     for row, moment in enumerate(times):
-        # A token may span several frames (two in Qwen's video towers): the first of them is shown.
-        frame = frames[min(len(frames) - 1, moment * len(frames) // t)].astype(np.float32) / 255
+        frame = frame_at(frames, moment, t).astype(np.float32) / 255
         for column, ax in enumerate(axes[row]):
             ax.set_xticks([])
             ax.set_yticks([])
@@ -127,10 +128,10 @@ def kept_picture(
                     ax.set_ylabel(f"time {moment + 1}/{t}", fontsize=8)
                 continue
             mask = masks[layers[column - 1]].reshape(t, h, w)
-            ax.imshow(_darkened(frame, mask[moment]), interpolation="nearest")
+            ax.imshow(darkened(frame, mask[moment]), interpolation="nearest")
             if row == 0:
                 ax.set_title(f"layer {layers[column - 1] + 1}: {mask.mean():.0%}", fontsize=9)
-    return _save(figure, out)
+    return save(figure, out)
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -157,11 +158,8 @@ def _curve(
         window = min(len(rows), max(1, len(rows) // 20) // 2 * 2 + 1)
         ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         ax.plot(steps, smooth(values, window), color=colour, linewidth=1.8, label=label)
-    ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    plain_axes(ax, title)
     ax.set_xlabel("step", fontsize=8)
-    ax.tick_params(labelsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", alpha=0.25)
     ax.set_ylim(*((0, 1.02) if share else (min(0, ax.get_ylim()[0]), None)))
     if share:
         from matplotlib.ticker import PercentFormatter
@@ -171,23 +169,47 @@ def _curve(
         ax.legend(frameon=False, fontsize=8)
 
 
-def _save(figure: Any, out: Path) -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
-    return out
+def plain_axes(ax: Axes, title: str) -> None:
+    """The look of all curves: a bold title at the left, small ticks, no frame above or to the right, pale lines."""
+    ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    ax.tick_params(labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", alpha=0.25)
 
 
-def _darkened(frame: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The frame with every token cell that is not in `kept` `(h, w)` turned dark and bluish."""
+def save(figure: Figure, path: Path, dpi: int = 130) -> Path:
+    """The figure as a whole file; its folder is made. Returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)
+    return path
+
+
+def darkened(frame: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The frame, dark and bluish where tokens were dropped.
+
+    frame: `(H, W, 3)` float in [0, 1]. kept: `(h, w)`, one value for each token's cell: 1 or True stays as it is, 0 or
+    False turns dark, a share between them (of layers that keep the token, say) lies between both.
+    """
     height, width = frame.shape[:2]
-    rows = np.minimum(np.arange(height) * kept.shape[0] // height, kept.shape[0] - 1)
-    columns = np.minimum(np.arange(width) * kept.shape[1] // width, kept.shape[1] - 1)
-    mask = kept[rows][:, columns][..., None]
-    grey = frame.mean(axis=-1, keepdims=True)
-    return np.where(mask, frame, 0.22 * grey + np.array([0.03, 0.04, 0.10], dtype=np.float32))
+    # A pixel belongs to the cell that its centre lies in.
+    rows = (2 * np.arange(height) + 1) * kept.shape[0] // (2 * height)
+    columns = (2 * np.arange(width) + 1) * kept.shape[1] // (2 * width)
+    light = kept[rows][:, columns][..., None].astype(np.float32)
+    dark = 0.22 * frame.mean(axis=-1, keepdims=True) + np.array([0.03, 0.04, 0.10], np.float32)
+    return light * frame + (1 - light) * dark
 
 
-def _spread(count: int, most: int) -> list[int]:
+def frame_at(frames: np.ndarray, moment: int, moments: int) -> np.ndarray:
+    """The frame `(H, W, 3)` of `frames` `(F, H, W, 3)` to show for one of `moments` steps of a clip's tokens.
+
+    A token may span several frames (two in Qwen's video towers): the first of them is shown.
+    """
+    frame: np.ndarray = frames[min(len(frames) - 1, moment * len(frames) // moments)]
+    return frame
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
     """Up to `most` of `count` indices, evenly spaced, first and last among them."""
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zipr1.core.errors import InputError, RunError
+from zipr1.core.files import sync, write_whole
 from zipr1.core.jsontext import dumps
 from zipr1.core.recipe import Recipe, differences, load
 
@@ -33,9 +34,10 @@ if TYPE_CHECKING:
     import torch
 
 COMPLETE = "complete.json"
+RUNS = Path("runs")
 
 
-def new_folder(name: str, base: Path = Path("runs")) -> Path:
+def new_folder(name: str, base: Path = RUNS) -> Path:
     """A folder that does not exist yet: `runs/<name>-<date>-<time>`, with a counter where that is taken."""
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for tail in ("", *(f"-{i}" for i in range(2, 1000))):
@@ -43,6 +45,17 @@ def new_folder(name: str, base: Path = Path("runs")) -> Path:
         if not path.exists():
             return path
     raise RunError(f"{base}: a thousand runs called {stem} are there; clear some away")
+
+
+def find_model(given: str | None, runs: Path = RUNS) -> tuple[str, str]:
+    """The model to use and a line that says why: the one given, else the newest trained run, else `tiny`."""
+    if given is not None:
+        return given, f"model: {given}"
+    trained = [path for path in runs.glob("*") if (path / "last" / "model").is_dir()]
+    if not trained:
+        return "tiny", "model: tiny, the embedded one (no run in runs/; choose with --model)"
+    newest = max(trained, key=lambda path: (path / "last").stat().st_mtime)
+    return str(newest), f"model: {newest}, the last run (choose with --model)"
 
 
 class RunDir:
@@ -119,9 +132,9 @@ class RunDir:
                 write(temporary)
                 sizes = {}
                 for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-                    _sync(path)
+                    sync(path)
                     sizes[path.relative_to(temporary).as_posix()] = path.stat().st_size
-                _write_text(temporary / COMPLETE, dumps({"step": step, "files": sizes}, indent=2))
+                write_whole(temporary / COMPLETE, dumps({"step": step, "files": sizes}, indent=2))
                 if final.exists():
                     old = folder / f".tmp-old-{step:06d}"
                     shutil.rmtree(old, ignore_errors=True)
@@ -130,7 +143,7 @@ class RunDir:
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
-            _sync(folder)
+            sync(folder)
             for name in ("last", "best") if best else ("last",):
                 link = self.root / f".tmp-{name}"
                 link.unlink(missing_ok=True)
@@ -156,7 +169,7 @@ class RunDir:
         if not self.writes:
             return
         with _disk(self.root / name):
-            _write_text(self.root / name, dumps(values, indent=2) + "\n")
+            write_whole(self.root / name, dumps(values, indent=2) + "\n")
 
     def _is_empty(self) -> bool:
         if not self.root.exists():
@@ -170,7 +183,7 @@ class RunDir:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             (self.root / "checkpoints").mkdir(exist_ok=True)
-            _write_text(self.root / "recipe.yaml", self.recipe.dump())
+            write_whole(self.root / "recipe.yaml", self.recipe.dump())
         except OSError as error:
             raise InputError(
                 f"{self.root}: cannot be written ({error.strerror}); give another --output"
@@ -196,6 +209,8 @@ class RunDir:
                 f"{self.root}: holds a run of this recipe; go on with --resume auto, or give another --output"
             )
         self.checkpoint = self.latest_checkpoint()
+        for left in self.root.glob(".tmp-*"):  # of a write that a kill cut short
+            left.unlink(missing_ok=True)
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             self._truncate(name, self.start_step)
         run = read_json(self.root / "run.json") if (self.root / "run.json").is_file() else {}
@@ -223,7 +238,7 @@ class RunDir:
                     continue
                 if isinstance(row, dict) and row.get("step", step) < step:
                     kept.append(f"{line}\n")
-            _write_text(path, "".join(kept))
+            write_whole(path, "".join(kept))
 
     def _prune(self, newest: Path, keep: int) -> None:
         """Keeps the `keep` newest checkpoints up to the one just written, and the best; leftovers go."""
@@ -267,7 +282,7 @@ def save_state(
     }
     with _disk(folder / name):
         save_file(plain, folder / f"{name}.safetensors")
-        _write_text(folder / f"{name}.json", dumps(meta, indent=2))
+        write_whole(folder / f"{name}.json", dumps(meta, indent=2))
 
 
 def load_state(folder: Path, name: str = "state") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -314,24 +329,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _step_of(path: Path) -> int:
     match = re.fullmatch(r"step-(\d+)", path.name)
     return int(match[1]) if match else -1
-
-
-def _write_text(path: Path, text: str) -> None:
-    """The file is the old or the new one, never a part: written beside, then moved over."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from urllib.parse import urlparse
 
 from zipr1.core.errors import InputError, Missing
 from zipr1.core.recipe import Data
+from zipr1.core.text import reason
 
 Rows = Iterator[tuple[int, Callable[[], Any]]]
 
@@ -125,12 +126,11 @@ def _datasets(path: Path, split: str, data: Data) -> Rows:
                 str(path), data.subset, split=split, streaming=data.streaming
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
         kind, hint = InputError, "check the folder, data.subset and the split after the colon"
         if not path.is_dir():
             kind = Missing
             hint = f"check the name and the network, or download it first (hf download --repo-type dataset {path})"
-        raise kind(f"{path} ({split}): does not load ({reason}); {hint}") from error
+        raise kind(f"{path} ({split}): does not load ({reason(error)}); {hint}") from error
     for column, feature in (table.features or {}).items():
         raw = _undecoded(datasets, feature)
         if raw is not None:

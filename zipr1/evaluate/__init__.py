@@ -1,10 +1,11 @@
-"""`zipr1 eval`: benchmarks at several budgets, dense beside sparse in one run.
+"""evaluate: benchmarks of lmms-eval, dense beside sparse at several values of p in one run (`zipr1 eval`).
 
-    session.py    the evaluation in numbered steps                 ranks.py     several processes
-    harness.py    lmms-eval's data sets, prompts and scoring       adapter.py   the policy as its model
-    answers.py    questions -> answers at all budgets              local.py     data from files
-    scores.py     samples -> scores and paired differences         records.py   one benchmark's result
-    folder.py     what an evaluation leaves behind                 report.py, html.py, plots.py, gallery.py
+    session.py   the evaluation in numbered steps; writes its files     suites.py    the benchmarks, as data
+    harness.py   lmms-eval's data sets, prompts and scoring             adapter.py   the policy as its model
+    answers.py   questions -> answers, in all variants together         local.py     benchmarks from files
+    scores.py    samples -> scores and paired differences               records.py   one benchmark's result
+    folder.py    what an evaluation leaves behind                       report.py    tables, report.md
+    html.py, plots.py, gallery.py   the page, its figures, its pictures of kept tokens
 
-Only this package knows lmms_eval; tasks/ holds the embedded benchmarks as lmms-eval reads them.
+Only this package knows lmms_eval; manifests.py is its entry point, tasks/ the embedded benchmarks as it reads them.
 """

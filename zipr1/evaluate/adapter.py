@@ -1,15 +1,15 @@
 """The policy as a model of lmms-eval: its chat layout, around what answers.py does.
 
-    simple_evaluate(model=Adapter(answerer), ...)               in a process that has loaded a policy
+    simple_evaluate(model=Adapter(AnswerStore(answerer), 0), ...)      in a process that has loaded a policy
     lmms-eval --model zipr1 --model_args pretrained=RUN,budget=0.975 --tasks mme
 
-One adapter answers one benchmark: all budgets when it is first asked, then those of `turn` from memory.
+An AnswerStore answers every document of a benchmark once, in all variants; an Adapter for each variant reads from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from lmms_eval.api.instance import Instance
@@ -28,20 +28,58 @@ from zipr1.models.policy import load_policy
 MAX_NEW_TOKENS = 128
 
 
-class Adapter(lmms):
-    """answerer, or for lmms-eval's own command line: pretrained (what --model takes), budget, batch_size, device.
+class Document(NamedTuple):
+    """What lmms-eval knows a question by: its number in a split of a task's data set."""
 
-    conditions: what to hold all questions to; None takes the tasks' own length of answers. turn: which of the
-    answerer's budgets `generate_until` returns. answered: by (task, split, document).
+    task: str
+    split: str
+    number: int
+
+
+class AnswerStore:
+    """One benchmark's answers: a document is answered once, in all variants together, and read variant by variant.
+
+    lmms-eval asks for all documents in one variant, scores them, and asks again for the next. The first time decides:
+    every document is answered then, so that its media are decoded and seen once.
+    """
+
+    def __init__(self, answerer: Answerer, tell: Callable[[int], None] = lambda done: None) -> None:
+        self.answerer = answerer
+        self._tell = tell
+        self._answered: dict[Document, Answered] = {}
+
+    def add(self, asked: Mapping[Document, Callable[[], Prompt]], conditions: Conditions) -> None:
+        """Answer those of the documents that have no answers yet."""
+        new = {document: make for document, make in asked.items() if document not in self._answered}
+        if new:
+            answered = self.answerer.answer(list(new.values()), conditions, self._tell)
+            self._answered |= zip(new, answered, strict=True)
+
+    def text(self, document: Document, variant: int) -> str:
+        """The answer in a variant, by its number among the answerer's."""
+        return self._answered[document].answers[variant].text
+
+    def in_order(self) -> list[Answered]:
+        """All that was answered, in the order of documents."""
+        return [
+            self._answered[document] for document in sorted(self._answered, key=lambda d: d.number)
+        ]
+
+
+class Adapter(lmms):
+    """store, or for lmms-eval's own command line: pretrained (what --model takes), budget, batch_size, device.
+
+    variant: the number of the variant whose answers `generate_until` gives. conditions: what to hold all questions to;
+    None takes the tasks' own length of answers. change: makes of (task, answer) what the task's scorer is to see.
     """
 
     is_simple = False
 
     def __init__(
         self,
-        answerer: Answerer | None = None,
+        store: AnswerStore | None = None,
+        variant: int = 0,
         conditions: Conditions | None = None,
-        tell: Callable[[int], None] = lambda done: None,
         change: Callable[[str, str], str] = lambda task, text: text,
         pretrained: str = "tiny",
         budget: float = 1.0,
@@ -55,57 +93,47 @@ class Adapter(lmms):
             raise InputError(
                 f"--model_args {next(iter(unknown))}: unknown; allowed: pretrained, budget, batch_size, device"
             )
-        if answerer is None:
+        if store is None:
             sparse = find_source(pretrained).sparse
             dtype = inference_dtype("auto", choose_device(device))
             policy = load_policy(Model.model_validate({"path": pretrained, "dtype": dtype}), device)
-            answerer = Answerer(policy, sparse, [float(budget)], int(batch_size), shown=0)
-        self.answerer = answerer
+            store = AnswerStore(Answerer(policy, sparse, [float(budget)], int(batch_size), shown=0))
+        self.store = store
+        self.variant = variant
         self.conditions = conditions
-        self.tell = tell
         self.change = change
-        self.turn = 0
-        self.answered: dict[tuple[str, str, int], Answered] = {}
 
     @property
     def device(self) -> Any:
-        return self.answerer.policy.device
+        return self.store.answerer.policy.device
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """The answers at the budget whose turn it is, in the order of the requests."""
-        keys = [self._key(request) for request in requests]
-        new = [i for i, key in enumerate(keys) if key not in self.answered]
-        for conditions, rows in self._alike([requests[i] for i in new]).items():
-            some = [new[row] for row in rows]
-            asked = [self._maker(requests[i]) for i in some]
-            for i, answered in zip(
-                some, self.answerer.answer(asked, conditions, self.tell), strict=True
-            ):
-                self.answered[keys[i]] = answered
-        return [self.change(key[0], self.answered[key].said[self.turn].text) for key in keys]
+        """The answers of this adapter's variant, in the order of the requests."""
+        for conditions, asked in self._by_conditions(requests).items():
+            self.store.add(asked, conditions)
+        documents = map(_document, requests)
+        return [self.change(d.task, self.store.text(d, self.variant)) for d in documents]
 
-    def _alike(self, requests: Sequence[Instance]) -> dict[Conditions, list[int]]:
-        """Requests by the conditions that they are answered under."""
-        found: dict[Conditions, list[int]] = {}
-        base = self.conditions or Conditions(max_new_tokens=0)
-        for row, request in enumerate(requests):
+    def _by_conditions(
+        self, requests: Sequence[Instance]
+    ) -> dict[Conditions, dict[Document, Callable[[], Prompt]]]:
+        """What is asked of each document, by the conditions that it is answered under."""
+        asked: dict[Conditions, dict[Document, Callable[[], Prompt]]] = {}
+        common = self.conditions or Conditions(max_new_tokens=0)
+        for request in requests:
             settings = request.args[2]
             stops = settings.get("until") or ()
             stops = (stops,) if isinstance(stops, str) else tuple(stops)
-            longest = base.max_new_tokens or int(settings.get("max_new_tokens") or MAX_NEW_TOKENS)
-            wanted = base._replace(max_new_tokens=longest, stops=stops)
-            found.setdefault(wanted, []).append(row)
-        return found
+            longest = common.max_new_tokens or int(settings.get("max_new_tokens") or MAX_NEW_TOKENS)
+            conditions = common._replace(max_new_tokens=longest, stops=stops)
+            asked.setdefault(conditions, {})[_document(request)] = self._maker(request)
+        return asked
 
     def _maker(self, request: Instance) -> Callable[[], Prompt]:
         _, to_messages, _, number, task, split = request.args
         return lambda: prompt_of(
             f"{task}/{number}", to_messages(self.task_dict[task][split][number])
         )
-
-    @staticmethod
-    def _key(request: Instance) -> tuple[str, str, int]:
-        return request.args[4], request.args[5], request.args[3]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         raise InputError(
@@ -121,9 +149,14 @@ class Adapter(lmms):
         """Nothing: lmms-eval's own would delete the modules of a model that is asked again."""
 
 
+def _document(request: Instance) -> Document:
+    _, _, _, number, task, split = request.args
+    return Document(task, split, number)
+
+
 def prompt_of(name: str, messages: Any) -> Prompt:
     """lmms-eval's chat messages as a Prompt: pictures as pixels, clips as paths. Raises InputError for audio."""
-    turns, media = [], []
+    chat, media = [], []
     for message in ChatMessages(messages=messages).messages:
         content: list[dict[str, Any]] = []
         for part in message.content:
@@ -143,5 +176,5 @@ def prompt_of(name: str, messages: Any) -> Prompt:
                     f"{name}: holds {part.type}; pictures, whole clips and text are read"
                 )
             content.append({"type": media[-1].kind})
-        turns.append({"role": message.role, "content": content})
-    return Prompt(name, turns, tuple(media), "")
+        chat.append({"role": message.role, "content": content})
+    return Prompt(name, chat, tuple(media), "")

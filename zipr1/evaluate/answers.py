@@ -1,7 +1,7 @@
-"""Questions answered at several budgets in one pass: media decoded once, seen once, answered dense and sparse.
+"""Questions answered dense and sparse together: media decoded once, seen once, then answered in every variant.
 
-Not here: where questions come from and what makes an answer right (lmms-eval, in harness.py). Answers are greedy.
-A budget is the p of the selection; 1.0 is the dense model itself.
+A variant is a value of the selection's p (1.0 is the dense model itself), or the untouched base. Answers are greedy.
+Not here: where questions come from and what makes an answer right (lmms-eval, in harness.py).
 """
 
 from __future__ import annotations
@@ -20,28 +20,41 @@ from zipr1.core.types import Prompt
 from zipr1.data.media import load_media
 from zipr1.evaluate import gallery, processes
 from zipr1.models.batching import by_length
-from zipr1.models.policy import Features, Policy
+from zipr1.models.policy import Answers, Features, Policy
 from zipr1.models.processors import Encoded, Processor, Visual
 from zipr1.models.sparse.attention import Request
 
 # lmms-eval adds this stop where a task names none; answers may well have paragraphs.
 IMPLICIT_STOP = "\n\n"
+BASE = "base"  # the name of the base's variant
+
+
+class Variant(NamedTuple):
+    """One way to answer every question. name: `1`, `0.975`, or `base`. sparse: None is dense.
+
+    model: what answers in place of the policy's own model; None is that one.
+    """
+
+    name: str
+    p: float
+    sparse: Sparse | None = None
+    model: Any = None
 
 
 @dataclass
-class Said:
-    """One answer at one budget. layer_ratios: kept share of the prompt by layer, `(D,)`, ones when dense.
+class Answer:
+    """One answer in one variant. layer_ratios: kept share of the prompt by layer, `(D,)`, ones when dense.
 
     kv_bytes: keys and values of this prompt after its prefill, no padding. seconds: its share of the batch's time in
-    the language model, prefill and decoding. length: prompt tokens. tokens: answer tokens, the end token included.
+    the language model, prefill and decoding. answer_tokens: the end token included.
     """
 
     text: str
     layer_ratios: list[float]
     kv_bytes: int
     seconds: float
-    length: int
-    tokens: int
+    prompt_tokens: int
+    answer_tokens: int
 
     @property
     def token_ratio(self) -> float:
@@ -51,11 +64,14 @@ class Said:
 
 @dataclass
 class Answered:
-    """One question's answers, by budget. seconds: of decoding its media and of the vision tower."""
+    """One question's answers, in the order of the variants. The seconds are of its media, once for all variants.
 
-    said: list[Said]
-    decoding: float
-    vision: float
+    pictures: the picture or clip as it is and darkened where tokens were dropped, as gallery.py draws them.
+    """
+
+    answers: list[Answer]
+    decoding_seconds: float
+    vision_seconds: float
     pictures: list[str] = field(default_factory=list)
 
 
@@ -70,9 +86,9 @@ class Conditions(NamedTuple):
 
 
 class Answerer:
-    """A loaded policy and the budgets it answers at. batch: most questions in one forward pass.
+    """A loaded policy and the variants in which it answers: a value of p each, then the base.
 
-    base: the untouched model that the policy was trained from; its dense answers come after those of all budgets.
+    batch: most questions in one forward pass. base: the untouched model that the policy was trained from, dense.
     shown: of how many questions pictures are drawn.
     """
 
@@ -80,20 +96,23 @@ class Answerer:
         self,
         policy: Policy,
         sparse: Sparse,
-        budgets: Sequence[float],
+        p_values: Sequence[float],
         batch: int = 16,
         shown: int = 3,
         base: Policy | None = None,
     ) -> None:
-        for p in budgets:
+        for p in p_values:
             if not 0 < p <= 1:
                 raise InputError(
                     f"--budget {p}: outside (0, 1]; give shares such as 0.975, or 1.0 for dense"
                 )
         self.policy = policy
-        self.budgets = tuple(budgets)
-        self.settings = [None if p >= 1 else sparse.model_copy(update={"p": p}) for p in budgets]
-        self.base = base
+        self.variants = tuple(
+            Variant(f"{p:g}", p, None if p >= 1 else sparse.model_copy(update={"p": p}))
+            for p in p_values
+        )
+        if base is not None:
+            self.variants += (Variant(BASE, 1.0, model=base.core),)
         self.batch = batch
         self.shown = shown
         text = policy.core.config.get_text_config()
@@ -102,24 +121,19 @@ class Answerer:
         self.token_bytes = 2 * heads * dim * policy.decoder.embed_tokens.weight.element_size()
         self.longest = int(text.max_position_embeddings)
 
-    @property
-    def turns(self) -> int:
-        """Answers to each question: one for each budget, and the base's."""
-        return len(self.budgets) + (self.base is not None)
-
     def answer(
         self,
         asked: Sequence[Callable[[], Prompt]],
         conditions: Conditions,
         tell: Callable[[int], None] = lambda done: None,
     ) -> list[Answered]:
-        """Answers to questions that are made when their turn comes, in their order.
+        """Answers to questions, in their order; each is made when it is needed, so that not all media are held at once.
 
         Under several processes each takes every n-th question, and all get all answers. tell: called with the number
         of questions done. Raises InputError for media that cannot be read, on every process.
         """
         mine = range(processes.rank(), len(asked), processes.world())
-        found: list[tuple[int, Answered]] = []
+        mine_answered: list[tuple[int, Answered]] = []
         failure: str | None = None
         try:
             size = self.batch * 4
@@ -134,10 +148,10 @@ class Answerer:
                 answered, known = self._chunk(
                     [asked[i]() for i in chunk], conditions, known, seen, told
                 )
-                found += zip(chunk, answered, strict=True)
+                mine_answered += zip(chunk, answered, strict=True)
         except InputError as error:
             failure = str(error)
-        parts = processes.gather((found, failure))
+        parts = processes.gather((mine_answered, failure))
         failures = [f for _, f in parts if f is not None]
         if failures:
             raise InputError(failures[0])
@@ -156,7 +170,7 @@ class Answerer:
 
         seen: pictures that are drawn already; changed here. tell: called after each batch with how many are done.
         """
-        encoded, decoding, shots = self._encode(prompts, conditions)
+        encoded, decoding, pixels = self._encode(prompts, conditions)
         drawn = []
         for b, one in enumerate(encoded):
             if len(one.visuals) == 1 and one.picture not in seen and len(seen) < self.shown:
@@ -164,47 +178,44 @@ class Answerer:
                 drawn.append(b)
         features, vision = self._look(encoded, known)
         answered = [Answered([], d, v) for d, v in zip(decoding, vision, strict=True)]
-        kept: list[list[Any]] = [[] for _ in prompts]
+        kept: dict[int, Any] = {}  # of the first sparse variant
         done = 0
-        for rows in by_length([len(e) for e in encoded], self.batch):
-            done += len(rows)
-            few = [encoded[b] for b in rows]
-            for setting, model in self._passes():
-                request = None if setting is None else Request(setting)
+        for batch in by_length([len(e) for e in encoded], self.batch):
+            for variant in self.variants:
                 began = time.perf_counter()
-                answers = self.policy.generate(
-                    few, features, request, conditions.max_new_tokens, model=model
+                output = self.policy.generate(
+                    [encoded[b] for b in batch],
+                    features,
+                    None if variant.sparse is None else Request(variant.sparse),
+                    conditions.max_new_tokens,
+                    model=variant.model,
                 )
-                spent = (time.perf_counter() - began) / len(rows)
-                for row, b in enumerate(rows):
-                    counts = None if answers.counts is None else answers.counts[row]
-                    length, layers = len(encoded[b]), self.policy.layers
-                    held = length * layers if counts is None else int(counts.sum())
-                    ratios = (
-                        [1.0] * layers if counts is None else (counts.double() / length).tolist()
-                    )
-                    text = cut(self.policy.processor.decode(answers.tokens[row]), conditions.stops)
-                    answered[b].said.append(
-                        Said(
-                            text,
-                            ratios,
-                            held * self.token_bytes,
-                            spent,
-                            length,
-                            len(answers.tokens[row]),
-                        )
-                    )
-                    if b in drawn and answers.kept is not None and not kept[b]:
-                        kept[b] = answers.kept[row]
+                seconds = (time.perf_counter() - began) / len(batch)
+                for row, b in enumerate(batch):
+                    answer = self._answer(output, row, len(encoded[b]), seconds, conditions.stops)
+                    answered[b].answers.append(answer)
+                    if b in drawn and output.kept is not None:
+                        kept.setdefault(b, output.kept[row])
+            done += len(batch)
             tell(done)
-        for b, positions in enumerate(kept):
-            if b in drawn and positions:
-                answered[b].pictures = gallery.draw(self.policy, encoded[b], shots[b], positions)
+        for b, positions in kept.items():
+            answered[b].pictures = gallery.draw(self.policy, encoded[b], pixels[b], positions)
         return answered, {e.picture: features[e.picture] for e in encoded if e.visuals}
 
-    def _passes(self) -> list[tuple[Sparse | None, Any]]:
-        passes: list[tuple[Sparse | None, Any]] = [(setting, None) for setting in self.settings]
-        return passes if self.base is None else [*passes, (None, self.base.core)]
+    def _answer(
+        self, output: Answers, row: int, length: int, seconds: float, stops: Sequence[str]
+    ) -> Answer:
+        """What a row of a batch says. length: tokens of its prompt."""
+        layers = self.policy.layers
+        counts = [length] * layers if output.counts is None else output.counts[row].tolist()
+        return Answer(
+            text=cut(self.policy.processor.decode(output.tokens[row]), stops),
+            layer_ratios=[count / length for count in counts],
+            kv_bytes=sum(counts) * self.token_bytes,
+            seconds=seconds,
+            prompt_tokens=length,
+            answer_tokens=len(output.tokens[row]),
+        )
 
     def _encode(
         self, prompts: Sequence[Prompt], conditions: Conditions
@@ -220,7 +231,7 @@ class Answerer:
             processor.placeholder["video"],
         )
         made: dict[str, tuple[Visual, np.ndarray]] = {}
-        encoded, seconds, shots = [], [], []
+        encoded, seconds, first = [], [], []
         for prompt in prompts:
             began = time.perf_counter()
             for media in prompt.media:
@@ -231,8 +242,8 @@ class Answerer:
             pairs = [made[media.key] for media in prompt.media]
             encoded.append(self.policy.encode(prompt, [v for v, _ in pairs], self.longest))
             seconds.append(time.perf_counter() - began)
-            shots.append(pairs[0][1] if pairs else np.zeros((0, 0, 3), np.uint8))
-        return encoded, seconds, shots
+            first.append(pairs[0][1] if pairs else np.zeros((0, 0, 3), np.uint8))
+        return encoded, seconds, first
 
     def _look(self, encoded: Sequence[Encoded], known: Features) -> tuple[Features, list[float]]:
         """Each picture through the tower once, one at a time: so what is seen does not depend on the batch."""

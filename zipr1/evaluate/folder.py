@@ -1,6 +1,6 @@
 """What an evaluation leaves behind, written benchmark by benchmark, so that a kill costs only the one under way.
 
-DIR/eval.json               what was measured: model, budgets, conditions
+DIR/eval.json               what was measured: model, values of p, conditions
     benchmarks/<name>.json  one benchmark, complete once it is there
     results.json  report.md  report.html  pareto.png  layers.png
 """
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from zipr1.core.errors import InputError, RunError
+from zipr1.core.files import write_whole
 from zipr1.core.jsontext import dumps, plain
+from zipr1.core.rundir import RUNS
 
 
 def identity(path: str) -> str:
@@ -36,7 +37,7 @@ class Folder:
 
     @classmethod
     def open(
-        cls, output: Path | None, model: str, meta: dict[str, Any], base: Path = Path("runs")
+        cls, output: Path | None, model: str, meta: dict[str, Any], base: Path = RUNS
     ) -> Folder:
         """A new folder, or the one in which the same evaluation was begun.
 
@@ -77,8 +78,8 @@ class Folder:
 
     def done(self, name: str) -> bool:
         """Whether this benchmark has a result here; failed ones are tried again."""
-        found = self.read(name)
-        return found is not None and "error" not in found
+        result = self.read(name)
+        return result is not None and "error" not in result
 
     def read(self, name: str) -> dict[str, Any] | None:
         try:
@@ -93,10 +94,8 @@ class Folder:
     def write(self, name: str, text: str) -> None:
         """A whole file, replaced at once."""
         path = self.root / name
-        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
         try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
+            write_whole(path, text)
         except OSError as error:
             raise RunError(
                 f"{path}: cannot be written ({error.strerror}); free some space, then run again"

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from zipr1.core.plots import darkened, evenly_spaced, frame_at
 from zipr1.models.policy import Policy
 from zipr1.models.processors import Encoded
 
@@ -30,27 +31,18 @@ def draw(
         shares[positions.numpy()] += 1 / len(kept)
     t, h, w = encoded.visuals[0].grid
     merge = policy.processor.settings.merge
-    cells = (
-        t * (h // merge) * (w // merge)
-    )  # a family may have tokens that show no part of it after these
+    # A family may have more tokens after these, which show no part of the picture.
+    cells = t * (h // merge) * (w // merge)
     share = shares[visual][:cells].reshape(t, h // merge, w // merge)
     frames = pixels[None] if pixels.ndim == 3 else pixels
-    moments = sorted({round(m) for m in np.linspace(0, t - 1, min(t, MOMENTS))})
     plain, lit = [], []
-    for moment in moments:
-        # A temporal patch spans several frames; the first of them is shown.
-        frame = Image.fromarray(frames[min(len(frames) - 1, moment * len(frames) // t)])
+    for moment in evenly_spaced(t, MOMENTS):
+        frame = Image.fromarray(frame_at(frames, moment, t))
         scale = SIDE / max(frame.size)
         size = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
         picture = np.asarray(frame.resize(size, Image.Resampling.BICUBIC), np.float32) / 255
-        lights = Image.fromarray((share[moment] * 255).astype(np.uint8))
-        light = (
-            np.asarray(lights.resize(size, Image.Resampling.NEAREST), np.float32)[..., None] / 255
-        )
-        grey = picture.mean(-1, keepdims=True)
-        dark = 0.22 * grey + np.array([0.03, 0.04, 0.10], np.float32)
         plain.append(picture)
-        lit.append(light * picture + (1 - light) * dark)
+        lit.append(darkened(picture, share[moment]))
     return [_jpeg(plain), _jpeg(lit)]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.metadata
 import io
 import os
 import random
@@ -34,8 +35,9 @@ from PIL import ImageFile
 from tenacity import RetryError, stop_after_attempt
 
 from zipr1.core.errors import InputError, RunError, ZipError
+from zipr1.core.text import reason
 from zipr1.evaluate import local, processes
-from zipr1.evaluate.adapter import Adapter
+from zipr1.evaluate.adapter import Adapter, AnswerStore
 from zipr1.evaluate.answers import Answered, Answerer, Conditions
 from zipr1.evaluate.suites import EMBEDDED, SUITES, Suite, Task
 
@@ -47,9 +49,9 @@ TASKS = Path(lmms_eval.tasks.__file__).parent
 
 @dataclass
 class Scored:
-    """One task at all budgets (then the base's). headline: lmms-eval's own number for each, None if it gives none.
+    """One task in all variants. headline: lmms-eval's own number for each, None if it gives none.
 
-    samples[b][i]: what lmms-eval logged about document i at budget b, in the order of documents. answered: ours.
+    samples[v][i]: what lmms-eval logged about document i in variant v, in the order of documents. answered: ours.
     """
 
     task: Task
@@ -63,6 +65,14 @@ class Scored:
 def _register() -> TaskManager:
     """lmms-eval's register of its own tasks; making it parses two thousand files: seconds."""
     return TaskManager("ERROR", model_name="zipr1")
+
+
+def lmms_eval_version() -> str:
+    """The installed version; `unknown` of a copy that no installer knows."""
+    try:
+        return importlib.metadata.version("lmms-eval")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def task_names() -> list[str]:
@@ -79,11 +89,11 @@ def measure(
     data_root: Path | None,
     tell: Callable[[str, int], None] = lambda task, done: None,
 ) -> list[Scored]:
-    """Every task of a benchmark, answered and scored at every budget.
+    """Every task of a benchmark, answered and scored in every variant.
 
     Raises ZipError with one line for data that is missing or wrong; under several processes on all of them.
     """
-    asked = limit
+    given = limit
     if limit is not None:
         limit = -(-limit // suite.pairs) * suite.pairs
     folder = Path(tempfile.mkdtemp(prefix="zipr1-eval-"))
@@ -96,9 +106,9 @@ def measure(
             ]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if limit != asked:
+    if limit != given:
         scored[0].notes.append(
-            f"{suite.name}: a limit of {limit} questions in place of {asked}: a picture's {suite.pairs} questions are "
+            f"{suite.name}: a limit of {limit} questions in place of {given}: a picture's {suite.pairs} questions are "
             "scored together"
         )
     return scored
@@ -114,12 +124,11 @@ def _measure_task(
     folder: Path,
     tell: Callable[[str, int], None],
 ) -> Scored:
-    adapter = Adapter(answerer, conditions, lambda done: tell(task.name, done), _changed)
+    store = AnswerStore(answerer, lambda done: tell(task.name, done))
     scored = Scored(task, [], [], [])
     keys: list[str] = []
     guessed: list[set[str]] = []
-    for turn in range(answerer.turns):
-        adapter.turn = turn
+    for variant in range(len(answerer.variants)):
         failure, result = None, None
         try:
             # Some tasks count in globals, so each scoring gets new ones.
@@ -131,7 +140,7 @@ def _measure_task(
         if failure is None:
             try:
                 result = simple_evaluate(
-                    model=adapter,
+                    model=Adapter(store, variant, conditions, _changed),
                     tasks=[fresh],
                     task_manager=manager,
                     limit=limit,
@@ -156,12 +165,11 @@ def _measure_task(
         scored.headline.append(float(sum(numbers)) if numbers else None)
         scored.samples.append(sorted(result["samples"][task.name], key=lambda s: s["doc_id"]))
     scored.task = Task(task.name, tuple(keys), task.hub, task.config, task.split, task.videos)
-    order = sorted(adapter.answered, key=lambda key: key[2])
-    scored.answered = [adapter.answered[key] for key in order]
+    scored.answered = store.in_order()
     if most := max(len(documents) for documents in guessed):
         scored.notes.append(
-            f"{task.name}: where an answer names no option ({most} of {len(order)} at most), lmms-eval guesses; the "
-            "guess is made the same for dense and sparse"
+            f"{task.name}: where an answer names no option ({most} of {len(scored.answered)} at most), lmms-eval "
+            "guesses; the guess is made the same for dense and sparse"
         )
     if task.name == "mmmu_pro_vision":
         scored.notes.append(
@@ -197,8 +205,8 @@ def letter(text: str) -> str | None:
     if first and (len(text) <= 3 or not re.match(r"^[AI] [a-z]", text)):
         return first[1]
     named = re.findall(r"(?:answer|option|choice)\s*(?:is|:)?\s*\W*([A-J])(?![A-Za-z])", text, re.I)
-    found = named or re.findall(r"\(([A-J])\)", text)
-    return found[-1].upper() if found else None
+    letters = named or re.findall(r"\(([A-J])\)", text)
+    return letters[-1].upper() if letters else None
 
 
 def _load(task: Task, manager: TaskManager, guessed: set[str]) -> Any:
@@ -206,14 +214,14 @@ def _load(task: Task, manager: TaskManager, guessed: set[str]) -> Any:
 
     guessed: gets what identifies each document whose scorer drew a random number.
     """
-    found = manager.load_task_or_group([task.name], "chat")
-    objects = [t for t in found.values() if isinstance(t, ConfigurableTask)]
-    if len(found) != 1 or not objects:
+    loaded = manager.load_task_or_group([task.name], "chat")
+    objects = [t for t in loaded.values() if isinstance(t, ConfigurableTask)]
+    if len(loaded) != 1 or not objects:
         raise InputError(
             f"{task.name} is a group or has no answers to generate; name its tasks one by one"
         )
-    one = objects[0]
-    process = one.process_results
+    scorer = objects[0]
+    process = scorer.process_results
 
     def seeded(doc: Any, results: Any, **more: Any) -> Any:
         # Scorers that find no letter guess by random.choice: the same guess for dense and sparse answers.
@@ -225,8 +233,8 @@ def _load(task: Task, manager: TaskManager, guessed: set[str]) -> Any:
             guessed.add(known)
         return result
 
-    one.process_results = seeded
-    return one
+    scorer.process_results = seeded
+    return scorer
 
 
 def _heavy(value: Any) -> bool:
@@ -260,7 +268,7 @@ def _reason(error: BaseException, suite: Suite, task: Task, manager: TaskManager
         if inner is None:
             break
         error = inner
-    text = " ".join(str(error).split())[:240]
+    text = reason(error, 240)
     hub = task.hub or str(manager._get_config(task.name).get("dataset_path", ""))
     kind = type(error).__name__
     missing = ("ConnectionError", "LocalTokenNotFoundError", "LocalEntryNotFoundError", "OfflineModeIsEnabled",

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from zipr1.core.errors import InputError
+from zipr1.core.files import replacing
 from zipr1.data.digits.tasks import prompts
 from zipr1.data.sources import HELDOUT_SEED
-from zipr1.evaluate.suites import SUITES, Suite, Task
+from zipr1.evaluate.suites import LMMS_EVAL, SUITES, Suite, Task
 
 CLIPS = (".mp4", ".mkv", ".avi", ".mov", ".webm")
 EMBEDDED_QUESTIONS = 2000
@@ -68,9 +69,8 @@ def _write_questions(task: str, number: int, path: Path) -> None:
         else:
             rows["media"].append(str(media.source))
     table = datasets.Dataset.from_dict(rows)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    table.to_parquet(temporary)
-    os.replace(temporary, path)  # another process may make the same file
+    with replacing(path) as temporary:  # another process may make the same file
+        table.to_parquet(temporary)
 
 
 def copies(suite: Suite, root: Path, folder: Path, tasks_folder: Path) -> None:
@@ -79,29 +79,29 @@ def copies(suite: Suite, root: Path, folder: Path, tasks_folder: Path) -> None:
     folder: where overlays go; HF_HOME is to be folder/home. tasks_folder: lmms-eval's YAMLs.
     Raises InputError if something is missing.
     """
-    own = root / suite.name
-    if not own.is_dir():
-        raise InputError(f"{own}: no such folder; {how_to_get(suite, root)}")
-    found = sorted(own.rglob("*.parquet")) or sorted(own.rglob("*.json"))
+    source = root / suite.name
+    if not source.is_dir():
+        raise InputError(f"{source}: no such folder; {how_to_get(suite, root)}")
+    tables = sorted(source.rglob("*.parquet")) or sorted(source.rglob("*.json"))
     for task in suite.tasks:
         yaml = next(iter(sorted(tasks_folder.rglob(f"{task.name}.yaml"))), None)
         if yaml is None:
-            raise InputError(f"lmms-eval has no task {task.name}; install lmms-eval==0.7.3")
-        files = [f for f in found if _is_of(f.relative_to(own), task, len(suite.tasks) > 1)]
+            raise InputError(f"lmms-eval has no task {task.name}; install lmms-eval=={LMMS_EVAL}")
+        files = [f for f in tables if _is_of(f.relative_to(source), task, len(suite.tasks) > 1)]
         if not files:
-            wanted = (
+            expected = (
                 f"{task.config}/{task.split}-*.parquet"
                 if task.config
                 else f"{task.split}-*.parquet"
             )
-            raise InputError(f"{own}: has no {wanted}; {how_to_get(suite, root)}")
+            raise InputError(f"{source}: has no {expected}; {how_to_get(suite, root)}")
         overlay(task, yaml, files, folder)
-    link_clips(suite, own, folder / "home")
+    link_clips(suite, source, folder / "home")
 
 
-def link_clips(suite: Suite, own: Path, home: Path) -> None:
-    """Every clip below `own` under the name and folder that lmms-eval's code looks for."""
-    clips = [p for p in own.rglob("*") if p.suffix.lower() in CLIPS]
+def link_clips(suite: Suite, source: Path, home: Path) -> None:
+    """Every clip below `source` under the name and folder that lmms-eval's code looks for."""
+    clips = [p for p in source.rglob("*") if p.suffix.lower() in CLIPS]
     for folder in {task.videos for task in suite.tasks if task.videos}:
         below = home / folder
         below.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def link_clips(suite: Suite, own: Path, home: Path) -> None:
         tail = Path(*Path(folder).parts[1:]) if len(suite.tasks) > 1 else Path()
         near = [p for p in clips if str(tail) in str(p.parent)] if tail.parts else []
         for clip in near or clips:
-            targets = {clip.name, _relative(clip, own)}
+            targets = {clip.name, _relative(clip, source)}
             for target in targets:
                 path = below / target
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,9 +117,9 @@ def link_clips(suite: Suite, own: Path, home: Path) -> None:
                     path.symlink_to(clip.resolve())
 
 
-def _relative(clip: Path, own: Path) -> str:
+def _relative(clip: Path, source: Path) -> str:
     """The last folder and the name: MLVU and NExT-QA keep clips in numbered folders."""
-    parts = clip.relative_to(own).parts
+    parts = clip.relative_to(source).parts
     return "/".join(parts[-2:])
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zipr1.core.plots import plain_axes, save
+
 
 def draw(records: Sequence[dict[str, Any]], results: dict[str, Any], root: Path) -> dict[str, str]:
     """Writes pareto.png and layers.png to `root`; the same as SVG text, by name."""
@@ -17,7 +19,7 @@ def draw(records: Sequence[dict[str, Any]], results: dict[str, Any], root: Path)
     figures = {"pareto": _pareto(records, results), "layers": _layers(records)}
     out = {}
     for name, figure in figures.items():
-        figure.savefig(root / f"{name}.png", dpi=130)
+        save(figure, root / f"{name}.png")
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
         out[name] = text.getvalue()[text.getvalue().index("<svg") :]
@@ -77,19 +79,16 @@ def _pareto(records: Sequence[dict[str, Any]], results: dict[str, Any]) -> Any:
         if above > top:
             ax.set_ylim(bottom, top + 0.04 * (top - bottom))
             ax.set_yticks([tick for tick in ax.get_yticks() if bottom <= tick <= top])
-        ax.set_title(record["task"], loc="left", fontsize=10, fontweight="bold")
+        plain_axes(ax, record["task"])
         ax.set_xlabel("tokens kept", fontsize=8)
         ax.set_xlim(0, min(max([*x, 0.3]) * 1.25, 1.05))
         ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        ax.tick_params(labelsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", alpha=0.25)
         ax.legend(frameon=False, fontsize=7, loc="best")
     return figure
 
 
 def _layers(records: Sequence[dict[str, Any]]) -> Any:
-    """A panel a benchmark: the kept share of tokens by layer, a line a budget."""
+    """A panel a benchmark: the kept share of tokens by layer, a line for each p."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     figure, axes = _grid(len(records), 2.4)
@@ -104,14 +103,11 @@ def _layers(records: Sequence[dict[str, Any]]) -> Any:
                     linewidth=1.3,
                     label=f"p = {float(p):g}",
                 )
-        ax.set_title(record["task"], loc="left", fontsize=10, fontweight="bold")
+        plain_axes(ax, record["task"])
         ax.set_xlabel("layer", fontsize=8)
         ax.set_ylim(0, None)
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.tick_params(labelsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", alpha=0.25)
         if ax.get_legend_handles_labels()[0]:
             ax.legend(frameon=False, fontsize=7)
     return figure

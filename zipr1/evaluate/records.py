@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from zipr1.evaluate.answers import Answerer, Conditions
-from zipr1.evaluate.harness import Scored
+from zipr1.evaluate.answers import BASE, Answer, Answered, Answerer, Conditions
+from zipr1.evaluate.harness import Scored, lmms_eval_version
 from zipr1.evaluate.scores import paired, suite_score, suite_units
 from zipr1.evaluate.suites import Suite
 
@@ -20,63 +20,55 @@ def record(
     scored: Sequence[Scored],
     answerer: Answerer,
     conditions: Conditions,
-    asked: Sequence[float],
+    reported: Sequence[float],
     seconds: float,
 ) -> dict[str, Any]:
-    """benchmarks/<name>.json. asked: the budgets that get a row; dense is in every row."""
+    """benchmarks/<name>.json. reported: the values of p that get a row; dense is in every row."""
+    variants = range(len(answerer.variants))
     notes = [note for one in scored for note in one.notes]
     answered = [a for one in scored for a in one.answered]
     with contextlib.redirect_stdout(io.StringIO()):  # MMBench's scorer prints
-        units = [suite_units(suite, scored, turn) for turn in range(answerer.turns)]
-    scores = [
-        suite_score(suite, scored, turn, units[turn], notes) for turn in range(answerer.turns)
-    ]
-    said = [[a.said[turn] for a in answered] for turn in range(answerer.turns)]
-    dense = answerer.budgets.index(1.0)
-    base = len(answerer.budgets) if answerer.base is not None else None
+        units = [suite_units(suite, scored, v) for v in variants]
+    scores = [suite_score(suite, scored, v, units[v], notes) for v in variants]
+    answers = [[a.answers[v] for a in answered] for v in variants]
+    means = [_means(some) for some in answers]
+    number = {v.p: i for i, v in enumerate(answerer.variants) if v.name != BASE}
+    dense = number[1.0]
+    base = next((i for i, v in enumerate(answerer.variants) if v.name == BASE), None)
 
-    def part(turn: int) -> dict[str, Any]:
-        some = said[turn]
-        return {
-            "score": scores[turn],
-            "token_ratio": float(np.mean([s.token_ratio for s in some])),
-            "kv_bytes": float(np.mean([s.kv_bytes for s in some])),
-            "seconds": float(sum(s.seconds for s in some)),
-            "layers": np.mean([s.layer_ratios for s in some], 0).tolist(),
-            "tokens": float(np.mean([s.token_ratio * s.length for s in some])),
-        }
+    def against(name: str, ours: int, other: int) -> dict[str, Any]:
+        """The difference of two variants' scores, with its interval where samples hold numbers."""
+        difference = paired(units[ours], units[other], suite.top)
+        if difference is not None:
+            return {name: difference[0], f"{name}_ci": difference[1]}
+        a, b = scores[ours], scores[other]
+        return {name: None if a is None or b is None else a - b, f"{name}_ci": None}
 
-    parts = [part(turn) for turn in range(answerer.turns)]
-    metric = suite.metric if suite.tasks[0].metric else "+".join(scored[0].task.metric)
     rows = []
-    for p in asked:
-        turn = answerer.budgets.index(p)
-        here = parts[turn]
+    for p in reported:
+        sparse = number[p]
         row: dict[str, Any] = {
             "task": suite.name,
-            "metric": metric,
+            "metric": suite.metric if suite.tasks[0].metric else "+".join(scored[0].task.metric),
             "dense": scores[dense],
-            "sparse": here["score"],
-            **_difference(
-                "difference", units[turn], units[dense], suite.top, scores[turn], scores[dense]
-            ),
-            "token_ratio": here["token_ratio"],
-            "kv_bytes": here["kv_bytes"],
-            "seconds": here["seconds"],
+            "sparse": scores[sparse],
+            **against("difference", sparse, dense),
+            "token_ratio": means[sparse]["token_ratio"],
+            "kv_bytes": means[sparse]["kv_bytes"],
+            "seconds": means[sparse]["seconds"],
             "p": p,
             "n": len(answered),
             "top": suite.top,
-            "dense_kv_bytes": parts[dense]["kv_bytes"],
-            "dense_seconds": parts[dense]["seconds"],
+            "dense_kv_bytes": means[dense]["kv_bytes"],
+            "dense_seconds": means[dense]["seconds"],
             "same_answers": float(
-                np.mean([a.text == b.text for a, b in zip(said[turn], said[dense], strict=True)])
+                np.mean(
+                    [a.text == b.text for a, b in zip(answers[sparse], answers[dense], strict=True)]
+                )
             ),
         }
         if base is not None:
-            row["base"] = scores[base]
-            row |= _difference(
-                "base_difference", units[turn], units[base], suite.top, scores[turn], scores[base]
-            )
+            row |= {"base": scores[base], **against("base_difference", sparse, base)}
         rows.append(row)
     return {
         "task": suite.name,
@@ -85,71 +77,64 @@ def record(
         "rows": rows,
         "notes": notes,
         "conditions": conditions._asdict(),
-        "prompt_tokens": float(np.mean([a.said[0].length for a in answered])),
-        "decoding_seconds": float(sum(a.decoding for a in answered)),
-        "vision_seconds": float(sum(a.vision for a in answered)),
+        "prompt_tokens": float(np.mean([a.answers[0].prompt_tokens for a in answered])),
+        "decoding_seconds": float(sum(a.decoding_seconds for a in answered)),
+        "vision_seconds": float(sum(a.vision_seconds for a in answered)),
         "wall_seconds": seconds,
-        "layers": {str(p): parts[k]["layers"] for k, p in enumerate(answerer.budgets)},
-        "gallery": _gallery(scored, answerer, base),
-        "samples": _samples(scored, answerer, base),
+        "layers": {str(p): means[v]["layers"] for p, v in number.items()},
+        "lmms_eval": lmms_eval_version(),
+        "gallery": _gallery(scored, answerer),
+        "samples": _samples(scored, answerer),
     }
 
 
-def _difference(
-    name: str, a: Any, b: Any, top: float, score: float | None, other: float | None
-) -> dict[str, Any]:
-    """The difference with its interval; without one where samples hold no numbers."""
-    found = paired(a, b, top)
-    if found is not None:
-        return {name: found[0], f"{name}_ci": found[1]}
-    gap = None if score is None or other is None else score - other
-    return {name: gap, f"{name}_ci": None}
+def _means(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Of one variant, over questions; seconds are the sum."""
+    return {
+        "token_ratio": float(np.mean([a.token_ratio for a in answers])),
+        "kv_bytes": float(np.mean([a.kv_bytes for a in answers])),
+        "seconds": float(sum(a.seconds for a in answers)),
+        "layers": np.mean([a.layer_ratios for a in answers], 0).tolist(),
+    }
 
 
-def _names(answerer: Answerer, base: int | None) -> list[str]:
-    return [*(f"{p:g}" for p in answerer.budgets), *(["base"] if base is not None else [])]
+def _texts(answerer: Answerer, answered: Answered) -> dict[str, str]:
+    """A question's answers by the names of the variants."""
+    return {v.name: a.text for v, a in zip(answerer.variants, answered.answers, strict=True)}
 
 
-def _samples(
-    scored: Sequence[Scored], answerer: Answerer, base: int | None
-) -> list[dict[str, Any]]:
-    """Every question's answers and token ratios, by budget."""
-    names = _names(answerer, base)
-    rows = []
-    for one in scored:
-        for sample, answered in zip(one.samples[0], one.answered, strict=True):
-            rows.append(
+def _samples(scored: Sequence[Scored], answerer: Answerer) -> list[dict[str, Any]]:
+    """Every question's answers and token ratios, by variant."""
+    return [
+        {
+            "task": one.task.name,
+            "doc_id": sample["doc_id"],
+            "target": str(sample["target"]),
+            "said": _texts(answerer, answered),
+            "token_ratio": {
+                v.name: a.token_ratio
+                for v, a in zip(answerer.variants, answered.answers, strict=True)
+            },
+        }
+        for one in scored
+        for sample, answered in zip(one.samples[0], one.answered, strict=True)
+    ]
+
+
+def _gallery(scored: Sequence[Scored], answerer: Answerer) -> list[dict[str, Any]]:
+    """Questions with pictures of what was kept: in the first sparse variant, the one with the highest p below 1."""
+    examples = []
+    for sample, answered in zip(scored[0].samples[0], scored[0].answered, strict=True):
+        if answered.pictures:
+            sparse = next(i for i, v in enumerate(answerer.variants) if v.p < 1)
+            examples.append(
                 {
-                    "task": one.task.name,
-                    "doc_id": sample["doc_id"],
+                    "question": str(sample["arguments"][0]),
                     "target": str(sample["target"]),
-                    "said": dict(zip(names, (s.text for s in answered.said), strict=True)),
-                    "token_ratio": dict(
-                        zip(names, (s.token_ratio for s in answered.said), strict=True)
-                    ),
+                    "said": _texts(answerer, answered),
+                    "p": answerer.variants[sparse].p,
+                    "token_ratio": answered.answers[sparse].token_ratio,
+                    "pictures": answered.pictures,
                 }
             )
-    return rows
-
-
-def _gallery(
-    scored: Sequence[Scored], answerer: Answerer, base: int | None
-) -> list[dict[str, Any]]:
-    """Questions with pictures of what was kept: at the highest budget below 1."""
-    names = _names(answerer, base)
-    found = []
-    for one in scored[:1]:
-        for sample, answered in zip(one.samples[0], one.answered, strict=True):
-            if answered.pictures:
-                turn = next(k for k, p in enumerate(answerer.budgets) if p < 1)
-                found.append(
-                    {
-                        "question": str(sample["arguments"][0]),
-                        "target": str(sample["target"]),
-                        "said": dict(zip(names, (s.text for s in answered.said), strict=True)),
-                        "p": answerer.budgets[turn],
-                        "token_ratio": answered.said[turn].token_ratio,
-                        "pictures": answered.pictures,
-                    }
-                )
-    return found[: answerer.shown]  # several processes draw as many each
+    return examples[: answerer.shown]  # several processes draw as many each

@@ -1,4 +1,7 @@
-"""results.json, the table on the terminal, and report.md: the same numbers three times."""
+"""results.json, the table of the terminal, and report.md, as values and text: the same numbers three times.
+
+Nothing is written here: session.py does that, and html.py makes the page.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +10,44 @@ from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from zipr1.core.jsontext import dumps, plain
+from zipr1.core.jsontext import plain
 from zipr1.core.text import size
 from zipr1.evaluate.folder import Folder
 from zipr1.evaluate.suites import SUITES, Suite
 
 
 def collect(
-    folder: Folder, suites: Sequence[Suite], meta: dict[str, Any], info: dict[str, Any]
+    folder: Folder,
+    suites: Sequence[Suite],
+    meta: dict[str, Any],
+    info: dict[str, Any],
+    version: str,
 ) -> dict[str, Any]:
-    """results.json: what lies in `folder`, in the order of the suites."""
+    """results.json: what lies in `folder`, in the order of the suites.
+
+    version: of lmms-eval, as installed. Benchmarks that an earlier call measured name theirs themselves.
+    """
     there = {p.stem for p in (folder.root / "benchmarks").glob("*.json")}
     order = [*SUITES, *sorted(there - set(SUITES))]
-    found = [r for r in (folder.read(name) for name in order if name in there) if r is not None]
+    records = [r for r in (folder.read(name) for name in order if name in there) if r is not None]
     asked = {suite.name for suite in suites}
-    good = [r for r in found if "error" not in r]
+    good = [r for r in records if "error" not in r]
     return dict(
         plain(
             {
                 "rows": [row for r in good for row in r["rows"]],
                 "averages": averages(good),
-                "errors": [r for r in found if "error" in r and r["task"] in asked],
+                "errors": [r for r in records if "error" in r and r["task"] in asked],
                 "notes": list(dict.fromkeys(note for r in good for note in r["notes"])),
                 "model": meta["model"],
                 "base": meta["base"],
                 "conditions": meta,
                 "machine": info,
-                "lmms_eval": "0.7.3",
+                "lmms_eval": ", ".join(dict.fromkeys(r.get("lmms_eval", version) for r in good))
+                or version,
             }
         )
     )
@@ -52,37 +62,22 @@ def averages(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(some) < 2:
             continue
         for p in dict.fromkeys(row["p"] for r in some for row in r["rows"]):
-            here = [(r["average"], row) for r in some for row in r["rows"] if row["p"] == p]
-            row: dict[str, Any] = {"group": name, "p": p, "benchmarks": len(here)}
+            at_p = [(r["average"], row) for r in some for row in r["rows"] if row["p"] == p]
+            row: dict[str, Any] = {"group": name, "p": p, "benchmarks": len(at_p)}
             for key in ("dense", "sparse", "difference", "base", "base_difference"):
-                values = [one.get(key) for _, one in here]
+                values = [one.get(key) for _, one in at_p]
                 if all(v is not None for v in values):
                     row[key] = float(
-                        np.mean([v / scale for v, (scale, _) in zip(values, here, strict=True)])
+                        np.mean([v / scale for v, (scale, _) in zip(values, at_p, strict=True)])
                     )
-            row["token_ratio"] = float(np.mean([one["token_ratio"] for _, one in here]))
+            row["token_ratio"] = float(np.mean([one["token_ratio"] for _, one in at_p]))
             rows.append(row)
     return rows
 
 
-def write(folder: Folder, results: dict[str, Any], console: Console) -> None:
-    """Every file of the report, and the table."""
-    from zipr1.evaluate import html, plots
-
-    folder.write("results.json", dumps(results, indent=2) + "\n")
-    records = [
-        r
-        for r in (folder.read(t) for t in dict.fromkeys(row["task"] for row in results["rows"]))
-        if r
-    ]
-    drawings = plots.draw(records, results, folder.root) if records else {}
-    folder.write("report.md", markdown(results, records, list(drawings)))
-    folder.write("report.html", html.page(results, records, drawings))
-    if results["rows"]:
-        console.print(table(results, console.width))
-    for note in results["notes"]:
-        console.print(f"corrected: {note}", highlight=False, style="dim")
-    console.print(f"report: {folder.root / 'report.html'}", soft_wrap=True, highlight=False)
+def is_mean(row: Sequence[str]) -> bool:
+    """Whether a row of `cells` is one of averages."""
+    return row[0].startswith("mean, ")
 
 
 def headings(results: dict[str, Any]) -> list[str]:
@@ -105,8 +100,8 @@ def headings(results: dict[str, Any]) -> list[str]:
 def cells(results: dict[str, Any]) -> list[list[str]]:
     """The table as text, a list a row; averages last."""
     rows = []
-    based = bool(results["base"])
-    key = "base_difference" if based else "difference"
+    has_base = bool(results["base"])
+    key = "base_difference" if has_base else "difference"
     last = ""
     for row in results["rows"]:
         first = row["task"] != last
@@ -116,7 +111,7 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
             [
                 row["task"] if first else "",
                 f"{row['n']:,}" if first else "",
-                *([score(row.get("base"), top) if first else ""] if based else []),
+                *([score(row.get("base"), top) if first else ""] if has_base else []),
                 score(row["dense"], top) if first else "",
                 f"{row['p']:g}",
                 score(row["sparse"], top),
@@ -131,7 +126,7 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
             [
                 f"mean, {row['group']}",
                 f"{row['benchmarks']} sets",
-                *([score(row.get("base"), 100)] if based else []),
+                *([score(row.get("base"), 100)] if has_base else []),
                 score(row.get("dense"), 100),
                 f"{row['p']:g}",
                 score(row.get("sparse"), 100),
@@ -150,10 +145,9 @@ def table(results: dict[str, Any], width: int = 120) -> Table:
         box=SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
-        title=f"{results['model']}: {machine(results)}",
+        title=Text(f"{results['model']}: {machine(results)}", style="bold"),
         title_justify="left",
-        title_style="bold",
-        caption=caption(results),
+        caption=Text(caption(results), style="table.caption"),
         caption_justify="left",
     )
     names = headings(results)
@@ -162,7 +156,7 @@ def table(results: dict[str, Any], width: int = 120) -> Table:
     for k in there:
         shown.add_column(names[k], justify="right" if k else "left", no_wrap=True)
     for row in cells(results):
-        style = "bold" if row[0].startswith("mean, ") else ""
+        style = "bold" if is_mean(row) else ""
         shown.add_row(*(Text(row[k], style=style) for k in there))
     return shown
 
@@ -227,9 +221,9 @@ def markdown(
         "",
         f"`{' '.join(results['machine']['command'])}`",
         "",
-        "| " + " | ".join(names) + " |",
+        _markdown_row(names),
         "|" + "---|" * len(names),
-        *("| " + " | ".join(row) + " |" for row in cells(results)),
+        *(_markdown_row(row) for row in cells(results)),
         "",
         f"*{caption(results)}. Greedy answers; the same pictures and frames for all columns.*",
         "",
@@ -246,3 +240,7 @@ def markdown(
     if results["errors"]:
         lines += ["", "## Without a result", "", *(f"* {e['error']}" for e in results["errors"])]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_row(row: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"

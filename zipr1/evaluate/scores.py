@@ -58,17 +58,17 @@ def right(value: Any) -> float:
     if isinstance(value, dict):
         if isinstance(value.get("score"), int | float):
             return float(value["score"])
-        for said, wanted in PAIRS:
-            if said in value and wanted in value:
-                return float(str(value[said]) == str(value[wanted]))
+        for answer, gold in PAIRS:
+            if answer in value and gold in value:
+                return float(str(value[answer]) == str(value[gold]))
     raise ValueError("no number")
 
 
-def _values(scored: Scored, turn: int) -> list[tuple[dict[str, Any], Any]]:
+def _values(scored: Scored, variant: int) -> list[tuple[dict[str, Any], Any]]:
     """(sample, what the metric logged); samples that do not count for the metric are left out."""
     return [
         (sample, sample[key])
-        for sample in scored.samples[turn]
+        for sample in scored.samples[variant]
         for key in scored.task.metric
         if key in sample
     ]
@@ -79,8 +79,8 @@ def _cluster(sample: dict[str, Any], index: int) -> Any:
     return next((str(doc[name]) for name in CLUSTERS if doc.get(name)), f"#{index}")
 
 
-def _mean(scored: Scored, turn: int, top: float) -> Units:
-    pairs = _values(scored, turn)
+def _mean(scored: Scored, variant: int, top: float) -> Units:
+    pairs = _values(scored, variant)
     try:
         score = np.array([right(value) for _, value in pairs])
     except ValueError:
@@ -94,9 +94,9 @@ def _mean(scored: Scored, turn: int, top: float) -> Units:
 def _macro(field: str) -> Callable[[Scored, int, float], Units]:
     """The mean over the values of `field` of the means within them."""
 
-    def units(scored: Scored, turn: int, top: float) -> Units:
-        plain = _mean(scored, turn, top)
-        kinds = [value[field] for _, value in _values(scored, turn)]
+    def units(scored: Scored, variant: int, top: float) -> Units:
+        plain = _mean(scored, variant, top)
+        kinds = [value[field] for _, value in _values(scored, variant)]
         sizes = Counter(kinds)
         weight = np.array([top / len(sizes) / sizes[kind] for kind in kinds])
         return Units(plain.score, weight, plain.cluster)
@@ -104,29 +104,29 @@ def _macro(field: str) -> Callable[[Scored, int, float], Units]:
     return units
 
 
-def _mme(scored: Scored, turn: int, top: float) -> Units:
+def _mme(scored: Scored, variant: int, top: float) -> Units:
     """A unit is a picture's two questions: half for each right one, half again for both; 200 points a category."""
-    found: dict[tuple[str, str], float] = {}
-    for _, value in _values(scored, turn):
-        key = (value["category"], value["question_id"])
-        found[key] = found.get(key, 0) + value["score"]
-    sizes = Counter(category for category, _ in found)
-    score = np.array([(n / 2 + (n == 2)) / 2 for n in found.values()])
-    weight = np.array([200 / sizes[category] for category, _ in found])
-    return Units(score, weight, list(found))
+    right_of: dict[tuple[str, str], float] = {}
+    for _, value in _values(scored, variant):
+        picture = (value["category"], value["question_id"])
+        right_of[picture] = right_of.get(picture, 0) + value["score"]
+    sizes = Counter(category for category, _ in right_of)
+    score = np.array([(n / 2 + (n == 2)) / 2 for n in right_of.values()])
+    weight = np.array([200 / sizes[category] for category, _ in right_of])
+    return Units(score, weight, list(right_of))
 
 
-def _mmbench(scored: Scored, turn: int, top: float) -> Units:
+def _mmbench(scored: Scored, variant: int, top: float) -> Units:
     """A unit is a question with its rotated options, right if all are; judged by lmms-eval's own matching."""
     from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
 
-    found: dict[int, list[Any]] = {}
-    for _, value in _values(scored, turn):
-        found.setdefault(int(value["index"]) % 1_000_000, []).append(value)
+    rotations: dict[int, list[Any]] = {}
+    for _, value in _values(scored, variant):
+        rotations.setdefault(int(value["index"]) % 1_000_000, []).append(value)
     # A limit may leave rotations without their question, which lmms-eval does not count.
-    found = {key: rows for key, rows in found.items() if any(r["index"] < 1_000_000 for r in rows)}
-    score = [mmbench_evaluator.eval_result(rows, "static")[0] for rows in found.values()]
-    return Units(np.array(score, float), np.full(len(found), top / len(found)), list(found))
+    whole = {q: some for q, some in rotations.items() if any(r["index"] < 1_000_000 for r in some)}
+    score = [mmbench_evaluator.eval_result(some, "static")[0] for some in whole.values()]
+    return Units(np.array(score, float), np.full(len(whole), top / len(whole)), list(whole))
 
 
 UNITS: dict[str, Callable[[Scored, int, float], Units]] = {
@@ -138,9 +138,9 @@ UNITS: dict[str, Callable[[Scored, int, float], Units]] = {
 }
 
 
-def suite_units(suite: Suite, scored: Sequence[Scored], turn: int) -> Units:
-    """A benchmark's units at one budget; its tasks count alike."""
-    parts = [UNITS[suite.units](one, turn, suite.top / len(scored)) for one in scored]
+def suite_units(suite: Suite, scored: Sequence[Scored], variant: int) -> Units:
+    """A benchmark's units in one variant; its tasks count alike."""
+    parts = [UNITS[suite.units](one, variant, suite.top / len(scored)) for one in scored]
     score = None
     if all(part.score is not None for part in parts):
         score = np.concatenate([part.score for part in parts if part.score is not None])
@@ -149,13 +149,12 @@ def suite_units(suite: Suite, scored: Sequence[Scored], turn: int) -> Units:
 
 
 def suite_score(
-    suite: Suite, scored: Sequence[Scored], turn: int, units: Units, notes: list[str]
+    suite: Suite, scored: Sequence[Scored], variant: int, units: Units, notes: list[str]
 ) -> float | None:
     """The shown score: lmms-eval's number where it is right, else ours, with a note that names the correction."""
-    own = [one.headline[turn] for one in scored]
-    theirs = None
-    if all(number is not None for number in own):
-        theirs = sum(number for number in own if number is not None) * suite.scale / len(own)
+    headlines = [one.headline[variant] for one in scored]
+    numbers = [number for number in headlines if number is not None]
+    theirs = sum(numbers) * suite.scale / len(headlines) if len(numbers) == len(headlines) else None
     ours = units.total
     if suite.name not in SUITES and None not in (ours, theirs):
         # Of other tasks only the samples tell whether 1 or 100 is the highest score.

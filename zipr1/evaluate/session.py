@@ -16,20 +16,21 @@ from rich.console import Console
 
 from zipr1.core.config import override
 from zipr1.core.errors import InputError, RunError, ZipError
+from zipr1.core.jsontext import dumps
 from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe, validate
+from zipr1.core.text import one_line, reason
 from zipr1.evaluate import processes
 from zipr1.evaluate.folder import Folder, identity
-from zipr1.evaluate.suites import GROUPS, SUITES, Suite, resolve
+from zipr1.evaluate.suites import GROUPS, LMMS_EVAL, SUITES, Suite, resolve
 from zipr1.models.loading import choose_device
 from zipr1.models.manifest import read
 from zipr1.models.open import ModelSource, find_source, inference_dtype
 from zipr1.models.policy import Policy, load_policy
 
 if TYPE_CHECKING:
-    from zipr1.evaluate.answers import Conditions
+    from zipr1.evaluate.answers import Answerer, Conditions
 
-LMMS_EVAL = "0.7.3"
 # Recipe keys that mean something here.
 READ = (
     "model.",
@@ -43,8 +44,8 @@ BATCH = 16
 
 
 @dataclass
-class Wanted:
-    """What a user asks for. tasks: names of suites, groups and lmms-eval's tasks. budgets: p of each, 1.0 is dense.
+class EvalRequest:
+    """What a user asks for. tasks: names of suites, groups and lmms-eval's tasks. p_values: of --budget, 1.0 is dense.
 
     limit: first questions of each benchmark; None takes the suite's own, 0 all. changes: `a.b=c` of a recipe.
     base: measure the untouched model too, where `model` is a run. output: None is a folder named by all of this.
@@ -52,7 +53,7 @@ class Wanted:
 
     model: str
     tasks: Sequence[str]
-    budgets: Sequence[float]
+    p_values: Sequence[float]
     limit: int | None = None
     output: Path | None = None
     data_root: Path | None = None
@@ -61,7 +62,7 @@ class Wanted:
     base: bool = True
 
 
-def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, Any]:
+def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[str, Any]:
     """Measure every benchmark and write results.json, report.md, report.html and plots; return results.json.
 
     A benchmark that fails is reported and does not stop the others; one that was finished before is not repeated.
@@ -69,51 +70,63 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
     """
     # 1. what is asked for, in full
     check_installed()
-    suites = _suites(wanted.tasks)
-    source = find_source(wanted.model)
-    recipe, keys = _settings(wanted, source)
-    budgets = _budgets(wanted.budgets, recipe)
-    _check_data_root(wanted.data_root, suites)
+    suites = _suites(request.tasks)
+    source = find_source(request.model)
+    recipe, keys = _settings(request, source)
+    p_values = _p_values(request.p_values, recipe)
+    _check_data_root(request.data_root, suites)
     processes.start()
     try:
         # 2. the model, and the one it was trained from
-        device = wanted.device or processes.device()
+        device = request.device or processes.device()
         recipe = _with_dtype(recipe, device)
         policy = load_policy(recipe.model, device)
-        base, base_name, base_note = _base(wanted, source, recipe, device)
+        base, base_name, base_note = _base(request, source, recipe, device)
         meta = {
-            "model": wanted.model,
+            "model": request.model,
             "base": base_name,
             "sparse": recipe.sparse.model_dump(mode="json"),
-            "budgets": list(budgets),
-            "limit": wanted.limit,
+            "budgets": list(p_values),
+            "limit": request.limit,
             "dtype": str(policy.core.dtype).removeprefix("torch."),
             "max_pixels": policy.processor.settings.max_pixels,
             **_frame_bound(policy),
-            "changes": list(wanted.changes),
-            "data_root": str(wanted.data_root.resolve()) if wanted.data_root else None,
+            "changes": list(request.changes),
+            "data_root": str(request.data_root.resolve()) if request.data_root else None,
             "weights": identity(source.place),
         }
         # 3. where results go; what is there already
-        folder = Folder.open(wanted.output, wanted.model, meta)
+        folder = Folder.open(request.output, request.model, meta)
         loud = processes.rank() == 0
         quiet = console if loud else Console(file=io.StringIO())
         quiet.print(
-            f"{wanted.model}: sparsity of {source.sparse_from}; "
+            f"{request.model}: sparsity of {source.sparse_from}; "
             + (f"base: {base_name}; " if base_name else f"{base_note}; " if base_note else "")
             + f"results in {folder.root}",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
         info = describe(command, str(policy.device))
+        from zipr1.evaluate.harness import lmms_eval_version
+
+        version = lmms_eval_version()
+        if version != LMMS_EVAL:
+            quiet.print(
+                f"lmms-eval {version} is installed; benchmarks and scores were tested with {LMMS_EVAL}",
+                soft_wrap=True, highlight=False,
+            )  # fmt: skip
         # 4. one benchmark after another, each written when it is done
-        asked = [p for p in budgets if p in wanted.budgets or p < 1]
-        _measure_all(wanted, suites, policy, base, recipe, keys, budgets, asked, folder, quiet)
+        from zipr1.evaluate.answers import Answerer
+
+        batch = recipe.evaluation.batch if "evaluation.batch" in keys else BATCH
+        answerer = Answerer(policy, recipe.sparse, p_values, batch, base=base)
+        reported = [p for p in p_values if p in request.p_values or p < 1]
+        _measure_all(request, suites, answerer, recipe, keys, reported, folder, quiet)
         # 5. everything together
         from zipr1.evaluate import report
 
-        results = report.collect(folder, suites, meta, info)
+        results = report.collect(folder, suites, meta, info, version)
         if loud:
-            report.write(folder, results, quiet)
+            write(folder, results, quiet)
     finally:
         processes.stop()
     if results["errors"]:
@@ -125,6 +138,25 @@ def run(wanted: Wanted, command: Sequence[str], console: Console) -> dict[str, A
     return results
 
 
+def write(folder: Folder, results: dict[str, Any], console: Console) -> None:
+    """results.json, the figures, report.md and report.html into the folder, and the table to the terminal."""
+    from zipr1.evaluate import html, plots, report
+
+    folder.write("results.json", dumps(results, indent=2) + "\n")
+    names = dict.fromkeys(row["task"] for row in results["rows"])
+    records = [record for record in map(folder.read, names) if record is not None]
+    drawings = plots.draw(records, results, folder.root) if records else {}
+    folder.write("report.md", report.markdown(results, records, list(drawings)))
+    folder.write("report.html", html.page(results, records, drawings))
+    if results["rows"]:
+        console.print(report.table(results, console.width))
+    for note in results["notes"]:
+        console.print(f"corrected: {note}", highlight=False, markup=False, style="dim")
+    console.print(
+        f"report: {folder.root / 'report.html'}", soft_wrap=True, highlight=False, markup=False
+    )
+
+
 def check_installed() -> None:
     """Raises InputError, with what to install, where lmms-eval or what it needs is missing."""
     hint = f"pip install 'zipr1[eval]' and pip install --no-deps lmms-eval=={LMMS_EVAL} (make install does both)"
@@ -134,9 +166,9 @@ def check_installed() -> None:
         try:
             importlib.import_module("torchvision")
         except (ImportError, RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())[:120]
             raise InputError(
-                f"torchvision is broken here and takes lmms-eval with it ({reason}); pip uninstall torchvision"
+                f"torchvision is broken here and takes lmms-eval with it ({reason(error, 120)}); "
+                "pip uninstall torchvision"
             ) from None
     try:
         with _silence():
@@ -182,11 +214,11 @@ def _check_data_root(root: Path | None, suites: Sequence[Suite]) -> None:
         )
 
 
-def _settings(wanted: Wanted, source: ModelSource) -> tuple[Recipe, set[str]]:
+def _settings(request: EvalRequest, source: ModelSource) -> tuple[Recipe, set[str]]:
     """A recipe that holds what is read here, and the keys given on the command line."""
     sparse = source.sparse.model_dump()
-    values: dict[str, Any] = {"model": {"path": wanted.model}, "sparse": sparse}
-    keys = [override(values, text) for text in wanted.changes]
+    values: dict[str, Any] = {"model": {"path": request.model}, "sparse": sparse}
+    keys = [override(values, text) for text in request.changes]
     for key in keys:
         if not any(key == name or key.startswith(name) for name in READ):
             raise InputError(
@@ -205,8 +237,8 @@ def _with_dtype(recipe: Recipe, device: str | None) -> Recipe:
     return recipe.model_copy(update={"model": model})
 
 
-def _budgets(given: Sequence[float], recipe: Recipe) -> list[float]:
-    """All budgets, dense first; without any the model's own beside dense."""
+def _p_values(given: Sequence[float], recipe: Recipe) -> list[float]:
+    """All values of p, dense first; without any the model's own beside dense."""
     for p in given:
         if not 0 < p <= 1:
             raise InputError(
@@ -222,14 +254,14 @@ def _frame_bound(policy: Policy) -> dict[str, int]:
 
 
 def _base(
-    wanted: Wanted, source: ModelSource, recipe: Recipe, device: str | None
+    request: EvalRequest, source: ModelSource, recipe: Recipe, device: str | None
 ) -> tuple[Policy | None, str | None, str | None]:
     """The untouched model that a run or an exported folder was trained from: (it, its name, why there is none).
 
     A run's recipe names it; an exported folder's zipr1.json does, which still holds where the run is not at hand.
     """
     trained = source.recipe
-    if not wanted.base or trained is None:
+    if not request.base or trained is None:
         return None, None, None
     if trained.train.stage != "rl" or trained.model.train_vision:
         return None, None, None
@@ -244,38 +276,34 @@ def _base(
 
 
 def _measure_all(
-    wanted: Wanted,
+    request: EvalRequest,
     suites: Sequence[Suite],
-    policy: Policy,
-    base: Policy | None,
+    answerer: Answerer,
     recipe: Recipe,
     keys: set[str],
-    budgets: Sequence[float],
-    asked: Sequence[float],
+    reported: Sequence[float],
     folder: Folder,
     console: Console,
 ) -> None:
-    from zipr1.evaluate.answers import Answerer
+    """A file for each benchmark, its result or why there is none. reported: the values of p that get a row."""
     from zipr1.evaluate.records import record
 
-    batch = recipe.evaluation.batch if "evaluation.batch" in keys else BATCH
-    answerer = Answerer(policy, recipe.sparse, budgets, batch, base=base)
     for suite in suites:
         done = processes.gather(folder.done(suite.name))[0]
         if done:
             console.print(f"{suite.name}: finished before, not repeated", highlight=False)
             continue
         conditions = conditions_of(suite, recipe, keys)
-        limit = suite.limit if wanted.limit is None else wanted.limit or None
+        limit = suite.limit if request.limit is None else request.limit or None
         began = time.monotonic()
         try:
             from zipr1.evaluate.harness import measure
 
             with _bar(console, suite, limit) as tell:
-                scored = measure(suite, answerer, conditions, limit, wanted.data_root, tell)
-            result = record(suite, scored, answerer, conditions, asked, time.monotonic() - began)
+                scored = measure(suite, answerer, conditions, limit, request.data_root, tell)
+            result = record(suite, scored, answerer, conditions, reported, time.monotonic() - began)
         except ZipError as error:
-            result = {"task": suite.name, "error": " ".join(str(error).split())}
+            result = {"task": suite.name, "error": one_line(error)}
             console.print(
                 f"[bold red]failed:[/] {result['error']}", soft_wrap=True, highlight=False
             )

@@ -1,4 +1,4 @@
-"""Benchmarks as data: a friendly name to lmms-eval's exact tasks (0.7.3), its metric, and the conditions.
+"""Benchmarks as data: a friendly name to lmms-eval's exact tasks, its metric, and the conditions.
 
 Data only; evaluate/ runs them. To add a benchmark, add an entry to SUITES.
 """
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from zipr1.core.errors import InputError
+
+# The version of lmms-eval whose tasks and metrics these are, and that the tests run.
+LMMS_EVAL = "0.7.3"
 
 
 @dataclass(frozen=True)
@@ -140,14 +143,14 @@ def resolve(names: Sequence[str], others: Sequence[str] = ()) -> list[Suite]:
         raise InputError(
             "--tasks: names no benchmark; give some, such as mmbench,videomme; zipr1 eval --tasks list shows them"
         )
-    found: dict[str, Suite] = {}
+    suites: dict[str, Suite] = {}
     for name in names:
         members = GROUPS.get(name, (name,))
         for member in members:
             if member in SUITES:
-                found[member] = SUITES[member]
+                suites[member] = SUITES[member]
             elif member in others:
-                found[member] = Suite(member, "image", (Task(member, ()),), max_new_tokens=0)
+                suites[member] = Suite(member, "image", (Task(member, ()),), max_new_tokens=0)
             else:
                 known = [*SUITES, *GROUPS, *others]
                 near = difflib.get_close_matches(member, known, n=1)
@@ -156,4 +159,4 @@ def resolve(names: Sequence[str], others: Sequence[str] = ()) -> list[Suite]:
                     f"--tasks {member}: unknown; {hint}allowed: {', '.join([*SUITES, *GROUPS])}, "
                     "or the name of a task of lmms-eval; zipr1 eval --tasks list shows them"
                 )
-    return list(found.values())
+    return list(suites.values())

@@ -70,12 +70,6 @@ def groups(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
     return groups
 
 
-def dense_bytes(cache: Any) -> int:
-    return sum(
-        t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
-    )
-
-
 def heldout_mass(record: Record) -> torch.Tensor | None:
     masses = [layer.heldout_mass for layer in record.layers]
     return None if any(m is None for m in masses) else torch.stack(masses).mean(0).cpu()  # type: ignore[arg-type]

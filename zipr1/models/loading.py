@@ -21,6 +21,7 @@ from zipr1_kernels import unusable
 
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Lora, Model
+from zipr1.core.text import reason
 from zipr1.models import families
 from zipr1.models.processors import PixelSettings
 from zipr1.models.sparse.attention import ATTENTION
@@ -83,7 +84,6 @@ def from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[A
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
         hint = "check the folder"
         if not Path(folder).is_dir():
             hint = f"download it first (hf download {folder}) or unset HF_HUB_OFFLINE"
@@ -91,7 +91,9 @@ def from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[A
                 hint = (
                     f"check the name and the network, or download it first (hf download {folder})"
                 )
-        raise InputError(f"model.path: {settings.path} does not load ({reason}); {hint}") from None
+        raise InputError(
+            f"model.path: {settings.path} does not load ({reason(error, 300)}); {hint}"
+        ) from None
     return model, tokenizer
 
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Probes, Sparse
+from zipr1.core.text import reason
 
 # The section `sparse` of recipes/tiny.yaml: the embedded model's prompts are short, so none is too short to be pruned.
 TINY = Sparse(skip="layer", keep_last=1, probes=Probes(recent=12, random=0), dense_below=0)
@@ -34,10 +35,9 @@ def read(folder: Path) -> dict[str, Any] | None:
         Sparse.model_validate(values["sparse"])
         expected = {str(name): (int(w["bytes"]), str(w["header"])) for name, w in weights.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-        reason = " ".join(str(error).split())[:120]
         raise InputError(
-            f"{path}: not written by zipr1 export ({type(error).__name__}: {reason}); export the run again, or "
-            "remove the file to use the folder as a dense model"
+            f"{path}: not written by zipr1 export ({type(error).__name__}: {reason(error, 120)}); export the run "
+            "again, or remove the file to use the folder as a dense model"
         ) from None
     if version != VERSION:
         raise InputError(

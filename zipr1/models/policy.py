@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from zipr1.core.distributed import Parallel, whole_state
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Model, Train
+from zipr1.core.text import reason
 from zipr1.core.types import Prompt
-from zipr1.models.batching import answer_slots, choose, dense_bytes, groups, heldout_mass, padded
+from zipr1.models.batching import answer_slots, choose, groups, heldout_mass, padded
 from zipr1.models.families import FAMILIES, deepstack, towers
 from zipr1.models.loading import (
     add_lora,
@@ -34,7 +35,7 @@ from zipr1.models.loading import (
 from zipr1.models.open import open_model
 from zipr1.models.processors import Encoded, Processor, Visual
 from zipr1.models.sparse.attention import ATTENTION, Request, sparse_attention
-from zipr1.models.sparse.cache import PrunedCache
+from zipr1.models.sparse.cache import PrunedCache, kv_bytes
 from zipr1.models.sparse.last_layer import finished_at, last_column
 
 # Placeholders are never sampled: an answer with one would ask for a picture that is not there. Finite, so that
@@ -331,7 +332,7 @@ class Policy:
                 )
             state = out.past_key_values
             counts = cache.prompt_counts() if cache is not None else None
-            kv_bytes = cache.kv_bytes() if cache is not None else dense_bytes(state)
+            held = kv_bytes(state)
             following = torch.tensor([e.next_position for e in encoded], device=self.device)
             alive = torch.ones(len(encoded), dtype=torch.bool, device=self.device)
             ends = torch.tensor(self.processor.end_ids, device=self.device)
@@ -365,7 +366,7 @@ class Policy:
             counts=None if counts is None else counts.cpu(),
             kept=None if record is None else record.kept_positions(starts),
             heldout=None if record is None else heldout_mass(record),
-            kv_bytes=kv_bytes,
+            kv_bytes=held,
         )
 
     def weights(self) -> dict[str, torch.Tensor] | None:
@@ -389,9 +390,8 @@ class Policy:
         try:
             restore_weights(self.adapted if self.adapted is not None else self.core, path)
         except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"{folder}: holds no weights of this model ({reason}); resume another run"
+                f"{folder}: holds no weights of this model ({reason(error)}); resume another run"
             ) from None
 
 

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from zipr1.core.errors import InputError
+from zipr1.core.text import reason
 
 SPECIAL = [
     "<|endoftext|>",
@@ -127,6 +128,7 @@ def build_model(tokenizer: Any, config: dict[str, Any], seed: int) -> torch.nn.M
         try:
             model: torch.nn.Module = model_class(full)
         except (ValueError, TypeError, RuntimeError, AssertionError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"model.config: no model can be built of it ({reason})") from None
+            raise InputError(
+                f"model.config: no model can be built of it ({reason(error)})"
+            ) from None
     return model

@@ -17,7 +17,7 @@ from zipr1.core.phases import Stopwatch
 from zipr1.models.cost import Skip, kept_tokens
 from zipr1.models.loading import random_model
 from zipr1.models.sparse.attention import Request, sparse_attention
-from zipr1.models.sparse.cache import PrunedCache
+from zipr1.models.sparse.cache import PrunedCache, kv_bytes
 from zipr1.profiling.subject import Inputs, Subject
 
 # A median of fewer turns is no median; more than these say nothing new.
@@ -257,13 +257,6 @@ def stepper(
             return {"step": time.perf_counter() - start}
 
     return run
-
-
-def kv_bytes(cache: Any) -> int:
-    """Bytes of keys and values held."""
-    return sum(
-        t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
-    )
 
 
 def overhead_ms(subject: Subject, batch: int) -> float:

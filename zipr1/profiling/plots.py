@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from zipr1.core.plots import save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Row = Mapping[str, Any]
 COLOURS = {
@@ -48,8 +53,7 @@ def _phases(layer: Sequence[Row], path: Path) -> tuple[Path, str]:
     figure.legend(loc="outside lower center", ncols=8, fontsize=8, frameon=False)
     words = f"Prefill of one decoder layer by phase, {layer[0]['length']:,} tokens, batch {layer[0]['batch']}"
     ax.set_title(words, loc="left", fontsize=10)
-    figure.savefig(path, dpi=150)
-    return path, words
+    return save(figure, path, dpi=150), words
 
 
 def _gains(found: Mapping[str, Any], path: Path) -> tuple[Path, str]:
@@ -68,20 +72,13 @@ def _gains(found: Mapping[str, Any], path: Path) -> tuple[Path, str]:
             ax.plot(lengths, [r["speedup"] for r in same], "o-", color=colour, label=label, ms=4)
             ax.plot(lengths, [r["bound"] for r in same], "--", color=colour, lw=1)
         ax.axhline(1, color="0.6", lw=0.8)
-        lengths = sorted({r["length"] for r in rows})
-        if len(lengths) > 1:
+        if len({r["length"] for r in rows}) > 1:
             ax.set_xscale("log", base=2)
-        ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
-        ax.minorticks_off()
         most = max((max(r["speedup"], r["bound"]) for r in rows), default=1.0)
-        ax.set_ylim(0, 1.15 * max(1.0, most))
-        ax.set_title(title, loc="left", fontsize=10)
-        ax.set_xlabel("prompt tokens")
-        ax.set_ylabel("dense / sparse time")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(fontsize=7.5, frameon=False)
-    figure.savefig(path, dpi=150)
-    return path, "How many times faster than dense, over the prompt's length; dashed: the bound"
+        _over_length(ax, rows, title, "dense / sparse time", max(1.0, most))
+    return save(
+        figure, path, dpi=150
+    ), "How many times faster than dense, over the prompt's length; dashed: the bound"
 
 
 def _memory(found: Mapping[str, Any], path: Path) -> tuple[Path, str]:
@@ -107,16 +104,24 @@ def _memory(found: Mapping[str, Any], path: Path) -> tuple[Path, str]:
                 color=LINES.get(skip, "0.3"), label=name, ms=4,
                 ls="--" if skip == "attention" else "-",
             )  # fmt: skip
-        lengths = sorted({r["length"] for r in rows})
-        ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
-        ax.set_ylim(0, 1.15 * max(r[key] for r in rows) / 2**20)
-        ax.set_title(f"{title}, batch {batch}", loc="left", fontsize=10)
-        ax.set_xlabel("prompt tokens")
-        ax.set_ylabel("MiB")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(fontsize=7.5, frameon=False)
-    figure.savefig(path, dpi=150)
-    return path, "Memory: keys and values after the prefill; all tensors alive at once within it"
+        most = max(r[key] for r in rows) / 2**20
+        _over_length(ax, rows, f"{title}, batch {batch}", "MiB", most)
+    return save(
+        figure, path, dpi=150
+    ), "Memory: keys and values after the prefill; all tensors alive at once within it"
+
+
+def _over_length(ax: Axes, rows: Sequence[Row], title: str, value: str, most: float) -> None:
+    """Titles, ticks and legend of a panel over the prompt's length. value: what is drawn, of at most `most`."""
+    lengths = sorted({r["length"] for r in rows})
+    ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    ax.minorticks_off()
+    ax.set_ylim(0, 1.15 * most)
+    ax.set_title(title, loc="left", fontsize=10)
+    ax.set_xlabel("prompt tokens")
+    ax.set_ylabel(value)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=7.5, frameon=False)
 
 
 def _series(rows: Sequence[Row]) -> dict[tuple[str, float, int], list[Row]]:

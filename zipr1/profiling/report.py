@@ -9,7 +9,9 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from zipr1.core.page import Page
+from zipr1.core.files import write_whole
+from zipr1.core.jsontext import dumps
+from zipr1.core.page import embedded, page_table, render
 from zipr1.models.cost import tera
 from zipr1.profiling import plots
 
@@ -237,15 +239,23 @@ def longest(found: Mapping[str, Any]) -> list[Row]:
 
 
 def write(found: Mapping[str, Any], folder: Path) -> Path:
-    """report.html and the figures beside it. Returns the page's path."""
-    page = Page(f"zipr1 profile: {found['model']['name']}")
-    for note in notes(found):
-        page.text(note)
-    for path, words in plots.draw(found, longest(found), folder):
-        page.picture(path, words)
-    for one in tables(found):
-        page.table(one)
-    return page.write(folder / "report.html")
+    """profile.json, the figures and report.html, into `folder`, which is made. Returns the page's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "profile.json", dumps(found) + "\n")
+    path = folder / "report.html"
+    write_whole(path, page(found, plots.draw(found, longest(found), folder)))
+    return path
+
+
+def page(found: Mapping[str, Any], figures: Sequence[tuple[Path, str]]) -> str:
+    """The whole report. figures: PNG files and what each shows."""
+    return render(
+        "profile.html",
+        title=f"zipr1 profile: {found['model']['name']}",
+        notes=notes(found),
+        figures=[{"source": embedded(path), "words": words} for path, words in figures],
+        tables=[page_table(one) for one in tables(found)],
+    )
 
 
 def _key(row: Row) -> tuple[Any, ...]:

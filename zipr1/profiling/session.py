@@ -16,6 +16,7 @@ import torch
 
 from zipr1.core import machine
 from zipr1.core.errors import InputError
+from zipr1.core.text import reason
 from zipr1.models import cost, memory
 from zipr1.profiling import measure, rates, rows, subject
 from zipr1.profiling.subject import Inputs, Subject
@@ -75,8 +76,9 @@ def profile(wish: Wish, tell: Callable[[str], None] = lambda text: None) -> dict
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            reason = " ".join(str(error).split())[:160]
-            found.append({"phase": "prefill", "length": length, "batch": batch, "error": reason})
+            found.append(
+                {"phase": "prefill", "length": length, "batch": batch, "error": reason(error, 160)}
+            )
         gc.collect()
     return {
         "machine": {

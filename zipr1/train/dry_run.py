@@ -18,7 +18,7 @@ from rich.table import Table
 from zipr1.core.errors import InputError, Missing
 from zipr1.core.machine import free_memory
 from zipr1.core.recipe import Recipe
-from zipr1.core.text import size
+from zipr1.core.text import one_line, size
 from zipr1.core.types import Prompt
 from zipr1.data import sources
 from zipr1.models import memory
@@ -250,5 +250,5 @@ def _part(name: str, shards: bool) -> str:
 
 def _line(text: str, most: int) -> str:
     """A text on one line, what is over `most` characters left out."""
-    text = " ".join(text.split())
+    text = one_line(text)
     return text if len(text) <= most else f"{text[:most]}..."

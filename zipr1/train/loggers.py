@@ -17,6 +17,7 @@ from zipr1.core import distributed
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe
 from zipr1.core.rundir import read_json
+from zipr1.core.text import reason
 
 Writer = Callable[[int, Mapping[str, float]], None]
 Opened = contextlib.AbstractContextManager[Writer]
@@ -68,10 +69,9 @@ def wandb(recipe: Recipe, root: Path, start: int) -> Iterator[Writer]:
             config=recipe.model_dump(mode="json"),
         )
     except library.Error as error:
-        reason = " ".join(str(error).split())[:200].rstrip(". ")
         raise InputError(
-            f"log.to has wandb, which does not start ({reason}); run `wandb login`, set WANDB_MODE=offline, or leave "
-            "it out"
+            f"log.to has wandb, which does not start ({reason(error).rstrip('. ')}); run `wandb login`, "
+            "set WANDB_MODE=offline, or leave it out"
         ) from error
     try:
         yield lambda step, scalars: run.log(dict(scalars), step=step)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zipr1.core.errors import InputError, RunError
+from zipr1.core.files import replacing
 from zipr1.core.types import Media, Prompt
 from zipr1.data import video
 from zipr1.data.digits import glyphs
@@ -160,21 +160,11 @@ def _media(scene: Scene) -> Media:
     path = cache_directory() / f"{name}.mp4"
     try:
         if not path.exists() or path.stat().st_size == 0:
-            _write_whole(path, scene)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                video.write(temporary, scene.pixels, scene.fps or 1.0)
     except OSError as error:
         raise RunError(
             f"{path.parent}: clips cannot be stored there ({error}); set ZIPR1_CACHE to a folder"
         ) from error
     return Media("video", path)
-
-
-def _write_whole(path: Path, scene: Scene) -> None:
-    """Another process may write the same clip at the same time: the last one wins, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".mp4", dir=path.parent)
-    os.close(handle)
-    try:
-        video.write(Path(temporary), scene.pixels, scene.fps or 1.0)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -163,8 +163,9 @@ class PrunedCache(Cache):
 
     def kv_bytes(self) -> int:
         """Bytes of keys and values held now, batch padding included."""
-        return sum(
-            t.numel() * t.element_size()
-            for layer in self.layers
-            for t in (layer.keys, layer.values)
-        )
+        return kv_bytes(self)
+
+
+def kv_bytes(cache: Cache) -> int:
+    """Bytes of keys and values that any cache of transformers holds now, batch padding included."""
+    return sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))

@@ -24,7 +24,7 @@ from zipr1_kernels import Kept, kv_compact, pack_indices, probe_scores, sparse_p
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Sparse
 from zipr1.models.sparse import attention
-from zipr1.models.sparse.cache import PrunedCache, PrunedLayer
+from zipr1.models.sparse.cache import PrunedCache, PrunedLayer, kv_bytes
 from zipr1.models.sparse.probes import probe_slots
 from zipr1.models.sparse.record import LayerRecord, Record
 from zipr1.models.sparse.rules import Draw, select
@@ -99,8 +99,7 @@ class RetainedCache(Cache):
 
     def kv_bytes(self) -> int:
         """Bytes of all keys and values held now: the whole, and the copies that decoding reads."""
-        held = [t for layer in self.layers for t in (*layer.whole, layer.keys, layer.values)]
-        return sum(t.numel() * t.element_size() for t in held)
+        return kv_bytes(self) + sum(t.nbytes for layer in self.layers for t in layer.whole)
 
 
 @dataclass

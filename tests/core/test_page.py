@@ -1,0 +1,83 @@
+"""Pages: what is text stays text, whatever it holds; the terminal's tables and pictures as a page takes them."""
+
+import base64
+from html.parser import HTMLParser
+
+import jinja2
+import pytest
+from rich.table import Table
+from rich.text import Text
+
+from zipr1.core.page import Column, PageTable, embedded, page_table, render
+
+NAME = '<b>a|b</b> & "c" {{ 1 }} [red]d[/red]'
+
+
+class Words(HTMLParser):
+    """The text of a page by element, as a browser reads it."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.texts, self.open = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.open.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data):
+        if data.strip() and self.open:
+            self.texts.append((self.open[-1][0], data.strip()))
+
+
+def profile_page(**more):
+    values = {
+        "title": NAME,
+        "notes": [NAME],
+        "figures": [{"source": "data:image/png;base64,AA==", "words": NAME}],
+        "tables": [PageTable(NAME, NAME, [Column(NAME, True), Column("n", False)], [[NAME, "1"]])],
+    }
+    return render("profile.html", **(values | more))
+
+
+def test_names_are_text_and_nothing_else():
+    page = profile_page()
+    words = Words(page)
+    assert "b" not in words.tags and page.startswith("<!doctype html>")
+    for place in ("title", "h1", "h2", "p", "th", "td"):
+        assert (place, NAME) in words.texts, place
+
+
+def test_a_page_needs_nothing_beside_it():
+    page = profile_page()
+    assert "<script" not in page and "http" not in page and "<link" not in page
+    assert "font-variant-numeric" in page  # the style sheet is inside
+
+
+def test_a_value_that_is_missing_is_an_error():
+    with pytest.raises(jinja2.UndefinedError, match="notes"):
+        render("profile.html", title="a", figures=[], tables=[])
+
+
+def test_a_table_of_the_terminal():
+    table = Table(title="[bold]scores[/]", caption=r"of \[all]")
+    table.add_column("name")
+    table.add_column("ms", justify="right")
+    table.add_row("[green]a[/]", Text("[1]"))
+    columns = [Column("name", True), Column("ms", False)]
+    assert page_table(table) == PageTable("scores", "of [all]", columns, [["a", "[1]"]])
+    assert page_table(Table()) == PageTable("", "", [], [])
+    page = profile_page(tables=[page_table(table)])
+    assert '<th class="left">name</th>' in page and "<th>ms</th>" in page
+    assert '<td class="left">a</td>' in page and "<td>[1]</td>" in page
+
+
+def test_a_picture_is_inside(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"\x89PNG")
+    start, data = embedded(path).split(",")
+    assert start == "data:image/png;base64" and base64.b64decode(data) == b"\x89PNG"

@@ -1,0 +1,120 @@
+"""The policy as lmms-eval's model: a document is answered once, in all variants, and read variant by variant."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("lmms_eval")
+
+from zipr1.core.errors import InputError
+from zipr1.core.types import Prompt
+from zipr1.evaluate.adapter import Adapter, AnswerStore, Document, prompt_of
+from zipr1.evaluate.answers import Answer, Answered, Conditions
+
+
+class Counting:
+    """Stands in for an Answerer of two variants; asked: what it was asked, call by call."""
+
+    def __init__(self):
+        self.asked = []
+        self.policy = types.SimpleNamespace(device="cpu")
+
+    def answer(self, asked, conditions, tell):
+        prompts = [make() for make in asked]
+        self.asked.append(([p.id for p in prompts], conditions))
+        tell(len(asked))
+        return [
+            Answered(
+                [Answer(f"{p.id} {v}", [1.0], 1, 0.1, 1, 1) for v in ("dense", "sparse")], 0.0, 0.0
+            )
+            for p in prompts
+        ]
+
+
+def request(number, task="t", **settings):
+    """As lmms-eval makes them: context, messages, settings, document, task, split."""
+    arguments = ("", lambda document: document, settings, number, task, "test")
+    return types.SimpleNamespace(args=arguments)
+
+
+def chat(text):
+    return [{"role": "user", "content": [{"type": "text", "text": text}]}]
+
+
+@pytest.fixture
+def store():
+    return AnswerStore(Counting())
+
+
+def adapter(store, variant, **more):
+    made = Adapter(store, variant, **more)
+    made.task_dict["t"] = {"test": [chat(f"question {n}") for n in range(4)]}
+    return made
+
+
+def test_one_look_at_a_document_serves_all_variants(store):
+    requests = [request(n) for n in (2, 0, 1)]
+    assert adapter(store, 0).generate_until(requests) == ["t/2 dense", "t/0 dense", "t/1 dense"]
+    assert adapter(store, 1).generate_until(requests) == ["t/2 sparse", "t/0 sparse", "t/1 sparse"]
+    assert [ids for ids, _ in store.answerer.asked] == [["t/2", "t/0", "t/1"]]
+    adapter(store, 1).generate_until([request(3), request(0)])
+    assert [ids for ids, _ in store.answerer.asked][1:] == [["t/3"]]
+    assert [a.answers[0].text for a in store.in_order()] == [f"t/{n} dense" for n in range(4)]
+    assert store.text(Document("t", "test", 3), 1) == "t/3 sparse"
+
+
+def test_the_task_says_how_long_and_where_to_stop(store):
+    """Where conditions say nothing of the length; requests of the same conditions are answered together."""
+    requests = [
+        request(0, max_new_tokens=5, until="X"),
+        request(1, max_new_tokens=7),
+        request(2, max_new_tokens=5, until=["X"]),
+        request(3),
+    ]
+    adapter(store, 0).generate_until(requests)
+    seen = [(ids, c.max_new_tokens, c.stops) for ids, c in store.answerer.asked]
+    assert seen == [(["t/0", "t/2"], 5, ("X",)), (["t/1"], 7, ()), (["t/3"], 128, ())]
+    other = AnswerStore(Counting())
+    adapter(other, 0, conditions=Conditions(max_new_tokens=9)).generate_until(requests[:2])
+    assert [c.max_new_tokens for _, c in other.answerer.asked] == [9, 9]
+
+
+def test_answers_are_changed_for_the_scorer_alone(store):
+    made = adapter(store, 0, change=lambda task, text: f"<{task}: {text}>")
+    assert made.generate_until([request(0)]) == ["<t: t/0 dense>"]
+    assert store.text(Document("t", "test", 0), 0) == "t/0 dense"
+
+
+def test_progress_is_told(store):
+    told = []
+    made = adapter(AnswerStore(Counting(), told.append), 0)
+    made.generate_until([request(0), request(1)])
+    assert told == [2]
+
+
+def test_chat_messages_become_prompts():
+    grey = Image.new("RGB", (4, 3), "grey")
+    content = [
+        {"type": "image", "url": grey},
+        {"type": "video", "url": "clip.mp4"},
+        {"type": "text", "text": "Which?"},
+    ]
+    made = prompt_of("t/1", [{"role": "user", "content": content}])
+    assert isinstance(made, Prompt) and made.id == "t/1"
+    kinds = [part["type"] for part in made.messages[0]["content"]]
+    assert kinds == ["image", "video", "text"]
+    pixels, clip = (m.source for m in made.media)
+    assert clip == "clip.mp4" and pixels.shape == (3, 4, 3) and np.unique(pixels).tolist() == [128]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"budgett": "1"}, "--model_args budgett: unknown"), ({"budget": 1.5}, "outside")],
+)
+def test_wrong_arguments_of_lmms_evals_command_line(arguments, message):
+    with pytest.raises(InputError, match=message):
+        Adapter(**arguments)

@@ -1,0 +1,42 @@
+"""Files written whole: whoever reads one sees the old or the new content, never a part of it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path`, with its suffix, to write to; the file takes the place of `path` when the block ends well.
+
+    For any writer of one file. Several processes and threads may write the same path: the last one wins, whole. When
+    the block raises, nothing is left behind and `path` is as it was. The folder must exist.
+    """
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    temporary = path.with_name(f".tmp-{path.stem}-{writer}{path.suffix}")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A text file in UTF-8, replaced at once."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Wait until the file's content, or the folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
