@@ -4,19 +4,21 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from zipr1.core.errors import InputError
-from zipr1.core.plots import curves, darkened, evenly_spaced, frame_at, kept_picture, smooth
+from zipr1.core.plots import (
+    _curve,
+    curves,
+    darkened,
+    evenly_spaced,
+    frame_at,
+    kept_picture,
+    smooth,
+)
 
-METRICS = {
-    "accuracy": 0.9,
-    "dense_accuracy": 0.95,
-    "token_ratio": 0.284,
-    "kl": 0.0123,
-    "multiplier": 0.5,
-    "efficiency_weight": 2.0,
-}
+METRICS = {"accuracy": 0.9, "token_ratio": 0.284, "kl": 0.0123}
 
 
 def test_smooth_is_a_running_mean():
@@ -94,3 +96,16 @@ def test_shown_frames_of_a_clip():
     assert [frame_at(frames[:1], m, 2)[0, 0, 0] for m in range(2)] == [0, 0]
     assert evenly_spaced(9, 3) == [0, 4, 8] and evenly_spaced(2, 4) == [0, 1]
     assert evenly_spaced(1, 4) == [0]
+
+
+def test_a_curve_shows_each_step_and_a_running_mean():
+    """Of 60 steps: a window of 60 / 20 = 3, cut at the ends; a step without the value is a gap."""
+    rows = [{"step": 10 * i, "kl": 3.0 * i} for i in range(60)]
+    del rows[30]["kl"]
+    ax = Figure().subplots()
+    _curve(ax, rows, "KL", [("kl", "KL", "C3")], share=False)
+    pale, strong = ax.lines
+    assert list(pale.get_xdata()) == list(strong.get_xdata()) == list(range(0, 600, 10))
+    assert np.isnan(pale.get_ydata()[30]) and pale.get_ydata()[29] == 87
+    assert list(strong.get_ydata()[[0, 1, 30, 59]]) == [1.5, 3, 90, 175.5]
+    assert strong.get_ydata()[31] == (93 + 96) / 2

@@ -2,7 +2,7 @@
 
 import pytest
 
-from zipr1.core.text import duration, one_line, reason, size
+from zipr1.core.text import duration, mib, one_line, reason, size
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,4 @@ def test_the_reason_of_an_error_is_one_short_line():
 )  # fmt: skip
 def test_size(count, expected):
     assert size(count) == expected
+    assert mib(1234.5 * 2**20) == "1,234.5"

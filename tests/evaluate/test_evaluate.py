@@ -299,6 +299,21 @@ def test_results_name_the_installed_lmms_eval(evaluated, tmp_path, monkeypatch):
     assert f"lmms-eval 0.9.1, {tested}" in (copy / "report.md").read_text()
 
 
+def test_a_failure_is_printed_as_it_is(tmp_path, monkeypatch):
+    """Brackets are the terminal's markup, and part of many a message."""
+    from zipr1.evaluate import harness
+
+    def fail(*arguments):
+        raise RunError("digits: no split\n[/data] of ['test']")
+
+    monkeypatch.setattr(harness, "measure", fail)
+    out = io.StringIO()
+    with pytest.raises(RunError, match="1 of 1 benchmarks have no result"):
+        session.run(request_for(tmp_path / "x [a]", tasks=["digits"]), [], Console(file=out))
+    assert "failed: digits: no split [/data] of ['test']\n" in out.getvalue()
+    assert "x [a]\n" in out.getvalue()
+
+
 def test_a_folder_of_something_else_is_left_alone(evaluated, tmp_path):
     folder, _, _ = evaluated
     with pytest.raises(InputError, match="limit differ; limit was 8 and is 4"):

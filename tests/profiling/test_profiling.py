@@ -18,7 +18,7 @@ from zipr1.models.sparse.attention import ATTENTION, Request, sparse_attention
 from zipr1.models.sparse.cache import PrunedCache
 from zipr1.profiling import counting, measure, rows, subject
 from zipr1.profiling.rates import Rates
-from zipr1.profiling.session import Wish, profile
+from zipr1.profiling.session import ProfileRequest, profile
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +290,7 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
 
 
 def test_a_real_clip_is_the_default_for_a_model_with_weights(tmp_path):
-    found = profile(Wish("tiny", seconds=0.0, device="cpu"))
+    found = profile(ProfileRequest("tiny", seconds=0.0, device="cpu"))
     first = found["rows"][0]
     assert first["length"] > 150 and found["model"]["p"] == 0.975
     kinds = [r["phase"] for r in found["rows"] if r["skip"] == "none"]
@@ -304,7 +304,7 @@ def test_a_picture_of_the_users(tmp_path):
 
     path = tmp_path / "grey.png"
     Image.new("RGB", (160, 112), "grey").save(path)
-    found = profile(Wish("tiny", image=path, keeps=[0.5], seconds=0.0, device="cpu"))
+    found = profile(ProfileRequest("tiny", image=path, keeps=[0.5], seconds=0.0, device="cpu"))
     assert found["model"]["input"] == "grey.png"
     assert {r["tokens"] for r in found["rows"] if r["phase"] == "vision"} == {10 * 7}
     length = found["rows"][0]["length"]
@@ -313,7 +313,7 @@ def test_a_picture_of_the_users(tmp_path):
 
 def test_too_little_memory_is_a_row(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda: 3_000_000)
-    found = profile(Wish("tiny", lengths=[32, 4096], seconds=0.0, device="cpu"))
+    found = profile(ProfileRequest("tiny", lengths=[32, 4096], seconds=0.0, device="cpu"))
     bad = [r for r in found["rows"] if "error" in r]
     assert [(r["length"], r["batch"]) for r in bad] == [(4096, 1)]
     assert bad[0]["error"].startswith("needs about ")
@@ -329,7 +329,7 @@ def test_an_allocation_that_fails_is_a_row(monkeypatch):
         return take(subject, inputs, *rest)
 
     monkeypatch.setattr(rows, "take", fail)
-    found = profile(Wish("tiny", lengths=[64, 32], seconds=0.0, device="cpu"))
+    found = profile(ProfileRequest("tiny", lengths=[64, 32], seconds=0.0, device="cpu"))
     assert [r["length"] for r in found["rows"] if "error" in r] == [64]
     assert {r["length"] for r in found["rows"]} == {32, 64}
 

@@ -82,7 +82,9 @@ def evaluate(
         if name.strip()
     ]
     if "list" in names:
-        _list(console)
+        from zipr1.evaluate import listing
+
+        listing.show(console)
         return
     p_values = numbers("--budget", budget, float)
 
@@ -92,35 +94,10 @@ def evaluate(
 
     path, why = find_model(model)
     if model is None:
-        console.print(why, soft_wrap=True, highlight=False)
+        console.print(why, soft_wrap=True, highlight=False, markup=False)
     request = session.EvalRequest(
         path, names, p_values, limit, output, data_root, device, overrides or [], base
     )
     result = session.run(request, sys.argv, console)
     if as_json:
         print(dumps(result), flush=True)
-
-
-def _list(console: object) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    from zipr1.evaluate.suites import GROUPS, SUITES
-
-    assert isinstance(console, Console)
-    wide = console.width >= 110
-    names = ["name", *(["kind"] if wide else []), "lmms-eval's task", *(["metric"] if wide else [])]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in (*names, "range", "answer"):
-        table.add_column(name, overflow="fold")
-    for suite in SUITES.values():
-        more = f" +{len(suite.tasks) - 1}" if len(suite.tasks) > 1 else ""
-        clip = f", {suite.frames} frames" if suite.kind == "video" else ""
-        known = [suite.name, suite.kind, suite.tasks[0].name + more, suite.metric]
-        shown = known if wide else [known[0], known[2]]
-        table.add_row(*shown, f"0-{suite.top:g}", f"{suite.max_new_tokens} tokens{clip}")
-    console.print(table)
-    for name, members in GROUPS.items():
-        console.print(f"[bold]{name}[/]: {', '.join(members)}", highlight=False)
-    console.print("zipr1 eval --tasks NAME also takes any other task of lmms-eval", style="dim")

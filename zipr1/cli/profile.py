@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 N = TypeVar("N", int, float)
 
@@ -94,9 +91,9 @@ def profile(
     from zipr1.core.rundir import find_model
 
     console = Console(stderr=as_json)
-    name, said = find_model(model)
+    name, why = find_model(model)
     if model is None:
-        console.print(said, highlight=False)
+        console.print(why, highlight=False, markup=False)
     sizes, shares = numbers("--lengths", lengths, int), numbers("--keep", keep, float)
     batches = numbers("--batch", batch, int) or [1]
     if min(batches) < 1:
@@ -115,54 +112,30 @@ def profile(
     if visual and not card:
         raise InputError("--visual is for --card; to measure the tower give --image or --video")
     if card:
-        found = count(console, name, sizes, shares, batches, probes or 128, visual)
+        from zipr1.profiling.card_table import count
+
+        result, tables = count(name, sizes, shares, batches, probes or 128, visual)
+        for table in tables:
+            console.print(table)
     else:
         from zipr1.core.rundir import new_folder
         from zipr1.profiling import report
-        from zipr1.profiling.session import Wish
+        from zipr1.profiling.session import ProfileRequest
         from zipr1.profiling.session import profile as measure
 
-        wish = Wish(
+        request = ProfileRequest(
             name, sizes, shares, batches, layers, probes, image, video, device, dtype,
             measure_tflops, seconds,
         )  # fmt: skip
         if output is not None and output.exists() and not output.is_dir():
             raise InputError(f"--output {output}: a file is there; give a folder")
         with console.status("profile") as status:
-            found = measure(wish, lambda text: status.update(f"profile: {text}"))
-        folder = output or new_folder("profile")
-        page = report.write(found, folder)
-        for table in report.tables(found):
-            console.print(table)
-        for note in report.notes(found):
-            console.print(note, style="dim", highlight=False)
-        console.print(f"report: {page}", highlight=False, soft_wrap=True)
+            result = measure(request, lambda text: status.update(f"profile: {text}"))
+        page = report.write(result, output or new_folder("profile"))
+        report.show(result, console)
+        console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
     if as_json:
-        print(dumps(found), flush=True)
-
-
-def count(
-    console: Console,
-    model: str,
-    lengths: list[int],
-    keeps: list[float],
-    batches: list[int],
-    probes: int,
-    visual: float,
-) -> dict[str, Any]:
-    """The card: no torch, no weights."""
-    from zipr1.models import cost as card
-    from zipr1.profiling import card_table
-
-    shape = card.shape_of(model)
-    rows: list[dict[str, Any]] = []
-    for batch in batches:
-        sizes = lengths or card.default_lengths(shape)
-        found = card.card(shape, sizes, keeps or [0.25], probes, batch, visual)
-        for table in card_table.tables(shape, found, probes, visual):
-            console.print(table)
-        rows += found
-    return {"model": shape.name, "rows": rows}
+        print(dumps(result), flush=True)
 
 
 def numbers(option: str, given: list[str] | None, kind: type[N]) -> list[N]:

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
 def curves(metrics: Path, out: Path) -> Path:
     """The run's curves as a PNG: each step pale, a running mean over a twentieth of the run strong."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     rows = read_lines(metrics)
@@ -37,7 +34,7 @@ def curves(metrics: Path, out: Path) -> Path:
         ),
         ("KL to the dense model", [("kl", "KL", "C3")], False),
         (
-            "Pressure",
+            "Efficiency controller",
             [
                 ("efficiency_weight", "efficiency weight", "C4"),
                 ("multiplier", "multiplier", "C1"),
@@ -80,9 +77,6 @@ def kept_picture(
     grid: `(t, h, w)` of the tokens that the language model sees (after merging). kept_per_layer: bool, `t*h*w`
     values in that order, one array a layer; up to `max_layers` are drawn, evenly spaced. answers: `{"dense": ...}`.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     t, h, w = grid

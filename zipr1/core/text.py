@@ -24,6 +24,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def mib(count: float) -> str:
+    """Bytes as a number of MiB, for a column whose heading names the unit: `1,234.5`."""
+    return f"{count / 2**20:,.1f}"
+
+
 def size(count: float) -> str:
     """Bytes: `512 B`, `1.5 KiB`, `120 MiB`; one decimal below a hundred of a unit."""
     for unit, one in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):

@@ -12,18 +12,19 @@ from zipr1.core.plots import plain_axes, save
 
 def draw(records: Sequence[dict[str, Any]], results: dict[str, Any], root: Path) -> dict[str, str]:
     """Writes pareto.png and layers.png to `root`; the same as SVG text, by name."""
-    import matplotlib
+    from matplotlib import rc_context
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "zipr1"
     figures = {"pareto": _pareto(records, results), "layers": _layers(records)}
-    out = {}
+    drawings = {}
     for name, figure in figures.items():
         save(figure, root / f"{name}.png")
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-        out[name] = text.getvalue()[text.getvalue().index("<svg") :]
-    return out
+        with rc_context(
+            {"svg.hashsalt": "zipr1"}
+        ):  # the same names in every drawing of the same numbers
+            figure.savefig(text, format="svg", metadata={"Date": None})
+        drawings[name] = text.getvalue()[text.getvalue().index("<svg") :]
+    return drawings
 
 
 def _grid(count: int, height: float) -> tuple[Any, list[Any]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from zipr1.core.config import override
 from zipr1.core.errors import InputError, RunError, ZipError
@@ -103,7 +104,7 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
             f"{request.model}: sparsity of {source.sparse_from}; "
             + (f"base: {base_name}; " if base_name else f"{base_note}; " if base_note else "")
             + f"results in {folder.root}",
-            soft_wrap=True, highlight=False,
+            soft_wrap=True, highlight=False, markup=False,
         )  # fmt: skip
         info = describe(command, str(policy.device))
         from zipr1.evaluate.harness import lmms_eval_version
@@ -304,9 +305,8 @@ def _measure_all(
             result = record(suite, scored, answerer, conditions, reported, time.monotonic() - began)
         except ZipError as error:
             result = {"task": suite.name, "error": one_line(error)}
-            console.print(
-                f"[bold red]failed:[/] {result['error']}", soft_wrap=True, highlight=False
-            )
+            failed = f"[bold red]failed:[/] {escape(result['error'])}"
+            console.print(failed, soft_wrap=True, highlight=False)
         if processes.rank() == 0:
             folder.save(suite.name, result)
     processes.gather(None)  # what the first process wrote is there for all

@@ -1,16 +1,51 @@
-"""`zipr1 profile --card` as tables: the bounds by length, and where the operations go. Needs no torch."""
+"""`zipr1 profile --card`: what a prefill costs, counted, and its tables: bounds by length, where operations go.
+
+Loads and runs nothing, and needs no torch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from zipr1.core.text import mib
+from zipr1.models import cost
 from zipr1.models.cost import Shape, tera
 
 
-def tables(s: Shape, rows: list[dict[str, Any]], probes: int, visual: float) -> list[Any]:
+def count(
+    model: str,
+    lengths: Sequence[int],
+    keeps: Sequence[float],
+    batches: Sequence[int],
+    probes: int,
+    visual: float,
+) -> tuple[dict[str, Any], list[Table]]:
+    """The rows of every batch size as one result, and the tables of each. Empty lengths and keeps: the defaults.
+
+    Raises InputError for a model, a length or a share that is none.
+    """
+    shape = cost.shape_of(model)
+    rows: list[dict[str, Any]] = []
+    shown: list[Table] = []
+    for batch in batches:
+        here = cost.card(
+            shape,
+            list(lengths) or cost.default_lengths(shape),
+            list(keeps) or [0.25],
+            probes,
+            batch,
+            visual,
+        )
+        rows += here
+        shown += tables(shape, here, probes, visual)
+    return {"model": shape.name, "rows": rows}, shown
+
+
+def tables(s: Shape, rows: list[dict[str, Any]], probes: int, visual: float) -> list[Table]:
     """The bounds over length, and where the operations of the longest prefill go."""
     batch = rows[0]["batch"]
     bounds = Table(
@@ -38,7 +73,7 @@ def tables(s: Shape, rows: list[dict[str, Any]], probes: int, visual: float) -> 
             f"{one['keep']:.0%}",
             one["skip"],
             *(f"{r['bound']:.2f}x" for r in (one, whole, step, cache)),
-            f"{cache['kv_bytes'] / 2**20:,.1f}",
+            mib(cache["kv_bytes"]),
         )
     longest = max(row["length"] for row in rows)
     least = min(row["keep"] for row in rows)

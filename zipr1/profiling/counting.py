@@ -1,8 +1,8 @@
 """Operations and memory of a forward pass, counted while it runs.
 
 Operations: torch's own counter, with formulas of ours for fused attention, which it counts as 0 on a CPU and as if
-every query saw every key elsewhere. Count with the plain torch path of the operations (`models.plain_path`): Triton's
-are invisible to it, and do the same products.
+every query saw every key elsewhere. Count inside of `zipr1_kernels.use("torch")`, the plain path of the operations:
+Triton's kernels are invisible to the counter, and do the same products.
 
 Memory: the bytes of all tensors alive at once, made inside the context. A GPU's own allocator knows better and is
 asked instead.
@@ -120,7 +120,7 @@ def memory(device: torch.device) -> Iterator[Any]:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     start = torch.cuda.memory_allocated(device)
-    found = Memory()
-    yield found
+    used = Memory()
+    yield used
     torch.cuda.synchronize(device)
-    found.peak = torch.cuda.max_memory_allocated(device) - start
+    used.peak = torch.cuda.max_memory_allocated(device) - start

@@ -18,6 +18,7 @@ from zipr1.models.cost import Skip, kept_tokens
 from zipr1.models.loading import random_model
 from zipr1.models.sparse.attention import Request, sparse_attention
 from zipr1.models.sparse.cache import PrunedCache, kv_bytes
+from zipr1.profiling.rates import wait
 from zipr1.profiling.subject import Inputs, Subject
 
 # A median of fewer turns is no median; more than these say nothing new.
@@ -76,11 +77,6 @@ class Spread:
         low, middle, high = self.p20_p50_p80
         apart = abs(float(np.median(self.ms[:half])) - float(np.median(self.ms[half:])))
         return high - low > 0.2 * middle or apart > max(high - low, 0.02 * middle)
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def sparse_variant(subject: Subject, inputs: Inputs, skip: Skip, keep: float | None) -> Variant:

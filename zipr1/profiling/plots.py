@@ -19,16 +19,13 @@ COLOURS = {
 LINES = {"attention": "#F58518", "layer": "#4C78A8"}
 
 
-def draw(found: Mapping[str, Any], layer: Sequence[Row], folder: Path) -> list[tuple[Path, str]]:
+def draw(result: Mapping[str, Any], layer: Sequence[Row], folder: Path) -> list[tuple[Path, str]]:
     """PNG files and what each shows. layer: the rows whose phases are stacked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     out = []
     if layer:
         out.append(_phases(layer, folder / "phases.png"))
-        out.append(_gains(found, folder / "speedup.png"))
-        out.append(_memory(found, folder / "memory.png"))
+        out.append(_gains(result, folder / "speedup.png"))
+        out.append(_memory(result, folder / "memory.png"))
     return out
 
 
@@ -56,14 +53,14 @@ def _phases(layer: Sequence[Row], path: Path) -> tuple[Path, str]:
     return save(figure, path, dpi=150), words
 
 
-def _gains(found: Mapping[str, Any], path: Path) -> tuple[Path, str]:
+def _gains(result: Mapping[str, Any], path: Path) -> tuple[Path, str]:
     """Speed-up of a layer and of decoding over length, each with its bound as a dashed line."""
     from matplotlib.figure import Figure
 
     panels = [("prefill_layer", "Prefill, decoder layer"), ("decode", "Decoding step")]
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
     for ax, (phase, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        rows = [r for r in found["rows"] if r["phase"] == phase and r.get("skip") in LINES]
+        rows = [r for r in result["rows"] if r["phase"] == phase and r.get("skip") in LINES]
         for key, same in _series(rows).items():
             skip, keep, batch = key
             lengths = [r["length"] for r in same]
@@ -81,7 +78,7 @@ def _gains(found: Mapping[str, Any], path: Path) -> tuple[Path, str]:
     ), "How many times faster than dense, over the prompt's length; dashed: the bound"
 
 
-def _memory(found: Mapping[str, Any], path: Path) -> tuple[Path, str]:
+def _memory(result: Mapping[str, Any], path: Path) -> tuple[Path, str]:
     """KV cache and peak of the prefill over length."""
     from matplotlib.figure import Figure
 
@@ -91,7 +88,7 @@ def _memory(found: Mapping[str, Any], path: Path) -> tuple[Path, str]:
     ]
     figure = Figure(figsize=(8.6, 3.0), layout="constrained")
     for ax, (phase, key, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        rows = [r for r in found["rows"] if r["phase"] == phase and key in r]
+        rows = [r for r in result["rows"] if r["phase"] == phase and key in r]
         batch = min(r["batch"] for r in rows)
         rows = [r for r in rows if r["batch"] == batch]
         # The dashed line last: where both ways to skip hold the same, both are seen.

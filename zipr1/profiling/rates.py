@@ -49,10 +49,10 @@ def fastest(run: Callable[[], Any], device: torch.device, seconds: float) -> flo
     best, spent = float("inf"), 0.0
     calls = 0
     while calls < 4 or spent < seconds:
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         run()
-        _wait(device)
+        wait(device)
         took = time.perf_counter() - start
         spent += took
         calls += 1
@@ -61,7 +61,8 @@ def fastest(run: Callable[[], Any], device: torch.device, seconds: float) -> flo
     return best
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until all that was asked of a GPU is done; a CPU has done it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -73,7 +74,7 @@ def measure(
     """The machine's rates at this model's sizes: its MLP's product, its dense attention, a copy of 256 MB.
 
     length: tokens, at most 4,096 of which are used. seconds: for each rate, at least 3 tries, of which the best counts:
-    a slow turn must not make a bound look near.
+    a slow try must not make a bound look near.
     """
     tokens = min(length, 4096)
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from zipr1.core.files import write_whole
 from zipr1.core.jsontext import dumps
 from zipr1.core.page import embedded, page_table, render
+from zipr1.core.text import mib
 from zipr1.models.cost import tera
 from zipr1.profiling import plots
 
@@ -38,8 +40,8 @@ def table(title: str, columns: Sequence[str], caption: str = "") -> Table:
     return out
 
 
-def rows_of(found: Mapping[str, Any], phase: str) -> list[Row]:
-    return [row for row in found["rows"] if row["phase"] == phase and "error" not in row]
+def rows_of(result: Mapping[str, Any], phase: str) -> list[Row]:
+    return [row for row in result["rows"] if row["phase"] == phase and "error" not in row]
 
 
 def place(row: Row) -> list[str]:
@@ -62,15 +64,11 @@ def spread(row: Row) -> str:
     return f"{(row['ms_p80'] - row['ms_p20']) / 2 / row['ms']:.0%}"
 
 
-def mib(size: float) -> str:
-    return f"{size / 2**20:,.1f}"
-
-
-def tables(found: Mapping[str, Any]) -> list[Table]:
+def tables(result: Mapping[str, Any]) -> list[Table]:
     """Prefill, decoding and memory, where a layer's time goes, and with counted operations the rates."""
-    model = found["model"]
-    firsts = {_key(r): r for r in rows_of(found, "ttft")}
-    whole = {_key(r): r for r in rows_of(found, "prefill")}
+    model = result["model"]
+    firsts = {_key(r): r for r in rows_of(result, "ttft")}
+    whole = {_key(r): r for r in rows_of(result, "prefill")}
     guess = any(r["extrapolated"] for r in firsts.values())
     first = table(
         "Prefill",
@@ -79,7 +77,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         f"Python and the rest, of the layer's time; TTFT: all {model['all_layers']} layers and the logits"
         f"{', extrapolated from ' + str(model['layers']) if guess else ''}; ±: half of p20 to p80",
     )
-    for row in rows_of(found, "prefill_layer"):
+    for row in rows_of(result, "prefill_layer"):
         sparse = row["skip"] != "none"
         first.add_row(
             *place(row),
@@ -90,8 +88,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
             f"{row['overhead']:.1%}" if sparse else "",
             ms(firsts[_key(row)]["ms"]),
         )
-    caches = {_key(r): r for r in rows_of(found, "kv_cache")}
-    steps = rows_of(found, "decode")
+    caches = {_key(r): r for r in rows_of(result, "kv_cache")}
+    steps = rows_of(result, "decode")
     python = {r["batch"]: f"{ms(r['python_ms'])} ms" for r in steps}
     if len(python) > 1:
         python = {b: f"{text} at batch {b}" for b, text in python.items()}
@@ -126,17 +124,17 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
             mib(whole[_key(row)]["peak_bytes"]),
         )
     out = [first, second]
-    parts = phase_table(found)
+    parts = phase_table(result)
     if parts is not None:
         out.append(parts)
     if model["counted"]:
-        out.append(rate_table(found))
+        out.append(rate_table(result))
     return out
 
 
-def phase_table(found: Mapping[str, Any]) -> Table | None:
+def phase_table(result: Mapping[str, Any]) -> Table | None:
     """Milliseconds of one layer by phase, at the longest length and the least batch and keep ratio."""
-    chosen = longest(found)
+    chosen = longest(result)
     if not chosen:
         return None
     out = table(
@@ -155,9 +153,9 @@ def phase_table(found: Mapping[str, Any]) -> Table | None:
     return out
 
 
-def rate_table(found: Mapping[str, Any]) -> Table:
+def rate_table(result: Mapping[str, Any]) -> Table:
     """Counted operations over time, beside the machine's own rates."""
-    machine = found["machine"]
+    machine = result["machine"]
     top = machine["matrix_tflops"]
     out = table(
         "Operations counted and their rate",
@@ -177,7 +175,7 @@ def rate_table(found: Mapping[str, Any]) -> Table:
         "faster than copying); card: the least that the method needs",
     )
     for phase, name in (("prefill_layer", "layer"), ("decode", "step")):
-        for row in rows_of(found, phase):
+        for row in rows_of(result, phase):
             rate = row["tflops"] or 0.0
             out.add_row(
                 name,
@@ -191,9 +189,9 @@ def rate_table(found: Mapping[str, Any]) -> Table:
     return out
 
 
-def notes(found: Mapping[str, Any]) -> list[str]:
+def notes(result: Mapping[str, Any]) -> list[str]:
     """The conditions of every number, what failed and what to beware of."""
-    model, machine = found["model"], found["machine"]
+    model, machine = result["model"], result["machine"]
     hardware = machine["hardware"]
     device = hardware["device_name"] or f"{hardware['cpu']}, {hardware['threads']} threads"
     versions = machine["versions"]
@@ -206,7 +204,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     out = [text]
     if model["p"] is not None:
         out.append(f"kept: what p = {model['p']:g} keeps of this prompt, mean over layers")
-    timed = [r for r in found["rows"] if "turns" in r]
+    timed = [r for r in result["rows"] if "turns" in r]
     if timed:
         out.append(
             f"turns a row: {min(r['turns'] for r in timed)} to {max(r['turns'] for r in timed)}"
@@ -217,15 +215,15 @@ def notes(found: Mapping[str, Any]) -> list[str]:
             f"the machine was noisy: in {len(noisy)} of {len(timed)} rows the spread is over 10 % or the medians of "
             "both halves differ by more than it; close other programs and run again"
         )
-    for row in found["rows"]:
+    for row in result["rows"]:
         if "error" in row:
             out.append(f"{row['length']:,} tokens, batch {row['batch']}: {row['error']}")
     return out
 
 
-def longest(found: Mapping[str, Any]) -> list[Row]:
+def longest(result: Mapping[str, Any]) -> list[Row]:
     """The rows of a layer at the longest length: dense and both ways to skip at the least keep ratio."""
-    layers = rows_of(found, "prefill_layer")
+    layers = rows_of(result, "prefill_layer")
     if not layers:
         return []
     length = max(r["length"] for r in layers)
@@ -238,23 +236,31 @@ def longest(found: Mapping[str, Any]) -> list[Row]:
     return out
 
 
-def write(found: Mapping[str, Any], folder: Path) -> Path:
+def write(result: Mapping[str, Any], folder: Path) -> Path:
     """profile.json, the figures and report.html, into `folder`, which is made. Returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "profile.json", dumps(found) + "\n")
+    write_whole(folder / "profile.json", dumps(result) + "\n")
     path = folder / "report.html"
-    write_whole(path, page(found, plots.draw(found, longest(found), folder)))
+    write_whole(path, page(result, plots.draw(result, longest(result), folder)))
     return path
 
 
-def page(found: Mapping[str, Any], figures: Sequence[tuple[Path, str]]) -> str:
+def show(result: Mapping[str, Any], console: Console) -> None:
+    """The tables and the conditions of their numbers, on the terminal."""
+    for one in tables(result):
+        console.print(one)
+    for note in notes(result):
+        console.print(note, style="dim", highlight=False, markup=False)
+
+
+def page(result: Mapping[str, Any], figures: Sequence[tuple[Path, str]]) -> str:
     """The whole report. figures: PNG files and what each shows."""
     return render(
         "profile.html",
-        title=f"zipr1 profile: {found['model']['name']}",
-        notes=notes(found),
+        title=f"zipr1 profile: {result['model']['name']}",
+        notes=notes(result),
         figures=[{"source": embedded(path), "words": words} for path, words in figures],
-        tables=[page_table(one) for one in tables(found)],
+        tables=[page_table(one) for one in tables(result)],
     )
 
 

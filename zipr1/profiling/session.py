@@ -21,11 +21,11 @@ from zipr1.models import cost, memory
 from zipr1.profiling import measure, rates, rows, subject
 from zipr1.profiling.subject import Inputs, Subject
 
-__all__ = ["Wish", "profile"]
+__all__ = ["ProfileRequest", "profile"]
 
 
 @dataclass(frozen=True)
-class Wish:
+class ProfileRequest:
     """What to profile. lengths, keeps: empty for defaults. seconds: of timing for each variant, at least 5 turns."""
 
     model: str
@@ -42,37 +42,41 @@ class Wish:
     seconds: float = 3.0
 
 
-def profile(wish: Wish, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def profile(
+    request: ProfileRequest, tell: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
     """profile.json. tell: is told what runs. Raises InputError for what cannot be profiled."""
-    check(wish)
-    tell(f"loading {wish.model}")
-    built = subject.load(wish.model, layers_of(wish), wish.device, wish.dtype, wish.probes)
+    check(request)
+    tell(f"loading {request.model}")
+    built = subject.load(
+        request.model, layers_of(request), request.device, request.dtype, request.probes
+    )
     s = built.shape
-    given = wish.image is not None or wish.video is not None
-    synthetic = bool(wish.lengths) or (built.policy is None and not given)
-    keeps: Sequence[float | None] = wish.keeps or ([0.25] if synthetic else [None])
+    given = request.image is not None or request.video is not None
+    synthetic = bool(request.lengths) or (built.policy is None and not given)
+    keeps: Sequence[float | None] = request.keeps or ([0.25] if synthetic else [None])
     for keep in keeps:
         if keep is not None:
             cost.kept_tokens(1, keep)
-    lengths = list(wish.lengths) or default_lengths(built)
+    lengths = list(request.lengths) or default_lengths(built)
     cases: list[tuple[str, int, int]] = []
     for length in lengths if synthetic else [0]:
-        for batch in wish.batches:
+        for batch in request.batches:
             if synthetic:
                 cost.layer(s, length, 1.0, "none", 1)  # is the length one that the model knows?
             cases.append((f"{length:,} tokens" if synthetic else "a real prompt", length, batch))
     tell("the machine's own rates")
     tokens = max(lengths) if synthetic else 4096
-    known = rates.measure(s, tokens, built.device, built.dtype, min(0.5, wish.seconds))
-    python = {batch: measure.overhead_ms(built, batch) for batch in wish.batches}
+    known = rates.measure(s, tokens, built.device, built.dtype, min(0.5, request.seconds))
+    python = {batch: measure.overhead_ms(built, batch) for batch in request.batches}
     found: list[rows.Row] = []
     for name, length, batch in cases:
         tell(f"{name}, batch {batch}")
         try:
             if synthetic:
                 _check_memory(built, length, batch)
-            inputs = built.random(length, batch) if synthetic else _real(wish, built, batch)
-            found += _case(built, inputs, keeps, known, python[batch], wish)
+            inputs = built.random(length, batch) if synthetic else _real(request, built, batch)
+            found += _case(built, inputs, keeps, known, python[batch], request)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
@@ -86,42 +90,42 @@ def profile(wish: Wish, tell: Callable[[str], None] = lambda text: None) -> dict
             **known.row(),
         },
         "model": {
-            "name": wish.model,
+            "name": request.model,
             "weights": built.weights,
             "layers": s.layers,
             "all_layers": built.all_layers,
             "dtype": str(built.dtype).removeprefix("torch."),
             "probes": built.sparse.probes.recent + built.sparse.probes.random,
-            "p": None if wish.keeps or synthetic else built.sparse.p,
-            "input": "random tokens" if synthetic else inputs_name(wish),
-            "counted": wish.count,
+            "p": None if request.keeps or synthetic else built.sparse.p,
+            "input": "random tokens" if synthetic else inputs_name(request),
+            "counted": request.count,
         },
         "rows": found,
     }
 
 
-def check(wish: Wish) -> None:
-    """Raise InputError for wishes that contradict each other."""
-    if wish.image is not None and wish.video is not None:
+def check(request: ProfileRequest) -> None:
+    """Raise InputError for requests that contradict themselves."""
+    if request.image is not None and request.video is not None:
         raise InputError("--image and --video were both given; profile one after the other")
-    if wish.lengths and (wish.image is not None or wish.video is not None):
+    if request.lengths and (request.image is not None or request.video is not None):
         raise InputError(
             "--lengths makes random prompts and --image or --video real ones; give one"
         )
-    for path in (wish.image, wish.video):
+    for path in (request.image, request.video):
         if path is not None and not path.is_file():
             raise InputError(f"{path}: no such file; check the path")
 
 
-def layers_of(wish: Wish) -> int | None:
+def layers_of(request: ProfileRequest) -> int | None:
     """Decoder layers to build of a bundled config: those asked for; else 2 on a CPU, on a GPU all that fit."""
-    if wish.layers is not None or wish.model not in cost.bundled():
-        return wish.layers
-    device = wish.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if request.layers is not None or request.model not in cost.bundled():
+        return request.layers
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not device.startswith("cuda") or not torch.cuda.is_available():
         return 2
-    s = cost.shape_of(wish.model)
-    size = 4 if wish.dtype == "float32" else 2
+    s = cost.shape_of(request.model)
+    size = 4 if request.dtype == "float32" else 2
     free = 0.6 * torch.cuda.mem_get_info()[0] - 2 * s.vocab * s.hidden * size
     return max(1, min(s.layers, int(free // (s.layer_weights * size))))
 
@@ -132,14 +136,14 @@ def default_lengths(built: Subject) -> list[int]:
     return [n for n in wanted if n <= built.shape.limit] or [built.shape.limit]
 
 
-def inputs_name(wish: Wish) -> str:
-    given = wish.image or wish.video
+def inputs_name(request: ProfileRequest) -> str:
+    given = request.image or request.video
     return given.name if given is not None else "the embedded test clip with the longest prompt"
 
 
-def _real(wish: Wish, built: Subject, batch: int) -> Inputs:
-    if wish.image is not None or wish.video is not None:
-        return built.real(subject.given_prompt(wish.image, wish.video), batch)
+def _real(request: ProfileRequest, built: Subject, batch: int) -> Inputs:
+    if request.image is not None or request.video is not None:
+        return built.real(subject.given_prompt(request.image, request.video), batch)
     return built.real(built.longest_clip(), batch)
 
 
@@ -149,10 +153,10 @@ def _case(
     keeps: Sequence[float | None],
     known: rates.Rates,
     python_ms: float,
-    wish: Wish,
+    request: ProfileRequest,
 ) -> list[rows.Row]:
-    taken = rows.take(built, inputs, keeps, wish.seconds, wish.count)
-    seen = rows.vision(built, inputs, wish.seconds)
+    taken = rows.take(built, inputs, keeps, request.seconds, request.count)
+    seen = rows.vision(built, inputs, request.seconds)
     return rows.rows_of(built, inputs, taken, seen, known, python_ms)
 
 

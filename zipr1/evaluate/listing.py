@@ -1,0 +1,40 @@
+"""What `zipr1 eval --tasks list` shows: the benchmarks, their conditions and their groups. Needs no torch."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from zipr1.evaluate.suites import GROUPS, SUITES
+
+WIDE = 110  # columns of a terminal that has room for kind and metric
+
+
+def show(console: Console) -> None:
+    console.print(suite_table(console.width >= WIDE))
+    for name, members in GROUPS.items():
+        console.print(f"[bold]{name}[/]: {', '.join(members)}", highlight=False)
+    console.print("zipr1 eval --tasks NAME also takes any other task of lmms-eval", style="dim")
+
+
+def suite_table(wide: bool) -> Table:
+    """A row a benchmark. wide: with its kind and its metric."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    names = ["name", "kind", "lmms-eval's task", "metric", "range", "answer"]
+    shown = [name for name in names if wide or name not in ("kind", "metric")]
+    for name in shown:
+        table.add_column(name, overflow="fold")
+    for suite in SUITES.values():
+        more = f" +{len(suite.tasks) - 1}" if len(suite.tasks) > 1 else ""
+        frames = f", {suite.frames} frames" if suite.kind == "video" else ""
+        cells = {
+            "name": suite.name,
+            "kind": suite.kind,
+            "lmms-eval's task": suite.tasks[0].name + more,
+            "metric": suite.metric,
+            "range": f"0-{suite.top:g}",
+            "answer": f"{suite.max_new_tokens} tokens{frames}",
+        }
+        table.add_row(*(cells[name] for name in shown))
+    return table
