@@ -32,38 +32,43 @@ ANSWERS = [
     "efficiency.method=answers",
     "efficiency.target=null",
     "efficiency.max_accuracy_drop=null",
-    "data.emphasis=0",
+    "data.hard_kind_boost=0",
     "sparse.skip=attention",
     "budgets.low=0.9375",
     "budgets.low_end=null",
-    "budgets.count=8",
+    "budgets.num_generations=8",
     "budgets.per=rollout",
-    "train.prompts=6",
+    "train.prompts_per_step=6",
     "ppo.baseline=mean",
-    "ppo.scale=std",
+    "ppo.scale_rewards=std",
     "ppo.policy_gradient=1",
-    "ppo.kl=0.04",
+    "ppo.kl_coef=0.04",
     "ppo.kl_estimator=full",
     "optim.lr=2e-4",
 ]
 # Each of the others differs from `no-dense`, and like it holds no answer to the reference at p = 1.
 METHODS: dict[str, list[str]] = {
     "ours": [],
-    "no-dense": ["ppo.dense=0"],
-    "answers": [*ANSWERS, "ppo.dense=0"],
-    "answers-tuned": [*ANSWERS, "ppo.kl=2", "ppo.kl_estimator=jeffreys", "ppo.dense=0"],
-    "no-policy-gradient": ["ppo.policy_gradient=0", "ppo.dense=0"],
-    "skip-attention": ["sparse.skip=attention", "ppo.dense=0"],
+    "no-dense": ["ppo.dense_kl_fraction=0"],
+    "answers": [*ANSWERS, "ppo.dense_kl_fraction=0"],
+    "answers-tuned": [
+        *ANSWERS,
+        "ppo.kl_coef=2",
+        "ppo.kl_estimator=jeffreys",
+        "ppo.dense_kl_fraction=0",
+    ],
+    "no-policy-gradient": ["ppo.policy_gradient=0", "ppo.dense_kl_fraction=0"],
+    "skip-attention": ["sparse.skip=attention", "ppo.dense_kl_fraction=0"],
     "cut": [
         "efficiency.method=cut",
         "efficiency.weight=2",
         "budgets.sampling=independent",
-        "ppo.dense=0",
+        "ppo.dense_kl_fraction=0",
     ],
 }
 TITLES = {
     "ours": "ours",
-    "no-dense": "ours, `ppo.dense: 0`",
+    "no-dense": "ours, `ppo.dense_kl_fraction: 0`",
     "no-policy-gradient": "the same, policy gradient off",
     "cut": "the same, `cut`",
     "answers": "`answers` (the paper as described)",
@@ -101,7 +106,7 @@ def controls(out: Path, ratios: dict[str, float]) -> dict[str, Any]:
     path = out / "controls.json"
     if path.is_file():
         return dict(json.loads(path.read_text()))
-    from zipr1.core.recipe import load
+    from zipr1.core.load import load
     from zipr1.data import sources
     from zipr1.models.policy import load_policy
     from zipr1.train import heldout
@@ -170,7 +175,8 @@ def fronts(out: Path, methods: list[str], seeds: list[int]) -> dict[str, Any]:
     path = out / "fronts.json"
     if path.is_file():
         return dict(json.loads(path.read_text()))
-    from zipr1.core.recipe import Model, load
+    from zipr1.core.load import load
+    from zipr1.core.recipe import Model
     from zipr1.data import sources
     from zipr1.models.policy import load_policy
     from zipr1.train import heldout

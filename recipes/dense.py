@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from zipr1.core.recipe import Model, load
+from zipr1.core.load import load
+from zipr1.core.recipe import Model
 from zipr1.data import sources
 from zipr1.models.policy import load_policy
 from zipr1.train import heldout

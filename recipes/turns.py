@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import zipr1
-from zipr1.core.recipe import load
+from zipr1.core.load import load
 from zipr1.core.statistics import confidence_interval
 from zipr1.core.types import Prompt
 from zipr1.data import sources

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from rich.console import Console
 
+from zipr1.core.load import load, validate
 from zipr1.core.machine import describe
-from zipr1.core.recipe import Recipe, validate
+from zipr1.core.recipe import Recipe
 from zipr1.core.rundir import RunDir
 from zipr1.core.types import Prompt
 from zipr1.data.digits import tasks
 from zipr1.models.policy import Policy, load_policy
+from zipr1.train import loop
 
 SPARSE = {
     "p": 0.9,
@@ -62,6 +66,36 @@ def summary() -> dict[str, Any]:
         "seed": 0,
         "model": "tiny",
     }
+
+
+def write(path: Path, base: Path, **sections: Any) -> Path:
+    """A recipe file of three small steps on the model folder `base`. sections: what is to be otherwise."""
+    values: dict[str, Any] = {
+        "model": {"path": str(base)},
+        "data": {"prompts": 16, "heldout_prompts": 4},
+        "sparse": {"probes": {"recent": 3, "random": 6}, "dense_below": 0},
+        "budgets": {"low": 0.6, "high": 0.9, "num_generations": 3},
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 3, "prompts_per_step": 3, "max_new_tokens": 4, "save_every": 1},
+    }
+    for name, changes in sections.items():
+        values[name] = {**values.get(name, {}), **changes}
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def start(path: Path, output: Path, *overrides: str, resume: str = "auto") -> dict[str, Any]:
+    """Train as the file says; summary.json."""
+    settings = load(path, overrides)
+    return loop.run(settings, output, resume, "cpu", ["zipr1"], Console(quiet=True))
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without the times."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("seconds", None)
+    return rows
 
 
 def make_run(root: Path, finished: bool = True, **sections: Any) -> Path:

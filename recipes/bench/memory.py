@@ -26,14 +26,16 @@ def case(rows: int, length: int, words: int, whole: bool) -> int:
     """Bytes by which the peak rises. To be run in a fresh process: the kernel keeps one peak for its life."""
     import torch
 
-    from zipr1.core.recipe import Budgets, Recipe, Sparse, Train, load
+    from zipr1.core.load import load
+    from zipr1.core.recipe import Budgets, Efficiency, Recipe, Sparse, Train
     from zipr1.data.digits import tasks
     from zipr1.models.encoder import Pictures
     from zipr1.models.policy import load_policy
     from zipr1.train import losses
-    from zipr1.train.controller import Pressure
+    from zipr1.train.controller import EfficiencyController
+    from zipr1.train.minibatch import flatten
     from zipr1.train.rollout import roll_out
-    from zipr1.train.update import backward, flatten
+    from zipr1.train.update import backward
 
     if whole:
         losses.LOGITS = 2**62
@@ -43,7 +45,7 @@ def case(rows: int, length: int, words: int, whole: bool) -> int:
     recipe = Recipe(
         model=model,
         sparse=Sparse(dense_below=0),
-        budgets=Budgets(count=rows),
+        budgets=Budgets(num_generations=rows),
         train=Train(max_new_tokens=1),
     )
     policy = load_policy(model, "cpu")
@@ -57,7 +59,7 @@ def case(rows: int, length: int, words: int, whole: bool) -> int:
     for rollout in batch.groups[0].rollouts:
         rollout.tokens = torch.randint(20, 300, (length,), generator=generator)
         rollout.logprobs = torch.zeros(length)
-    flat = flatten(batch, recipe, Pressure({}, {}, torch.ones(policy.layers)))
+    flat = flatten(batch, recipe, EfficiencyController(Efficiency(weight=1.0), policy.layers))
     for parameter in policy.core.parameters():
         parameter.grad = torch.zeros_like(parameter)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from zipr1.core.recipe import Budgets, Model, Sparse, load
+from zipr1.core.load import load
+from zipr1.core.recipe import Budgets, Model, Sparse
 from zipr1.data.digits import tasks
 from zipr1.models.encoder import Pictures
 from zipr1.models.policy import Policy, load_policy
@@ -73,7 +74,7 @@ def measure(model: str, questions: int) -> list[dict[str, object]]:
         for place, encoded in enumerate(Pictures(policy, recipe).encode(prompts)):
             generator = torch.Generator().manual_seed(place)
             p = thresholds.thresholds(
-                budgets.count,
+                budgets.num_generations,
                 policy.layers,
                 budgets.low,
                 budgets.high,
@@ -97,7 +98,7 @@ def measure(model: str, questions: int) -> list[dict[str, object]]:
                     "op": "rollout",
                     "provider": name,
                     "task": task,
-                    "budgets": budgets.count,
+                    "budgets": budgets.num_generations,
                     "questions": questions,
                     "p20_ms": round(float(low), 2),
                     "p50_ms": round(float(middle), 2),

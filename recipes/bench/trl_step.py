@@ -57,10 +57,10 @@ def install(folder: Path) -> Path:
 def workload(folder: Path, kind: str) -> None:
     """A model folder, pictures, rows of questions about them, and what of the model's recipe is about pruning."""
     import numpy as np
-    import yaml
     from PIL import Image
 
-    from zipr1.core.recipe import Model, load
+    from zipr1.core.load import load, load_written
+    from zipr1.core.recipe import Model
     from zipr1.data.digits import tasks
     from zipr1.models.policy import load_policy
 
@@ -74,7 +74,7 @@ def workload(folder: Path, kind: str) -> None:
         model = Model(path="scratch", config={**config, **parts}, min_pixels=SIDE**2)
     else:
         run = ROOT / "recipes" / "tiny.yaml" if kind == "tiny" else Path(kind) / "recipe.yaml"
-        found = yaml.safe_load(run.read_text())
+        found = load_written(run).model_dump(mode="json")
         kept = {"sparse": found["sparse"], "budgets": found["budgets"]}
         trained = str((Path(kind) / "last").resolve() / "model")
         model = Model(path="tiny" if kind == "tiny" else trained)
@@ -107,10 +107,10 @@ def ours(folder: Path, steps: int, questions: int) -> dict[str, Any]:
         model=Model(path=str(folder / "model")),
         data=Data(source=rows, heldout=rows),
         sparse=Sparse(**kept["sparse"]),
-        budgets=Budgets(**{**kept["budgets"], "count": GROUP}),
+        budgets=Budgets(**{**kept["budgets"], "num_generations": GROUP}),
         efficiency=Efficiency(max_accuracy_drop=None),
-        optim=Optim(lr=1e-6, schedule="constant"),
-        train=Train(steps=steps, prompts=questions, max_new_tokens=NEW_TOKENS),
+        optim=Optim(lr=1e-6, lr_scheduler_type="constant_with_warmup"),
+        train=Train(steps=steps, prompts_per_step=questions, max_new_tokens=NEW_TOKENS),
     )
     policy = load_policy(recipe.model, "cpu")
     prompts = data.load(recipe.data, "train", 0)
@@ -141,7 +141,7 @@ def ours(folder: Path, steps: int, questions: int) -> dict[str, Any]:
     policy.core.model.visual.forward = timed("forward", policy.core.model.visual.forward)
     torch.Tensor.backward = timed("backward", torch.Tensor.backward)  # type: ignore[method-assign]
     optimizer.step = timed("optimizer", optimizer.step)  # type: ignore[method-assign]
-    deck = data.Deck(prompts, recipe.seed, recipe.train.prompts)
+    deck = data.Deck(prompts, recipe.seed, recipe.train.prompts_per_step)
     gc.collect()
     gc.freeze()  # as zipr1.train does
     state: dict[str, Any] = {"pressure": {}, "right": {}}

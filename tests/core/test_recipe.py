@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Recipe, differences, load, validate
+from zipr1.core.load import OLD_NAMES, differences, load, load_written, validate
+from zipr1.core.recipe import METHODS, Optim, Recipe, parse
+from zipr1.train.optim import learning_rate
 from zipr1.train.validate import check
 
 
@@ -64,6 +67,21 @@ def test_overrides_reach_any_depth(tmp_path):
         ("trian: {}", [], "trian: unknown key; did you mean train?"),
         ("train: {stepz: 1}", [], "train.stepz: unknown key; did you mean train.steps?"),
         ("lr: 1.0", [], "lr: unknown key; did you mean optim.lr?"),
+        ("ppo: {kl_koef: 1.0}", [], "ppo.kl_koef: unknown key; did you mean ppo.kl_coef?"),
+        # A name that is near an old one, or is one elsewhere, leads to the new one.
+        (
+            "train: {promts: 1}",
+            [],
+            "train.promts: unknown key; did you mean train.prompts_per_step?",
+        ),
+        ("emphasis: 3", [], "emphasis: unknown key; did you mean data.hard_kind_boost?"),
+        (
+            "sparse: {count: 3}",
+            [],
+            "sparse.count: unknown key; did you mean budgets.num_generations?",
+        ),
+        ("optim: {betas: [0.9]}", [], "optim.betas: got [0.9]; "),
+        ("optim: {betas: [0.9, 1.0]}", [], "optim.betas.1: got 1.0; a number below 1 is allowed"),
         ("sparse: {probes: {recnt: 1}}", [], "did you mean sparse.probes.recent?"),
         ("model: {lora: {rnk: 1}}", [], "did you mean model.lora.rank?"),
         ("ppo: {zzzzqqqq: 1}", [], "allowed here: policy_gradient, clip, epochs"),
@@ -150,17 +168,17 @@ def test_every_shipped_recipe_is_valid():
         load(path)
 
 
-def test_a_target_needs_a_method_that_presses_and_emphasis_needs_greedy_answers():
+def test_a_target_needs_a_method_that_presses_and_a_boost_needs_greedy_answers():
     from zipr1.core.recipe import Data, Efficiency
     from zipr1.train.validate import check
 
-    check(Recipe(efficiency=Efficiency(target=0.2), data=Data(emphasis=9.0)))
+    check(Recipe(efficiency=Efficiency(target=0.2), data=Data(hard_kind_boost=9.0)))
     with pytest.raises(InputError, match=r"target 0.2 needs .*method is answers; use pathwise"):
         check(Recipe(efficiency=Efficiency(method="answers", target=0.2)))
     with pytest.raises(InputError, match=r"sampling is grid; use stratified, or method answers"):
         check(Recipe(budgets={"sampling": "grid"}))
-    with pytest.raises(InputError, match=r"emphasis 9.0 needs .* or data.emphasis=0"):
-        check(Recipe(efficiency=Efficiency(max_accuracy_drop=None), data=Data(emphasis=9.0)))
+    with pytest.raises(InputError, match=r"hard_kind_boost 9.0 needs .* or data.hard_kind_boost=0"):
+        check(Recipe(efficiency=Efficiency(max_accuracy_drop=None), data=Data(hard_kind_boost=9.0)))
 
 
 def test_what_several_ranks_cannot_do(monkeypatch):
@@ -168,8 +186,152 @@ def test_what_several_ranks_cannot_do(monkeypatch):
         check(Recipe(train={"parallel": "fsdp"}, optim={"name": "muon"}))
     with pytest.raises(InputError, match=r"train\.param_dtype bfloat16 .*use parallel fsdp"):
         check(Recipe(train={"param_dtype": "bfloat16"}))
-    check(Recipe(train={"prompts": 3}))
+    check(Recipe(train={"prompts_per_step": 3}))
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(InputError, match=r"train\.prompts 3 leaves some of 4 ranks without"):
-        check(Recipe(train={"prompts": 3}))
-    check(Recipe(train={"stage": "supervised", "prompts": 3}))
+    with pytest.raises(
+        InputError, match=r"train\.prompts_per_step 3 leaves some of 4 ranks without"
+    ):
+        check(Recipe(train={"prompts_per_step": 3}))
+    check(Recipe(train={"stage": "supervised", "prompts_per_step": 3}))
+
+
+# Each old name with a value under it, and what the recipe then holds.
+OLD = {
+    "budgets.count": ("3", 3),
+    "data.emphasis": ("2.5", 2.5),
+    "efficiency.reach": ("0.25", 0.25),
+    "optim.schedule": ("constant", "constant_with_warmup"),
+    "ppo.dense": ("0.5", 0.5),
+    "ppo.kl": ("0.25", 0.25),
+    "ppo.scale": ("std", "std"),
+    "rewards.correct": ("choice", "choice"),
+    "train.prompts": ("5", 5),
+}
+
+
+def value_of(recipe: Recipe, key: str):
+    section, name = key.split(".")
+    return getattr(getattr(recipe, section), name)
+
+
+def as_file(key: str, value: str) -> str:
+    section, name = key.split(".")
+    return f"{section}: {{{name}: {value}}}"
+
+
+def test_every_old_name_is_tried_here():
+    assert set(OLD) == set(OLD_NAMES)
+
+
+@pytest.mark.parametrize("key", OLD)
+def test_an_old_name_works_in_a_file_and_on_the_command_line(tmp_path, caplog, key):
+    (text, value), new = OLD[key], OLD_NAMES[key]
+    found = load(write(tmp_path, as_file(key, text)))
+    assert value_of(found, new) == value != value_of(Recipe(), new)
+    (line,) = caplog.messages
+    assert f"{tmp_path}/r.yaml: old names of recipe keys" in line and f"{key} -> {new}" in line
+    assert caplog.records[0].levelname == "WARNING" and caplog.records[0].name == "zipr1"
+    caplog.clear()
+    assert load(write(tmp_path, ""), [f"{key}={text}"]) == found
+    (line,) = caplog.messages
+    assert f"{key} -> {new}" in line
+    # The same hash, and the command line has the last word, whichever name each of them uses.
+    assert found.sha256() == validate({new.split(".")[0]: {new.split(".")[1]: value}}).sha256()
+    was = value_of(Recipe(), new)
+    for below in (key, new):
+        for above in (key, new):
+            default = {"cosine": "one_cycle"}.get(was, was) if below == key else was
+            path = write(tmp_path, as_file(below, default))
+            on_top = text if above == key else value
+            assert load(path, [f"{above}={on_top}"]) == found, (below, above)
+
+
+@pytest.mark.parametrize("key", OLD)
+def test_both_names_of_a_key_are_refused_in_one_line(tmp_path, key):
+    (text, value), new = OLD[key], OLD_NAMES[key]
+    section, name = key.split(".")
+    both = f"{key} and {new} are the old and the new name of one key; keep the new one"
+    file = f"{section}: {{{name}: {text}, {new.split('.')[1]}: {value}}}"
+    assert fail(write(tmp_path, file)) == f"{tmp_path}/r.yaml: {both}"
+    overrides = [f"{new}={value}", f"{key}={text}"]
+    assert fail(write(tmp_path, ""), overrides) == f"command line: {both}"
+    whole = f"{section}={{{name}: {text}, {new.split('.')[1]}: {value}}}"
+    assert fail(write(tmp_path, ""), [whole]) == f"command line: {both}"
+
+
+def test_all_old_names_are_told_in_one_line(tmp_path, caplog):
+    text = "".join(f"{as_file(key, text)}\n" for key, (text, _) in OLD.items() if key != "ppo.kl")
+    text = text.replace("ppo: {dense: 0.5}\nppo: {scale: std}", "ppo: {dense: 0.5, scale: std}")
+    load(write(tmp_path, text), ["ppo={kl: 2.0, kl_estimator: k2}"])
+    (line,) = caplog.messages
+    assert "\n" not in line
+    told = [f"{old} -> {new}" for old, new in OLD_NAMES.items()]
+    # The command line replaced the section `ppo` as a whole, the file had its keys all the same.
+    assert all(pair in line for pair in told)
+    caplog.clear()
+    load(write(tmp_path, "ppo: {kl_coef: 1.0}"), ["train.prompts_per_step=3"])
+    assert not caplog.messages
+
+
+def test_a_run_that_was_written_with_old_names_is_read_without_a_word(tmp_path, caplog):
+    """A run's recipe.yaml names every key. The program reads it back: nothing is said, and nothing differs."""
+    new = Recipe().model_dump(mode="json")
+    old = {section: dict(part) if isinstance(part, dict) else part for section, part in new.items()}
+    for key, today in OLD_NAMES.items():
+        section, name = key.split(".")
+        old[section][name] = old[section].pop(today.split(".")[1])
+    old["optim"]["schedule"] = "one_cycle"
+    for later in ("betas", "min_lr_ratio"):
+        del old["optim"][later]
+    del old["efficiency"]["controller"]
+    path = write(tmp_path, yaml.safe_dump(old))
+    assert differences(load_written(path), Recipe()) == []
+    assert load_written(path).sha256() == Recipe().sha256()
+    assert not caplog.messages
+    load(path)
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rates"),
+    [
+        # 8 steps, 2 of warm-up, then (1 + cos(pi (i + 0.5) / 6)) / 2 of what is above the floor.
+        ("one_cycle", "cosine", {0: 0.5, 1: 1.0, 2: 0.982963, 4: 0.629410, 7: 0.017037}),
+        ("cosine", "cosine_with_min_lr", {1: 1.0, 2: 0.984667, 4: 0.666469, 7: 0.115333}),
+        ("constant", "constant_with_warmup", {0: 0.5, 1: 1.0, 2: 1.0, 7: 1.0}),
+    ],
+)
+def test_schedules_by_hand_under_both_names(tmp_path, old, new, rates):
+    settings = load(write(tmp_path, f"optim: {{schedule: {old}, lr: 2.0, warmup: 0.25}}")).optim
+    assert settings == Optim(lr_scheduler_type=new, lr=2.0, warmup=0.25)
+    assert load(write(tmp_path, ""), [f"optim.schedule='{old}'"]).optim.lr_scheduler_type == new
+    for step, share in rates.items():
+        assert learning_rate(settings, step, 8) == pytest.approx(2 * share, abs=1e-5)
+
+
+def test_the_floor_of_the_schedule_is_a_key():
+    settings = Optim(lr_scheduler_type="cosine_with_min_lr", min_lr_ratio=0.4, lr=1.0, warmup=0.0)
+    assert learning_rate(settings, 999_999, 1_000_000) == pytest.approx(0.4)
+    assert learning_rate(settings, 0, 1_000_000) == pytest.approx(1.0)
+
+
+def test_a_value_that_the_old_schedule_did_not_have_is_refused(tmp_path):
+    message = fail(write(tmp_path, "optim: {schedule: linear}"))
+    assert "optim.lr_scheduler_type: got 'linear'; allowed: 'cosine', 'cosine_with" in message
+
+
+def test_a_bad_value_under_an_old_name_is_blamed_on_who_gave_it(tmp_path):
+    path = write(tmp_path, "")
+    message = fail(path, ["train.prompts=0"])
+    assert message == "command line: train.prompts_per_step: got 0; 1 or more is allowed"
+    assert fail(write(tmp_path, "ppo: {kl: x}")).startswith(f"{path}: ppo.kl_coef: got 'x'; ")
+
+
+def test_names_of_efficiency_methods():
+    assert parse("pathwise") == {"pathwise"}
+    assert parse("cut + pathwise") == {"cut", "pathwise"}
+    assert parse("+".join(METHODS)) == set(METHODS)
+    with pytest.raises(InputError, match=r"no method 'pathwize'; did you mean 'pathwise'\?"):
+        parse("cut+pathwize")
+    with pytest.raises(InputError, match="Allowed: answers, cut, pathwise, through"):
+        parse("")

@@ -14,8 +14,9 @@ import torch
 from zipr1.core import machine
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.jsontext import dumps
+from zipr1.core.load import load, validate
 from zipr1.core.machine import describe
-from zipr1.core.recipe import Recipe, load, validate
+from zipr1.core.recipe import Recipe
 from zipr1.core.rundir import (
     RunDir,
     find_model,

@@ -242,7 +242,7 @@ def test_columns_can_be_named_and_several_answers_are_right(folder, caplog):
     assert "rows.jsonl: read as question and answer (columns: image, question, answer)" in (
         caplog.text
     )
-    check = reward_of(prompt, Recipe(rewards=Rewards(correct="exact")))
+    check = reward_of(prompt, Recipe(rewards=Rewards(check="exact")))
     assert [check(said, prompt.answer) for said in ("two", "2", "three")] == [1, 1, 0]
     with pytest.raises(InputError, match=r"question is to be read from `q`; columns: image"):
         read(folder, {"image": "a.png"}, columns=columns)

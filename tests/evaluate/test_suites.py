@@ -4,7 +4,7 @@ import pytest
 from standins import MVBENCH
 
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import load
+from zipr1.core.load import load
 from zipr1.evaluate.suites import EMBEDDED, GROUPS, SUITES, resolve
 from zipr1.models.manifest import TINY
 from zipr1.models.open import find_source

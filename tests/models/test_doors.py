@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 import zipr1
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Lora, Model, validate
+from zipr1.core.load import validate
+from zipr1.core.recipe import Lora, Model
 from zipr1.export.session import export
 from zipr1.models import loading, processors
 from zipr1.models.open import find_source, open_model, resolve, stored_dtype
@@ -45,41 +46,39 @@ SEEN = {
 
 
 class Stop(Exception):
-    """A door is open: what comes after is of no interest."""
+    """A door is open."""
+
+
+def opened(command: Any, monkeypatch: Any, call: Any) -> Any:
+    """The policy that a command's module opens; what comes after is of no interest."""
+
+    def stopped(*arguments: Any, **options: Any) -> None:
+        found.append(load_policy(*arguments, **options))
+        raise Stop
+
+    found: list[Any] = []
+    monkeypatch.setattr(command, "load_policy", stopped)
+    with pytest.raises(Stop):
+        call()
+    return found[0]
 
 
 def train(path: str, monkeypatch: Any, tmp_path: Path, **model: Any) -> Any:
     """The policy that `zipr1 train` makes of a recipe that names `path`."""
-
-    def stopped(policy: Any, *rest: Any) -> None:
-        found.append(policy)
-        raise Stop
-
-    found: list[Any] = []
-    monkeypatch.setattr(loop, "_run", stopped)
     recipe = tinyruns.recipe(model={"path": path, **model})
-    with contextlib.suppress(Stop):
-        loop.run(recipe, tmp_path / "run", "never", "cpu", ["zipr1"], QUIET)
-    return found[0]
+    run = (recipe, tmp_path / "run", "never", "cpu", ["zipr1"], QUIET)
+    return opened(loop, monkeypatch, lambda: loop.run(*run))
 
 
 def evaluate(path: str, monkeypatch: Any, tmp_path: Path, **model: Any) -> Any:
     pytest.importorskip("lmms_eval")
     from zipr1.evaluate import session
 
-    def stopped(wanted: Any, suites: Any, policy: Any, *rest: Any) -> None:
-        found.append(policy)
-        raise Stop
-
-    found: list[Any] = []
-    monkeypatch.setattr(session, "_measure_all", stopped)
     changes = [f"model.{key}={value}" for key, value in model.items()]
-    wanted = session.Wanted(
+    request = session.EvalRequest(
         path, ["digits"], [0.9], 1, tmp_path / "out", None, "cpu", changes, base=False
     )
-    with contextlib.suppress(Stop):
-        session.run(wanted, ["zipr1"], QUIET)
-    return found[0]
+    return opened(session, monkeypatch, lambda: session.run(request, ["zipr1"], QUIET))
 
 
 def profile(path: str, monkeypatch: Any, tmp_path: Path, dtype: str = "auto") -> Any:
@@ -90,7 +89,7 @@ def adapter(path: str, monkeypatch: Any, tmp_path: Path) -> Any:
     pytest.importorskip("lmms_eval")
     from zipr1.evaluate.adapter import Adapter
 
-    return Adapter(pretrained=path, device="cpu").answerer.policy
+    return Adapter(pretrained=path, device="cpu").store.answerer.policy
 
 
 class Loaded:

@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Model, Probes, Sparse, validate
+from zipr1.core.load import validate
+from zipr1.core.recipe import Model, Probes, Sparse
 from zipr1.models.batching import replay_masks
 from zipr1.models.families import CANNOT, FAMILIES, find
 from zipr1.models.policy import Policy, load_policy
@@ -117,8 +118,8 @@ def test_it_trains_and_what_it_leaves_loads(tmp_path, family):
         },
         "data": {"prompts": 4, "heldout_prompts": 2, "mix": {"digits": 1.0}},
         "sparse": {"probes": {"recent": 3, "random": 6}, "dense_below": 0},
-        "budgets": {"low": 0.6, "high": 0.9, "count": 2},
-        "train": {"steps": 1, "prompts": 2, "max_new_tokens": 3},
+        "budgets": {"low": 0.6, "high": 0.9, "num_generations": 2},
+        "train": {"steps": 1, "prompts_per_step": 2, "max_new_tokens": 3},
     }
     if family == "qwen3_vl":
         del values["model"]["lora"]
@@ -154,8 +155,8 @@ def test_a_dry_run_plans_it(tmp_path, family, lora):
         },
         "data": {"source": str(rows), "heldout": str(rows)},
         "sparse": {"dense_below": 0},
-        "budgets": {"count": 2},
-        "train": {"steps": 1, "prompts": 2, "max_new_tokens": 3},
+        "budgets": {"num_generations": 2},
+        "train": {"steps": 1, "prompts_per_step": 2, "max_new_tokens": 3},
     }
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)

@@ -18,7 +18,8 @@ from transformers import AutoModelForImageTextToText
 
 import zipr1
 from zipr1.core.errors import InputError, RunError
-from zipr1.core.recipe import Model, Sparse, validate
+from zipr1.core.load import validate
+from zipr1.core.recipe import Model, Sparse
 from zipr1.export.session import export
 from zipr1.models.families import FAMILIES
 from zipr1.models.inputs import model_inputs

@@ -19,7 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 import zipr1
 from zipr1.core import machine
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Budgets, Lora, Model, Ppo, Recipe, Sparse, Train, load
+from zipr1.core.load import load
+from zipr1.core.recipe import Budgets, Efficiency, Lora, Model, Ppo, Recipe, Sparse, Train
 from zipr1.data.digits import tasks
 from zipr1.models import memory
 from zipr1.models.cost import Shape, bundled, shape_of
@@ -28,10 +29,11 @@ from zipr1.models.loading import add_lora
 from zipr1.models.token_budget import token_budget
 from zipr1.profiling import session as profiling
 from zipr1.train import dry_run as plan
-from zipr1.train.controller import Pressure
+from zipr1.train.controller import EfficiencyController
 from zipr1.train.dry_run import dry_run
+from zipr1.train.minibatch import flatten
 from zipr1.train.rollout import roll_out
-from zipr1.train.update import backward, flatten
+from zipr1.train.update import backward
 
 CONFIGS = Path(zipr1.__file__).parent / "assets" / "configs"
 
@@ -74,16 +76,16 @@ def test_activations_are_within_a_factor_of_two_of_the_measured_peak(checkpointi
     recipe = Recipe(
         model=Model(gradient_checkpointing=checkpointing),
         sparse=Sparse(dense_below=0, probes={"recent": 8, "random": 8}),
-        budgets=Budgets(low=0.6, high=0.9, count=4),
-        ppo=Ppo(kl=0.0),
-        train=Train(prompts=1, micro_batch=4, max_new_tokens=4),
+        budgets=Budgets(low=0.6, high=0.9, num_generations=4),
+        ppo=Ppo(kl_coef=0.0),
+        train=Train(prompts_per_step=1, micro_batch=4, max_new_tokens=4),
     )
     prompts = tasks.prompts("test", "moving_digits", 1, 1, seed=0)
     pictures = Pictures(policy, recipe)
     encoded = pictures.encode(prompts)
     seen = pictures.look(encoded)
     batch = roll_out(policy, recipe, prompts, encoded, seen.policy, 0, seen.reference)
-    rows = flatten(batch, recipe, Pressure({}, {}, torch.ones(policy.layers)))
+    rows = flatten(batch, recipe, EfficiencyController(Efficiency(weight=1.0), policy.layers))
     for _, parameter in policy.trainable():
         parameter.grad = torch.zeros_like(parameter)  # counted on their own
     measured = highest(lambda: backward(policy, recipe, batch, rows, [0, 1, 2, 3], 1.0))

@@ -6,8 +6,7 @@ import pytest
 import torch
 from zipr1_kernels import cut_points, probe_scores, select_top_p
 
-from zipr1.core.errors import InputError
-from zipr1.models.sparse.thresholds import METHODS, cut_log_prob, expected_ratio, parse, thresholds
+from zipr1.models.sparse.thresholds import cut_log_prob, expected_ratio, thresholds
 
 LOW, HIGH = 0.4, 0.9
 LENGTH = 12
@@ -201,13 +200,3 @@ def test_stratified_layers_leave_each_rollout_uniform_and_uncorrelated():
     assert (first.mean(0) - mean).abs().max() < 4 * spread / 2000**0.5
     assert (first.std(0) - spread).abs().max() < 0.05 * spread
     assert torch.corrcoef(first.T)[0, 1].abs() < 4 / 2000**0.5
-
-
-def test_parse():
-    assert parse("pathwise") == {"pathwise"}
-    assert parse("cut + pathwise") == {"cut", "pathwise"}
-    assert parse("+".join(METHODS)) == set(METHODS)
-    with pytest.raises(InputError, match=r"no method 'pathwize'; did you mean 'pathwise'\?"):
-        parse("cut+pathwize")
-    with pytest.raises(InputError, match="Allowed: answers, cut, pathwise, through"):
-        parse("")

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zipr1.core.recipe import Model, load
+from zipr1.core.load import load
+from zipr1.core.recipe import Model
 from zipr1.core.types import Media
 from zipr1.data.digits import tasks
 from zipr1.models.policy import load_policy

@@ -7,113 +7,147 @@ import json
 import pytest
 import torch
 
-from zipr1.core.recipe import Efficiency
-from zipr1.train.controller import (
-    AT_ONCE,
-    EACH_STEP,
-    FADE,
-    FORGET,
-    FORGET_KIND,
-    MOST,
-    Check,
-    draw_weights,
-    press,
-)
+from zipr1.core.recipe import Controller, Efficiency
+from zipr1.train.controller import Check, EfficiencyController
 
 
 def checks(task: str, *gaps: float, ratios=(0.5, 0.5)) -> list[Check]:
     return [Check(task, f"{task}/k", gap, tuple(ratios)) for gap in gaps]
 
 
+def weights(controller: EfficiencyController, task: str) -> list[float]:
+    return controller.layer_weights([task])[:, 0].tolist()
+
+
 def test_multiplier_by_hand():
     settings = Efficiency(weight=3.0, max_accuracy_drop=0.005, step=10.0, max_multiplier=0.1)
-    state: dict = {}
+    controller = EfficiencyController(settings, 2)
     # Two questions of `a`, one lost: 0.01 * 1, then 0.01 * (0 - 0.01) on top.
-    pressure = press(settings, state, checks("a", 1.0, 0.0), 2, 0.0)
-    gap = FORGET * 1.0 * (1 - FORGET)
-    assert state["gap"]["a"] == pytest.approx(gap)
+    controller.update(checks("a", 1.0, 0.0), 0.0)
+    gap = 0.01 * 1.0 * (1 - 0.01)
+    assert controller.state["gap"]["a"] == pytest.approx(gap)
     mu = 10 * (gap - 0.005)
-    assert pressure.weights["a"].tolist() == pytest.approx([3 / (1 + mu)] * 2)
-    assert pressure.relief["a"] == pytest.approx(1 / (1 + mu))
-    assert pressure.metrics()["multiplier"] == pytest.approx(mu)
+    assert weights(controller, "a") == pytest.approx([3 / (1 + mu)] * 2)
+    assert controller.penalty_scale("a") == pytest.approx(1 / (1 + mu))
+    assert controller.metrics()["multiplier"] == pytest.approx(mu)
     for _ in range(100):
-        pressure = press(settings, state, checks("a", 1.0), 2, 0.0)
-    assert state["mu"]["a"] == 0.1 and pressure.relief["a"] == pytest.approx(1 / 1.1)
+        controller.update(checks("a", 1.0), 0.0)
+    assert controller.state["mu"]["a"] == 0.1
+    assert controller.penalty_scale("a") == pytest.approx(1 / 1.1)
     for _ in range(2000):
-        pressure = press(settings, state, checks("a", 0.0), 2, 0.0)
-    assert state["mu"]["a"] == 0.0 and pressure.weights["a"].tolist() == [3.0, 3.0]
+        controller.update(checks("a", 0.0), 0.0)
+    assert controller.state["mu"]["a"] == 0.0 and weights(controller, "a") == [3.0, 3.0]
 
 
 def test_a_task_is_held_back_by_its_own_loss_alone():
     settings = Efficiency(weight=1.0, max_accuracy_drop=0.0, step=1.0)
-    state: dict = {}
+    controller = EfficiencyController(settings, 2)
     for _ in range(50):
-        pressure = press(settings, state, checks("gains", -1.0) + checks("loses", 1.0), 2, 0.0)
-    assert state["gap"]["gains"] < 0 < state["gap"]["loses"]
-    assert pressure.relief["gains"] == 1.0 and pressure.relief["loses"] < 0.2
-    rows = pressure.rows(["loses", "gains", "loses"])
+        controller.update(checks("gains", -1.0) + checks("loses", 1.0), 0.0)
+    assert controller.state["gap"]["gains"] < 0 < controller.state["gap"]["loses"]
+    assert controller.penalty_scale("gains") == 1.0 and controller.penalty_scale("loses") < 0.2
+    rows = controller.layer_weights(["loses", "gains", "loses"])
     assert rows.shape == (2, 3) and rows[0, 1] == 1.0 and rows[0, 0] == rows[0, 2] < 0.2
 
 
-def test_off():
+def test_without_checks_every_layer_has_the_weight_of_the_recipe():
     free = Efficiency(weight=2.0, max_accuracy_drop=None)
-    assert press(free, {}, None, 3, 0.0).rows(["a"]).tolist() == [[2.0]] * 3
+    controller = EfficiencyController(free, 3)
+    assert controller.layer_weights(["a"]).tolist() == [[2.0]] * 3
+    controller.update(None, 0.0)
+    assert controller.layer_weights(["a"]).tolist() == [[2.0]] * 3
+    assert controller.metrics() == {"efficiency_weight": 2.0, "multiplier": 0.0}
     # A loss without a constraint is remembered and changes nothing.
-    assert press(free, {}, checks("a", 1.0), 2, 0.5).weights["a"].tolist() == [2.0, 2.0]
+    controller.update(checks("a", 1.0, ratios=(0.5, 0.5, 0.5)), 0.5)
+    assert weights(controller, "a") == [2.0, 2.0, 2.0] and controller.penalty_scale("a") == 1.0
+    assert controller.state["gap"] == {"a": 0.01}
+
+
+def test_a_task_without_a_check_in_this_step_is_not_held_back():
+    controller = EfficiencyController(Efficiency(weight=1.0, max_accuracy_drop=0.0, step=99.0), 2)
+    controller.update(checks("a", 1.0), 0.0)
+    assert controller.penalty_scale("a") < 1
+    controller.update(checks("b", 0.0), 0.1)
+    assert controller.penalty_scale("a") == 1.0 and weights(controller, "a") == [1.0, 1.0]
 
 
 def target(**more) -> Efficiency:
-    return Efficiency(weight=1.0, max_accuracy_drop=None, target=0.2, reach=0.5, **more)
+    return Efficiency(weight=1.0, max_accuracy_drop=None, target=0.2, target_at=0.5, **more)
 
 
-def test_layers_are_pressed_by_their_distance_from_the_pace():
-    settings, state = target(), {}
-    start = press(settings, state, checks("a", 0.0, ratios=(0.8, 0.8)), 2, 0.0)
-    assert start.weights["a"].tolist() == [0.0, 0.0]
+def test_layers_are_pressed_by_their_distance_from_the_schedule():
+    controller = EfficiencyController(target(), 2)
+    controller.update(checks("a", 0.0, ratios=(0.8, 0.8)), 0.0)
+    assert weights(controller, "a") == [0.0, 0.0]
     # Half of the way, in the logarithm: 0.8 -> 0.4 at a quarter of the run, 0.2 from its half on.
-    got = press(settings, state, checks("a", 0.0, ratios=(0.7, 0.3)), 2, 0.25)
-    assert got.weights["a"].tolist() == pytest.approx([0.3 * (EACH_STEP + AT_ONCE), 0.0], abs=1e-5)
-    # A layer at or ahead of the pace is not pressed, and what had added up fades.
-    state["sum"]["a"][1] = 2.0
-    got = press(settings, state, checks("a", 0.0, ratios=(0.5, 0.19)), 2, 0.75)
-    assert state["sum"]["a"][1] == pytest.approx(2.0 * FADE)
-    assert got.weights["a"].tolist() == pytest.approx(
-        [0.3 * EACH_STEP + 0.3 * (EACH_STEP + AT_ONCE), 0.0], abs=1e-5
-    )
-    assert json.loads(json.dumps(state)) == state  # it goes into checkpoints
+    controller.update(checks("a", 0.0, ratios=(0.7, 0.3)), 0.25)
+    assert weights(controller, "a") == pytest.approx([0.3 * (0.5 + 10), 0.0], abs=1e-5)
+    # A layer at or ahead of the schedule is not pressed, and what had added up decays.
+    controller.state["sum"]["a"][1] = 2.0
+    controller.update(checks("a", 0.0, ratios=(0.5, 0.19)), 0.75)
+    assert controller.state["sum"]["a"][1] == pytest.approx(2.0 * 0.9)
+    assert weights(controller, "a") == pytest.approx([0.3 * 0.5 + 0.3 * (0.5 + 10), 0.0], abs=1e-5)
+
+
+def test_it_goes_on_from_what_a_checkpoint_holds():
+    one, state = EfficiencyController(target(), 2), {}
+    two = EfficiencyController(target(), 2, state)
+    for step in range(4):
+        now = checks("a", 0.5, ratios=(0.9 - 0.1 * step, 0.8))
+        one.update(now, step / 4)
+        two.update(now, step / 4)
+        # The checkpoint's key `pressure`; each step makes a new controller from it.
+        assert json.loads(json.dumps(state)) == state
+        two = EfficiencyController(target(), 2, json.loads(json.dumps(state)))
+        state = two.state
+    assert one.state == two.state and one.state["sum"]["a"][0] > 0
 
 
 def test_a_lasting_distance_adds_up_and_is_bounded():
-    settings, state = target(), {}
+    controller = EfficiencyController(target(), 2)
     for _ in range(1000):
-        got = press(settings, state, checks("a", 0.0, ratios=(0.9, 0.1)), 2, 0.9)
-    assert got.weights["a"][0] == pytest.approx(MOST + AT_ONCE * 0.7)
-    assert got.weights["a"][1] == 0.0
+        controller.update(checks("a", 0.0, ratios=(0.9, 0.1)), 0.9)
+    assert weights(controller, "a") == pytest.approx([30 + 10 * 0.7, 0.0])
 
 
 def test_the_sum_waits_while_answers_are_lost():
     held = target().model_copy(
         update={"max_accuracy_drop": 0.0, "step": 1e9, "max_multiplier": 9.0}
     )
-    state: dict = {}
+    controller = EfficiencyController(held, 2)
     for _ in range(3):
-        got = press(held, state, checks("a", 1.0, ratios=(0.9, 0.9)), 2, 0.9)
-    # 3 * 0.7 * EACH_STEP * 0.1, and all of it divided by 1 + 9 once more.
-    want = 0.1 * (3 * 0.7 * EACH_STEP * 0.1 + 0.7 * AT_ONCE)
-    torch.testing.assert_close(got.weights["a"], torch.full((2,), want))
+        controller.update(checks("a", 1.0, ratios=(0.9, 0.9)), 0.9)
+    # 3 * 0.7 * integral * 0.1, and all of it divided by 1 + 9 once more.
+    want = 0.1 * (3 * 0.7 * 0.5 * 0.1 + 0.7 * 10)
+    torch.testing.assert_close(controller.layer_weights(["a"])[:, 0], torch.full((2,), want))
 
 
 def test_a_start_below_the_target_is_left_alone():
-    state: dict = {}
-    press(target(), state, checks("a", 0.0, ratios=(0.1, 0.15)), 2, 0.0)
-    got = press(target(), state, checks("a", 0.0, ratios=(0.1, 0.15)), 2, 0.9)
-    assert got.weights["a"].tolist() == [0.0, 0.0]
+    controller = EfficiencyController(target(), 2)
+    controller.update(checks("a", 0.0, ratios=(0.1, 0.15)), 0.0)
+    controller.update(checks("a", 0.0, ratios=(0.1, 0.15)), 0.9)
+    assert weights(controller, "a") == [0.0, 0.0]
 
 
 def test_kinds_that_lose_are_drawn_more_often():
-    settings, state = Efficiency(max_accuracy_drop=None), {}
-    assert draw_weights(30.0, state) == {}
-    press(settings, state, checks("a", 1.0, 0.0) + checks("b", -1.0), 2, 0.0)
-    gap = FORGET_KIND * (1 - FORGET_KIND)
-    assert draw_weights(30.0, state) == pytest.approx({"a/k": 1 + 30 * gap, "b/k": 1.0})
-    assert draw_weights(0.0, state) == {}
+    controller = EfficiencyController(Efficiency(max_accuracy_drop=None), 2)
+    assert controller.kind_weights(30.0) == {}
+    controller.update(checks("a", 1.0, 0.0) + checks("b", -1.0), 0.0)
+    gap = 0.02 * (1 - 0.02)
+    assert controller.kind_weights(30.0) == pytest.approx({"a/k": 1 + 30 * gap, "b/k": 1.0})
+    assert controller.kind_weights(0.0) == {}
+
+
+def test_the_gains_are_those_of_the_recipe():
+    gains = Controller(
+        proportional=2.0, integral=3.0, integral_max=4.0, decay=0.5,
+        task_ema_rate=0.1, kind_ema_rate=0.25,
+    )  # fmt: skip
+    controller = EfficiencyController(target(controller=gains), 2)
+    controller.update(checks("a", 1.0, ratios=(0.7, 0.7)), 0.9)
+    assert weights(controller, "a") == pytest.approx([0.5 * (3 + 2)] * 2)
+    assert controller.state["gap"] == {"a": 0.1} and controller.state["lost"] == {"a/k": 0.25}
+    controller.update(checks("a", 0.0, ratios=(0.7, 0.1)), 0.9)
+    assert controller.state["sum"]["a"] == pytest.approx([3.0, 0.75])
+    controller.update(checks("a", 0.0, ratios=(0.7, 0.1)), 0.9)
+    assert weights(controller, "a") == pytest.approx([4.0 + 0.5 * 2, 0.0])

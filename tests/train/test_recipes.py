@@ -11,7 +11,7 @@ import tinymodels
 from PIL import Image
 from rich.console import Console
 
-from zipr1.core.recipe import load
+from zipr1.core.load import load
 from zipr1.data import video
 from zipr1.train import loop
 
@@ -82,7 +82,7 @@ def test_two_real_steps(path, models, rows, tmp_path):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
     assert summary["steps"] == 2 and len(metrics) == 2
-    assert summary["rollouts"] == 2 * recipe.train.prompts * recipe.budgets.count
+    assert summary["rollouts"] == 2 * recipe.train.prompts_per_step * recipe.budgets.num_generations
     for row in metrics:
         assert set(row["seconds"]) == {"data", "vision", "rollout", "update"}
         assert row["token_ratio"] < 1

@@ -7,31 +7,15 @@ from dataclasses import replace
 import pytest
 import tinymodels
 import torch
+from tinysteps import recipe, roll
 
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Budgets, Data, Efficiency, Probes, Recipe, Rewards, Sparse, Train
+from zipr1.core.recipe import Budgets, Data, Efficiency, Recipe, Rewards, Train
 from zipr1.core.types import Group, Media, Rollout
 from zipr1.models.batching import by_length
 from zipr1.models.encoder import Pictures
-from zipr1.train.rollout import probe_seed, roll_out, score
-
-
-def recipe(**changes) -> Recipe:
-    values = {
-        "sparse": Sparse(probes=Probes(recent=3, random=6), dense_below=0),
-        "budgets": Budgets(low=0.6, high=0.9, count=4),
-        "train": Train(prompts=4, max_new_tokens=5),
-    }
-    return Recipe(**(values | changes))
-
-
-def roll(settings: Recipe, prompts, step: int = 3, **options: bool):
-    policy = tinymodels.make(**options)
-    policy.keep_reference()
-    pictures = Pictures(policy, settings)
-    encoded = pictures.encode(prompts)
-    seen = pictures.look(encoded)
-    return policy, roll_out(policy, settings, prompts, encoded, seen.policy, step, seen.reference)
+from zipr1.train.minibatch import score
+from zipr1.train.rollout import probe_seed, roll_out
 
 
 def said(batch):
@@ -45,7 +29,7 @@ def said(batch):
 def test_rollouts_do_not_depend_on_the_batch():
     prompts = tinymodels.mixed()
     wide, narrow = (
-        recipe(train=Train(prompts=4, max_new_tokens=5, micro_batch=n)) for n in (64, 3)
+        recipe(train=Train(prompts_per_step=4, max_new_tokens=5, micro_batch=n)) for n in (64, 3)
     )
     _, one = roll(wide, prompts)
     _, other = roll(narrow, prompts)
@@ -142,7 +126,7 @@ def test_batches_are_alike_in_length_and_complete():
 
 def test_unknown_reward_names_the_nearest():
     with pytest.raises(InputError, match=r"'exakt'.*'exact'"):
-        roll(recipe(rewards=Rewards(correct="exakt")), tinymodels.mixed())
+        roll(recipe(rewards=Rewards(check="exakt")), tinymodels.mixed())
 
 
 def test_media_are_shared_by_content_not_by_picture_name():
@@ -174,9 +158,9 @@ def test_bad_rows_stop_or_are_skipped(tmp_path, caplog):
 
 
 def test_the_range_of_thresholds_narrows_over_half_of_the_steps():
-    moving = Budgets(low=0.5, low_end=0.7, high=0.9, count=2)
+    moving = Budgets(low=0.5, low_end=0.7, high=0.9, num_generations=2)
     assert [round(moving.low_at(step, 8), 3) for step in (0, 2, 4, 7)] == [0.5, 0.6, 0.7, 0.7]
-    settings = recipe(budgets=moving, train=Train(prompts=4, max_new_tokens=5, steps=8))
+    settings = recipe(budgets=moving, train=Train(prompts_per_step=4, max_new_tokens=5, steps=8))
     _, batch = roll(settings, tinymodels.mixed(), step=6)
     assert batch.low == pytest.approx(0.7)
     assert min(r.thresholds.min() for g in batch.groups for r in g.rollouts) >= 0.7

@@ -74,13 +74,16 @@ def _options(
 
 
 def main() -> None:
-    """The entry point. Always leaves by SystemExit."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signals.handle)
+    """The entry point. Always leaves by SystemExit; the handlers of signals are then those of before."""
+    with signals.handled():
+        _run()
+
+
+def _run() -> None:
     try:
         app()
     except ZipError as error:
+        signals.hold()  # another signal, such as a launcher's, is not the reason
         _leave(str(error), error.exit_code)
     except signals.Stopped as stop:
         name = "stopped by SIGTERM" if stop.number == signal.SIGTERM else "interrupted"

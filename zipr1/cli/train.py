@@ -51,7 +51,7 @@ def train(
     from rich.console import Console
 
     from zipr1.cli.log import show_log
-    from zipr1.core.recipe import load
+    from zipr1.core.load import load
 
     changes = [*(overrides or []), *([f"model.dtype={dtype}"] if dtype is not None else [])]
     run = load(recipe, changes)

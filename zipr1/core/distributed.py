@@ -1,7 +1,8 @@
 """Several processes of one run, one for each device, as `torchrun` or `accelerate launch` starts them.
 
-Every rank reads the same recipe and prompts and keeps the same state; the questions of a step are dealt out whole, so
-a group is never split. Gradients are joined by PyTorch's DistributedDataParallel or its fully_shard (FSDP2); nothing
+Training: every rank reads the same recipe and prompts and keeps the same state; the questions of a step are dealt out
+whole, so a group is never split. Evaluation: questions are dealt out, and every rank scores all answers. Gradients are
+joined by PyTorch's DistributedDataParallel or its fully_shard (FSDP2); nothing
 of that is written here. A rank that dies ends the run: the launcher stops the others and names it.
 
 With FSDP2 the policy's weights are whole while it answers, and then the reference's: those parts need no communication,
@@ -38,12 +39,21 @@ T = TypeVar("T")
 GRACE = 1.0
 
 
+# What a launcher tells a process about the others.
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
 def size() -> int:
-    """Processes in the run."""
+    """Processes in the run: those that have met, or before that those that the launcher speaks of."""
+    if dist.is_initialized():
+        return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
+    """This process's number, from 0."""
+    if dist.is_initialized():
+        return dist.get_rank()
     return int(os.environ.get("RANK", "0")) if size() > 1 else 0
 
 
@@ -90,6 +100,38 @@ def device(asked: str | None) -> str | None:
     return f"cuda:{own}"
 
 
+def shared_device() -> str | None:
+    """The GPU of this rank where several ranks may share one, which is right while nothing is trained; None leaves the
+    choice open."""
+    if size() == 1 or not torch.cuda.is_available():
+        return None
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+
+def start() -> None:
+    """Join the other processes, if a launcher started several, for work that each does at its own pace: they wait for
+    each other for hours. Raises InputError if they cannot be reached."""
+    if size() > 1 and not dist.is_initialized():
+        meet("gloo", timedelta(hours=12))
+
+
+def stop() -> None:
+    """Part from the other processes, if they have met."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def hidden_launcher() -> Iterator[None]:
+    """Inside, the environment looks like that of a single process, for libraries that share out work by it. The
+    functions here go by the processes that have met, and see all of them."""
+    hidden = {name: os.environ.pop(name) for name in LAUNCHER if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
 def meet(backend: str, timeout: timedelta | None = None) -> None:
     """Join the other processes. timeout: of each word between them, by default PyTorch's. Raises InputError if they do
     not meet."""
@@ -125,8 +167,7 @@ def joined(where: torch.device) -> Iterator[None]:
         ) from None
     finally:
         # After an error the others may be gone: torchrun ends them, and there is nobody to say goodbye to.
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        stop()
 
 
 def gather(value: T) -> list[T]:
@@ -136,6 +177,11 @@ def gather(value: T) -> list[T]:
     found: list[Any] = [None] * size()
     dist.all_gather_object(found, value)
     return found
+
+
+def agree(failure: str | None) -> str | None:
+    """The first failure of any rank, known to all of them."""
+    return next((f for f in gather(failure) if f is not None), None)
 
 
 def first(work: Callable[[], T]) -> T:
@@ -167,7 +213,7 @@ def evened(dealt: Sequence[Sequence[int]]) -> list[list[int]]:
     if sum(map(len, out)) < len(out):
         raise InputError(
             f"only {sum(map(len, out))} of the step's questions can be used and each of {len(out)} ranks needs one; "
-            "mend the data, or raise train.prompts"
+            "mend the data, or raise train.prompts_per_step"
         )
     for poor in out:
         if not poor:
@@ -199,7 +245,7 @@ def like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-class Whole(torch.nn.Module):
+class ForwardProxy(torch.nn.Module):
     """A module whose forward pass is whatever is done with the model: DDP and FSDP2 prepare what they wrap when it is
     called, and a step looks at pictures, decodes and scores through other doors than the model's own forward."""
 
@@ -236,7 +282,7 @@ class Parallel:
         if size() == 1:
             return
         if kind == "ddp":
-            self.model = DistributedDataParallel(Whole(model))
+            self.model = DistributedDataParallel(ForwardProxy(model))
             return
         mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         pairs = [(model, layers)]
@@ -245,7 +291,7 @@ class Parallel:
         for one, parts in pairs:
             for part in parts:
                 fully_shard(part, mp_policy=mixed)
-            whole = fully_shard(Whole(one), mp_policy=mixed, ignored_params=set(frozen))
+            whole = fully_shard(ForwardProxy(one), mp_policy=mixed, ignored_params=set(frozen))
             self.sharded.append(whole)
         self.model = self.sharded[0]
 
@@ -256,7 +302,9 @@ class Parallel:
             self.model, self.sharded = None, []
             gc.collect()  # DDP refers to itself
 
-    def apart(self, work: Callable[[], T], policy: bool = False, reference: bool = False) -> T:
+    def run_unsharded(
+        self, work: Callable[[], T], policy: bool = False, reference: bool = False
+    ) -> T:
         """Work without gradients that every rank does at its own pace, with whole weights of the models it needs; with
         adapters the reference is the policy. All ranks must come."""
         roots = {}
@@ -287,7 +335,7 @@ class Parallel:
                 part.set_reshard_after_forward(part is not root, recurse=False)
         return out
 
-    def refer(self, work: Callable[[], T]) -> T:
+    def reference_forward(self, work: Callable[[], T]) -> T:
         """A pass of the reference without gradients, in step with the other ranks. With adapters the reference is
         the model itself."""
         if not self.sharded:
@@ -296,12 +344,16 @@ class Parallel:
             out: T = self.sharded[-1](work)
         return out
 
-    def backward(self, work: Callable[[], torch.Tensor], last: bool) -> None:
-        """The gradient of what `work` returns, added to the parameters' and summed over ranks by the `last` pass."""
+    def backward(self, work: Callable[[], tuple[torch.Tensor, T]], last: bool) -> T:
+        """The gradient of the loss that `work` returns, added to the parameters' and summed over ranks by the `last`
+        pass. Returns what `work` gives besides: numbers, without a gradient."""
         if self.model is None:
-            work().backward()
-            return
+            loss, out = work()
+            loss.backward()
+            return out
         waits = contextlib.nullcontext() if last or self.sharded else self.model.no_sync()
         with waits:
+            loss, out = self.model(work)
             # Both kinds of wrapper take the mean over ranks.
-            (self.model(work) * size()).backward()
+            (loss * size()).backward()
+        return out

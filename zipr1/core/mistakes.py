@@ -4,6 +4,7 @@ that is in the classes of zipr1/core/recipe.py."""
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -11,11 +12,16 @@ from pydantic import BaseModel
 from zipr1.core.config import show
 
 
-def problem(key: str, item: Any, root: type[BaseModel]) -> str:
-    """What is wrong with `key`, and what to write. item: an entry of pydantic's `ValidationError.errors()`."""
+def problem(
+    key: str, item: Any, root: type[BaseModel], old_names: Mapping[str, str] | None = None
+) -> str:
+    """What is wrong with `key`, and what to write. item: an entry of pydantic's `ValidationError.errors()`.
+
+    old_names: other names of keys, which people may have in mind, and today's.
+    """
     kind, came, context = item["type"], show(item.get("input")), item.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"{key}: unknown key; {_nearest(key, root)}"
+        return f"{key}: unknown key; {_nearest(key, root, old_names or {})}"
     if kind == "value_error":
         return f"{key}: {context['error']}" if key else str(context["error"])
     limit = next((f"{context[k]:g}" for k in ("gt", "ge", "lt", "le") if k in context), "")
@@ -37,19 +43,24 @@ def problem(key: str, item: Any, root: type[BaseModel]) -> str:
     return f"{key}: got {came}; {allowed}"
 
 
-def _nearest(key: str, root: type[BaseModel]) -> str:
+def _nearest(key: str, root: type[BaseModel], old_names: Mapping[str, str]) -> str:
     """What to write instead of an unknown key: a neighbour, the same name elsewhere, or the list."""
     *section, name = key.split(".")
     here: type[BaseModel] = root
     for part in section:
         here = _section_of(here, part) or here
-    near = difflib.get_close_matches(name, here.model_fields, n=1)
+    prefix = "".join(f"{part}." for part in section)
+    beside = {
+        old.rpartition(".")[2]: new for old, new in old_names.items() if old.startswith(prefix)
+    }
+    near = difflib.get_close_matches(name, [*here.model_fields, *(beside if section else ())], n=1)
     if near:
-        return f"did you mean {'.'.join([*section, near[0]])}?"
-    near = [k for k in _keys(root) if k.rsplit(".")[-1] == name]
-    near = near or difflib.get_close_matches(name, _keys(root), n=1)
+        return f"did you mean {beside.get(near[0], prefix + near[0])}?"
+    keys = {key: key for key in _keys(root)} | dict(old_names)
+    near = [k for k in keys if k.rpartition(".")[2] == name]
+    near = near or difflib.get_close_matches(name, keys, n=1)
     if near:
-        return f"did you mean {near[0]}?"
+        return f"did you mean {keys[near[0]]}?"
     return f"allowed here: {', '.join(here.model_fields)}"
 
 

@@ -1,28 +1,48 @@
-"""A run as data: typed, read from YAML, unknown keys refused with the nearest name.
+"""A run as data: the typed sections of a recipe. Reading them from YAML is zipr1/core/load.py.
 
-`load(path, overrides)` gives a `Recipe`; every number in the code comes from here. Types are strict: `"3"` and
-`true` are no numbers, and a key written twice is an error. Relative paths in a recipe start at the working folder.
+Every number in the code comes from here. Types are strict: `"3"` and `true` are no numbers. Relative paths in a recipe
+start at the working folder.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from zipr1.core.config import override, parse, read, show
 from zipr1.core.errors import InputError
-from zipr1.core.mistakes import problem
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+# What lowers the token ratio: the terms that `efficiency.method` names.
+METHODS: dict[str, str] = {
+    "answers": "the efficiency reward multiplies the answer's log-probability (arXiv 2504.18579)",
+    "cut": "the reward multiplies the log-probability of the kept counts: a score function",
+    "pathwise": "the expected token ratio is differentiated through the scores",
+    "through": "the losses are, to first order: what a kept token is worth pulls on its score",
+}
+
+
+def parse(method: str) -> frozenset[str]:
+    """Names of `METHODS` in a sum such as `cut+pathwise`; InputError for any other name."""
+    names = [name.strip() for name in method.split("+")]
+    for name in names:
+        if name not in METHODS:
+            near = difflib.get_close_matches(name, METHODS, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise InputError(
+                f"efficiency.method '{method}': no method '{name}'{hint} "
+                f"Allowed: {', '.join(METHODS)}, or a sum such as cut+pathwise"
+            )
+    return frozenset(names)
 
 
 class Section(BaseModel):
@@ -34,7 +54,7 @@ class Lora(Section):
 
     rank: Positive = 16
     alpha: Positive = 32
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Fraction = 0.0
 
 
 class Model(Section):
@@ -69,9 +89,9 @@ class Data(Section):
     check: `decode` opens every picture and clip before the run, `exists` only looks whether the files are there.
     workers: threads that read media, ahead of the step that needs them.
     mix: shares of the embedded tasks among training prompts. prompts: how many training prompts are made.
-    emphasis: within its task, a kind of question is drawn 1 + emphasis * g times as often, g the running share of
-        answers that it loses at `sparse.p` against the dense reference (0: all alike). It needs a target or a
-        constraint.
+    hard_kind_boost: hard kinds of question are drawn more often within their task: 1 + hard_kind_boost * g times, g the
+        running share of answers that the kind loses at `sparse.p` against the dense reference (0: all alike). It needs
+        a target or a constraint.
     on_bad_row: `error` stops with the row's number, `skip` counts them.
     """
 
@@ -79,7 +99,7 @@ class Data(Section):
     heldout: str | None = None
     mix: dict[str, Rate] = {"digits": 0.4, "moving_digits": 0.4, "hard_digits": 0.2}
     prompts: Positive = 2048
-    emphasis: Rate = 0.0
+    hard_kind_boost: Rate = 0.0
     heldout_prompts: Positive = 500
     subset: str | None = None
     columns: dict[str, str] = {}
@@ -126,10 +146,11 @@ class Sparse(Section):
 
 
 class Budgets(Section):
-    """Thresholds of the rollouts of one question: `count` values over [low, high].
+    """Thresholds of the rollouts of one question: `num_generations` values over [low, high], a rollout each.
 
-    sampling: `stratified` jitters one value in each of `count` equal cells, `independent` draws each uniformly, `grid`
-        takes the cells' centres (of [0.9375, 0.9775] in 8 cells: 0.940, 0.945, ... 0.975, those of the paper).
+    sampling: `stratified` jitters one value in each of `num_generations` equal cells, `independent` draws each
+        uniformly, `grid` takes the cells' centres (of [0.9375, 0.9775] in 8 cells: 0.940, 0.945, ... 0.975, those of
+        the paper).
     low_end: where `low` has moved to, linearly, after half of the steps (None: it stays). A wide range starts diffuse
         layers moving, a narrow one below the inference p finishes the job.
     per: `layer` draws for each decoder layer, `rollout` shares one value among the layers.
@@ -138,7 +159,7 @@ class Budgets(Section):
     low: Share = 0.9375
     high: Share = 0.9775
     low_end: Share | None = None
-    count: Positive = 8
+    num_generations: Positive = 8
     per: Literal["layer", "rollout"] = "layer"
     sampling: Literal["stratified", "independent", "grid"] = "stratified"
 
@@ -159,70 +180,94 @@ class Budgets(Section):
 
 
 class Rewards(Section):
-    """Weights of the reward's parts. correct: the check of the answer where its row names none: a name in
+    """Weights of the reward's parts. check: of the answer, where its row names none: a name in
     `zipr1.rewards.REWARDS` or `path.py:function`. tolerance: relative, of the check `number`."""
 
-    correct: str = "exact"
+    check: str = "exact"
     tolerance: Rate = 1e-6
     weight: Rate = 1.0
     reduction: Rate = 1.0
 
 
+class Controller(Section):
+    """Gains of the PI controller that follows `efficiency.target`, for each task and layer.
+
+    With e the token ratio less the one that the schedule asks for: while e > 0, the layer's weight is
+    `proportional` * e plus a sum that grows by `integral` * e each step, to `integral_max` at most. A layer at or ahead
+    of the schedule gets no weight, and its sum is multiplied by `decay`.
+    task_ema_rate, kind_ema_rate: how far one question moves the running accuracy gap of its task, and of its kind of
+        question (0.01: about the last hundred questions count). A kind is rarer than its task.
+    """
+
+    proportional: Rate = 10.0
+    integral: Rate = 0.5
+    integral_max: Rate = 30.0
+    decay: Fraction = 0.9
+    task_ema_rate: Share = 0.01
+    kind_ema_rate: Share = 0.02
+
+
 class Efficiency(Section):
     """What lowers the token ratio, and how hard.
 
-    method: a name in `zipr1.efficiency.METHODS`, or a sum such as `cut+pathwise`. weight: of E[token ratio].
+    method: a name in METHODS, or a sum such as `cut+pathwise`. weight: of E[token ratio].
     max_accuracy_drop: fraction (0.005 = half a point) that answers at `sparse.p` may lose against the dense
         reference on the same prompts; None turns the constraint off. Each task's multiplier mu starts at 0, moves by
         `step` times the violation, is clipped to [0, max_multiplier], and divides the weight by 1 + mu.
-        Kinds that `data.emphasis` draws more often count more often too: with it the constraint errs on the safe side.
-    target: token ratio to come down to at `sparse.p`, for each task and layer; None presses with `weight` alone.
-    reach: share of the steps after which the target is to be reached.
+        Kinds that `data.hard_kind_boost` draws more often count more often too: with it the constraint errs on the safe
+        side.
+    target: token ratio to come down to at `sparse.p`, for each task and layer; None: `weight` alone lowers it.
+    target_at: share of the steps after which the target is to be reached. controller: how it is followed.
     """
 
     method: str = "pathwise"
     weight: Rate = 3.0
     target: Annotated[float, Field(gt=0, le=1)] | None = None
-    reach: Annotated[float, Field(gt=0, le=1)] = 0.5
+    target_at: Annotated[float, Field(gt=0, le=1)] = 0.5
     max_accuracy_drop: Annotated[float, Field(ge=0, le=1)] | None = 0.005
     step: Rate = 1.0
     max_multiplier: Rate = 10.0
+    controller: Controller = Controller()
 
 
 class Ppo(Section):
-    """The clipped surrogate. policy_gradient scales it (0 switches it off). kl: weight of KL(policy || dense).
+    """The clipped surrogate. policy_gradient scales it (0 switches it off). kl_coef: weight of KL(policy || dense).
 
     kl_estimator, at each answer token: `full` sums KL(policy || dense) over the vocabulary, `forward` sums
         KL(dense || policy), `jeffreys` is the mean of the two, `k2` half the squared log-ratio of the sampled word.
-    dense: share of the rollouts whose answers are also read at p = 1, where the KL to the dense reference holds the
-        model to what it was: trained without, it forgets how to answer dense. 0: none.
-    baseline: `leave_one_out` or `mean` of the group; scale: `none` or the group's `std`.
+    dense_kl_fraction: share of the rollouts that also get a dense forward pass (p = 1) with a KL term to the dense
+        reference: trained without, the model forgets how to answer dense. 0: none.
+    baseline: `leave_one_out` or `mean` of the group; scale_rewards: `none`, or divide by the group's `std`.
     """
 
     policy_gradient: Rate = 1.0
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     epochs: Positive = 1
     minibatches: Positive = 1
-    kl: Rate = 0.5
+    kl_coef: Rate = 0.5
     kl_estimator: Literal["full", "forward", "jeffreys", "k2"] = "full"
-    dense: Annotated[float, Field(ge=0, le=1)] = 0.0
+    dense_kl_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     baseline: Literal["leave_one_out", "mean"] = "leave_one_out"
-    scale: Literal["none", "std"] = "none"
+    scale_rewards: Literal["none", "std"] = "none"
 
 
 class Optim(Section):
-    """AdamW. schedule: `one_cycle` rises over `warmup` of the steps and falls to 0 by a cosine."""
+    """The optimizer, and its learning rate: it rises over `warmup` of the steps, then lr_scheduler_type says how it
+    goes on, by the names of Hugging Face: `cosine` falls to 0, `cosine_with_min_lr` to `min_lr_ratio` of lr,
+    `constant_with_warmup` stays. betas: of AdamW."""
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-5
-    schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.98]
+    lr_scheduler_type: Literal["cosine", "cosine_with_min_lr", "constant_with_warmup"] = "cosine"
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    warmup: Fraction = 0.1
     weight_decay: Rate = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
 
 
 class Train(Section):
-    """stage: `rl`, or `supervised` (cross-entropy on the answers). prompts: questions in a step.
+    """stage: `rl`, or `supervised` (cross-entropy on the answers). prompts_per_step: questions in a step.
 
     micro_batch: most rows in one forward pass; micro_tokens: most tokens, padding included (None: on a GPU what its
         free memory holds, else no bound).
@@ -235,7 +280,7 @@ class Train(Section):
 
     stage: Literal["rl", "supervised"] = "rl"
     steps: Positive = 300
-    prompts: Positive = 8
+    prompts_per_step: Positive = 8
     micro_batch: Positive = 64
     temperature: Annotated[float, Field(gt=0)] = 1.0
     max_new_tokens: Positive = 16
@@ -299,57 +344,3 @@ class Recipe(Section):
         """Hash of the resolved recipe: the same values give the same hash, however they were written."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in the YAML file `path`, with `a.b=c` overrides on top (c is read as YAML)."""
-    path = Path(path)
-    values = parse(read(path), str(path))
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise InputError(
-            f"{path}: the file holds {show(values)}; a recipe is a mapping of keys such as `seed: 0`"
-        )
-    overridden = [override(values, text) for text in overrides]
-    return validate(values, str(path), overridden)
-
-
-def validate(
-    values: Mapping[str, Any], source: str = "recipe", overridden: Sequence[str] = ()
-) -> Recipe:
-    """A `Recipe` from plain values, or one InputError that lists every problem.
-
-    source: named in front of each problem; keys in `overridden` are blamed on the command line instead.
-    """
-    try:
-        return Recipe.model_validate(dict(values))
-    except ValidationError as error:
-        problems = []
-        for item in error.errors(include_url=False):
-            key = ".".join(str(part) for part in item["loc"] if part != "[key]")
-            blamed = any(
-                f"{key}.".startswith(f"{o}.") or o.startswith(f"{key}.") for o in overridden
-            )
-            problems.append(f"{'command line' if blamed else source}: {problem(key, item, Recipe)}")
-        raise InputError("; ".join(problems)) from None
-
-
-def differences(old: Recipe, new: Recipe) -> list[str]:
-    """`key: old -> new` for every value that differs."""
-    a, b = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    return [
-        f"{key}: {show(a.get(key))} -> {show(b.get(key))}"
-        for key in dict.fromkeys([*a, *b])
-        if a.get(key) != b.get(key)
-    ]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.files import sync, write_whole
 from zipr1.core.jsontext import dumps
-from zipr1.core.recipe import Recipe, differences, load
+from zipr1.core.load import differences, load_written
+from zipr1.core.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -198,7 +199,7 @@ class RunDir:
             raise InputError(
                 f"{self.root}: the folder is not empty and holds no run; give another --output"
             )
-        changed = differences(load(written), self.recipe)
+        changed = differences(load_written(written), self.recipe)
         if changed:
             raise InputError(
                 f"{self.root}: holds a run of another recipe ({', '.join(changed)}); "

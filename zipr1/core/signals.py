@@ -1,12 +1,18 @@
 """SIGTERM and Ctrl-C: the run ends where its checkpoint is true.
 
-While a step only looks and answers, a signal ends it at once, and the state before the step is saved. From the first
-change of the weights it waits for the end of the step. Several ranks wait for a place where all of them agree.
+During rollout a signal aborts, and the state before the step is saved; after `optimizer.step` it waits for the end of
+the step. Several ranks wait for a place where all of them agree.
+
+`handled` puts the handlers in place and takes them back; `scope` is what `hold` is good for, and ends with it. So a
+program that calls the trainer, or a test, finds its signals as they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import FrameType
 
 
@@ -22,31 +28,69 @@ class Stopped(BaseException):
         self.note = note
 
 
-class _Waiting:
-    held = False
-    number = 0
+@dataclass
+class _Scope:
+    """held: whether signals wait; number: of the one that does, or 0."""
+
+    held: bool = False
+    number: int = 0
+
+
+_scopes: list[_Scope] = []  # the innermost last
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """Inside, SIGTERM and SIGINT raise `Stopped`, or wait; afterwards their handlers are those of before. A signal that
+    was ignored stays so. Only in the main thread."""
+    before = {}
+    with scope():
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                old = signal.getsignal(number)
+                # None: set by something other than Python, which cannot put it back.
+                if old is not signal.SIG_IGN and old is not None:
+                    before[number] = old
+                    signal.signal(number, handle)
+            yield
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def scope() -> Iterator[None]:
+    """Inside, `hold` has an effect; it ends here at the latest, with what waits."""
+    _scopes.append(_Scope())
+    try:
+        yield
+    finally:
+        _scopes.pop()
 
 
 def handle(number: int, frame: FrameType | None = None) -> None:
     """The signal handler."""
-    _Waiting.number = number
-    if not _Waiting.held:
+    if not (_scopes and _scopes[-1].held):
         raise Stopped(number)
+    _scopes[-1].number = number
 
 
 def hold() -> None:
-    """From here on a signal waits."""
-    _Waiting.held = True
+    """From here to the end of the innermost `scope` a signal waits. Without one nobody would let it go: no effect."""
+    if _scopes:
+        _scopes[-1].held = True
 
 
 def check(gather: Callable[[int], list[int]]) -> None:
-    """End here if a signal waits, on any rank. gather: everyone's value (ranks.gather); all ranks must ask."""
-    number = max(gather(_Waiting.number))
-    if number and _Waiting.held:
+    """End here if a signal waits, on any rank. gather: everyone's value (distributed.gather); all ranks must ask."""
+    here = _scopes[-1] if _scopes else _Scope()
+    number = max(gather(here.number))
+    if number and here.held:
         release()
         raise Stopped(number)
 
 
 def release() -> None:
     """Signals no longer wait; one that did is forgotten."""
-    _Waiting.held, _Waiting.number = False, 0
+    if _scopes:
+        _scopes[-1] = _Scope()

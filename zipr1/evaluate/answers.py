@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from zipr1.core import distributed
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Data, Recipe, Sparse
 from zipr1.core.types import Prompt
 from zipr1.data.media import load_media
-from zipr1.evaluate import gallery, processes
+from zipr1.evaluate import gallery
 from zipr1.models.batching import by_length
 from zipr1.models.encoder import Pictures, without_patches
 from zipr1.models.policy import Answers, Features, Policy
@@ -133,7 +134,7 @@ class Answerer:
         Under several processes each takes every n-th question, and all get all answers. tell: called with the number
         of questions done. Raises InputError for media that cannot be read, on every process.
         """
-        mine = range(processes.rank(), len(asked), processes.world())
+        mine = range(distributed.rank(), len(asked), distributed.size())
         mine_answered: list[tuple[int, Answered]] = []
         failure: str | None = None
         try:
@@ -144,14 +145,14 @@ class Answerer:
                 chunk = mine[start : start + size]
 
                 def told(done: int, start: int = start) -> None:
-                    tell(min(len(asked), (start + done) * processes.world()))
+                    tell(min(len(asked), (start + done) * distributed.size()))
 
                 prompts = [asked[i]() for i in chunk]
                 answered = self._chunk(prompts, conditions, encoder, drawn, told)
                 mine_answered += zip(chunk, answered, strict=True)
         except InputError as error:
             failure = str(error)
-        parts = processes.gather((mine_answered, failure))
+        parts = distributed.gather((mine_answered, failure))
         failures = [f for _, f in parts if f is not None]
         if failures:
             raise InputError(failures[0])

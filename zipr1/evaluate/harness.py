@@ -34,9 +34,10 @@ from lmms_eval.tasks import TaskManager
 from PIL import ImageFile
 from tenacity import RetryError, stop_after_attempt
 
+from zipr1.core import distributed
 from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.text import reason
-from zipr1.evaluate import local, processes
+from zipr1.evaluate import local
 from zipr1.evaluate.adapter import Adapter, AnswerStore
 from zipr1.evaluate.answers import Answered, Answerer, Conditions
 from zipr1.evaluate.suites import EMBEDDED, SUITES, Suite, Task
@@ -98,7 +99,12 @@ def measure(
         limit = -(-limit // suite.pairs) * suite.pairs
     folder = Path(tempfile.mkdtemp(prefix="zipr1-eval-"))
     try:
-        with _guarded(), processes.alone(), _home(suite, folder, data_root), _few_tries():
+        with (
+            _guarded(),
+            distributed.hidden_launcher(),
+            _home(suite, folder, data_root),
+            _few_tries(),
+        ):
             manager = _manager(suite, folder, limit, data_root)
             scored = [
                 _measure_task(suite, task, manager, answerer, conditions, limit, folder, tell)
@@ -136,7 +142,7 @@ def _measure_task(
             fresh = _load(task, manager, guessed[-1])
         except (Exception, SystemExit) as error:  # noqa: BLE001  lmms-eval exits where data is missing
             failure = _reason(error, suite, task, manager)
-        failure = processes.agree(failure)
+        failure = distributed.agree(failure)
         if failure is None:
             try:
                 result = simple_evaluate(
@@ -155,7 +161,7 @@ def _measure_task(
                 failure = f"{suite.name}: {error}"
             except (Exception, SystemExit) as error:  # noqa: BLE001  lmms-eval exits where data is missing
                 failure = _reason(error, suite, task, manager)
-        failure = processes.agree(failure)
+        failure = distributed.agree(failure)
         if failure is not None or result is None:
             raise RunError(failure or f"{suite.name}: lmms-eval gave no result for {task.name}")
         values = result["results"][task.name]
@@ -251,7 +257,7 @@ def _manager(suite: Suite, folder: Path, limit: int | None, data_root: Path | No
             local.copies(suite, data_root, folder, TASKS)
     except InputError as error:
         failure = f"{suite.name}: {error}"
-    failure = processes.agree(failure)
+    failure = distributed.agree(failure)
     if failure is not None:
         raise InputError(failure)
     if list(folder.glob("*.yaml")):

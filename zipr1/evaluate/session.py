@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
+from zipr1.core import distributed
 from zipr1.core.config import override
 from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.jsontext import dumps
+from zipr1.core.load import validate
 from zipr1.core.machine import describe
-from zipr1.core.recipe import Recipe, validate
+from zipr1.core.recipe import Recipe
 from zipr1.core.text import one_line, reason
-from zipr1.evaluate import processes
 from zipr1.evaluate.folder import Folder, identity
 from zipr1.evaluate.suites import GROUPS, LMMS_EVAL, SUITES, Suite, resolve
 from zipr1.models.loading import choose_device
@@ -76,10 +77,10 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
     recipe, keys = _settings(request, source)
     p_values = _p_values(request.p_values, recipe)
     _check_data_root(request.data_root, suites)
-    processes.start()
+    distributed.start()
     try:
         # 2. the model, and the one it was trained from
-        device = request.device or processes.device()
+        device = request.device or distributed.shared_device()
         recipe = _with_dtype(recipe, device)
         policy = load_policy(recipe.model, device)
         base, base_name, base_note = _base(request, source, recipe, device)
@@ -98,7 +99,7 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
         }
         # 3. where results go; what is there already
         folder = Folder.open(request.output, request.model, meta)
-        loud = processes.rank() == 0
+        loud = distributed.rank() == 0
         quiet = console if loud else Console(file=io.StringIO())
         quiet.print(
             f"{request.model}: sparsity of {source.sparse_from}; "
@@ -129,7 +130,7 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
         if loud:
             write(folder, results, quiet)
     finally:
-        processes.stop()
+        distributed.stop()
     if results["errors"]:
         names = ", ".join(error["task"] for error in results["errors"])
         raise RunError(
@@ -290,7 +291,7 @@ def _measure_all(
     from zipr1.evaluate.records import record
 
     for suite in suites:
-        done = processes.gather(folder.done(suite.name))[0]
+        done = distributed.gather(folder.done(suite.name))[0]
         if done:
             console.print(f"{suite.name}: finished before, not repeated", highlight=False)
             continue
@@ -307,9 +308,9 @@ def _measure_all(
             result = {"task": suite.name, "error": one_line(error)}
             failed = f"[bold red]failed:[/] {escape(result['error'])}"
             console.print(failed, soft_wrap=True, highlight=False)
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             folder.save(suite.name, result)
-    processes.gather(None)  # what the first process wrote is there for all
+    distributed.gather(None)  # what the first process wrote is there for all
 
 
 def conditions_of(suite: Suite, recipe: Recipe, keys: set[str]) -> Conditions:

@@ -177,7 +177,7 @@ def _training(source: Source) -> str:
         f"* Licence of the base: {source.licence() or 'not found beside its weights'}",
         f"* Data: {data}",
         f"* {'Reinforcement learning' if recipe.train.stage == 'rl' else 'Supervised training'}: step {source.step} "
-        f"of {recipe.train.steps}, {recipe.train.prompts} questions a step"
+        f"of {recipe.train.steps}, {recipe.train.prompts_per_step} questions a step"
         + (f", {summary['rollouts']:,} rollouts" if summary.get("rollouts") else "")
         + (
             f"; LoRA of rank {recipe.model.lora.rank}"
@@ -196,7 +196,7 @@ def _training(source: Source) -> str:
 
 
 def _limits(source: Source) -> str:
-    dense = source.recipe.ppo.dense
+    dense = source.recipe.ppo.dense_kl_fraction
     care = "trained to answer sparse alone, it may answer worse dense"
     if dense:
         care = f"in training {dense:.1%} of them were held to the base there"

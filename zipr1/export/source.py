@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Model, Recipe, load
+from zipr1.core.load import load_written
+from zipr1.core.recipe import Model, Recipe
 from zipr1.core.rundir import is_complete, read_json
 from zipr1.models.open import find_source, origin, resolve, stored_dtype
 
@@ -74,7 +75,7 @@ def open_run(path: Path) -> Source:
         raise InputError(
             f"{path}: the run has no complete checkpoint yet; resume it with zipr1 train RECIPE --resume {path}"
         )
-    recipe = load(path / "recipe.yaml")
+    recipe = load_written(path / "recipe.yaml")
     weights = (last / "model").resolve()
     summary, start = path / "summary.json", origin(recipe.model)
     return Source(

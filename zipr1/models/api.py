@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Sparse, validate
+from zipr1.core.load import validate
+from zipr1.core.recipe import Sparse
 from zipr1.core.types import Media
 from zipr1.data.media import load_media
 from zipr1.models.inputs import model_inputs

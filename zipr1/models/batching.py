@@ -46,15 +46,19 @@ def answer_slots(
     return prompts[:, None] - 1 + steps * mask, mask
 
 
-def choose(logprobs: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
-    """Next tokens `(B,)` from logprobs `(B, V)`: inverse CDF of uniforms `(B,)`, the argmax where negative."""
-    greedy = logprobs.argmax(-1)
+def choose(
+    logprobs: torch.Tensor, uniforms: torch.Tensor | None, greedy: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Next tokens `(B,)` from logprobs `(B, V)`: inverse CDF of uniforms `(B,)` in [0, 1); the argmax in rows that are
+    greedy `(B,)` bool, and in all without uniforms."""
+    likeliest = logprobs.argmax(-1)
     if uniforms is None:
-        return greedy
+        return likeliest
     cdf = logprobs.double().exp().cumsum(-1)
     u = uniforms.to(logprobs.device).double()
-    sampled = torch.searchsorted(cdf, (u.clamp(min=0) * cdf[:, -1])[:, None], right=True)[:, 0]
-    return torch.where(u < 0, greedy, sampled.clamp(max=logprobs.shape[-1] - 1))
+    sampled = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
+    sampled = sampled.clamp(max=logprobs.shape[-1] - 1)
+    return sampled if greedy is None else torch.where(greedy.to(u.device), likeliest, sampled)
 
 
 def groups(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:

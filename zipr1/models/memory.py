@@ -66,7 +66,7 @@ def rollout_rows(recipe: Recipe) -> int:
     """Answers sampled in a step, with the greedy ones that a target or a constraint asks for."""
     wanted = recipe.efficiency
     checked = wanted.max_accuracy_drop is not None or wanted.target is not None
-    return recipe.train.prompts * (recipe.budgets.count + checked)
+    return recipe.train.prompts_per_step * (recipe.budgets.num_generations + checked)
 
 
 def weight_bytes(recipe: Recipe, gpu: bool = True) -> int:
@@ -185,13 +185,19 @@ def hours(
     """
     size = computed(recipe, size or weight_bytes(recipe))
     rows, new = rollout_rows(recipe), recipe.train.max_new_tokens
-    update = recipe.train.prompts * recipe.budgets.count
+    update = recipe.train.prompts_per_step * recipe.budgets.num_generations
     length = min(length, s.limit - new)
     one = add(prefill(s, length, 1.0, "none", 0).values()).flops
-    work = recipe.train.prompts * vision(s, visual).flops + rows * one
+    work = recipe.train.prompts_per_step * vision(s, visual).flops + rows * one
     passes = 1 + 3 + recipe.model.gradient_checkpointing
     work += (
-        update * passes * (1 + recipe.ppo.dense) * recipe.ppo.epochs * one * (length + new) / length
+        update
+        * passes
+        * (1 + recipe.ppo.dense_kl_fraction)
+        * recipe.ppo.epochs
+        * one
+        * (length + new)
+        / length
     )
     batch = min(rows, recipe.train.micro_batch)
     moved = (
@@ -259,7 +265,7 @@ def outline(s: Shape, recipe: Recipe, longest: int, size: int | None = None) -> 
         "trainable": trained(s, recipe),
     }
     if recipe.train.stage == "rl":
-        plan["rollout_rows"] = recipe.train.prompts * recipe.budgets.count
+        plan["rollout_rows"] = recipe.train.prompts_per_step * recipe.budgets.num_generations
         plan["greedy_rows"] = rollout_rows(recipe) - plan["rollout_rows"]
     plan["checkpoints"] = checkpoints(s, recipe, size)
     plan["memory"] = memory(s, recipe, longest, size)

@@ -22,7 +22,8 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Data, Model, Recipe, Sparse, load
+from zipr1.core.load import load_written
+from zipr1.core.recipe import Data, Model, Recipe, Sparse
 from zipr1.models import families, manifest
 from zipr1.models.loading import (
     WEIGHT_DTYPES,
@@ -85,7 +86,7 @@ def find_source(path: str) -> ModelSource:
         return ModelSource(path, "", None, None, None, Sparse(), "the defaults", {})
     place = resolve(path)
     written = _written_recipe(path)
-    recipe = load(written) if written is not None else None
+    recipe = load_written(written) if written is not None else None
     exported = manifest.read(Path(place)) if Path(place).is_dir() else None
     if path == "tiny":
         sparse, sparse_from = manifest.TINY, "the embedded model"
@@ -141,7 +142,7 @@ def origin(settings: Model) -> Model:
         seen.add(settings.path)
         written = _written_recipe(settings.path)
         if written is not None:
-            settings = load(written).model
+            settings = load_written(written).model
     return settings
 
 

@@ -309,12 +309,12 @@ class Policy:
         uniforms: torch.Tensor | None = None,
         temperature: float = 1.0,
         model: Any = None,
+        greedy: torch.Tensor | None = None,
     ) -> Answers:
         """Prefill and decode all rows together; sparse under `request`, dense without or where it keeps all.
 
         uniforms: `(B, >= max_new_tokens)` in [0, 1): row b samples its t-th token by inverse CDF of
-        uniforms[b, t]; a row of negative numbers, or None, is greedy. So what a row samples does not depend on
-        the batch it is in.
+        uniforms[b, t], whatever the batch. greedy `(B,)`: rows that take the likeliest; all without uniforms.
         """
         core, request = model or self.core, None if request and request.keeps_all else request
         inputs, valid = self.rows(encoded, features, None, True, core)
@@ -339,7 +339,7 @@ class Policy:
             hidden, tokens, scores, masks = out.last_hidden_state[:, -1], [], [], []
             for step in range(max_new_tokens):
                 logprobs = (self.head(hidden, core) / temperature).log_softmax(-1)
-                choice = choose(logprobs, None if uniforms is None else uniforms[:, step])
+                choice = choose(logprobs, None if uniforms is None else uniforms[:, step], greedy)
                 tokens.append(choice)
                 scores.append(logprobs.gather(-1, choice[:, None])[:, 0])
                 masks.append(alive)

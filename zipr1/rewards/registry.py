@@ -38,7 +38,7 @@ REWARDS: dict[str, Reward] = {
 }
 
 
-def find(name: str, where: str = "rewards.correct", tolerance: float | None = None) -> Reward:
+def find(name: str, where: str = "rewards.check", tolerance: float | None = None) -> Reward:
     """The reward of that name, or the function of `path.py:func`.
 
     where: what named it, for errors. tolerance: relative, of `number`. Raises InputError, with the nearest name.
@@ -111,7 +111,7 @@ def _takes_two(check: Callable[..., object]) -> bool:
 
 def reward_of(prompt: Prompt, recipe: Recipe) -> Reward:
     """The check of a prompt's answer: its own, or the recipe's; the best over all answers that are right."""
-    check = find(prompt.reward or recipe.rewards.correct, tolerance=recipe.rewards.tolerance)
+    check = find(prompt.reward or recipe.rewards.check, tolerance=recipe.rewards.tolerance)
     if not prompt.accepted:
         return check
     return lambda said, wanted: max(check(said, right) for right in (wanted, *prompt.accepted))

@@ -16,23 +16,27 @@ from zipr1.core.recipe import Recipe, Sparse
 from zipr1.core.statistics import confidence_interval
 from zipr1.core.types import Prompt
 from zipr1.models.batching import by_length
-from zipr1.models.encoder import Pictures
-from zipr1.models.policy import Policy
+from zipr1.models.encoder import Looked, Pictures
+from zipr1.models.policy import Answers, Policy
+from zipr1.models.processors import Encoded
 from zipr1.models.sparse.attention import Request
+from zipr1.models.token_budget import token_budget
 from zipr1.rewards.registry import reward_of
+from zipr1.train import chunks
 
 
 @dataclass
 class Result:
-    """Answers to held-out questions, in their order. correct, token_ratio: float arrays `(n,)`; kept[i][d]:
-    positions kept of question i at layer d, empty when dense; heldout: mean mass kept for other probes."""
+    """Answers to held-out questions, in their order. correct, token_ratio: float arrays `(n,)`; layer_ratios `(n, D)`;
+    said: the answers' texts; kept[i][d]: positions kept of question i at layer d, empty when dense; probe_audit_mass:
+    mean score mass of other, held-out probes that the kept tokens hold."""
 
     prompts: Sequence[Prompt]
     correct: np.ndarray
     token_ratio: np.ndarray
     layer_ratios: np.ndarray
     said: list[str]
-    heldout: float = 1.0
+    probe_audit_mass: float = 1.0
     kept: list[list[torch.Tensor]] = field(default_factory=list)
 
     def part(self, rows: Sequence[int]) -> dict[str, Any]:
@@ -53,7 +57,7 @@ class Result:
             self.token_ratio,
             self.layer_ratios,
             self.said,
-            self.heldout,
+            self.probe_audit_mass,
             self.kept,
         )
 
@@ -66,7 +70,7 @@ class Result:
 
 
 def joined(prompts: Sequence[Prompt], parts: Sequence[tuple[Any, ...]]) -> Result:
-    """One result for all prompts from those of the ranks (`Result.plain`), which were dealt out by `ranks.deal`."""
+    """One result for all prompts from those of the ranks (`Result.plain`), dealt out by `distributed.deal`."""
     if len(parts) == 1:
         return Result(prompts, *parts[0])
     order = np.argsort(
@@ -76,9 +80,9 @@ def joined(prompts: Sequence[Prompt], parts: Sequence[tuple[Any, ...]]) -> Resul
     lists = [[one for part in parts for one in part[k]] for k in (3, 5)]
     said, kept = ([values[i] for i in order] for values in lists)
     sizes = [len(part[0]) for part in parts]
-    heldout = float(np.average([part[4] for part in parts], weights=sizes))
+    mass = float(np.average([part[4] for part in parts], weights=sizes))
     correct, ratio, layers = arrays
-    return Result(prompts, correct, ratio, layers, said, heldout, kept)
+    return Result(prompts, correct, ratio, layers, said, mass, kept)
 
 
 def evaluate(
@@ -90,7 +94,8 @@ def evaluate(
 ) -> list[Result]:
     """One `Result` for each of `settings` (None: the dense reference), over the same prompts.
 
-    Prompts go in chunks whose media are decoded and seen once for all settings. tell: called with the number of
+    Prompts go in chunks (zipr1/train/chunks.py) whose media are seen once for all settings; one pass has at most
+    `evaluation.batch` rows, and no more tokens than a pass of training's rollouts. tell: called with the number of
     prompts done.
     """
     results = [
@@ -99,38 +104,54 @@ def evaluate(
         for _ in settings
     ]  # fmt: skip
     masses: list[list[torch.Tensor]] = [[] for _ in settings]
-    size = recipe.evaluation.batch * 4
-    pictures = Pictures(policy, recipe, most=0)
-    for start in range(0, len(prompts), size):
-        chunk = list(range(start, min(start + size, len(prompts))))
-        encoded = pictures.encode([prompts[i] for i in chunk])
-        features = pictures.look(encoded)
-        for rows in by_length([len(e) for e in encoded], recipe.evaluation.batch):
+    pictures, batch = Pictures(policy, recipe, most=0), recipe.evaluation.batch
+    for chunk in chunks.seen(pictures, prompts, batch * 4):
+        lengths = [len(e) + recipe.train.max_new_tokens for e in chunk.encoded]
+        for rows in by_length(lengths, batch, token_budget(policy, recipe, update=False)):
+            encoded = [chunk.encoded[b] for b in rows]
+            places = [chunk.places[b] for b in rows]
             for setting, result, mass in zip(settings, results, masses, strict=True):
-                few = [encoded[b] for b in rows]
-                if setting is None:
-                    with policy.reference() as model:
-                        answers = policy.generate(
-                            few, features.reference, None, recipe.train.max_new_tokens, model=model
-                        )
-                else:
-                    request = Request(setting, audit=range(len(few)))
-                    answers = policy.generate(
-                        few, features.policy, request, recipe.train.max_new_tokens
-                    )
-                for row, b in enumerate(rows):
-                    i = chunk[b]
-                    text = policy.processor.decode(answers.tokens[row])
-                    result.said[i] = text
-                    result.correct[i] = reward_of(prompts[i], recipe)(text, prompts[i].answer)
-                    if answers.counts is not None and answers.kept is not None:
-                        result.layer_ratios[i] = answers.counts[row].numpy() / len(encoded[b])
-                        result.token_ratio[i] = result.layer_ratios[i].mean()
-                        result.kept[i] = answers.kept[row]
+                answers = _answers(policy, recipe, encoded, chunk.features, setting)
+                _note(policy, recipe, result, places, encoded, answers)
                 if answers.heldout is not None:
                     mass.append(answers.heldout)
-        tell(chunk[-1] + 1)
+        tell(chunk.places[-1] + 1)
     for result, mass in zip(results, masses, strict=True):
         if mass:
-            result.heldout = float(torch.cat(mass).mean())
+            result.probe_audit_mass = float(torch.cat(mass).mean())
     return results
+
+
+def _answers(
+    policy: Policy,
+    recipe: Recipe,
+    encoded: Sequence[Encoded],
+    features: Looked,
+    setting: Sparse | None,
+) -> Answers:
+    """Greedy answers of one pass. setting: None for the dense reference."""
+    length = recipe.train.max_new_tokens
+    if setting is None:
+        with policy.reference() as model:
+            return policy.generate(encoded, features.reference, None, length, model=model)
+    request = Request(setting, audit=range(len(encoded)))
+    return policy.generate(encoded, features.policy, request, length)
+
+
+def _note(
+    policy: Policy,
+    recipe: Recipe,
+    result: Result,
+    places: Sequence[int],
+    encoded: Sequence[Encoded],
+    answers: Answers,
+) -> None:
+    """Put the answers of one pass into the result. places: of its rows among all prompts."""
+    for row, i in enumerate(places):
+        prompt, text = result.prompts[i], policy.processor.decode(answers.tokens[row])
+        result.said[i] = text
+        result.correct[i] = reward_of(prompt, recipe)(text, prompt.answer)
+        if answers.counts is not None and answers.kept is not None:
+            result.layer_ratios[i] = answers.counts[row].numpy() / len(encoded[row])
+            result.token_ratio[i] = result.layer_ratios[i].mean()
+            result.kept[i] = answers.kept[row]

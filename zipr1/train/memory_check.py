@@ -1,44 +1,50 @@
 """Does it fit? The longest questions are tried before the first step, and what comes of it is thrown away.
 
-A run that would die of memory in its third hour dies in its first minute. Lengths are estimated, from the sizes that
-files of pictures have in their first bytes, for clips from the most that they can have.
+A run that would die of memory in its third hour dies in its first minute. Lengths are exact: counted from the sizes of
+media, for which nothing is decoded where the rows know them. Of media of unknown size a bounded number is opened.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
-from PIL import Image
 
+from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe
-from zipr1.core.types import Media, Prompt
+from zipr1.core.types import Prompt
+from zipr1.data.media import look
+from zipr1.models.batching import by_length
 from zipr1.models.encoder import Pictures
 from zipr1.models.policy import Policy
-from zipr1.models.processors import PixelSettings
-from zipr1.train.controller import Pressure
+from zipr1.models.token_budget import token_budget
+from zipr1.train.controller import EfficiencyController
+from zipr1.train.minibatch import flatten
 from zipr1.train.rollout import roll_out
-from zipr1.train.update import backward, flatten
+from zipr1.train.update import backward
 
-LOOKED = 1024  # prompts whose lengths are estimated, evenly spaced
+OPENED = 256  # prompts whose media are opened to learn their size, evenly spaced among those that need it
 
 
 def rehearse(policy: Policy, recipe: Recipe, pictures: Pictures, prompts: Sequence[Prompt]) -> int:
     """Roll out and learn from the longest questions with answers of full length, and change nothing. Returns the
     tokens of the longest row."""
-    few = prompts[:: max(1, len(prompts) // LOOKED)]
-    most = -(-recipe.train.micro_batch // recipe.budgets.count)
-    count = min(most, recipe.train.prompts, len(few))
-    longest = sorted(few, key=lambda p: length(p, policy, recipe), reverse=True)
+    most = -(-recipe.train.micro_batch // recipe.budgets.num_generations)
+    longest = by_tokens(pictures, prompts)
+    count = min(most, recipe.train.prompts_per_step, len(longest))
     asked: list[Prompt] = []
     while not asked:  # rows that may be skipped are only known to be bad once they are read
         tried, longest = longest[:count], longest[count:]
         asked, encoded = pictures.usable(tried, least=int(not longest))
 
     trained = policy.settings.train_vision
-    seen = policy.parallel.apart(lambda: pictures.look(encoded), policy=trained, reference=trained)
+    seen = policy.parallel.run_unsharded(
+        lambda: pictures.look(encoded), policy=trained, reference=trained
+    )
     batch = roll_out(policy, recipe, asked, encoded, seen.policy, 0, seen.reference)
     generator = torch.Generator().manual_seed(0)
     for group in batch.groups:
@@ -48,34 +54,70 @@ def rehearse(policy: Policy, recipe: Recipe, pictures: Pictures, prompts: Sequen
             extra = torch.randint(100, 200, (missing,), generator=generator) % policy.words
             rollout.tokens = torch.cat([rollout.tokens, extra])
             rollout.logprobs = torch.cat([rollout.logprobs, torch.zeros(missing)])
-    none = Pressure({}, {}, torch.zeros(policy.layers))
-    rows = flatten(batch, recipe, none)
-    order = sorted(range(len(rows.lengths)), key=lambda b: -rows.lengths[b])
-    backward(policy, recipe, batch, rows, order[: recipe.train.micro_batch], share=1.0)
+    free = recipe.efficiency.model_copy(update={"weight": 0.0})
+    rows = flatten(batch, recipe, EfficiencyController(free, policy.layers))
+    room = token_budget(policy, recipe, update=True)
+    first = by_length(rows.lengths, recipe.train.micro_batch, room)[0]
+    backward(policy, recipe, batch, rows, first, share=1.0)
     for _, parameter in policy.trainable():
         parameter.grad = None
     return max(rows.lengths)
 
 
-def length(prompt: Prompt, policy: Policy, recipe: Recipe) -> float:
-    """About how many tokens a prompt has: a quarter of its characters, and one for each `factor` squared pixels."""
-    settings = policy.processor.settings
-    text = sum(len(str(m.get("content", ""))) for m in prompt.messages) / 4
-    return text + sum(visual(m, settings, recipe) for m in prompt.media)
+def by_tokens(pictures: Pictures, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """All prompts, those with most tokens first. Counted are those whose media have a size or are in memory; of the
+    others at most OPENED are opened to be counted, and the rest comes last, with bad rows that may be skipped."""
+    sized = [_with_sizes(prompt) for prompt in prompts]
+    known = [prompt for prompt in sized if _has_sizes(prompt)]
+    unknown = [prompt for prompt in sized if not _has_sizes(prompt)]
+    every = max(1, -(-len(unknown) // OPENED))
+    with ThreadPoolExecutor(pictures.data.workers) as pool:
+        opened = list(pool.map(lambda prompt: _opened(prompt, pictures), unknown[::every]))
+    known += [prompt for prompt in opened if _has_sizes(prompt)]
+    rest = [prompt for i, prompt in enumerate(unknown) if i % every]
+    rest += [prompt for prompt in opened if not _has_sizes(prompt)]
+    counted: dict[bytes, int] = {}
+    known.sort(key=lambda prompt: _length(pictures, prompt, counted), reverse=True)
+    return known + rest
 
 
-def visual(media: Media, settings: PixelSettings, recipe: Recipe) -> float:
-    if isinstance(media.source, np.ndarray):
-        frames = media.source[None] if media.source.ndim == 3 else media.source
-        count, (height, width) = len(frames), frames.shape[1:3]
-    elif media.kind == "image" and isinstance(media.source, str | Path):
-        count = 1
+def _length(pictures: Pictures, prompt: Prompt, counted: dict[bytes, int]) -> int:
+    """Tokens of a prompt whose media have sizes, counted once for those that read alike; 0 for one that is too long and
+    may be skipped. counted: changed here. Raises InputError for one that may not."""
+    text = repr((prompt.messages, [(m.kind, m.size) for m in prompt.media]))
+    name = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    if name not in counted:
         try:
-            with Image.open(media.source) as picture:
-                width, height = picture.size
-        except OSError:
-            return 0.0  # a bad row is reported where it is read
-    else:
-        count, height, width = recipe.data.max_frames, settings.max_pixels, 1
-    area = min(max(height * width, settings.min_pixels), settings.max_pixels)
-    return -(-count // settings.temporal) * area / settings.factor**2
+            counted[name] = pictures.length(prompt)[0]
+        except InputError:
+            if pictures.data.on_bad_row == "error":
+                raise
+            counted[name] = 0
+    return counted[name]
+
+
+def _has_sizes(prompt: Prompt) -> bool:
+    return all(m.size is not None for m in prompt.media)
+
+
+def _with_sizes(prompt: Prompt, opens: bool = False) -> Prompt:
+    """The prompt with the sizes of media that are arrays, and of the others too if it opens them."""
+    if _has_sizes(prompt):
+        return prompt
+    media = [
+        replace(m, size=look(m))
+        if m.size is None and (opens or isinstance(m.source, np.ndarray))
+        else m
+        for m in prompt.media
+    ]
+    return replace(prompt, media=tuple(media))
+
+
+def _opened(prompt: Prompt, pictures: Pictures) -> Prompt:
+    """The prompt with the sizes of all its media; as it was if it is bad and may be skipped. Raises InputError."""
+    try:
+        return _with_sizes(prompt, opens=True)
+    except InputError as error:
+        if pictures.data.on_bad_row == "error":
+            raise InputError(f"{prompt.row or prompt.id}: {error}") from None
+        return prompt

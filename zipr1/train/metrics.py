@@ -14,20 +14,22 @@ from zipr1.train.rollout import Batch
 
 def step_metrics(recipe: Recipe, batch: Batch, parts: dict[str, float]) -> dict[str, Any]:
     """Means over the step's rollouts. `token_ratio_by_budget[n]`: of layers whose threshold lay in the n-th of
-    `budgets.count` equal cells of the step's [low, high] (None where none did); `gate`: share of questions with a
-    right answer; `inference`: by task, of the greedy answers at the inference p, how far they are behind the dense ones
-    and what they kept.
+    `budgets.num_generations` equal cells of the step's [low, high] (None where none did); `gate`: share of questions
+    with a right answer; `inference`: by task, of the greedy answers at the inference p, how far they are behind the
+    dense ones and what they kept; `heldout_mass`: the probe audit.
     """
     rollouts = [r for g in batch.groups for r in g.rollouts]
     budgets = recipe.budgets
     ratio = np.array([r.layer_ratios for r in rollouts])
     p = np.array([r.thresholds.numpy() for r in rollouts])
     cells = np.clip(
-        (p - batch.low) / (budgets.high - batch.low) * budgets.count, 0, budgets.count - 1e-3
+        (p - batch.low) / (budgets.high - batch.low) * budgets.num_generations,
+        0,
+        budgets.num_generations - 1e-3,
     )
     total = np.array([[r.rewards["total"] for r in g.rollouts] for g in batch.groups])
     correct = np.array([[r.rewards["correct"] for r in g.rollouts] for g in batch.groups])
-    by_cell = [ratio[cells.astype(int) == n] for n in range(budgets.count)]
+    by_cell = [ratio[cells.astype(int) == n] for n in range(budgets.num_generations)]
     return {
         "reward": float(total.mean()),
         "rewards": {
@@ -49,7 +51,7 @@ def step_metrics(recipe: Recipe, batch: Batch, parts: dict[str, float]) -> dict[
             for task, own in by_task(batch.checks or []).items()
         },
         "answer_tokens": float(np.mean([len(r.tokens) for r in rollouts])),
-        "heldout_mass": batch.heldout,
+        "heldout_mass": batch.probe_audit_mass,
         **parts,
     }
 

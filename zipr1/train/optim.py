@@ -66,7 +66,8 @@ def build(named: Sequence[tuple[str, torch.nn.Parameter]], settings: Optim) -> O
     parts: list[torch.optim.Optimizer] = []
     if rest:
         groups = [g for g in groups if g["params"]]
-        parts.append(torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98)))
+        first, second = settings.betas
+        parts.append(torch.optim.AdamW(groups, lr=settings.lr, betas=(first, second)))
     if muon:
         decay = settings.weight_decay
         parts.append(
@@ -80,10 +81,10 @@ def learning_rate(settings: Optim, step: int, steps: int) -> float:
     warm = round(settings.warmup * steps)
     if step < warm:
         return settings.lr * (step + 1) / warm
-    if settings.schedule == "constant":
+    if settings.lr_scheduler_type == "constant_with_warmup":
         return settings.lr
     done = (step - warm + 0.5) / max(1, steps - warm)
-    floor = 0.1 if settings.schedule == "cosine" else 0.0
+    floor = settings.min_lr_ratio if settings.lr_scheduler_type == "cosine_with_min_lr" else 0.0
     return settings.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
 

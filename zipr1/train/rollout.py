@@ -1,5 +1,8 @@
 """Roll out every prompt at every budget, all in few batches, and remember what was kept.
 
+One function for each part: thresholds and random numbers are drawn, answers sampled, graded, and the greedy ones at the
+inference p checked against the dense reference. What rewards become is zipr1/train/minibatch.py.
+
 Everything random here is a function of (recipe seed, step, place of the prompt in the step), so the same step
 gives the same rollouts on any number of processes, in any batch, and after a resume.
 """
@@ -15,7 +18,7 @@ import numpy as np
 import torch
 
 from zipr1.core import distributed
-from zipr1.core.recipe import Recipe
+from zipr1.core.recipe import Recipe, parse
 from zipr1.core.types import Group, Prompt, Rollout
 from zipr1.models.batching import by_length
 from zipr1.models.policy import Features, Policy
@@ -24,7 +27,6 @@ from zipr1.models.sparse import thresholds
 from zipr1.models.sparse.attention import Request
 from zipr1.models.token_budget import token_budget
 from zipr1.rewards.registry import reward_of
-from zipr1.train import advantages
 from zipr1.train.controller import Check
 
 
@@ -35,8 +37,9 @@ class Batch:
 
     low: lower end of the thresholds' range in this step. cut_logprobs: per group `(N,)` log-probability of the kept
     counts when sampled; None unless `cut` is used. checks: per prompt the greedy answer at the inference p beside the
-    dense one; None where neither a target nor a constraint asks for it. heldout: mean mass kept for held-out probes,
-    of one rollout of each prompt.
+    dense one; None where neither a target nor a constraint asks for it. probe_audit_mass: mean score mass of other,
+    held-out probes that the kept tokens hold, of one rollout of each prompt. accuracy: of the greedy answers, `dense`
+    and `sparse`.
     With several ranks (`together`) groups are all of them, and `encoded` is None for other ranks' prompts.
     """
 
@@ -48,8 +51,33 @@ class Batch:
     low: float
     cut_logprobs: list[torch.Tensor] | None = None
     checks: list[Check] | None = None
-    heldout: float = 1.0
+    probe_audit_mass: float = 1.0
     accuracy: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What the answers are sampled with, a row each, B in all; the rows of a prompt follow each other.
+
+    thresholds `(B, D)` float32: the p of each layer. uniforms `(B, T)` float32 in [0, 1): row b samples its t-th word
+    by uniforms[b, t]. greedy `(B,)` bool: rows that take the likeliest word instead; their uniforms are not read. low:
+    lower end of the range of the thresholds.
+    """
+
+    thresholds: torch.Tensor
+    uniforms: torch.Tensor
+    greedy: torch.Tensor
+    low: float
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """An answer for each row. cut_logprobs `(B,)`: log-probability of the kept counts, 0 unless `cut` is used.
+    probe_audit_mass: as in `Batch`, the mean over the audited rows."""
+
+    rollouts: list[Rollout]
+    cut_logprobs: torch.Tensor
+    probe_audit_mass: float
 
 
 def probe_seed(recipe: Recipe, step: int) -> int:
@@ -68,87 +96,77 @@ def roll_out(
     known: dict[str, float] | None = None,
     places: Sequence[int] | None = None,
 ) -> Batch:
-    """Sample `budgets.count` answers of each prompt; for a target or a constraint, one greedy one at `sparse.p` more.
+    """`budgets.num_generations` answers of each prompt, graded; for a target or a constraint, one greedy one at
+    `sparse.p` more, checked against the dense reference.
 
     known: whether the dense reference answers a prompt right, by `fingerprint`; what is missing is added.
     places: of the prompts in the step (None: 0, 1, ...), on which their random numbers depend.
     """
-    budgets, settings = recipe.budgets, recipe.train
-    low = budgets.low_at(step, settings.steps)
-    wanted = recipe.efficiency
-    checked = wanted.max_accuracy_drop is not None or wanted.target is not None
-    each = budgets.count + checked
-    limits, uniforms = [], []
-    for place in range(len(prompts)) if places is None else places:
-        generator = torch.Generator().manual_seed(_seed(recipe.seed, step, place))
-        drawn = thresholds.thresholds(
-            budgets.count,
-            policy.layers,
-            low,
-            budgets.high,
-            budgets.per,
-            budgets.sampling,
-            generator,
-        )
-        noise = torch.rand(budgets.count, settings.max_new_tokens, generator=generator)
-        if checked:
-            drawn = torch.cat([drawn, torch.full((1, policy.layers), recipe.sparse.p)])
-            noise = torch.cat([noise, torch.full((1, settings.max_new_tokens), -1.0)])
-        limits.append(drawn)
-        uniforms.append(noise)
-    p, u = torch.cat(limits), torch.cat(uniforms)
-
-    seed = probe_seed(recipe, step)
-    owners = [encoded[row // each] for row in range(len(p))]
-    # One rollout of each prompt is audited: the greedy one, or each budget in turn.
-    audited = range(budgets.count if checked else step % budgets.count, len(p), each)
-    made, cuts, heldout = policy.parallel.apart(
-        lambda: sample(policy, recipe, owners, features, p, u, seed, low, audited), policy=True
+    count, seed = recipe.budgets.num_generations, probe_seed(recipe, step)
+    checked = has_greedy_rows(recipe)
+    each = count + checked
+    # 1. thresholds and random numbers for every row
+    draws = draw(recipe, policy.layers, step, range(len(prompts)) if places is None else places)
+    # 2. an answer for every row; one of each prompt is audited: the greedy one, or each budget in turn
+    rows = [one for one in encoded for _ in range(each)]
+    audited = range(count if checked else step % count, len(rows), each)
+    sampled = policy.parallel.run_unsharded(
+        lambda: sample(policy, recipe, rows, features, draws, seed, audited), policy=True
     )
-    groups = [Group(prompt, []) for prompt in prompts]
-    greedy: list[Rollout] = []
-    for place, group in enumerate(groups):
-        own = made[place * each : (place + 1) * each]
-        right = reward_of(group.prompt, recipe)
-        for rollout in own:
-            rollout.rewards["correct"] = right(rollout.text, group.prompt.answer)
-        group.rollouts = own[: budgets.count]
-        greedy.extend(own[budgets.count :])
+    made = [sampled.rollouts[i : i + each] for i in range(0, len(rows), each)]
+    # 3. graded
+    for prompt, own in zip(prompts, made, strict=True):
+        grade(prompt, own, recipe)
     batch = Batch(
-        groups,
+        [Group(prompt, own[:count]) for prompt, own in zip(prompts, made, strict=True)],
         list(encoded),
         features,
         reference or features,
         seed,
-        low,
-        heldout=heldout,
+        draws.low,
+        probe_audit_mass=sampled.probe_audit_mass,
     )
-    if "cut" in thresholds.parse(wanted.method):
-        batch.cut_logprobs = [c[: budgets.count] for c in cuts.split(each)]
+    if "cut" in parse(recipe.efficiency.method):
+        batch.cut_logprobs = [own[:count] for own in sampled.cut_logprobs.split(each)]
+    # 4. the greedy answers at the inference p, beside those of the dense reference
     if checked:
-        known = {} if known is None else known
-        names = [fingerprint(prompt, e) for prompt, e in zip(prompts, encoded, strict=True)]
-        new = [i for i, name in enumerate(names) if name not in known]
-        asked, about = [prompts[i] for i in new], [encoded[i] for i in new]
-        answered = policy.parallel.apart(
-            lambda: dense_right(policy, recipe, asked, about, batch.reference), reference=True
-        )
-        known |= {names[i]: right for i, right in zip(new, answered, strict=True)}
-        dense = [known[name] for name in names]
-        batch.checks = [
-            Check(
-                prompt.task,
-                prompt.task_kind,
-                right - rollout.rewards["correct"],
-                tuple(rollout.layer_ratios),
-            )
-            for prompt, right, rollout in zip(prompts, dense, greedy, strict=True)
-        ]
-        batch.accuracy = {
-            "dense": float(np.mean(dense)),
-            "sparse": float(np.mean([rollout.rewards["correct"] for rollout in greedy])),
-        }
+        dense = dense_correct(policy, recipe, batch, {} if known is None else known)
+        greedy = [own[count] for own in made]
+        batch.checks = [check(*three) for three in zip(prompts, greedy, dense, strict=True)]
+        right = [rollout.rewards["correct"] for rollout in greedy]
+        batch.accuracy = {"dense": float(np.mean(dense)), "sparse": float(np.mean(right))}
     return batch
+
+
+def has_greedy_rows(recipe: Recipe) -> bool:
+    """Whether each prompt gets a greedy answer at the inference p too: a target or a constraint needs it."""
+    return recipe.efficiency.max_accuracy_drop is not None or recipe.efficiency.target is not None
+
+
+def draw(recipe: Recipe, layers: int, step: int, places: Sequence[int]) -> Draws:
+    """Of prompts at these places in the step: for each the rows of its budgets, then its greedy row if it has one."""
+    budgets, length = recipe.budgets, recipe.train.max_new_tokens
+    low, checked = budgets.low_at(step, recipe.train.steps), has_greedy_rows(recipe)
+    limits, uniforms = [], []
+    for place in places:
+        generator = torch.Generator().manual_seed(_seed(recipe.seed, step, place))
+        limits.append(
+            thresholds.thresholds(
+                budgets.num_generations,
+                layers,
+                low,
+                budgets.high,
+                budgets.per,
+                budgets.sampling,
+                generator,
+            )
+        )
+        uniforms.append(torch.rand(budgets.num_generations, length, generator=generator))
+        if checked:
+            limits.append(torch.full((1, layers), recipe.sparse.p))
+            uniforms.append(torch.zeros(1, length))
+    greedy = torch.tensor([False] * budgets.num_generations + [True] * checked)
+    return Draws(torch.cat(limits), torch.cat(uniforms), greedy.repeat(len(places)), low)
 
 
 def sample(
@@ -156,51 +174,34 @@ def sample(
     recipe: Recipe,
     encoded: Sequence[Encoded],
     features: Features,
-    p: torch.Tensor,
-    uniforms: torch.Tensor,
+    draws: Draws,
     seed: int,
-    low: float,
     audited: Sequence[int],
-) -> tuple[list[Rollout], torch.Tensor, float]:
-    """One answer to each prompt at its thresholds p `(B, D)`, by its uniforms `(B, T)`; seed: of the probes.
-
-    Returns the rollouts, the log-probabilities `(B,)` of their kept counts (0 unless `cut` is used; low: of the
-    thresholds' range), and the mean mass that the audited rows kept for held-out probes.
-    """
-    settings, budgets = recipe.train, recipe.budgets
-    wants_cut = "cut" in thresholds.parse(recipe.efficiency.method)
+) -> Sampled:
+    """One answer for each row of `draws`, to the prompt in `encoded`; seed: of the probes."""
+    settings, wants_cut = recipe.train, "cut" in parse(recipe.efficiency.method)
     made: dict[int, Rollout] = {}
-    cuts, masses = torch.zeros(len(p)), []
-    room = token_budget(policy, recipe, update=False)
+    cuts, masses = torch.zeros(len(encoded)), []
     lengths = [len(e) + settings.max_new_tokens for e in encoded]
+    room = token_budget(policy, recipe, update=False)
     for rows in by_length(lengths, settings.micro_batch, room):
+        p = draws.thresholds[rows]
         request = Request(
-            recipe.sparse, thresholds=p[rows], seed=seed, scores=wants_cut,
+            recipe.sparse, thresholds=p, seed=seed, scores=wants_cut,
             audit=[b for b, row in enumerate(rows) if row in audited],
         )  # fmt: skip
         answers = policy.generate(
-            [encoded[row] for row in rows], features, request, settings.max_new_tokens, uniforms[rows],
-            settings.temperature,
+            [encoded[row] for row in rows], features, request, settings.max_new_tokens,
+            draws.uniforms[rows], settings.temperature, greedy=draws.greedy[rows],
         )  # fmt: skip
         assert answers.kept is not None and answers.counts is not None
         if answers.heldout is not None:
             masses.append(answers.heldout)
         if wants_cut:
-            assert request.record is not None
-            layers = [layer for layer in request.record.layers if layer.cut is not None]
-            logp = thresholds.cut_log_prob(
-                [layer.cut for layer in layers if layer.cut is not None],
-                [layer.keep for layer in layers],
-                low,
-                budgets.high,
-                budgets.per,
-            )
-            # Too short to be pruned: keeping everything was no choice.
-            short = request.record.lengths < recipe.sparse.dense_below
-            cuts[rows] = logp.masked_fill(short, 0.0).cpu()
+            cuts[rows] = cut_logprobs(request, recipe, draws.low)
         for b, row in enumerate(rows):
             made[row] = Rollout(
-                thresholds=p[row],
+                thresholds=p[b],
                 tokens=answers.tokens[b],
                 logprobs=answers.logprobs[b],
                 kept=answers.kept[b],
@@ -208,7 +209,80 @@ def sample(
                 token_ratio=float(answers.counts[b].double().mean() / len(encoded[row])),
                 text=policy.processor.decode(answers.tokens[b]),
             )
-    return [made[row] for row in range(len(p))], cuts, float(torch.cat(masses).mean())
+    rollouts = [made[row] for row in range(len(encoded))]
+    return Sampled(rollouts, cuts, float(torch.cat(masses).mean()))
+
+
+def cut_logprobs(request: Request, recipe: Recipe, low: float) -> torch.Tensor:
+    """Log-probability `(B,)` of the kept counts of a pass that kept its scores; low: of the thresholds' range."""
+    assert request.record is not None
+    layers = [layer for layer in request.record.layers if layer.cut is not None]
+    logp = thresholds.cut_log_prob(
+        [layer.cut for layer in layers if layer.cut is not None],
+        [layer.keep for layer in layers],
+        low,
+        recipe.budgets.high,
+        recipe.budgets.per,
+    )
+    # Too short to be pruned: keeping everything was no choice.
+    short = request.record.lengths < recipe.sparse.dense_below
+    return logp.masked_fill(short, 0.0).cpu()
+
+
+def grade(prompt: Prompt, rollouts: Sequence[Rollout], recipe: Recipe) -> None:
+    """How right the answers are, as `rewards["correct"]`."""
+    reward = reward_of(prompt, recipe)
+    for rollout in rollouts:
+        rollout.rewards["correct"] = reward(rollout.text, prompt.answer)
+
+
+def check(prompt: Prompt, greedy: Rollout, dense: float) -> Check:
+    """A greedy answer at the inference p beside the dense one. dense: how right that is."""
+    gap = dense - greedy.rewards["correct"]
+    return Check(prompt.task, prompt.task_kind, gap, tuple(greedy.layer_ratios))
+
+
+def dense_correct(
+    policy: Policy, recipe: Recipe, batch: Batch, known: dict[str, float]
+) -> list[float]:
+    """How right the dense reference answers each of the batch's prompts. known: by `fingerprint`; it grows."""
+    prompts = [group.prompt for group in batch.groups]
+    names = [fingerprint(prompt, e) for prompt, e in zip(prompts, batch.encoded, strict=True)]
+    new = [i for i, name in enumerate(names) if name not in known]
+    asked, about = [prompts[i] for i in new], [batch.encoded[i] for i in new]
+    answered = policy.parallel.run_unsharded(
+        lambda: answer_dense(policy, recipe, asked, about, batch.reference), reference=True
+    )
+    known |= {names[i]: right for i, right in zip(new, answered, strict=True)}
+    return [known[name] for name in names]
+
+
+def answer_dense(
+    policy: Policy,
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    encoded: Sequence[Encoded],
+    features: Features,
+) -> list[float]:
+    """How right the dense reference answers each prompt, greedily."""
+    right = [0.0] * len(prompts)
+    with policy.reference() as model:
+        lengths = [len(e) + recipe.train.max_new_tokens for e in encoded]
+        room = token_budget(policy, recipe, update=False)
+        for rows in by_length(lengths, recipe.train.micro_batch, room):
+            answers = policy.generate(
+                [encoded[i] for i in rows], features, None, recipe.train.max_new_tokens, model=model
+            )
+            for b, i in enumerate(rows):
+                text = policy.processor.decode(answers.tokens[b])
+                right[i] = reward_of(prompts[i], recipe)(text, prompts[i].answer)
+    return right
+
+
+def fingerprint(prompt: Prompt, encoded: Encoded) -> str:
+    """What the reference's answer and its check depend on; ids will not do, for a user's rows may repeat them."""
+    parts = (encoded.ids.tolist(), encoded.picture, prompt.answer, prompt.accepted, prompt.reward)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def together(batch: Batch, drawn: Sequence[Prompt], places: Sequence[int]) -> Batch:
@@ -219,7 +293,6 @@ def together(batch: Batch, drawn: Sequence[Prompt], places: Sequence[int]) -> Ba
     """
     if distributed.size() == 1:
         return batch
-    count = len(places)
     own = {
         place: (
             batch.groups[i].rollouts,
@@ -228,13 +301,13 @@ def together(batch: Batch, drawn: Sequence[Prompt], places: Sequence[int]) -> Ba
         )
         for i, place in enumerate(places)
     }
-    means = {"heldout": batch.heldout, **batch.accuracy}
-    said = distributed.gather((own, count, means))
-    everyone: dict[int, Any] = {place: made for part, _, _ in said for place, made in part.items()}
+    means = {"audit": batch.probe_audit_mass, **batch.accuracy}
+    parts = distributed.gather((own, len(places), means))
+    everyone: dict[int, Any] = {place: made for part, _, _ in parts for place, made in part.items()}
     order = sorted(everyone)
     media = dict(zip(places, batch.encoded, strict=True))
-    shares = [n / len(order) for _, n, _ in said]
-    mean = {k: sum(w * m[k] for w, (_, _, m) in zip(shares, said, strict=True)) for k in means}
+    shares = [n / len(order) for _, n, _ in parts]
+    mean = {k: sum(w * m[k] for w, (_, _, m) in zip(shares, parts, strict=True)) for k in means}
     return replace(
         batch,
         groups=[Group(drawn[place], everyone[place][0]) for place in order],
@@ -243,58 +316,9 @@ def together(batch: Batch, drawn: Sequence[Prompt], places: Sequence[int]) -> Ba
         if batch.cut_logprobs is None
         else [everyone[place][1] for place in order],
         checks=None if batch.checks is None else [everyone[place][2] for place in order],
-        heldout=mean.pop("heldout"),
+        probe_audit_mass=mean.pop("audit"),
         accuracy=mean,
     )
-
-
-def fingerprint(prompt: Prompt, encoded: Encoded) -> str:
-    """What the reference's answer and its check depend on; ids will not do, for a user's rows may repeat them."""
-    said = (encoded.ids.tolist(), encoded.picture, prompt.answer, prompt.accepted, prompt.reward)
-    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
-
-
-def dense_right(
-    policy: Policy,
-    recipe: Recipe,
-    prompts: Sequence[Prompt],
-    encoded: Sequence[Encoded],
-    features: Features,
-) -> list[float]:
-    """Whether the dense reference answers each prompt right, greedily."""
-    right = [0.0] * len(prompts)
-    with policy.reference() as model:
-        lengths = [len(e) + recipe.train.max_new_tokens for e in encoded]
-        room = token_budget(policy, recipe, update=False)
-        for rows in by_length(lengths, recipe.train.micro_batch, room):
-            answers = policy.generate(
-                [encoded[i] for i in rows], features, None, recipe.train.max_new_tokens, model=model
-            )
-            for b, i in enumerate(rows):
-                said = policy.processor.decode(answers.tokens[b])
-                right[i] = reward_of(prompts[i], recipe)(said, prompts[i].answer)
-    return right
-
-
-def score(
-    groups: Sequence[Group], recipe: Recipe, relief: dict[str, float] | None = None
-) -> torch.Tensor:
-    """Rewards `(P, N)` that multiply answers' log-probabilities; each rollout's parts are kept in `rewards`.
-
-    The part for saved tokens counts only if the method says that answers are paid for it; relief: what the constraint
-    leaves of it for each task, in (0, 1].
-    """
-    correct = torch.tensor([[r.rewards["correct"] for r in g.rollouts] for g in groups])
-    ratio = torch.tensor([[r.token_ratio for r in g.rollouts] for g in groups])
-    methods = thresholds.parse(recipe.efficiency.method)
-    paid = recipe.rewards.reduction if "answers" in methods else 0.0
-    left = torch.tensor([[(relief or {}).get(g.prompt.task, 1.0)] for g in groups])
-    total = advantages.group_reward(correct, paid * left * (1 - ratio), recipe.rewards.weight)
-    saved = advantages.gate(correct > 0)[:, None] * (1 - ratio)
-    for group, parts, totals in zip(groups, saved.tolist(), total.tolist(), strict=True):
-        for rollout, part, value in zip(group.rollouts, parts, totals, strict=True):
-            rollout.rewards["reduction"], rollout.rewards["total"] = part, value
-    return total
 
 
 def _seed(*numbers: int) -> int:

@@ -43,7 +43,7 @@ def measure(
         own = distributed.deal(len(prompts))
         task = bar.add_task(title, total=len(own))
         mine = [prompts[i] for i in own]
-        found = policy.parallel.apart(
+        found = policy.parallel.run_unsharded(
             lambda: evaluate(
                 policy, recipe, mine, settings, lambda done: bar.update(task, completed=done)
             ),
@@ -91,7 +91,7 @@ def finish(
         )
         found = measure(policy, recipe, prompts, wanted, "held-out, after", console)
         results |= dict(zip(("dense", "after")[-len(wanted) :], found, strict=True))
-    rollouts = recipe.train.steps * recipe.train.prompts * recipe.budgets.count
+    rollouts = recipe.train.steps * recipe.train.prompts_per_step * recipe.budgets.num_generations
     summary: dict[str, Any] = {
         **_block(results, range(len(prompts))),
         "by_task": _by(results, prompts, lambda p: p.task),
@@ -107,7 +107,7 @@ def finish(
     }
     for name, result in results.items():
         if name != "dense":
-            summary[name]["heldout_mass"] = result.heldout
+            summary[name]["heldout_mass"] = result.probe_audit_mass
             summary[name]["token_ratio_by_layer"] = result.layer_ratios.mean(0).tolist()
     folder.write_summary(summary)
     if not folder.writes:
@@ -188,7 +188,7 @@ def _packed(result: Result) -> dict[str, Any]:
         "correct": result.correct.tolist(),
         "layer_ratios": result.layer_ratios.tolist(),
         "said": result.said,
-        "heldout": result.heldout,
+        "heldout": result.probe_audit_mass,
     }
 
 
@@ -199,6 +199,6 @@ def _unpacked(prompts: Sequence[Prompt], saved: dict[str, Any]) -> Result:
         )
     layers = np.array(saved["layer_ratios"])
     return Result(
-        prompts, np.array(saved["correct"]), layers.mean(1), layers, saved["said"], heldout=saved["heldout"],
-        kept=[[] for _ in prompts],
+        prompts, np.array(saved["correct"]), layers.mean(1), layers, saved["said"],
+        probe_audit_mass=saved["heldout"], kept=[[] for _ in prompts],
     )  # fmt: skip

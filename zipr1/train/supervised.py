@@ -10,19 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from zipr1.core import distributed
+from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe
 from zipr1.core.types import Prompt
 from zipr1.data.digits import tasks
+from zipr1.models.batching import by_length
 from zipr1.models.encoder import Pictures
-from zipr1.models.policy import Policy
+from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
-from zipr1.train import losses
+from zipr1.models.token_budget import token_budget
+from zipr1.train import chunks, losses
 from zipr1.train.update import with_tower
 
 VISION_END = "<|vision_end|>"
@@ -40,6 +44,16 @@ class Lesson:
         return len(self.encoded)
 
 
+@dataclass(frozen=True)
+class Portion:
+    """This rank's rows of a step, at least one. features: of their pictures, if they were looked at (then their patches
+    are gone). counted: False for a rank without a row of its own, which takes another's that does not count."""
+
+    lessons: list[Lesson]
+    features: Features | None
+    counted: bool
+
+
 def lesson(policy: Policy, recipe: Recipe, step: int, stage: int) -> list[Lesson]:
     """Embedded scenes for one step, a pure function of the arguments. stage: index into the curriculum. One question
     in four has a second turn."""
@@ -47,7 +61,7 @@ def lesson(policy: Policy, recipe: Recipe, step: int, stage: int) -> list[Lesson
     scenes = tasks.lesson(
         recipe.seed,
         step,
-        recipe.train.prompts,
+        recipe.train.prompts_per_step,
         plan.video_share,
         plan.curriculum[stage],
         plan.hard_share,
@@ -90,64 +104,96 @@ def _conversations(pairs: Sequence[tuple[str, str]]) -> list[list[tuple[str, str
     return out
 
 
-def rows(policy: Policy, recipe: Recipe, prompts: Sequence[Prompt]) -> list[Lesson]:
-    """A step's prompts with their right answers appended."""
-    batch = []
-    for prompt, encoded in zip(*Pictures(policy, recipe).usable(prompts), strict=True):
-        ids = torch.cat([encoded.ids, policy.processor.answer_ids(prompt.answer)])
-        batch.append(Lesson(policy.place(ids, encoded.visuals, encoded.picture)))
-    return batch
+def own_lessons(policy: Policy, recipe: Recipe, step: int, stage: int) -> Portion:
+    """This rank's part of `lesson`."""
+    made = lesson(policy, recipe, step, stage)
+    own = [made[i] for i in distributed.deal(len(made))]
+    return Portion(own or made[:1], None, bool(own))
 
 
-def backward(policy: Policy, batch: Sequence[Lesson]) -> tuple[float, float]:
+def own_rows(pictures: Pictures, prompts: Sequence[Prompt]) -> Portion:
+    """This rank's part of a step's prompts, with their right answers appended."""
+    mine = [prompts[i] for i in distributed.deal(len(prompts))]
+    own, features = _read(pictures, mine)
+    if not sum(distributed.gather(len(own))):
+        raise InputError(
+            f"all of {len(prompts)} rows are bad, the first is {prompts[0].id}; mend the data"
+        )
+    for prompt in prompts if not own else ():
+        spare, features = _read(pictures, [prompt])
+        if spare:
+            return Portion(spare, features, False)
+    return Portion(own, features, True)
+
+
+def _read(pictures: Pictures, prompts: Sequence[Prompt]) -> tuple[list[Lesson], Features | None]:
+    """Conversations of the prompts that can be read, and the features of their pictures unless the tower is trained:
+    that one needs the pixels in each pass."""
+    policy = pictures.policy
+    features: Features | None = None
+    if policy.settings.train_vision:
+        asked, encoded = pictures.usable(prompts, least=0)
+    else:
+        asked, encoded, features = [], [], {}
+        for chunk in chunks.seen(pictures, prompts, max(1, len(prompts)), skip=True):
+            asked += [prompts[i] for i in chunk.places]
+            encoded += chunk.encoded
+            features |= chunk.features.policy
+    lessons = []
+    for prompt, one in zip(asked, encoded, strict=True):
+        ids = torch.cat([one.ids, policy.processor.answer_ids(prompt.answer)])
+        lessons.append(Lesson(policy.place(ids, one.visuals, one.picture)))
+    return lessons, features
+
+
+def backward(policy: Policy, recipe: Recipe, portion: Portion) -> tuple[float, float]:
     """The gradient of the mean cross-entropy over the answer tokens of the step, summed over ranks and added to the
-    parameters'; the mean, and the share of tokens predicted right. batch: the whole step's, the same on all ranks."""
-    count = sum(answer_tokens(policy, lesson) for lesson in batch)
-    # A rank without a row of its own takes one that does not count: passes are where sharded ranks wait for each other.
-    own = [batch[i] for i in distributed.deal(len(batch))]
-    share = float(bool(own))
-    own = own or list(batch[:1])
-    said = [0.0, 0.0]
+    parameters'; the mean, and the share of tokens predicted right.
 
-    def work() -> torch.Tensor:
-        total, right, _ = loss(policy, own, split=len(batch) >= 2 * distributed.size())
-        said[:] = [share * float(total.detach() / count), share * right / count]
-        return with_tower(policy, [lesson.encoded for lesson in own], total * share / count)
-
-    policy.parallel.backward(work, last=True)
-    parts = distributed.gather(said)
-    return sum(value for value, _ in parts), sum(right for _, right in parts)
+    One pass after another, each of at most `train.micro_batch` rows and of the tokens that a pass of the update may
+    have; all ranks make the same number of passes, for those are where sharded ranks wait for each other.
+    """
+    lessons = portion.lessons
+    own = sum(answer_tokens(policy, one) for one in lessons) if portion.counted else 0
+    count = sum(distributed.gather(own))
+    # Long and short conversations run apart: padding pictures to the length of clips cost a third of the time.
+    most = min(recipe.train.micro_batch, -(-len(lessons) // 2))
+    room = token_budget(policy, recipe, update=True)
+    parts = by_length([len(one) for one in lessons], most, room)
+    cost, right = 0.0, 0.0
+    passes = max(distributed.gather(len(parts)))
+    for turn in range(passes):
+        # Where another rank has more passes, the shortest row goes once more and does not count.
+        some = [lessons[i] for i in parts[turn]] if turn < len(parts) else [min(lessons, key=len)]
+        share = 1 / count if portion.counted and turn < len(parts) else 0.0
+        work = partial(_pass, policy, some, portion.features, share)
+        lost, same = policy.parallel.backward(work, last=turn + 1 == passes)
+        cost, right = cost + lost * share, right + same * share
+    both = distributed.gather((cost, right))
+    return sum(value for value, _ in both), sum(right for _, right in both)
 
 
 def answer_tokens(policy: Policy, lesson: Lesson) -> int:
     return int(policy.processor.answer_mask(lesson.encoded.ids)[1:].sum())
 
 
-def loss(
-    policy: Policy, batch: Sequence[Lesson], split: bool = True
-) -> tuple[torch.Tensor, float, int]:
-    """Cross-entropy summed over answer tokens, how many of them are predicted right, and their number.
-
-    Long and short conversations run apart: padding pictures to the length of clips cost a third of the time.
-    split: False where another rank may have one row only, and so one pass.
-    """
-    order = sorted(batch, key=len)
-    half = len(order) // 2 if split else 0
-    total, right, count = torch.zeros((), device=policy.device), 0.0, 0
-    for part in (order[:half], order[half:]):
-        if part:
-            states, wanted = _predictions(policy, part)
-            lost, same = _scores(policy, states, wanted)
-            total = total + lost
-            right += float(same)
-            count += len(wanted)
-    return total, right, count
+def _pass(
+    policy: Policy, batch: Sequence[Lesson], features: Features | None, share: float
+) -> tuple[torch.Tensor, tuple[float, float]]:
+    """Cross-entropy summed over answer tokens, times `share`; the sum itself, and how many are predicted right."""
+    lost, same = _scores(policy, *_predictions(policy, batch, features))
+    loss = with_tower(policy, [lesson.encoded for lesson in batch], lost * share)
+    return loss, (float(lost.detach()), float(same))
 
 
-def _predictions(policy: Policy, batch: Sequence[Lesson]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states `(M, hidden)` that predict all answer tokens of a batch, and the tokens `(M,)`."""
+def _predictions(
+    policy: Policy, batch: Sequence[Lesson], features: Features | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states `(M, hidden)` that predict all answer tokens of a batch, and the tokens `(M,)`. features: of its
+    pictures, or None to look at them now."""
     encoded = [lesson.encoded for lesson in batch]
-    inputs, valid = policy.rows(encoded, policy.look(encoded), None, left=False)
+    features = policy.look(encoded) if features is None else features
+    inputs, valid = policy.rows(encoded, features, None, left=False)
     hidden = policy.decoder(
         **inputs,
         attention_mask=_mask(batch, valid.shape[1], policy.device),

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from zipr1.core import distributed
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Recipe
-from zipr1.models.sparse.thresholds import parse
+from zipr1.core.recipe import Recipe, parse
 from zipr1.rewards.registry import find
 from zipr1.train import loggers
 
@@ -16,7 +15,7 @@ def check(recipe: Recipe) -> None:
     """What can be known wrong before anything is loaded. Raises InputError."""
     distributed.check_launcher(recipe.train.parallel)
     methods = parse(recipe.efficiency.method)
-    find(recipe.rewards.correct)
+    find(recipe.rewards.check)
     loggers.check(recipe)
     if recipe.model.lora and recipe.model.train_vision:
         raise InputError(
@@ -38,10 +37,10 @@ def check(recipe: Recipe) -> None:
             "is ddp; use parallel fsdp, or leave param_dtype out"
         )
     if recipe.train.stage == "rl":
-        if recipe.train.prompts < distributed.size():
+        if recipe.train.prompts_per_step < distributed.size():
             raise InputError(
-                f"train.prompts {recipe.train.prompts} leaves some of {distributed.size()} ranks without a question; "
-                "raise it, or start fewer"
+                f"train.prompts_per_step {recipe.train.prompts_per_step} leaves some of {distributed.size()} ranks "
+                "without a question; raise it, or start fewer"
             )
         if recipe.model.path == "scratch":
             raise InputError(
@@ -53,10 +52,14 @@ def check(recipe: Recipe) -> None:
                 f"efficiency.target {wanted.target} needs a method that presses tokens down and efficiency.method is "
                 f"{wanted.method}; use pathwise or cut, or set efficiency.target=null"
             )
-        if recipe.data.emphasis and wanted.target is None and wanted.max_accuracy_drop is None:
+        if (
+            recipe.data.hard_kind_boost
+            and wanted.target is None
+            and wanted.max_accuracy_drop is None
+        ):
             raise InputError(
-                f"data.emphasis {recipe.data.emphasis} needs the greedy answers of a target or a constraint; set "
-                "efficiency.target or efficiency.max_accuracy_drop, or data.emphasis=0"
+                f"data.hard_kind_boost {recipe.data.hard_kind_boost} needs the greedy answers of a target or a "
+                "constraint; set efficiency.target or efficiency.max_accuracy_drop, or data.hard_kind_boost=0"
             )
         if recipe.budgets.sampling == "grid" and methods - {"answers"}:
             raise InputError(

@@ -18,38 +18,14 @@ biased like any straight-through gate (arXiv 1308.3432), not an exact gradient.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
-from zipr1.core.errors import InputError
-
-METHODS: dict[str, str] = {
-    "answers": "the efficiency reward multiplies the answer's log-probability (arXiv 2504.18579)",
-    "cut": "the reward multiplies the log-probability of the kept counts: a score function",
-    "pathwise": "the expected token ratio is differentiated through the scores",
-    "through": "the losses are, to first order: what a kept token is worth pulls on its score",
-}
-
 # Least length of an interval of p: a replayed choice that no p leads to any more has probability
 # 0, and its logarithm must stay finite.
 TINY = 1e-12
-
-
-def parse(method: str) -> frozenset[str]:
-    """Names of `METHODS` in a sum such as `cut+pathwise`; InputError for any other name."""
-    names = [name.strip() for name in method.split("+")]
-    for name in names:
-        if name not in METHODS:
-            near = difflib.get_close_matches(name, METHODS, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise InputError(
-                f"efficiency.method '{method}': no method '{name}'{hint} "
-                f"Allowed: {', '.join(METHODS)}, or a sum such as cut+pathwise"
-            )
-    return frozenset(names)
 
 
 def expected_ratio(

@@ -1,0 +1,96 @@
+"""A step's rollouts as rows of minibatches: rewards to advantages, groups to rows.
+
+The mathematics is in zipr1/train/advantages.py; the losses that read the rows are in zipr1/train/update.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from zipr1.core.recipe import Recipe, parse
+from zipr1.core.types import Group
+from zipr1.train import advantages
+from zipr1.train.controller import EfficiencyController
+from zipr1.train.rollout import Batch
+
+
+@dataclass
+class Rows:
+    """The rollouts of a step, flat: row b is rollout `b % N` of prompt `b // N`; B rows in all.
+
+    prompt: the place of each row's prompt in the batch. tokens: `(T,)` int64 of each answer. kept: by row and layer,
+    ascending int32 positions. old: `(T,)` log-probabilities of the sampler. advantage `(B,)`: of the answers' tokens.
+    cut_old, cut_advantage `(B,)`: of the kept counts. opened `(B,)`: 1 where the prompt has a right answer, else 0.
+    weights `(D, B)`: of each layer's expected token ratio. lengths: tokens of prompt and answer.
+    """
+
+    prompt: list[int]
+    tokens: list[torch.Tensor]
+    kept: list[list[torch.Tensor]]
+    old: list[torch.Tensor]
+    advantage: torch.Tensor
+    cut_old: torch.Tensor | None
+    cut_advantage: torch.Tensor
+    opened: torch.Tensor
+    weights: torch.Tensor
+    lengths: list[int]
+
+
+def flatten(batch: Batch, recipe: Recipe, controller: EfficiencyController) -> Rows:
+    """Rewards to advantages, groups to rows. controller: what saved tokens are worth by task and layer."""
+    settings = recipe.ppo
+    total = score(batch.groups, recipe, controller.penalty_scale)
+    correct = torch.tensor([[r.rewards["correct"] for r in g.rollouts] for g in batch.groups])
+    count = total.shape[1]
+    rollouts = [r for g in batch.groups for r in g.rollouts]
+    prompt = [i for i in range(len(batch.groups)) for _ in range(count)]
+    weights = controller.layer_weights(batch.groups[i].prompt.task for i in prompt)
+    ratios = torch.tensor([r.layer_ratios for r in rollouts])
+    saved = (weights.T * (1 - ratios)).mean(1).reshape(total.shape)
+    worth = advantages.group_reward(correct, saved, recipe.rewards.weight)
+    kind = (settings.baseline, settings.scale_rewards)
+    return Rows(
+        prompt=prompt,
+        tokens=[r.tokens for r in rollouts],
+        kept=[r.kept for r in rollouts],
+        old=[r.logprobs for r in rollouts],
+        advantage=advantages.advantages(total, *kind).flatten(),
+        cut_old=None if batch.cut_logprobs is None else torch.cat(batch.cut_logprobs),
+        cut_advantage=advantages.advantages(worth, *kind).flatten(),
+        opened=advantages.gate(correct > 0).repeat_interleave(count),
+        weights=weights,
+        lengths=[r.prompt_length + len(r.tokens) for r in rollouts],
+    )
+
+
+def score(
+    groups: Sequence[Group],
+    recipe: Recipe,
+    penalty_scale: Callable[[str], float] = lambda task: 1.0,
+) -> torch.Tensor:
+    """Rewards `(P, N)` that multiply answers' log-probabilities; each rollout's parts are kept in `rewards`.
+
+    The part for saved tokens counts only if the method says that answers are paid for it; penalty_scale: what the
+    constraint leaves of it for each task, in (0, 1].
+    """
+    correct = torch.tensor([[r.rewards["correct"] for r in g.rollouts] for g in groups])
+    ratio = torch.tensor([[r.token_ratio for r in g.rollouts] for g in groups])
+    paid = recipe.rewards.reduction if "answers" in parse(recipe.efficiency.method) else 0.0
+    left = torch.tensor([[penalty_scale(g.prompt.task)] for g in groups])
+    total = advantages.group_reward(correct, paid * left * (1 - ratio), recipe.rewards.weight)
+    saved = advantages.gate(correct > 0)[:, None] * (1 - ratio)
+    for group, parts, totals in zip(groups, saved.tolist(), total.tolist(), strict=True):
+        for rollout, part, value in zip(group.rollouts, parts, totals, strict=True):
+            rollout.rewards["reduction"], rollout.rewards["total"] = part, value
+    return total
+
+
+def pad(values: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+    """`(T,)` tensors -> `(B, width)`, zeros on the right."""
+    out = values[0].new_zeros(len(values), width)
+    for b, v in enumerate(values):
+        out[b, : len(v)] = v
+    return out
