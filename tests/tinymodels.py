@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
 
 from zipr1.core.recipe import Lora, Model
 from zipr1.core.types import Media, Prompt
 from zipr1.data.digits.tasks import vocabulary
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
+from zipr1.models.random_weights import build_tokenizer
 
 TEXT = {
     "hidden_size": 64,
@@ -116,3 +120,88 @@ def encode(policy: Policy, prompts: list[Prompt]) -> list[Encoded]:
     return [
         policy.encode(p, [(np.asarray(m.source), m.fps) for m in p.media], 10_000) for p in prompts
     ]
+
+
+# --- families beside Qwen2-VL and Qwen2.5-VL: transformers' own classes, in tiny
+
+OTHERS = ("qwen3_vl", "internvl", "llava_onevision", "smolvlm")
+OTHER_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+}
+OTHER_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def _config(family: str, text: dict[str, Any], token: int) -> Any:
+    """A tiny config whose pictures make 16 to 65 tokens."""
+    if family == "qwen3_vl":
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+        vision = {
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "patch_size": 8,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        }
+        text = {**text, "rope_parameters": rope}
+        return transformers.Qwen3VLConfig(
+            text_config=text, vision_config=vision, image_token_id=token, tie_word_embeddings=True
+        )
+    if family == "internvl":
+        vision = {**OTHER_TOWER, "image_size": [128, 128], "patch_size": [8, 8]}
+        text = {**text, "model_type": "qwen2"}
+        return transformers.InternVLConfig(
+            text_config=text, vision_config=vision, image_token_id=token
+        )
+    if family == "llava_onevision":
+        vision = {
+            **OTHER_TOWER,
+            "image_size": 64,
+            "patch_size": 8,
+            "model_type": "siglip_vision_model",
+        }
+        text = {**text, "model_type": "qwen2"}
+        return transformers.LlavaOnevisionConfig(
+            text_config=text,
+            vision_config={**vision, "vision_use_head": False},
+            image_token_index=token,
+            image_grid_pinpoints=[[64, 64]],
+        )
+    vision = {**OTHER_TOWER, "image_size": 128, "patch_size": 8}
+    text = {**text, "model_type": "llama"}
+    return transformers.SmolVLMConfig(
+        text_config=text, vision_config=vision, image_token_id=token, scale_factor=2
+    )
+
+
+def folder(family: str, path: Path) -> Path:
+    """A model folder as from the hub, of any family."""
+    if family in FAMILIES:
+        make(family).save(path)
+        return path
+    tokenizer = build_tokenizer(vocabulary())
+    token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text = {**OTHER_TEXT, "vocab_size": len(tokenizer), "bos_token_id": None, **ends}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(_config(family, text, token))
+    for name, parameter in model.named_parameters():
+        # Attention is sharpened, or every token scores the same.
+        if any(f"{part}_proj.weight" in name for part in "qk") and "vision" not in name:
+            parameter.data *= 25
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from zipr1.core.recipe import Data, Model, Recipe
 from zipr1.core.types import Media, Prompt
 from zipr1.data import video
 from zipr1.models import encoder as module
+from zipr1.models import processors
 from zipr1.models.encoder import Pictures, effective
 
 
@@ -182,3 +184,26 @@ def test_effective_sizes_are_told_and_frames_have_a_cap_of_their_own(files):
     assert "64 x 96 pixels" in one
     assert "16 x 32 pixels (at most 1,024), 8 tokens" in two
     assert Model(max_frame_pixels=1024).max_frame_pixels == 1024
+
+
+def test_pictures_that_are_remembered_leave_no_patches_behind(monkeypatch):
+    """A view of a tensor, an empty one too, keeps all of its memory."""
+    made: list[weakref.ref] = []
+    patchify = processors.patchify
+
+    def counted(frames, settings):
+        patches, grid = patchify(frames, settings)
+        array = patches.numpy().copy()
+        made.append(weakref.ref(array))
+        return torch.from_numpy(array), grid
+
+    monkeypatch.setattr(processors, "patchify", counted)
+    pictures = Pictures(tinymodels.shared(), recipe())
+    prompts = tinymodels.mixed()
+    pictures.look(pictures.encode(prompts))
+    assert len(pictures.seen) == len(made) == 4
+    assert [one() for one in made] == [None] * 4
+    # They are known: their tokens are, too, and nothing is decoded again.
+    assert [len(e) for e in pictures.encode(prompts)] == [
+        len(e) for e in tinymodels.encode(tinymodels.shared(), prompts)
+    ]

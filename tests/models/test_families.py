@@ -13,101 +13,28 @@ from typing import Any
 import pytest
 import tinymodels
 import torch
-import transformers as t
 from rich.console import Console
 
 from zipr1.core.errors import InputError
 from zipr1.core.load import validate
 from zipr1.core.recipe import Model, Probes, Sparse
-from zipr1.data.digits.tasks import vocabulary
 from zipr1.models.batching import replay_masks
 from zipr1.models.families import CANNOT, FAMILIES, find
 from zipr1.models.policy import Policy, load_policy
-from zipr1.models.random_weights import build_tokenizer
 from zipr1.models.sparse.attention import Request, sparse_attention
 from zipr1.train import loop
 from zipr1.train.dry_run import dry_run
 
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 4096,
-}
-TOWER = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 SMALL = Sparse(p=0.7, probes=Probes(recent=3, random=6), dense_below=0)
 
 
-def config(family: str, text: dict[str, Any], token: int) -> Any:
-    """A tiny config whose pictures make 16 to 65 tokens."""
-    if family == "qwen3_vl":
-        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-        vision = {
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "patch_size": 8,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0, 1],
-        }
-        text = {**text, "rope_parameters": rope}
-        return t.Qwen3VLConfig(
-            text_config=text, vision_config=vision, image_token_id=token, tie_word_embeddings=True
-        )
-    if family == "internvl":
-        vision = {**TOWER, "image_size": [128, 128], "patch_size": [8, 8]}
-        text = {**text, "model_type": "qwen2"}
-        return t.InternVLConfig(text_config=text, vision_config=vision, image_token_id=token)
-    if family == "llava_onevision":
-        vision = {**TOWER, "image_size": 64, "patch_size": 8, "model_type": "siglip_vision_model"}
-        text = {**text, "model_type": "qwen2"}
-        return t.LlavaOnevisionConfig(
-            text_config=text,
-            vision_config={**vision, "vision_use_head": False},
-            image_token_index=token,
-            image_grid_pinpoints=[[64, 64]],
-        )
-    vision = {**TOWER, "image_size": 128, "patch_size": 8}
-    text = {**text, "model_type": "llama"}
-    return t.SmolVLMConfig(
-        text_config=text, vision_config=vision, image_token_id=token, scale_factor=2
-    )
-
-
-OTHERS = ("qwen3_vl", "internvl", "llava_onevision", "smolvlm")
-
-
-def folder(family: str, path: Path) -> Path:
-    """A model folder as from the hub."""
-    tokenizer = build_tokenizer(vocabulary())
-    token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    text = {**TEXT, "vocab_size": len(tokenizer), "bos_token_id": None, **ends}
-    torch.manual_seed(0)
-    model = t.AutoModelForImageTextToText.from_config(config(family, text, token))
-    for name, parameter in model.named_parameters():
-        # Attention is sharpened, or every token scores the same.
-        if any(f"{part}_proj.weight" in name for part in "qk") and "vision" not in name:
-            parameter.data *= 25
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+OTHERS = tinymodels.OTHERS
 
 
 @lru_cache
 def shared(family: str) -> Policy:
     with TemporaryDirectory() as path:
-        return load_policy(Model(path=str(folder(family, Path(path)))), "cpu")
+        return load_policy(Model(path=str(tinymodels.folder(family, Path(path)))), "cpu")
 
 
 def inputs(policy: Policy, encoded: Any) -> dict[str, Any]:
@@ -185,7 +112,10 @@ def test_below_one_it_prunes_and_replays(family, skip):
 @pytest.mark.parametrize("family", OTHERS)
 def test_it_trains_and_what_it_leaves_loads(tmp_path, family):
     values = {
-        "model": {"path": str(folder(family, tmp_path / "base")), "lora": {"rank": 2, "alpha": 4}},
+        "model": {
+            "path": str(tinymodels.folder(family, tmp_path / "base")),
+            "lora": {"rank": 2, "alpha": 4},
+        },
         "data": {"prompts": 4, "heldout_prompts": 2, "mix": {"digits": 1.0}},
         "sparse": {"probes": {"recent": 3, "random": 6}, "dense_below": 0},
         "budgets": {"low": 0.6, "high": 0.9, "num_generations": 2},
@@ -219,7 +149,7 @@ def test_a_dry_run_plans_it(tmp_path, family, lora):
     rows.write_text('{"question": "which?", "image": "a.png", "answer": "red"}\n')
     values = {
         "model": {
-            "path": str(folder(family, tmp_path / "base")),
+            "path": str(tinymodels.folder(family, tmp_path / "base")),
             "lora": {"rank": 2, "alpha": 4} if lora else None,
             "gradient_checkpointing": True,
         },

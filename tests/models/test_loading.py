@@ -49,6 +49,61 @@ def test_patches_are_those_of_transformers():
         torch.testing.assert_close(ours, theirs["pixel_values"], atol=1e-5, rtol=1e-5)
 
 
+NOTHING = {"min_pixels": None, "max_pixels": None, "max_frame_pixels": None}
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_bounds_of_pictures_and_of_clips_are_read_from_their_own_files(tmp_path, version):
+    """As transformers 4 writes them (processor_config.json names a class and no more), and as 5 does."""
+    picture = {"min_pixels": 1000, "max_pixels": 9000, "image_mean": [0.1, 0.2, 0.3]}
+    clip = {"size": {"shortest_edge": 2000, "longest_edge": 5000}}
+    files = {
+        4: {
+            "processor_config.json": {"processor_class": "Qwen2VLProcessor"},
+            "preprocessor_config.json": picture,
+            "video_preprocessor_config.json": clip,
+        },
+        5: {"processor_config.json": {"image_processor": picture, "video_processor": clip}},
+    }
+    for name, values in files[version].items():
+        (tmp_path / name).write_text(json.dumps(values))
+    settings = PixelSettings.read(tmp_path, (14, 2, 2), NOTHING)
+    assert settings.mean == (0.1, 0.2, 0.3)
+    for kind, bounds in (("image", (1000, 9000)), ("video", (2000, 5000))):
+        own = settings.of(kind)
+        assert (own.min_pixels, own.max_pixels) == bounds
+    asked = PixelSettings.read(tmp_path, (14, 2, 2), {**NOTHING, "max_frame_pixels": 1500})
+    assert (asked.of("video").min_pixels, asked.of("video").max_pixels) == (1500, 1500)
+    assert (asked.min_pixels, asked.max_pixels) == (1000, 9000)
+    # A lower bound for a while, such as a benchmark's; one that is higher changes nothing.
+    assert settings.of("video", 3000).max_pixels == 3000
+    assert settings.of("video", 7000).max_pixels == 5000
+    (tmp_path / "processor_config.json").write_text("[")
+    with pytest.raises(InputError, match=r"processor_config\.json: not a JSON object"):
+        PixelSettings.read(tmp_path, (14, 2, 2), NOTHING)
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        {"min_pixels": 1024, "max_pixels": 9216},
+        {"min_pixels": 1024, "max_pixels": 9216, "max_frame_pixels": 4096},
+        {"min_pixels": 4096, "max_pixels": 9216, "max_frame_pixels": 1024},
+        {"min_pixels": 1024, "max_pixels": 9216, "max_frame_pixels": 16384},
+    ],
+)
+def test_what_is_written_comes_back(tmp_path, bounds):
+    policy = load_policy(Model(path="tiny", **bounds), "cpu")
+    policy.save(tmp_path / "model")
+    again = load_policy(Model(path=str(tmp_path / "model")), "cpu")
+    assert again.processor.settings == policy.processor.settings
+    wider = load_policy(Model(path=str(tmp_path / "model"), max_pixels=12544), "cpu")
+    frames = (
+        bounds.get("max_frame_pixels") or 12544
+    )  # clips are like pictures where nothing else was said
+    assert wider.processor.settings.of("video").max_pixels == frames
+
+
 def test_placeholders_must_match_the_media():
     policy = tinymodels.shared()
     good = tinymodels.prompt(0, "image")

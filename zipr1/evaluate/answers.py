@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,13 +16,14 @@ import torch
 
 from zipr1.core import distributed
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Sparse
+from zipr1.core.recipe import Data, Recipe, Sparse
 from zipr1.core.types import Prompt
 from zipr1.data.media import load_media
 from zipr1.evaluate import gallery
 from zipr1.models.batching import by_length
+from zipr1.models.encoder import Pictures, without_patches
 from zipr1.models.policy import Answers, Features, Policy
-from zipr1.models.processors import Encoded, Processor, Visual
+from zipr1.models.processors import Encoded
 from zipr1.models.sparse.attention import Request
 
 # lmms-eval adds this stop where a task names none; answers may well have paragraphs.
@@ -138,17 +139,16 @@ class Answerer:
         failure: str | None = None
         try:
             size = self.batch * 4
-            known: Features = {}
-            seen: set[str] = set()
+            encoder = self._encoder(conditions)
+            drawn: set[str] = set()
             for start in range(0, len(mine), size):
                 chunk = mine[start : start + size]
 
                 def told(done: int, start: int = start) -> None:
                     tell(min(len(asked), (start + done) * distributed.size()))
 
-                answered, known = self._chunk(
-                    [asked[i]() for i in chunk], conditions, known, seen, told
-                )
+                prompts = [asked[i]() for i in chunk]
+                answered = self._chunk(prompts, conditions, encoder, drawn, told)
                 mine_answered += zip(chunk, answered, strict=True)
         except InputError as error:
             failure = str(error)
@@ -159,26 +159,40 @@ class Answerer:
         every = dict(pair for part, _ in parts for pair in part)
         return [every[i] for i in range(len(asked))]
 
+    def _encoder(self, conditions: Conditions) -> Pictures:
+        data = Data(
+            max_frames=conditions.frames, fps=conditions.fps, max_prompt_tokens=self.longest
+        )
+        return Pictures(self.policy, Recipe(data=data), frame_pixels=conditions.frame_pixels)
+
     def _chunk(
         self,
         prompts: Sequence[Prompt],
         conditions: Conditions,
-        known: Features,
-        seen: set[str],
+        encoder: Pictures,
+        drawn: set[str],
         tell: Callable[[int], None],
-    ) -> tuple[list[Answered], Features]:
-        """Answers of some questions, and the features of their pictures, which the next ones may ask about too.
-
-        seen: pictures that are drawn already; changed here. tell: called after each batch with how many are done.
-        """
-        encoded, decoding, pixels = self._encode(prompts, conditions)
-        drawn = []
-        for b, one in enumerate(encoded):
-            if len(one.visuals) == 1 and one.picture not in seen and len(seen) < self.shown:
-                seen.add(one.picture)
-                drawn.append(b)
-        features, vision = self._look(encoded, known)
-        answered = [Answered([], d, v) for d, v in zip(decoding, vision, strict=True)]
+    ) -> list[Answered]:
+        """Answers of some questions. encoder: knows the pictures that were seen last. drawn: pictures that are drawn
+        already; changed here. tell: called after each batch with how many are done."""
+        encoded: list[Encoded] = []
+        answered: list[Answered] = []
+        pixels: dict[int, np.ndarray] = {}  # of questions whose picture is to be drawn
+        features: Features = {}
+        # One question at a time: the patches of one exist at once, and what is seen does not depend on the batch.
+        for b, prompt in enumerate(prompts):
+            began = time.perf_counter()
+            (one,) = encoder.encode([prompt])
+            decoded = time.perf_counter()
+            if one.visuals and one.picture not in features:
+                features |= encoder.look([one]).policy
+                if self.policy.device.type == "cuda":
+                    torch.cuda.synchronize(self.policy.device)
+            answered.append(Answered([], decoded - began, time.perf_counter() - decoded))
+            encoded.append(without_patches(one))
+            if len(one.visuals) == 1 and one.picture not in drawn and len(drawn) < self.shown:
+                drawn.add(one.picture)
+                pixels[b], _ = load_media(prompt.media[0], conditions.frames, conditions.fps)
         kept: dict[int, Any] = {}  # of the first sparse variant
         done = 0
         for batch in by_length([len(e) for e in encoded], self.batch):
@@ -195,13 +209,13 @@ class Answerer:
                 for row, b in enumerate(batch):
                     answer = self._answer(output, row, len(encoded[b]), seconds, conditions.stops)
                     answered[b].answers.append(answer)
-                    if b in drawn and output.kept is not None:
+                    if b in pixels and output.kept is not None:
                         kept.setdefault(b, output.kept[row])
             done += len(batch)
             tell(done)
         for b, positions in kept.items():
             answered[b].pictures = gallery.draw(self.policy, encoded[b], pixels[b], positions)
-        return answered, {e.picture: features[e.picture] for e in encoded if e.visuals}
+        return answered
 
     def _answer(
         self, output: Answers, row: int, length: int, seconds: float, stops: Sequence[str]
@@ -217,45 +231,6 @@ class Answerer:
             prompt_tokens=length,
             answer_tokens=len(output.tokens[row]),
         )
-
-    def _encode(
-        self, prompts: Sequence[Prompt], conditions: Conditions
-    ) -> tuple[list[Encoded], list[float], list[np.ndarray]]:
-        """Each picture decoded once; also seconds and the first medium's pixels, by question."""
-        processor = self.policy.processor
-        most = min(conditions.frame_pixels, processor.settings.max_pixels)
-        low = min(processor.settings.min_pixels, most)
-        clips = Processor(
-            processor.tokenizer,
-            replace(processor.settings, min_pixels=low, max_pixels=most),
-            processor.placeholder["image"],
-            processor.placeholder["video"],
-        )
-        made: dict[str, tuple[Visual, np.ndarray]] = {}
-        encoded, seconds, first = [], [], []
-        for prompt in prompts:
-            began = time.perf_counter()
-            for media in prompt.media:
-                if media.key not in made:
-                    pixels, fps = load_media(media, conditions.frames, conditions.fps)
-                    reader = clips if media.kind == "video" else processor
-                    made[media.key] = (reader.visual(media.kind, pixels, fps), pixels)
-            pairs = [made[media.key] for media in prompt.media]
-            encoded.append(self.policy.encode(prompt, [v for v, _ in pairs], self.longest))
-            seconds.append(time.perf_counter() - began)
-            first.append(pairs[0][1] if pairs else np.zeros((0, 0, 3), np.uint8))
-        return encoded, seconds, first
-
-    def _look(self, encoded: Sequence[Encoded], known: Features) -> tuple[Features, list[float]]:
-        """Each picture through the tower once, one at a time: so what is seen does not depend on the batch."""
-        features, seconds = dict(known), []
-        for one in encoded:
-            began = time.perf_counter()
-            features = self.policy.look([one], features)
-            if self.policy.device.type == "cuda":
-                torch.cuda.synchronize(self.policy.device)
-            seconds.append(time.perf_counter() - began)
-        return features, seconds
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

@@ -31,7 +31,9 @@ def draw(
         shares[positions.numpy()] += 1 / len(kept)
     t, h, w = encoded.visuals[0].grid
     merge = policy.processor.settings.merge
-    share = shares[visual].reshape(t, h // merge, w // merge)
+    # A family may have more tokens after these, which show no part of the picture.
+    cells = t * (h // merge) * (w // merge)
+    share = shares[visual][:cells].reshape(t, h // merge, w // merge)
     frames = pixels[None] if pixels.ndim == 3 else pixels
     plain, lit = [], []
     for moment in evenly_spaced(t, MOMENTS):

@@ -42,11 +42,15 @@ class Looked(NamedTuple):
 
 
 class Pictures:
-    """The media of a run. most: bytes of vision features to remember; 0 where the tower is trained."""
+    """The media of a run. most: bytes of vision features to remember; 0 where the tower is trained. frame_pixels: a
+    bound of clips' frames that holds beside the model's own."""
 
-    def __init__(self, policy: Policy, recipe: Recipe, most: int = MOST) -> None:
+    def __init__(
+        self, policy: Policy, recipe: Recipe, most: int = MOST, frame_pixels: int | None = None
+    ) -> None:
         self.policy = policy
         self.data = recipe.data
+        self.frame_pixels = frame_pixels
         self.most = 0 if policy.settings.train_vision else most
         self.seen: OrderedDict[str, torch.Tensor] = OrderedDict()
         self.visuals: dict[str, tuple[Visual, ...]] = {}
@@ -82,7 +86,7 @@ class Pictures:
 
     def _decode(self, media: Media) -> Visual:
         pixels, fps = load_media(media, self.data.max_frames, self.data.fps)
-        return self.policy.processor.visual(media.kind, pixels, fps)
+        return self.policy.processor.visual(media.kind, pixels, fps, self.frame_pixels)
 
     def fitting(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Prompts with one placeholder for each medium and at most `data.max_prompt_tokens` tokens, found from the
@@ -183,10 +187,7 @@ class Pictures:
     def _remember(self, name: str, one: Encoded, features: torch.Tensor) -> None:
         if name not in self.seen:
             self.held += features.nbytes
-            # A copy: a slice would keep all patches in memory.
-            self.visuals[name] = tuple(
-                replace(v, patches=v.patches[:0].clone()) for v in one.visuals
-            )
+            self.visuals[name] = without_patches(one).visuals
             self.seen[name] = kept = features.cpu()
             if features.is_cuda:
                 self.seen[name] = kept.pin_memory()
@@ -195,6 +196,13 @@ class Pictures:
             oldest, dropped = self.seen.popitem(last=False)
             self.held -= dropped.nbytes
             del self.visuals[oldest]
+
+
+def without_patches(encoded: Encoded) -> Encoded:
+    """The same prompt, for a decoder that is given the features of its media."""
+    # A copy: a slice would keep all patches in memory.
+    visuals = (replace(v, patches=v.patches[:0].clone()) for v in encoded.visuals)
+    return replace(encoded, visuals=tuple(visuals))
 
 
 @lru_cache

@@ -17,6 +17,8 @@ from zipr1.core.errors import InputError
 from zipr1.models.processors import Visual
 
 Look = Callable[[Any, str, Sequence[Visual], torch.device], list[torch.Tensor]]
+# What a prompt has: pictures and clips in order.
+Media = Sequence[Visual]
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Family:
     """look: (model, kind, visuals of that kind, device) -> features `(tokens, hidden)` of each, or, with deepstack,
     `(tokens, hidden * (1 + depth))`: what the first decoder layers are given besides. Model: `core.model`.
 
+    inputs: visuals of each prompt of a batch -> the arguments for them of transformers' own forward and `generate`.
     tower: attributes of `core.model` that see. around: text before and after a picture's placeholders.
     mrope: positions are `(3, l)` by the model's `get_rope_index`, else 0, 1, ... clips: videos are handled.
     tile: config -> pixels on a side of the one tile, tokens on a side, and how many tokens come besides.
@@ -31,6 +34,7 @@ class Family:
     """
 
     look: Look
+    inputs: Callable[[Sequence[Media]], dict[str, torch.Tensor]]
     tower: tuple[str, ...]
     pixels: str
     processor: str
@@ -56,26 +60,71 @@ def _qwen3(model: Any, kind: str, visuals: Sequence[Visual], device: torch.devic
     return [torch.cat(parts, -1) for parts in zip(out.pooler_output, *out.deepstack_features)]
 
 
-def _tiles(visuals: Sequence[Visual], device: torch.device) -> torch.Tensor:
-    return torch.cat([v.patches for v in visuals]).to(device)
+def _patches(rows: Sequence[Media]) -> dict[str, torch.Tensor]:
+    """Patches `(n, ...)` and grids `(v, 3)` of all pictures and of all clips."""
+    inputs = {}
+    for kind, pixels, grid in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
+        some = [v for row in rows for v in row if v.kind == kind]
+        if some:
+            inputs[pixels] = torch.cat([v.patches for v in some])
+            inputs[grid] = torch.tensor([v.grid for v in some])
+    return inputs
+
+
+def _patches_in_time(rows: Sequence[Media]) -> dict[str, torch.Tensor]:
+    """`_patches`, and the seconds `(v,)` that a temporal patch of each clip spans."""
+    inputs, seconds = _patches(rows), [v.seconds for row in rows for v in row if v.kind == "video"]
+    return {**inputs, "second_per_grid_ts": torch.tensor(seconds)} if seconds else inputs
+
+
+def _tiles(rows: Sequence[Media]) -> dict[str, torch.Tensor]:
+    """The tiles `(n, 3, S, S)` of all pictures."""
+    tiles = [v.patches for row in rows for v in row]
+    return {"pixel_values": torch.cat(tiles)} if tiles else {}
 
 
 def _internvl(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> list[Any]:
-    return list(model.get_image_features(pixel_values=_tiles(visuals, device)).pooler_output)
+    pixels = _tiles([visuals])["pixel_values"].to(device)
+    return list(model.get_image_features(pixel_values=pixels).pooler_output)
+
+
+def _llava_tiles(rows: Sequence[Media]) -> dict[str, torch.Tensor]:
+    """Pictures `(n, 1, 3, S, S)` of one tile each, and their sizes `(n, 2)`."""
+    inputs = _tiles(rows)
+    if not inputs:
+        return inputs
+    tiles = inputs["pixel_values"]
+    sizes = torch.tensor([tiles.shape[-2:]] * len(tiles))
+    # Pictures of a sample that has several are one tile each; a sample's only one would be cut up. So all count as
+    # those of one sample.
+    several = torch.tensor([max(2, len(tiles))])
+    return {"pixel_values": tiles[:, None], "image_sizes": sizes, "batch_num_images": several}
 
 
 def _llava(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> list[Any]:
-    pixels = _tiles(visuals, device)
-    sizes = torch.tensor([pixels.shape[-2:]] * len(visuals), device=device)
-    # Pictures of a sample that has several are one tile each; a sample's only one would be cut up.
-    several = torch.tensor([max(2, len(visuals))])
-    out = model.get_image_features(pixels, image_sizes=sizes, batch_num_images=several)
-    return list(out.pooler_output)
+    inputs = {name: values.to(device) for name, values in _llava_tiles([visuals]).items()}
+    return list(model.get_image_features(**inputs).pooler_output)
+
+
+def _smolvlm_tiles(rows: Sequence[Media]) -> dict[str, torch.Tensor]:
+    """Pictures `(B, most, 3, S, S)` of one tile each; prompts with fewer have zeros at the end."""
+    most = max(len(row) for row in rows)
+    if not most:
+        return {}
+    shape = next(v.patches.shape[1:] for row in rows for v in row)
+    pixels = torch.zeros(len(rows), most, *shape)
+    for b, row in enumerate(rows):
+        for i, visual in enumerate(row):
+            pixels[b, i] = visual.patches[0]
+    return {"pixel_values": pixels}
 
 
 def _smolvlm(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> list[Any]:
-    out = model.get_image_features(pixel_values=_tiles(visuals, device)[:, None])
-    return list(out.pooler_output)
+    pixels = _smolvlm_tiles([[visual] for visual in visuals])["pixel_values"].to(device)
+    return list(model.get_image_features(pixel_values=pixels).pooler_output)
 
 
 def _side(size: Any) -> int:
@@ -90,11 +139,12 @@ def _square(config: Any, shrink: float, besides: int = 0) -> tuple[int, int, int
 
 QWEN = "Qwen2VLImageProcessor"
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family(_qwen2, ("visual",), QWEN, "Qwen2VLProcessor"),
-    "qwen2_5_vl": Family(_qwen2, ("visual",), QWEN, "Qwen2_5_VLProcessor"),
-    "qwen3_vl": Family(_qwen3, ("visual",), QWEN, "Qwen3VLProcessor", clips=False),
+    "qwen2_vl": Family(_qwen2, _patches, ("visual",), QWEN, "Qwen2VLProcessor"),
+    "qwen2_5_vl": Family(_qwen2, _patches_in_time, ("visual",), QWEN, "Qwen2_5_VLProcessor"),
+    "qwen3_vl": Family(_qwen3, _patches, ("visual",), QWEN, "Qwen3VLProcessor", clips=False),
     "internvl": Family(
         _internvl,
+        _tiles,
         ("vision_tower", "multi_modal_projector"),
         "GotOcr2ImageProcessor",
         "InternVLProcessor",
@@ -105,6 +155,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "llava_onevision": Family(
         _llava,
+        _llava_tiles,
         ("vision_tower", "multi_modal_projector"),
         "LlavaOnevisionImageProcessor",
         "LlavaOnevisionProcessor",
@@ -114,6 +165,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "smolvlm": Family(
         _smolvlm,
+        _smolvlm_tiles,
         ("vision_model", "connector"),
         "SmolVLMImageProcessor",
         "SmolVLMProcessor",

@@ -4,11 +4,11 @@ pixels are forgotten once the vision tower has seen them."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from zipr1.core.errors import InputError
 from zipr1.core.types import Prompt
-from zipr1.models.encoder import Looked, Pictures
+from zipr1.models.encoder import Looked, Pictures, without_patches
 from zipr1.models.processors import Encoded
 
 # Media that are decoded at a time: 16 clips of 16 frames of 100,352 pixels are 0.6 GB as patches.
@@ -80,15 +80,6 @@ def readable(pictures: Pictures, prompts: Sequence[Prompt]) -> list[Prompt]:
             f"all of {len(prompts)} rows are bad, the first is {prompts[0].id}; mend the data"
         )
     return good
-
-
-def without_patches(encoded: Encoded) -> Encoded:
-    """The same prompt, for a decoder that is given the features of its media."""
-    return replace(
-        encoded,
-        # A copy: a slice would keep all patches in memory.
-        visuals=tuple(replace(v, patches=v.patches[:0].clone()) for v in encoded.visuals),
-    )
 
 
 def _bytes(features: Looked) -> int:
