@@ -22,7 +22,7 @@ from zipr1.evaluate import gallery, processes
 from zipr1.models.batching import by_length
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded, Processor, Visual
-from zipr1.models.sparse.attention import Request
+from zipr1.models.sparse.request import Request
 
 # lmms-eval adds this stop where a task names none; answers may well have paragraphs.
 IMPLICIT_STOP = "\n\n"

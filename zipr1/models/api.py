@@ -27,7 +27,7 @@ from zipr1.models.loading import (
     stored_dtype,
 )
 from zipr1.models.processors import Processor, Visual
-from zipr1.models.sparse.session import live_of
+from zipr1.models.sparse.session import session_of
 
 KINDS = ("image", "video")
 
@@ -60,7 +60,7 @@ def load(
     model.generation_config.suppress_tokens = sorted(processor.placeholder.values())
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = processor.end_id
-    live_of(model).switch(sparse)
+    session_of(model).enter(sparse)
     return model, ChatProcessor(processor, model.config.model_type, data.max_frames, data.fps)
 
 

@@ -18,7 +18,7 @@ from zipr1.core.types import Prompt
 from zipr1.models.batching import by_length
 from zipr1.models.encoder import Pictures
 from zipr1.models.policy import Policy
-from zipr1.models.sparse.attention import Request
+from zipr1.models.sparse.request import Request
 from zipr1.rewards.registry import reward_of
 
 
@@ -127,8 +127,8 @@ def evaluate(
                         result.layer_ratios[i] = answers.counts[row].numpy() / len(encoded[b])
                         result.token_ratio[i] = result.layer_ratios[i].mean()
                         result.kept[i] = answers.kept[row]
-                if answers.heldout is not None:
-                    mass.append(answers.heldout)
+                if answers.probe_audit_mass is not None:
+                    mass.append(answers.probe_audit_mass)
         tell(chunk[-1] + 1)
     for result, mass in zip(results, masses, strict=True):
         if mass:

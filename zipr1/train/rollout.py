@@ -21,7 +21,7 @@ from zipr1.models.batching import by_length
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
 from zipr1.models.sparse import thresholds
-from zipr1.models.sparse.attention import Request
+from zipr1.models.sparse.request import Request
 from zipr1.models.token_budget import most_tokens
 from zipr1.rewards.registry import reward_of
 from zipr1.train import advantages
@@ -183,11 +183,11 @@ def sample(
             settings.temperature,
         )  # fmt: skip
         assert answers.kept is not None and answers.counts is not None
-        if answers.heldout is not None:
-            masses.append(answers.heldout)
+        if answers.probe_audit_mass is not None:
+            masses.append(answers.probe_audit_mass)
         if wants_cut:
-            assert request.record is not None
-            layers = [layer for layer in request.record.layers if layer.cut is not None]
+            assert answers.record is not None
+            layers = [layer for layer in answers.record.layers if layer.cut is not None]
             logp = thresholds.cut_log_prob(
                 [layer.cut for layer in layers if layer.cut is not None],
                 [layer.keep for layer in layers],
@@ -196,7 +196,7 @@ def sample(
                 budgets.per,
             )
             # Too short to be pruned: keeping everything was no choice.
-            short = request.record.lengths < recipe.sparse.dense_below
+            short = answers.record.lengths < recipe.sparse.dense_below
             cuts[rows] = logp.masked_fill(short, 0.0).cpu()
         for b, row in enumerate(rows):
             made[row] = Rollout(

@@ -19,7 +19,8 @@ from zipr1.models.batching import by_length, replay_masks
 from zipr1.models.policy import Policy
 from zipr1.models.shared_prefill import ANSWERS, shared_states
 from zipr1.models.sparse import thresholds
-from zipr1.models.sparse.attention import Request, sparse_attention
+from zipr1.models.sparse.patch import sparse_attention
+from zipr1.models.sparse.request import Request
 from zipr1.models.token_budget import most_tokens
 from zipr1.train import advantages, losses
 from zipr1.train.controller import Pressure
@@ -176,7 +177,7 @@ def backward(
         features = batch.features
         if policy.settings.train_vision:
             features = policy.look(encoded)
-        states, mask = policy.answer_states(encoded, features, tokens, request)
+        states, mask = policy.answer_states(encoded, features, tokens, run)
         padded = pad(tokens, mask.shape[1]).to(policy.device)
         new, each = token_scores(policy, recipe, states, padded, mask, reference)
         old = pad([rows.old[b] for b in chosen], mask.shape[1]).to(policy.device)
@@ -185,14 +186,14 @@ def backward(
         parts.update({name: float(value) for name, value in stats.items()})
         kl = (each.sum(1) / mask.sum(1)).mean()
         loss = settings.policy_gradient * surrogate + settings.kl * kl
-        layers = request.record.layers if request.record is not None else []
+        layers = run.record.layers if run.record is not None else []
         cuts = [layer.cut for layer in layers if layer.cut is not None]
         # Prompts too short to be pruned have no choice to learn.
         short = torch.tensor([len(e) < recipe.sparse.dense_below for e in encoded])
         short = short.to(policy.device)
         if "pathwise" in methods:
-            prompt = request.prompt
-            assert prompt is not None
+            assert run.record is not None
+            prompt = run.record.candidates
             expected = torch.stack(
                 [thresholds.expected_ratio(c, batch.low, budgets.high, prompt) for c in cuts]
             ).masked_fill(short, 1.0)
@@ -215,7 +216,7 @@ def backward(
         parts["loss"], parts["kl"] = float(loss.detach()), float(kl.detach())
         return with_tower(policy, encoded, loss * share)
 
-    with sparse_attention(policy.core, request), policy.recomputing():
+    with sparse_attention(policy.core, request) as run, policy.recomputing():
         policy.parallel.backward(work, last)
     return parts
 
