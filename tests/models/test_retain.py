@@ -9,6 +9,7 @@ import torch
 import zipr1
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Probes, Sparse
+from zipr1.models.sparse.packing import Handover
 from zipr1.models.sparse.record import LayerRecord
 from zipr1.models.sparse.request import Request
 from zipr1.models.sparse.retain import RetainedCache, Turn
@@ -139,7 +140,7 @@ def test_attention_of_a_turn_against_loops(past, monkeypatch):
     cache = RetainedCache(1)
     settings = Sparse(skip="layer", dense_below=0)
     valid = torch.ones(rows, past + new, dtype=torch.bool)
-    one = Turn(Request(settings), cache, valid, past, {})
+    one = Turn(Request(settings), cache, valid, past, Handover())
     monkeypatch.setattr(Selector, "choose", lambda *a: LayerRecord(keep))
     wanted = reference(query, key, value, keep, past, 0.3)
     gone = ~keep[:, None, :, None]
@@ -148,7 +149,8 @@ def test_attention_of_a_turn_against_loops(past, monkeypatch):
     got = one.attend(0, query, key, value, 0.3)
     torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
     rest = [b * new + i for b in range(rows) for i in range(new) if keep[b, past + i]]
-    assert one.rest[0].o_proj.tolist() == one.rest[0].mlp.tolist() == rest
+    left = one.rest.find(0)
+    assert left.o_proj.tolist() == left.mlp.tolist() == rest
     assert cache.layers[0].prompt_counts.tolist() == keep.sum(1).tolist()
 
 
@@ -160,7 +162,7 @@ def test_a_turns_probes_are_its_own_tokens(monkeypatch):
     probes = Probes(recent=3, random=0)
     settings = Sparse(p=0.7, keep_last=1, dense_below=0, normalise=False, probes=probes)
     valid = torch.ones(1, past + new, dtype=torch.bool)
-    one = Turn(Request(settings), RetainedCache(1), valid, past, {})
+    one = Turn(Request(settings), RetainedCache(1), valid, past, Handover())
     keep = one.selector.choose(0, Heads.given(query, key, scale)).keep
     scores = torch.zeros(past + new)
     for i in range(new - 3, new):

@@ -23,7 +23,7 @@ from zipr1.core.phases import phase
 from zipr1.models.sparse.cache import PrunedCache
 from zipr1.models.sparse.gate import gated_prefill, straight_through
 from zipr1.models.sparse.last_layer import finished
-from zipr1.models.sparse.packing import OutputRows, PackedRows
+from zipr1.models.sparse.packing import Handover, OutputRows, PackedRows
 from zipr1.models.sparse.record import LayerRecord, Record
 from zipr1.models.sparse.request import PromptBatch, Request
 from zipr1.models.sparse.selection import Heads, ProbeRange, Selector
@@ -49,10 +49,10 @@ class DecoderCall:
 
 
 class SparseContext(ABC):
-    """One forward pass. rest: where a layer's attention says what the rest of that layer works on, by layer; the
-    patched output projection and MLP of the same layer read it (patch.py)."""
+    """One forward pass. rest: where a layer's attention says what the rest of that layer works on; the patched output
+    projection and MLP read it (patch.py)."""
 
-    def __init__(self, rest: dict[int, OutputRows]) -> None:
+    def __init__(self, rest: Handover) -> None:
         self.rest = rest
 
     @property
@@ -80,7 +80,7 @@ class Prefill(SparseContext):
         request: Request,
         batch: PromptBatch,
         cache: PrunedCache | None,
-        rest: dict[int, OutputRows],
+        rest: Handover,
         last: int,
     ) -> None:
         super().__init__(rest)
@@ -111,7 +111,9 @@ class Prefill(SparseContext):
             with phase("gathers"):
                 self.cache.put(layer, *kv_compact(key, value, kept), kept)
         read_at = self.read_in(layer)
-        self.rest[layer] = OutputRows(o_proj=kept.flat) if read_at is None else finished(read_at)
+        self.rest.leave(
+            layer, OutputRows(o_proj=kept.flat) if read_at is None else finished(read_at)
+        )
         return out.transpose(1, 2)
 
     def pack(self, layer: int, heads: Callable[[], Heads]) -> PackedPrefill | None:
@@ -170,28 +172,28 @@ class PackedPrefill(SparseContext):
             with phase("gathers"):
                 prefill.cache.put(layer, key, value, kept)
         read_at = prefill.read_in(layer)
-        self.rest[layer] = OutputRows() if read_at is None else finished(read_at, kept)
+        self.rest.leave(layer, OutputRows() if read_at is None else finished(read_at, kept))
         return rows.packed_heads(out)
 
 
 class Decode(SparseContext):
     """Tokens after a prompt, which attend to what the cache holds; they are never dropped themselves."""
 
-    def __init__(self, cache: PrunedCache, rest: dict[int, OutputRows]) -> None:
+    def __init__(self, cache: PrunedCache, rest: Handover) -> None:
         super().__init__(rest)
         self.cache = cache
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        self.rest[layer] = OutputRows()
+        self.rest.leave(layer, OutputRows())
         with phase("attention"):
             valid = self.cache.layers[layer].valid
             return sparse_decode(query, key, value, valid, scale=scale).transpose(1, 2)
 
 
 def begin(
-    request: Request, call: DecoderCall, rest: dict[int, OutputRows], layers: int
+    request: Request, call: DecoderCall, rest: Handover, layers: int
 ) -> tuple[SparseContext, Any]:
     """The context of a call, a prompt or tokens after it, and the cache to go on with, if any. layers: of the decoder.
 

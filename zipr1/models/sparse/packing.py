@@ -1,11 +1,12 @@
 """Kept tokens as rows of a flattened batch: work that looks at each token alone is done on them and on no other.
 
 `PackedRows` takes tokens out of a batch and puts results back; `computed_at` makes a module do its work on some rows
-of its input only.
+of its input only, of which the attention of the same layer tells it by a `Handover`.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,6 +57,30 @@ class OutputRows:
 
     o_proj: torch.Tensor | None = None
     mlp: torch.Tensor | None = None
+
+
+class Handover:
+    """What the attention of a layer leaves for the output projection and the MLP of the same layer, of the same pass.
+
+    By thread: beside a sparse pass, another thread may be in the middle of a dense one that began before the model was
+    patched, and that one must find nothing.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[int, int], OutputRows] = {}
+
+    def leave(self, layer: int, rows: OutputRows) -> None:
+        self._rows[threading.get_ident(), layer] = rows
+
+    def find(self, layer: int) -> OutputRows:
+        """All rows, if nothing was left in this thread."""
+        return self._rows.get((threading.get_ident(), layer), OutputRows())
+
+    def clear(self) -> None:
+        """Forget what was left in this thread."""
+        me = threading.get_ident()
+        for key in [key for key in self._rows if key[0] == me]:
+            del self._rows[key]
 
 
 def computed_at(

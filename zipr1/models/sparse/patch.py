@@ -24,12 +24,12 @@ from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.sparse.context import DecoderCall, SparseContext
 from zipr1.models.sparse.last_layer import finished
 from zipr1.models.sparse.layer_skip import skipping
-from zipr1.models.sparse.packing import OutputRows, computed_at
+from zipr1.models.sparse.packing import Handover, computed_at
 from zipr1.models.sparse.record import Record
 from zipr1.models.sparse.request import PromptBatch, Request
 
 # How a pass starts: `context.begin`, or `retain.begin` where conversations lose nothing.
-Begin = Callable[[Request, DecoderCall, dict[int, OutputRows], int], tuple[SparseContext, Any]]
+Begin = Callable[[Request, DecoderCall, Handover, int], tuple[SparseContext, Any]]
 
 
 class SparseRun:
@@ -40,8 +40,7 @@ class SparseRun:
         self.request = request
         self.record: Record | None = None
         self.in_force = False
-        # By layer, what its attention leaves for its output projection and MLP: see SparseContext.
-        self.rest: dict[int, OutputRows] = {}
+        self.rest = Handover()
 
 
 @contextlib.contextmanager
@@ -54,21 +53,23 @@ def sparse_attention(
     The model's text config must use the attention named `ATTENTION`. Blocks of one model may be nested, and the inner
     one counts; for blocks that overlap otherwise, and for threads, see session.py.
     """
-    if request is None or request.keeps_all:
-        yield SparseRun(None)
-        return
-    run = SparseRun(request)
-    decoder = model.get_decoder()
+    run = SparseRun(None if request is None or request.keeps_all else request)
     with contextlib.ExitStack() as undo:
-        undo.enter_context(attributes(decoder, forward=_passes(run, decoder, begin)))
-        for number, layer in enumerate(decoder.layers):
-            undo.enter_context(attributes(layer, forward=skipping(layer, layer.forward)))
-            for name, module in (("o_proj", layer.self_attn.o_proj), ("mlp", layer.mlp)):
-                rows = _rows_of(run, number, name)
-                undo.enter_context(attributes(module, forward=computed_at(module.forward, rows)))
+        if run.request is not None:
+            _patch(model, run, begin, undo)
         run.in_force = True
         undo.callback(setattr, run, "in_force", False)
         yield run
+
+
+def _patch(model: Any, run: SparseRun, begin: Begin, undo: contextlib.ExitStack) -> None:
+    decoder = model.get_decoder()
+    undo.enter_context(attributes(decoder, forward=_passes(run, decoder, begin)))
+    for number, layer in enumerate(decoder.layers):
+        undo.enter_context(attributes(layer, forward=skipping(layer, layer.forward)))
+        for name, module in (("o_proj", layer.self_attn.o_proj), ("mlp", layer.mlp)):
+            rows = _rows_of(run, number, name)
+            undo.enter_context(attributes(module, forward=computed_at(module.forward, rows)))
 
 
 def _passes(run: SparseRun, decoder: Any, begin: Begin) -> Callable[..., Any]:
@@ -107,8 +108,7 @@ def _passes(run: SparseRun, decoder: Any, begin: Begin) -> Callable[..., Any]:
 
 def _rows_of(run: SparseRun, layer: int, name: str) -> Callable[[], torch.Tensor | None]:
     def rows() -> torch.Tensor | None:
-        left = run.rest.get(layer)
-        at: torch.Tensor | None = None if left is None else getattr(left, name)
+        at: torch.Tensor | None = getattr(run.rest.find(layer), name)
         return at
 
     return rows

@@ -22,7 +22,7 @@ from zipr1_kernels import Kept, kv_compact, pack_indices, sparse_prefill
 from zipr1.core.errors import InputError
 from zipr1.models.sparse.cache import PrunedCache, PrunedLayer
 from zipr1.models.sparse.context import Decode, DecoderCall, SparseContext
-from zipr1.models.sparse.packing import OutputRows
+from zipr1.models.sparse.packing import Handover, OutputRows
 from zipr1.models.sparse.record import Record
 from zipr1.models.sparse.request import Request
 from zipr1.models.sparse.selection import Heads, ProbeRange, Selector
@@ -111,7 +111,7 @@ class Turn(SparseContext):
         cache: RetainedCache,
         valid: torch.Tensor,
         past: int,
-        rest: dict[int, OutputRows],
+        rest: Handover,
     ) -> None:
         super().__init__(rest)
         self.request = request
@@ -134,7 +134,7 @@ class Turn(SparseContext):
         self.cache.layers[layer].choose(*few, kept)
         mine = keep[:, self.past :]
         rows = mine.flatten().nonzero()[:, 0] if self.request.settings.skip == "layer" else None
-        self.rest[layer] = OutputRows(o_proj=rows, mlp=rows)
+        self.rest.leave(layer, OutputRows(o_proj=rows, mlp=rows))
         if not self.past:
             return sparse_prefill(query, key, value, kept, scale=scale).transpose(1, 2)
         place = self.past + torch.arange(query.shape[2], device=query.device)
@@ -146,7 +146,7 @@ class Turn(SparseContext):
 
 
 def begin(
-    request: Request, call: DecoderCall, rest: dict[int, OutputRows], layers: int
+    request: Request, call: DecoderCall, rest: Handover, layers: int
 ) -> tuple[SparseContext, Any]:
     """As `context.begin`, with all keys and values retained from turn to turn."""
     cache = call.cache

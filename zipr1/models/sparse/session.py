@@ -146,7 +146,9 @@ class SparseSession:
 
     def _apply(self) -> None:
         """Patch the model for the block on top, unless it is already; the only place that does."""
-        model: Any = self._model()
+        model = self._model()
+        if model is None:  # its last block ends with nobody left to see it
+            return
         top = self._blocks[-1] if self._blocks else None
         before: InForce | None = model.__dict__.get(ATTRIBUTE)
         if (None if before is None else before.block) is top:
@@ -181,6 +183,8 @@ class SparseSession:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             with self._guard:
+                if not run.in_force:  # the settings changed while this pass waited for its turn
+                    return decoder.forward(*args, **kwargs)
                 cache = kwargs.get("past_key_values")
                 past = 0 if cache is None else cache.get_seq_length()
                 if past and run.request is None and isinstance(cache, (PrunedCache, RetainedCache)):
