@@ -79,7 +79,7 @@ class Handover:
     def clear(self) -> None:
         """Forget what was left in this thread."""
         me = threading.get_ident()
-        for key in [key for key in self._rows if key[0] == me]:
+        for key in [key for key in list(self._rows) if key[0] == me]:
             del self._rows[key]
 
 
