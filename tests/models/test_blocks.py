@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText
 
 import zipr1
 from zipr1.models.loading import resolve
-from zipr1.models.sparse.patch import sparse_attention
+from zipr1.models.sparse.patch import our_attention, sparse_attention
 from zipr1.models.sparse.request import Request
 
 FREE = {
@@ -279,17 +279,27 @@ def test_what_others_have_patched_is_there_again(inputs, expected):
     assert torch.equal(logits(model, inputs), expected[None])
 
 
+@torch.no_grad()
+def decoded(model, inputs):
+    """Logits of one more token after a prompt."""
+    cache = model(**inputs, use_cache=True).past_key_values
+    following = torch.full((3, 1), 40)
+    return model(input_ids=following, past_key_values=cache, use_cache=True).logits
+
+
 def test_a_block_of_the_library_inside_one_of_zipr1_sparse(inputs, expected):
     """`sparse_attention` (what a policy runs in) inside a block: the inner settings count, whatever the outer."""
     model = stock()
     before = snapshot(model)
     with zipr1.sparse(model, **KINDS["tight"]):
         tight = model._zipr1.settings
-    for outer in ("layer", "retain"):
+        step = decoded(model, inputs)
+    for outer in ("dense", "layer", "retain"):
         with zipr1.sparse(model, **KINDS[outer]):
-            with sparse_attention(model, Request(tight)) as run:
+            with our_attention(model), sparse_attention(model, Request(tight)) as run:
                 assert torch.equal(logits(model, inputs), expected["tight"])
                 assert run.record is not None and len(run.record.layers) == 4
+                assert torch.equal(decoded(model, inputs), step)
             assert torch.equal(logits(model, inputs), expected[outer])
     assert snapshot(model) == before
 

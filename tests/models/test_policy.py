@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import policychecks
 import pytest
 import tinymodels
@@ -270,6 +272,48 @@ def test_adapter_off_is_the_base_and_starts_as_it():
 @pytest.mark.parametrize("skip", ["attention", "layer"])
 def test_gradient_checkpointing_changes_no_gradient(skip):
     policychecks.gradient_checkpointing_changes_no_gradient(skip)
+
+
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+def test_two_passes_before_one_backward_are_computed_again_each_as_it_was(skip):
+    """With checkpointing the layers of both run again, the first pass's with what its own attention has left."""
+    grads = []
+    for checkpointing in (False, True):
+        policy = tinymodels.make(checkpointing=checkpointing)
+        encoded = tinymodels.encode(policy, tinymodels.mixed())
+        features = policy.look(encoded)
+        with sparse_attention(policy.core, Request(sparse(skip=skip))) as run, policy.recomputing():
+            total, counts = 0.0, []
+            for few in (encoded[:1], encoded[1:]):
+                logits, _ = policy.answer_logits(
+                    few, features, [torch.tensor([40])] * len(few), run
+                )
+                total = total + logits.log_softmax(-1)[..., 7].sum()
+                counts.append(run.record)
+            total.backward()
+        assert [len(record.lengths) for record in counts] == [1, 3]
+        assert [len(record.layers) for record in counts] == [policy.layers] * 2
+        grads.append({n: p.grad for n, p in policy.trainable() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, gradient in grads[0].items():
+        torch.testing.assert_close(gradient, grads[1][name], msg=name)
+
+
+def test_a_request_is_never_written_to():
+    """Its fields cannot be set, and what one run kept is not seen by another run of the same request."""
+    policy = tinymodels.shared()
+    encoded = tinymodels.encode(policy, tinymodels.mixed())
+    features = policy.look(encoded)
+    request = Request(sparse(0.6))
+    before = dict(vars(request))
+    first = policy.generate(encoded[:2], features, request, 1)
+    second = policy.generate(encoded[2:], features, request, 1)
+    assert first.record is not second.record
+    assert first.record.lengths.tolist() == [len(e) for e in encoded[:2]]
+    assert vars(request) == before
+    for name in before:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(request, name, None)
 
 
 def test_short_prompts_stay_dense():

@@ -31,8 +31,9 @@ from zipr1.models.sparse.selection import Heads, ProbeRange, Selector
 
 @dataclass(frozen=True, eq=False)
 class DecoderCall:
-    """What a text decoder was called with. cache: past_key_values. real: `(B, q)` bool, real tokens among the q new
-    ones by the attention mask; None: there was none. batch: what `prefill` (sampling.py) says of the batch."""
+    """What a text decoder was called with. embeds: `(B, q, hidden)`, or ids `(B, q)`. cache: past_key_values. real:
+    `(B, q)` bool, real tokens among the q new ones by the attention mask; None: there was none. batch: what `prefill`
+    (sampling.py) says of the batch."""
 
     embeds: torch.Tensor
     cache: Any

@@ -1,4 +1,4 @@
-"""Every change that is made to a transformers model, and how it is undone: the only file that changes one.
+"""Every swapped forward, method and setting of a transformers model, and how it is undone: the only file that swaps.
 
 `sparse_attention` makes a model's forward passes and `generate` sparse inside a `with` block:
 

@@ -6,7 +6,8 @@ away, wherever in the stack it is, and the last one leaves the model as it was b
 
 Threads: the stack is the model's, so all threads that share a model run under the settings in force, whichever thread
 began the block; a block that begins or ends waits for the pass under way. Passes of one model take turns. An answer
-under way when the settings change goes on under the new ones, if its cache allows it. `stats` are each thread's own.
+under way when the settings change goes on under the new ones, if its cache allows it. A pass that began before the
+first block is not waited for: it ends dense. `stats` are each thread's own.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ class SparseSession:
     @property
     def settings(self) -> Sparse | None:
         """Those in force; None: the model is what it was."""
-        return self._blocks[-1].settings if self._blocks else None
+        top = self._blocks[-1:]  # in one step, for another thread may end a block
+        return top[0].settings if top else None
 
     def enter(self, settings: Sparse) -> Block:
         """Begin a block; `leave` takes what it gives."""
@@ -185,6 +187,10 @@ class SparseSession:
             with self._guard:
                 if not run.in_force:  # the settings changed while this pass waited for its turn
                     return decoder.forward(*args, **kwargs)
+                if (
+                    "sparse_context" in kwargs
+                ):  # of a `sparse_attention` inside this block, which counts
+                    return stock(*args, **kwargs)
                 cache = kwargs.get("past_key_values")
                 past = 0 if cache is None else cache.get_seq_length()
                 if past and run.request is None and isinstance(cache, (PrunedCache, RetainedCache)):
