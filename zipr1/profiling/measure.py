@@ -18,10 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zipr1.core.errors import RunError
 from zipr1.core.phases import Stopwatch
+from zipr1.models import sampling
 from zipr1.models.cost import Skip, kept_tokens
 from zipr1.models.loading import random_model
-from zipr1.models.sampling import decode_step
-from zipr1.models.sampling import prefill as sampling_prefill
 from zipr1.models.sparse.cache import PrunedCache, kv_bytes
 from zipr1.models.sparse.patch import SparseRun, sparse_attention
 from zipr1.models.sparse.record import Record
@@ -128,7 +127,7 @@ def prefill(subject: Subject, inputs: Inputs, variant: Variant) -> tuple[dict[st
     with variant.running(core) as run:
         wait(subject.device)
         start = time.perf_counter()
-        hidden, cache = sampling_prefill(core, inputs.arguments, inputs.valid, run)
+        hidden, cache = sampling.prefill(core, inputs.arguments, inputs.valid, run)
         wait(subject.device)
         middle = time.perf_counter()
         core.lm_head(hidden[:, -1]).argmax(-1)
@@ -255,7 +254,7 @@ def stepper(
         with variant.running(core):
             wait(device)
             start = time.perf_counter()
-            hidden = decode_step(core, arguments, cache)
+            hidden = sampling.decode_step(core, arguments, cache)
             core.lm_head(hidden[:, -1]).argmax(-1)
             if waiting:
                 wait(device)
