@@ -187,9 +187,7 @@ class SparseSession:
             with self._guard:
                 if not run.in_force:  # the settings changed while this pass waited for its turn
                     return decoder.forward(*args, **kwargs)
-                if (
-                    "sparse_context" in kwargs
-                ):  # of a `sparse_attention` inside this block, which counts
+                if "sparse_context" in kwargs:  # a `sparse_attention` inside this block counts
                     return stock(*args, **kwargs)
                 cache = kwargs.get("past_key_values")
                 past = 0 if cache is None else cache.get_seq_length()
