@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
-import math
 import sys
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -38,18 +37,31 @@ REWARDS: dict[str, Reward] = {
 }
 
 
-def find(name: str, where: str = "rewards.correct", tolerance: float | None = None) -> Reward:
-    """The reward of that name, or the function of `path.py:func`.
+def find(
+    name: str,
+    where: str = "rewards.correct",
+    tolerance: float | None = None,
+    *,
+    files: bool = True,
+) -> Reward:
+    """The reward of that name, or the function of `path.py:func`, whose file is executed.
 
-    where: what named it, for errors. tolerance: relative, of `number`. Raises InputError, with the nearest name.
+    where: what named it, for errors. tolerance: relative, of `number`. files: whether a file may be named: a recipe may,
+    a row of data may not, for data must not run code. Raises InputError, with the nearest name.
     """
     if ".py:" in name:
+        if not files:
+            raise InputError(
+                f"{where} '{name}': a row cannot name a file, which would run its code; allowed: {', '.join(REWARDS)}; "
+                "remove it, and name the file in the recipe's rewards.correct"
+            )
         return _own(name, where)
     if name not in REWARDS:
         near = difflib.get_close_matches(name, REWARDS, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
+        own = ", or path.py:function" if files else ""
         raise InputError(
-            f"{where} '{name}': no such reward; {hint}allowed: {', '.join(REWARDS)}, or path.py:function; "
+            f"{where} '{name}': no such reward; {hint}allowed: {', '.join(REWARDS)}{own}; "
             "rename or remove it"
         )
     if name == "number" and tolerance is not None:
@@ -90,7 +102,9 @@ def _own(name: str, where: str) -> Reward:
             raise InputError(
                 f"{where} '{name}': failed on {said!r:.60} ({type(error).__name__}: {error}); mend it"
             ) from error
-        if not isinstance(value, int | float) or not 0 <= value <= 1 or math.isnan(value):
+        if getattr(value, "shape", None) == ():  # a scalar of NumPy or PyTorch
+            value = value.item()
+        if not isinstance(value, int | float) or not 0 <= value <= 1:  # NaN is in no range
             raise InputError(
                 f"{where} '{name}': gave {value!r:.60} for {said!r:.60}; allowed: a number from 0 to 1"
             )
@@ -111,7 +125,12 @@ def _takes_two(check: Callable[..., object]) -> bool:
 
 def reward_of(prompt: Prompt, recipe: Recipe) -> Reward:
     """The check of a prompt's answer: its own, or the recipe's; the best over all answers that are right."""
-    check = find(prompt.reward or recipe.rewards.correct, tolerance=recipe.rewards.tolerance)
+    tolerance = recipe.rewards.tolerance
+    check = (
+        find(prompt.reward, "reward", tolerance, files=False)
+        if prompt.reward
+        else find(recipe.rewards.correct, tolerance=tolerance)
+    )
     if not prompt.accepted:
         return check
     return lambda said, wanted: max(check(said, right) for right in (wanted, *prompt.accepted))
