@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from zipr1.rewards.distance import tokens
+from zipr1.rewards.distance import common, tokens
 from zipr1.rewards.final import final
 
 
 def rouge(said: str, wanted: str) -> float:
     """Mean F1 of shared words, shared pairs of neighbours and the longest common subsequence, in [0, 1].
 
-    Where the right answer is one word there are no pairs: the mean is that of the other two.
+    Where the right answer is one word there are no pairs: the mean is that of the other two. The common subsequence is
+    that of the first LONGEST words (distance.py) of each; what follows counts as not shared there.
     """
     heard, right = tokens(final(said)), tokens(final(wanted))
     if not heard or not right:
@@ -32,16 +33,6 @@ def shared(heard: Sequence[str], right: Sequence[str], size: int) -> float:
         Counter(tuple(t[i : i + size]) for i in range(len(t) - size + 1)) for t in (heard, right)
     )
     return f1((ours & theirs).total(), ours.total(), theirs.total())
-
-
-def common(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
-    row = [0] * (len(b) + 1)
-    for one in a:
-        corner = 0
-        for j, other in enumerate(b, 1):
-            corner, row[j] = row[j], corner + 1 if one == other else max(row[j], row[j - 1])
-    return row[-1]
 
 
 def f1(hits: int, heard: int, right: int) -> float:
