@@ -13,7 +13,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.recipe import Data, Recipe, Rewards
 from zipr1.core.types import Prompt
 from zipr1.data.rows import load
-from zipr1.rewards.registry import find, reward_of
+from zipr1.rewards.registry import check_answers, find, reward_of
 
 ROOT = Path(__file__).parents[2]
 EVIL = """
@@ -159,3 +159,47 @@ def test_what_a_reward_of_ones_own_may_return(written, value, tmp_path):
         got = reward("x", "y")
         assert got == value
         assert type(got) is float
+
+
+def _asked(*answers, reward=None):
+    return [
+        Prompt(str(i), [], (), answer, "t", "k", "p", reward=reward, row=f"x.jsonl: row {i}")
+        for i, answer in enumerate(answers, 1)
+    ]
+
+
+def test_a_right_answer_that_nobody_can_earn_is_told(caplog):
+    recipe = Recipe(rewards=Rewards(correct="choice"))
+    check_answers(_asked("A", "b", "A, C", "AC", "(D) dog"), recipe)
+    assert not caplog.records
+    check_answers(_asked("A", "cat", "dog", "B"), recipe)
+    (said,) = caplog.messages
+    assert said.startswith(
+        "x.jsonl: row 2: choice gives 'cat' no full reward when it is said word for word, nor 1 more of 4"
+    )
+    assert "name another (rewards.correct, or `reward` in the row)" in said
+    with pytest.raises(
+        InputError, match=r"row 1: choice gives 'cat' no full reward.*nor 1 more of 2"
+    ):
+        check_answers(_asked("cat", "dog"), recipe)
+    # A row's own reward is the one that counts.
+    check_answers(_asked("cat", "dog", reward="exact"), recipe)
+    assert len(caplog.records) == 1
+
+
+def test_a_reward_of_ones_own_is_not_called_before_the_run(evil):
+    (evil / "evil.py").write_text("def run(said, wanted): raise RuntimeError")
+    check_answers(_asked("cat"), Recipe(rewards=Rewards(correct="evil.py:run")))
+
+
+def test_a_dry_run_tells_of_answers_that_nobody_can_earn(tmp_path):
+    path = _rows(tmp_path, answer="cat")
+    command = ["train", f"{ROOT}/recipes/tiny.yaml", "--dry-run", "rewards.correct=choice"]
+    done = subprocess.run(
+        [sys.executable, "-m", "zipr1", *command, f"data.source={path}", f"data.heldout={path}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert "choice gives 'cat' no full reward" in " ".join((done.stdout + done.stderr).split())

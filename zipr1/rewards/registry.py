@@ -1,7 +1,11 @@
 """How right is an answer? Functions `(said, wanted) -> float in [0, 1]`, found by name in REWARDS, or a user's own.
 
-All look inside <answer> tags and boxes first (final.py). What a kept token costs is not here: the gate needs the whole
-group (zipr1/train/advantages.py).
+Which to use: `exact` for words; `choice` for letters of options; `number` for numbers that are exact, `regression` for
+estimates; `ocr` for text that is read, `anls` for short answers about documents, `rouge` for sentences. For charts,
+`relaxed` to train, which is lenient about form, and `chartqa` to measure, which counts as the benchmark does.
+
+All but `chartqa` look inside <answer> tags and boxes first (final.py). What a kept token costs is not here: the gate
+needs the whole group (zipr1/train/advantages.py).
 """
 
 from __future__ import annotations
@@ -9,8 +13,9 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -20,8 +25,10 @@ from zipr1.core.types import Prompt
 from zipr1.rewards.choice import choice
 from zipr1.rewards.distance import anls, ocr
 from zipr1.rewards.exact import exact
-from zipr1.rewards.number import number, regression, relaxed
+from zipr1.rewards.number import chartqa, number, regression, relaxed
 from zipr1.rewards.rouge import rouge
+
+log = logging.getLogger("zipr1")
 
 Reward = Callable[[str, str], float]
 
@@ -30,6 +37,7 @@ REWARDS: dict[str, Reward] = {
     "choice": choice,
     "number": number,
     "relaxed": relaxed,
+    "chartqa": chartqa,
     "regression": regression,
     "ocr": ocr,
     "rouge": rouge,
@@ -46,8 +54,8 @@ def find(
 ) -> Reward:
     """The reward of that name, or the function of `path.py:func`, whose file is executed.
 
-    where: what named it, for errors. tolerance: relative, of `number`. files: whether a file may be named: a recipe may,
-    a row of data may not, for data must not run code. Raises InputError, with the nearest name.
+    where: what named it, for errors. tolerance: relative, of `number`. files: whether a file may be named: a recipe
+    may, a row of data may not, for data must not run code. Raises InputError, with the nearest name.
     """
     if ".py:" in name:
         if not files:
@@ -134,3 +142,32 @@ def reward_of(prompt: Prompt, recipe: Recipe) -> Reward:
     if not prompt.accepted:
         return check
     return lambda said, wanted: max(check(said, right) for right in (wanted, *prompt.accepted))
+
+
+# Questions whose right answers are tried before a run.
+TRIED = 20_000
+
+
+def check_answers(prompts: Sequence[Prompt], recipe: Recipe) -> None:
+    """Warns of right answers that their own reward does not call right, of the first TRIED questions: nobody can earn
+    it. Raises InputError if none can be earned. Rewards of a user's own are left out: they may be slow, or cost money.
+    """
+    tried = unfit = 0
+    first = ""
+    for prompt in prompts[:TRIED]:
+        name = prompt.reward or recipe.rewards.correct
+        if name not in REWARDS:
+            continue
+        tried += 1
+        if reward_of(prompt, recipe)(prompt.answer, prompt.answer) < 1:
+            unfit += 1
+            first = first or f"{prompt.row or prompt.id}: {name} gives {prompt.answer!r:.60}"
+    if not unfit:
+        return
+    message = (
+        f"{first} no full reward when it is said word for word, nor {unfit - 1} more of {tried} right answers; "
+        "write them as the reward reads them, or name another (rewards.correct, or `reward` in the row)"
+    )
+    if unfit == tried:
+        raise InputError(message)
+    log.warning("%s", message)

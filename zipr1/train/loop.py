@@ -27,6 +27,7 @@ from zipr1.data import sources
 from zipr1.models.encoder import Pictures, effective
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
+from zipr1.rewards.registry import check_answers
 from zipr1.train import optim, supervised
 from zipr1.train.controller import draw_weights, press
 from zipr1.train.loggers import board
@@ -78,6 +79,7 @@ def _run(
     # 1. the questions, and a folder for the run
     prompts = sources.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
     questions = sources.load(recipe.data, "heldout", recipe.seed)
+    check_answers([*prompts, *questions], recipe)
     pictures = Pictures(policy, recipe)
     prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     if recipe.data.on_bad_row == "skip":
