@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zipr1.core.errors import InputError
-from zipr1.rewards.distance import edits
+from zipr1.rewards.distance import common, edits
 from zipr1.rewards.registry import REWARDS, find
-from zipr1.rewards.rouge import common
 
 CASES = {
     "exact": {
@@ -75,7 +74,7 @@ CASES = {
         ("B\n\nExplanation: A is too small.", "B"): 1,
         ("The answer is B. Option A is wrong.", "B"): 1,
         ("Option A is wrong, so the answer is B", "B"): 1,
-        ("option B is wrong; option C is right", "C"): 0,  # which of two is not said by "option"
+        ("option B is wrong; option C is right", "C"): 1,
         ("I choose B because A is wrong", "B"): 1,
         ("The answer could be A, but the answer is B.", "B"): 1,
         ("The answer is A or B", "A"): 0,  # hedging does not pay
@@ -102,7 +101,7 @@ CASES = {
         ("25%", "0.25"): 1,
         ("-3e2", "-300"): 1,
         ("3", "-3"): 0,
-        ("twelve", "12"): 0,
+        ("twelve", "12"): 1,
         ("", "0"): 0,
         ("0", "0"): 1,
         ("12.1", "12"): 0,
@@ -110,16 +109,17 @@ CASES = {
         (r"\boxed{-\frac{3}{4}}", "-0.75"): 1,
         (r"\frac{1}{0}", "0"): 0,
         ("1/4", "0.25"): 1,
-        ("3-4", "4"): 1,  # a dash, not a sign
+        ("3-4", "-4"): 0,  # a dash, not a sign
+        ("3-4", "4"): 0,  # and a range, which settles on neither end
         ("−5", "-5"): 1,  # the minus of typesetters
         ("$1,200.50", "1200.5"): 1,
-        ("1,2345", "2345"): 1,
+        ("1,2345", "1.2345"): 1,  # the comma of decimals
         ("<think>7</think><answer>8</answer>", "8"): 1,
         ("<think>8</think>", "8"): 0,
         (r"12\%", "0.12"): 1,
         ("1e400", "1"): 0,
         (".5", "0.5"): 1,
-        ("2e5 or e7", "7"): 1,  # e7 has no mantissa: it is a letter and a 7
+        ("2e5 or e7", "200000"): 1,  # e7 has no mantissa: it is a name, as is H2
         ("The answer is 12.", "12"): 1,
         ("1,234.50", "1234.5"): 1,
         ("12 %", "0.12"): 1,
@@ -164,6 +164,17 @@ CASES = {
         ("2019", "Group 2018"): 0,  # words with a number in them are no number
         ("Group 2018", "group 2018"): 1,
         ("12%", "12"): 0,  # as ChartQA counts
+    },
+    "chartqa": {  # no leniency at all: test_chartqa.py
+        ("105", "100"): 1,
+        ("105.1", "100"): 0,
+        ("Yes", "yes"): 1,
+        ("yes.", "yes"): 0,
+        ("The answer is 100", "100"): 0,
+        (r"\boxed{100}", "100"): 0,
+        ("40%", "0.4"): 1,
+        ("12%", "12"): 0,
+        ("0", "0"): 1,
     },
     "regression": {
         ("100", "100"): 1,
@@ -287,6 +298,90 @@ def test_edits_are_those_of_a_brute_force():
     for a, b in itertools.product(["", "a", "ab", "ba", "abcb", "bcab", "cbbac"], repeat=2):
         assert edits(a, b) == slow(a, b)
         assert common(a, b) == longest(a, b)
+
+
+@settings(max_examples=100)
+@given(
+    a=st.text("abc", max_size=200),
+    b=st.text("abcd", max_size=200),
+)
+def test_edits_and_common_are_those_of_the_table(a, b):
+    distance = list(range(len(b) + 1))
+    longest = [0] * (len(b) + 1)
+    for i, one in enumerate(a):
+        new, kept = [i + 1], [0]
+        for j, other in enumerate(b):
+            new.append(min(new[j] + 1, distance[j + 1] + 1, distance[j] + (one != other)))
+            kept.append(longest[j] + 1 if one == other else max(kept[j], longest[j + 1]))
+        distance, longest = new, kept
+    assert edits(a, b) == edits(b, a) == distance[-1]
+    assert common(a, b) == common(b, a) == longest[-1]
+
+
+NUMBERS = [
+    "3",
+    "3.0",
+    "-5",
+    "−5",
+    "1,000",
+    "1 000",
+    "50%",
+    "$5",
+    "5 €",
+    "five",
+    "3/4",
+    "1 1/2",
+    "½",
+]
+NUMBERS += [
+    r"\frac{1}{2}",
+    r"3\pi",
+    r"\sqrt{2}",
+    "2^10",
+    "<5",
+    "≥5",
+    "5+",
+    "at least 5",
+    "5-6",
+    "5 to 6",
+]
+NUMBERS += [
+    "(2, 3)",
+    "11:30",
+    "2020-01-02",
+    "2019",
+    "none",
+    "5 kg",
+    "5 million",
+    "6 ft 2 in",
+    "in 2020",
+]
+WORDS = [
+    "Yes",
+    "N/A",
+    "H2O",
+    "C++",
+    "A+",
+    "U.S.",
+    "x > 5",
+    "red and blue",
+    "Q1 2020",
+    "18-24",
+    "东京",
+]
+LETTERS = ["A", "b", "(C)", "D. a cat", "A, C", "AC", "A and C", "I"]
+EARNED = {
+    **dict.fromkeys(
+        ("exact", "relaxed", "ocr", "rouge", "anls", "chartqa"), NUMBERS + WORDS + LETTERS
+    ),
+    **dict.fromkeys(("number", "regression"), NUMBERS + WORDS),
+    "choice": LETTERS,
+}
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_the_right_answer_earns_all(name):
+    assert [right for right in EARNED[name] if find(name)(right, right) != 1] == []
 
 
 OWN = """

@@ -70,7 +70,7 @@ def _reward(row: dict[str, Any]) -> str | None:
     if "reward" not in row:
         return None
     name = str(row["reward"])
-    find(name, where="reward")
+    find(name, where="reward", files=False)
     return name
 
 

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 
 from zipr1.rewards.final import final
+from zipr1.rewards.words import plain, words
 
-# Vowel signs and accents, which Python counts to no word: without them "नमस्त" would be "नमस्ते".
-MARKS = "".join(
-    chr(code) for code in range(0x300, 0x20000) if unicodedata.category(chr(code))[0] == "M"
-)
-_WORD = re.compile(
-    rf"[-+]?\d+(?:[.,]\d+)*(?:\s*%)?|[^\W\d_](?:[^\W\d_]|[{MARKS}])*(?:['’](?:[^\W\d_]|[{MARKS}])+)*"
-)
-# Invisible joiners inside of words.
-_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\ufeff\u00ad"))
-
-
-def plain(text: str) -> str:
-    """Small letters, each character in one way of writing it."""
-    return unicodedata.normalize("NFKC", text).casefold().translate(_INVISIBLE)
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words of a text; a sign, a decimal point or a percent sign of a number stays with it."""
-    return [re.sub(r"\s", "", word) for word in _WORD.findall(plain(text))]
+# "3.0", as tables write whole numbers where a cell is empty, and "2.50".
+_ZEROS = re.compile(r"(?<=\d)\.0+(?=\D*$)|(?<=\d)(\.\d*[1-9])0+(?=\D*$)")
 
 
 def exact(prediction: str, reference: str) -> float:
-    """1.0 if the words are those of `reference`, else 0.0; an answer without words is never right."""
-    predicted = words(final(prediction))
-    return float(bool(predicted) and predicted == words(final(reference)))
+    """1.0 if the words are those of `wanted`, else 0.0. Numbers count as such: "1,234.0" is "1234".
+
+    Where neither has words, as in "?", the marks are compared; nothing but spaces and points is never right.
+    """
+    heard, right = final(prediction), final(reference)
+    ours, theirs = ([_ZEROS.sub(r"\1", word) for word in words(text)] for text in (heard, right))
+    if ours or theirs:
+        return float(ours == theirs)
+    marks = "".join(plain(heard).split())
+    return float(bool(marks.strip(".")) and marks == "".join(plain(right).split()))

@@ -8,13 +8,13 @@ _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.IGNORECASE | re.DOTALL
 _THOUGHT = re.compile(r"\A.*</think>", re.IGNORECASE | re.DOTALL)
 _UNFINISHED = re.compile(r"<think>.*\Z", re.IGNORECASE | re.DOTALL)
 _BOXES = (r"\boxed{", r"\fbox{")
-# What LaTeX wraps around words: \text{cat}, \mathrm{cat}, \textbf{cat}.
-_WRAPPED = re.compile(r"\\(?:text\w*|math\w+)\s*\{([^{}]*)\}")
+# What LaTeX wraps around words: \text{cat}, \mathrm{cat}, \textbf{cat}; and braces, of which each has its partner.
+_BRACE = re.compile(r"\\(?:text\w*|math\w+)\s*\{|\\?[{}]")
 
 
 def final(text: str) -> str:
     """The answer proper, stripped: in tags (the last that hold something), then in a box inside of them; the whole text
-    where there is neither.
+    where there is neither. Dollar signs around all of it, and what wraps words in LaTeX, are left out.
 
     A tag that was never closed (the answer was cut at its longest) counts up to the end; so does a box. Thinking that
     was never closed is no answer.
@@ -24,11 +24,26 @@ def final(text: str) -> str:
     else:
         text = _UNFINISHED.sub("", _THOUGHT.sub("", text))
     inside = boxed(text)
-    if inside is not None:
-        text = inside
-        while (plainer := _WRAPPED.sub(r"\1", text)) != text:
-            text = plainer
-    return text.strip().strip("$").strip()
+    text = unwrapped(text if inside is None else inside).strip()
+    if len(text) > 1 and text[0] == text[-1] == "$":
+        text = text.strip("$").strip()
+    return text
+
+
+def unwrapped(text: str) -> str:
+    r"""The text with "\text{cat}", "\mathbf{cat}" and the like as "cat"."""
+    open_: list[bool] = []  # of each brace that is open: is it a wrapper's?
+
+    def one(match: re.Match[str]) -> str:
+        brace = match[0]
+        if brace in (r"\{", r"\}"):
+            return brace
+        if brace == "}":
+            return "" if open_ and open_.pop() else brace
+        open_.append(brace != "{")
+        return "" if open_[-1] else brace
+
+    return _BRACE.sub(one, text)
 
 
 def boxed(text: str) -> str | None:

@@ -1,7 +1,11 @@
-"""The checks of answers: functions `(prediction, reference) -> float in [0, 1]`, by name in REWARDS or a user's own.
+"""How right is an answer? Functions `(prediction, reference) -> float in [0, 1]`, by name in REWARDS, or a user's own.
 
-All look inside <answer> tags and boxes first (final.py). What a kept token costs is not here: that depends on the other
-rollouts of the same prompt (zipr1/train/advantages.py).
+Which to use: `exact` for words; `choice` for letters of options; `number` for numbers that are exact, `regression` for
+estimates; `ocr` for text that is read, `anls` for short answers about documents, `rouge` for sentences. For charts,
+`relaxed` to train, which is lenient about form, and `chartqa` to measure, which counts as the benchmark does.
+
+All but `chartqa` look inside <answer> tags and boxes first (final.py). What a kept token costs is not here: the gate
+needs the whole group (zipr1/train/advantages.py).
 """
 
 from __future__ import annotations
@@ -9,9 +13,9 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
-import math
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -21,8 +25,10 @@ from zipr1.core.types import Prompt
 from zipr1.rewards.choice import choice
 from zipr1.rewards.distance import anls, ocr
 from zipr1.rewards.exact import exact
-from zipr1.rewards.number import number, regression, relaxed
+from zipr1.rewards.number import chartqa, number, regression, relaxed
 from zipr1.rewards.rouge import rouge
+
+log = logging.getLogger("zipr1")
 
 Reward = Callable[[str, str], float]
 
@@ -31,6 +37,7 @@ REWARDS: dict[str, Reward] = {
     "choice": choice,
     "number": number,
     "relaxed": relaxed,
+    "chartqa": chartqa,
     "regression": regression,
     "ocr": ocr,
     "rouge": rouge,
@@ -38,18 +45,31 @@ REWARDS: dict[str, Reward] = {
 }
 
 
-def find(name: str, where: str = "rewards.check", tolerance: float | None = None) -> Reward:
-    """The reward of that name, or the function of `path.py:func`.
+def find(
+    name: str,
+    where: str = "rewards.check",
+    tolerance: float | None = None,
+    *,
+    files: bool = True,
+) -> Reward:
+    """The reward of that name, or the function of `path.py:func`, whose file is executed.
 
-    where: what named it, for errors. tolerance: relative, of `number`. Raises InputError, with the nearest name.
+    where: what named it, for errors. tolerance: relative, of `number`. files: whether a file may be named: a recipe
+    may, a row of data may not, for data must not run code. Raises InputError, with the nearest name.
     """
     if ".py:" in name:
-        return _load_function(name, where)
+        if not files:
+            raise InputError(
+                f"{where} '{name}': a row cannot name a file, which would run its code; allowed: {', '.join(REWARDS)}; "
+                "remove it, and name the file in the recipe's rewards.check"
+            )
+        return _own(name, where)
     if name not in REWARDS:
         near = difflib.get_close_matches(name, REWARDS, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
+        own = ", or path.py:function" if files else ""
         raise InputError(
-            f"{where} '{name}': no such reward; {hint}allowed: {', '.join(REWARDS)}, or path.py:function; "
+            f"{where} '{name}': no such reward; {hint}allowed: {', '.join(REWARDS)}{own}; "
             "rename or remove it"
         )
     if name == "number" and tolerance is not None:
@@ -58,8 +78,8 @@ def find(name: str, where: str = "rewards.check", tolerance: float | None = None
 
 
 @lru_cache
-def _load_function(name: str, where: str) -> Reward:
-    """A user's function `(prediction: str, reference: str) -> float in [0, 1]` of a file, which is executed."""
+def _own(name: str, where: str) -> Reward:
+    """A user's function `(prediction: str, reference: str) -> float in [0, 1]`, from a file, which is executed."""
     file, _, function = name.rpartition(":")
     path = Path(file)
     if not path.is_file():
@@ -90,7 +110,9 @@ def _load_function(name: str, where: str) -> Reward:
             raise InputError(
                 f"{where} '{name}': failed on {prediction!r:.60} ({type(error).__name__}: {error}); mend it"
             ) from error
-        if not isinstance(value, int | float) or not 0 <= value <= 1 or math.isnan(value):
+        if getattr(value, "shape", None) == ():  # a scalar of NumPy or PyTorch
+            value = value.item()
+        if not isinstance(value, int | float) or not 0 <= value <= 1:  # NaN is in no range
             raise InputError(
                 f"{where} '{name}': gave {value!r:.60} for {prediction!r:.60}; allowed: a number from 0 to 1"
             )
@@ -110,10 +132,44 @@ def _takes_two(check: Callable[..., object]) -> bool:
 
 
 def reward_of(prompt: Prompt, recipe: Recipe) -> Reward:
-    """The check of a prompt's answer: the prompt's own or the recipe's, at its best over all accepted answers."""
-    check = find(prompt.reward or recipe.rewards.check, tolerance=recipe.rewards.tolerance)
+    """The check of a prompt's answer: its own, or the recipe's; the best over all answers that are right."""
+    tolerance = recipe.rewards.tolerance
+    check = (
+        find(prompt.reward, "reward", tolerance, files=False)
+        if prompt.reward
+        else find(recipe.rewards.check, tolerance=tolerance)
+    )
     if not prompt.accepted:
         return check
     return lambda prediction, reference: max(
-        check(prediction, accepted) for accepted in (reference, *prompt.accepted)
+        check(prediction, right) for right in (reference, *prompt.accepted)
     )
+
+
+# Questions whose right answers are tried before a run.
+TRIED = 20_000
+
+
+def check_answers(prompts: Sequence[Prompt], recipe: Recipe) -> None:
+    """Warns of right answers that their own reward does not call right, of the first TRIED questions: nobody can earn
+    it. Raises InputError if none can be earned. Rewards of a user's own are left out: they may be slow, or cost money.
+    """
+    tried = unfit = 0
+    first = ""
+    for prompt in prompts[:TRIED]:
+        name = prompt.reward or recipe.rewards.check
+        if name not in REWARDS:
+            continue
+        tried += 1
+        if reward_of(prompt, recipe)(prompt.answer, prompt.answer) < 1:
+            unfit += 1
+            first = first or f"{prompt.row or prompt.id}: {name} gives {prompt.answer!r:.60}"
+    if not unfit:
+        return
+    message = (
+        f"{first} no full reward when it is said word for word, nor {unfit - 1} more of {tried} right answers; "
+        "write them as the reward reads them, or name another (rewards.check, or `reward` in the row)"
+    )
+    if unfit == tried:
+        raise InputError(message)
+    log.warning("%s", message)

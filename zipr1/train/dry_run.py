@@ -27,6 +27,7 @@ from zipr1.models.encoder import Pictures, effective
 from zipr1.models.open import is_here
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
+from zipr1.rewards.registry import check_answers
 from zipr1.train import supervised
 from zipr1.train.metrics import question
 from zipr1.train.rollout import roll_out
@@ -68,7 +69,9 @@ def _prompts(recipe: Recipe, unchecked: list[str]) -> tuple[list[Prompt], list[P
     """Training prompts and held-out questions; None, and a note, where they are not here."""
     try:
         train = sources.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
-        return train, sources.load(recipe.data, "heldout", recipe.seed)
+        heldout = sources.load(recipe.data, "heldout", recipe.seed)
+        check_answers([*train, *heldout], recipe)
+        return train, heldout
     except Missing as error:
         unchecked.append(f"data ({str(error).split(';')[0]})")
         return None

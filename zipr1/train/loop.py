@@ -28,6 +28,7 @@ from zipr1.data.sampler import PromptSampler
 from zipr1.models.encoder import Pictures, effective
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
+from zipr1.rewards.registry import check_answers
 from zipr1.train import chunks, optim, supervised
 from zipr1.train.checkpoints import remember, save, snapshot, start_or_resume
 from zipr1.train.controller import EfficiencyController
@@ -111,6 +112,7 @@ def load_questions(
     be used, unless the recipe skips them."""
     prompts = sources.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
     questions = sources.load(recipe.data, "heldout", recipe.seed)
+    check_answers([*prompts, *questions], recipe)
     prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     if recipe.data.on_bad_row == "skip":
         questions = chunks.readable(pictures, questions)
