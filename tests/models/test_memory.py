@@ -227,7 +227,7 @@ def test_one_memory_model_for_the_plan_the_budget_of_a_pass_and_the_profile(monk
     layer, cache = 4 * (24 * 64 + 3 * 96), 4 * 3 * 2 * 2 * 16
     shape = Shape.of(policy.core.config.to_dict())
     # The plan: one row, whose update keeps all layers; the probes' scores are besides.
-    recipe = Recipe(train=Train(prompts=1, micro_batch=1, max_new_tokens=10))
+    recipe = Recipe(train=Train(prompts_per_step=1, micro_batch=1, max_new_tokens=10))
     parts = memory.memory(shape, recipe, 90, 4)
     assert parts["kv_cache"] == 100 * cache
     assert parts["activations"] == 3 * (100 * layer + 2 * 4 * 90 * 90 * 4)

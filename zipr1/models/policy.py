@@ -71,9 +71,8 @@ class Policy:
         self.family = FAMILIES[model.config.model_type]
         for parameter in self.tower():
             parameter.requires_grad_(settings.train_vision)
-        self.adapted: Any = (
-            add_lora(model, settings.lora, settings.revision) if settings.lora else None
-        )
+        lora = settings.lora
+        self.adapted: Any = add_lora(model, lora, settings.revision) if lora else None
         self.twin: Any = None
         self.decoder = model.get_decoder()
         self.layers = len(self.decoder.layers)
