@@ -55,7 +55,6 @@ def calls(monkeypatch):
 def cli(monkeypatch, capsys, tmp_path):
     """Runs `zipr1 ARGUMENTS` in an empty folder; gives exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["zipr1", *map(str, arguments)])
@@ -64,9 +63,7 @@ def cli(monkeypatch, capsys, tmp_path):
         out = capsys.readouterr()
         return left.value.code or 0, out.out, out.err
 
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return call
 
 
 def failing(monkeypatch, error):
@@ -269,3 +266,20 @@ def test_signals_end_with_one_line(recipe, number, code, word):
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (code, "")
     assert err == f"error: {word}; saved checkpoints are complete: go on with --resume DIR\n"
+
+
+def test_old_names_of_recipe_keys_are_one_line_of_the_first_process(tmp_path):
+    (tmp_path / "r.yaml").write_text("budgets: {count: 4}\ntrain: {steps: 0}\n")
+    command = [sys.executable, "-c", "from zipr1.cli import main; main()", "train"]
+    said = []
+    for rank in "01":
+        environment = {**os.environ, "WORLD_SIZE": "2", "RANK": rank}
+        done = subprocess.run(
+            [*command, str(tmp_path / "r.yaml"), "ppo.kl=1.0"],
+            env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 2 and "train.steps: got 0" in done.stderr
+        said.append([line for line in done.stderr.splitlines() if "old names" in line])
+    ((line,), nothing) = said
+    assert "budgets.count -> budgets.num_generations, ppo.kl -> ppo.kl_coef" in line
+    assert not nothing

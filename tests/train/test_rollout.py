@@ -12,10 +12,11 @@ from tinysteps import recipe, roll
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Budgets, Data, Efficiency, Recipe, Rewards, Train
 from zipr1.core.types import Group, Media, Rollout
-from zipr1.models.batching import by_length
+from zipr1.models.batching import by_length, choose
 from zipr1.models.encoder import Pictures
+from zipr1.models.sparse.attention import Request
 from zipr1.train.minibatch import score
-from zipr1.train.rollout import probe_seed, roll_out
+from zipr1.train.rollout import draw, probe_seed, roll_out, sample
 
 
 def said(batch):
@@ -66,6 +67,44 @@ def test_thresholds_cover_every_cell_in_each_layer():
         p = torch.stack([r.thresholds for r in group.rollouts])
         cells = ((p - low) / (high - low) * 4).long()
         assert all(sorted(column) == [0, 1, 2, 3] for column in cells.T.tolist())
+
+
+def test_what_the_rows_of_a_step_are_drawn_with():
+    """Prompts at the places 5 and 2: four budgets each and, for a target or a constraint, the inference p, greedy."""
+    settings = recipe(efficiency=Efficiency(max_accuracy_drop=0.0))
+    draws = draw(settings, 3, 7, [5, 2])
+    assert draws.thresholds.shape == (10, 3) and draws.uniforms.shape == (10, 5)
+    assert draws.greedy.tolist() == ([False] * 4 + [True]) * 2
+    assert (draws.thresholds[draws.greedy] == settings.sparse.p).all()
+    sampled = draws.uniforms[~draws.greedy]
+    assert sampled.min() >= 0 and sampled.max() < 1 and len(sampled.unique()) == sampled.numel()
+    free = draw(recipe(efficiency=Efficiency(max_accuracy_drop=None)), 3, 7, [2])
+    assert not free.greedy.any()
+    assert torch.equal(free.thresholds, draws.thresholds[5:9])
+    assert torch.equal(free.uniforms, draws.uniforms[5:9])
+
+
+def test_greedy_rows_take_the_likeliest_word_and_the_others_do_not():
+    logprobs = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]).log()
+    uniforms, greedy = torch.tensor([0.9, 0.9, 0.2]), torch.tensor([False, True, False])
+    assert choose(logprobs, uniforms, greedy).tolist() == [2, 0, 1]
+    assert choose(logprobs, uniforms).tolist() == [2, 2, 1]
+    assert choose(logprobs, None).tolist() == [0, 0, 2]
+
+
+def test_the_answer_that_is_checked_is_greedy_at_the_inference_p():
+    settings = recipe(efficiency=Efficiency(max_accuracy_drop=0.0))
+    policy, batch = roll(settings, tinymodels.mixed())
+    request = Request(settings.sparse, seed=batch.probe_seed)
+    alone = policy.generate(batch.encoded, batch.features, request, 5)
+    ratios = [(n / len(e)).tolist() for n, e in zip(alone.counts, batch.encoded, strict=True)]
+    assert [list(check.ratios) for check in batch.checks] == [pytest.approx(r) for r in ratios]
+    rows = [one for one in batch.encoded for _ in range(5)]
+    draws = draw(settings, policy.layers, 3, range(4))
+    made = sample(policy, settings, rows, batch.features, draws, batch.probe_seed, [0]).rollouts
+    for one, tokens in zip(made[4::5], alone.tokens, strict=True):
+        assert torch.equal(one.tokens, tokens)
+    assert not all(torch.equal(one.tokens, made[4].tokens) for one in made[:4])
 
 
 def test_constraint_compares_greedy_answers():

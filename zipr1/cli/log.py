@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 
 from rich.console import Console
 from rich.logging import RichHandler
+
+
+def quiet_unless_first() -> None:
+    """Before `show_log`, warnings are plain lines on stderr: of several processes the first alone writes them."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+        logging.getLogger("zipr1").setLevel(logging.ERROR)
 
 
 def show_log(console: Console) -> None:

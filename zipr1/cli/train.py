@@ -50,10 +50,11 @@ def train(
     """
     from rich.console import Console
 
-    from zipr1.cli.log import show_log
+    from zipr1.cli.log import quiet_unless_first, show_log
     from zipr1.core.load import load
 
     changes = [*(overrides or []), *([f"model.dtype={dtype}"] if dtype is not None else [])]
+    quiet_unless_first()
     run = load(recipe, changes)
 
     from zipr1.core import distributed
