@@ -49,13 +49,14 @@ def sparse(model: Any, budget: float | None = None, **settings: Any) -> Abstract
     """`with zipr1.sparse(model, budget=0.9):` a transformers model in memory is sparse inside, without training.
 
     budget and settings as for `load`; what is not given is the model's own if `load` made it, else the defaults of a
-    recipe's `sparse` section. Blocks may be nested; the innermost counts. Raises InputError for other families.
+    recipe's `sparse` section. Blocks may be nested or overlap, in one thread or several; the newest that has not ended
+    counts, for all threads. Raises InputError for other families.
     """
     from zipr1.core.recipe import Sparse
     from zipr1.models.api import changed
     from zipr1.models.sparse import session
 
-    base = session.live_of(model).settings or Sparse()
+    base = session.session_of(model).settings or Sparse()
     return session.sparse(model, changed(base, budget, settings, "zipr1.sparse"))
 
 
@@ -63,4 +64,4 @@ def stats(model: Any) -> Stats:
     """What the model's last prompt kept in each layer, as seen by this thread; printable."""
     from zipr1.models.sparse import session
 
-    return session.live_of(model).stats()
+    return session.session_of(model).stats()

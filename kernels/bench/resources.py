@@ -42,10 +42,9 @@ KERNELS: list[tuple[str, str, str, bool, dict[str, str], dict[str, Any]]] = [
     ("sparse_prefill", "FORWARD", "forward_kernel", False, {}, {}),
     ("sparse_prefill", "BACKWARD", "queries_grad_kernel", True, {}, {}),
     ("sparse_prefill", "BACKWARD", "keys_grad_kernel", True, {}, {}),
-    ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": True, "INDEXED": False}),
-    ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": False, "INDEXED": True}),
-    ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": False, "INDEXED": False}),
-    ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": True, "INDEXED": False, "BM": 64}),
+    ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": True}),
+    ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": False}),
+    ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": True, "BM": 64}),
     ("sparse_decode", "FORWARD", "join_kernel", False, {}, {}),
     ("kv_compact", "FORWARD", "compact_kernel", False, {}, {}),
 ]  # fmt: skip

@@ -24,7 +24,8 @@ from zipr1.models.encoder import Pictures
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
 from zipr1.models.sparse import thresholds
-from zipr1.models.sparse.attention import Request, sparse_attention
+from zipr1.models.sparse.patch import sparse_attention
+from zipr1.models.sparse.request import Request
 
 NEW_TOKENS = 6
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny.yaml"

@@ -97,6 +97,7 @@ def ours(folder: Path, steps: int, questions: int) -> dict[str, Any]:
 
     from zipr1.core.recipe import Budgets, Data, Efficiency, Model, Optim, Recipe, Sparse, Train
     from zipr1.data import sources as data
+    from zipr1.data.sampler import PromptSampler
     from zipr1.models.encoder import Pictures
     from zipr1.models.policy import load_policy
     from zipr1.train import loop, optim
@@ -141,7 +142,7 @@ def ours(folder: Path, steps: int, questions: int) -> dict[str, Any]:
     policy.core.model.visual.forward = timed("forward", policy.core.model.visual.forward)
     torch.Tensor.backward = timed("backward", torch.Tensor.backward)  # type: ignore[method-assign]
     optimizer.step = timed("optimizer", optimizer.step)  # type: ignore[method-assign]
-    deck = data.Deck(prompts, recipe.seed, recipe.train.prompts_per_step)
+    deck = PromptSampler(prompts, recipe.seed, recipe.train.prompts_per_step)
     gc.collect()
     gc.freeze()  # as zipr1.train does
     state: dict[str, Any] = {"pressure": {}, "right": {}}

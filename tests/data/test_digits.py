@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.recipe import Data
-from zipr1.data import video
+from zipr1.core.types import Prompt
+from zipr1.data import embedded, video
 from zipr1.data.digits import glyphs, questions, scenes, tasks
 from zipr1.data.media import load_media
 from zipr1.data.sources import load
@@ -288,6 +290,21 @@ def test_train_prompts_follow_the_mix_and_the_seed():
     assert len({p.id for p in made}) == 50
 
 
+@pytest.mark.parametrize(
+    ("mix", "number", "counts"),
+    [
+        # 10/3 each: the one that is left over goes to the first of equal remainders.
+        ({"digits": 1, "moving_digits": 1, "hard_digits": 1}, 10, [4, 3, 3]),
+        # 7.28, 5.88, 0.84: the largest remainders are those of the last two.
+        ({"digits": 0.52, "moving_digits": 0.42, "hard_digits": 0.06}, 14, [7, 6, 1]),
+        ({"digits": 0, "moving_digits": 2, "hard_digits": 0}, 3, [0, 3, 0]),
+    ],
+)
+def test_a_mix_is_split_by_the_largest_remainders(mix, number, counts):
+    made = Counter(p.task for p in load(Data(prompts=number, mix=mix), "train", 0))
+    assert [made[task] for task in mix] == counts
+
+
 def test_heldout_questions_are_the_same_for_all_runs():
     data = Data(heldout_prompts=44, mix={"digits": 1})
     made = load(data, "heldout", 0)
@@ -301,10 +318,47 @@ def test_heldout_questions_are_the_same_for_all_runs():
     assert all("/validation/" in p.id for p in tuning)
 
 
+def test_a_second_family_joins_by_one_line(monkeypatch):
+    """Its name is a source, and its tasks stand in the mix beside the digits."""
+
+    def prompts(split, task, pictures, questions_per_picture, seed):
+        return [
+            Prompt(f"{task}/{split}/{seed}/{i}", [], (), "", task)
+            for i in range(pictures * questions_per_picture)
+        ]
+
+    family = SimpleNamespace(
+        TASKS=("circles", "squares"), HELDOUT_SHARE={"squares": 0.5}, prompts=prompts
+    )
+    monkeypatch.setitem(embedded.SOURCES, "shapes", family)
+    mixed = Data(prompts=50, heldout_prompts=100, mix={"digits": 3, "squares": 2, "circles": 0})
+    made = load(mixed, "train", 4)
+    assert Counter(p.task for p in made) == {"digits": 30, "squares": 20}
+    # Held out are all tasks of the source's family, and those of others that are trained.
+    asked = Counter(p.task for p in load(mixed, "heldout", 0))
+    digits = {"digits": 100, "moving_digits": 100, "hard_digits": 40}
+    assert asked == {**digits, "squares": 50}
+    alone = Data(source="shapes", heldout_prompts=100, mix={"circles": 1})
+    assert Counter(p.task for p in load(alone, "heldout", 0)) == {"circles": 100, "squares": 50}
+    assert {p.id.split("/")[1] for p in load(alone, "train", 4)} == {"train"}
+    with pytest.raises(InputError, match=r"unknown task 'circle'; did you mean 'circles'\?"):
+        load(Data(mix={"circle": 1}), "train", 0)
+    with pytest.raises(InputError, match=r"data source 'shape': unknown; allowed: digits, shapes,"):
+        load(Data(source="shape"), "train", 0)
+
+
+def test_no_two_families_have_a_task_of_the_same_name():
+    tasks_of_all = [task for family in embedded.SOURCES.values() for task in family.TASKS]
+    assert len(tasks_of_all) == len(set(tasks_of_all)) > 0
+    for family in embedded.SOURCES.values():
+        assert set(family.HELDOUT_SHARE) <= set(family.TASKS)
+
+
 @pytest.mark.parametrize(
     ("data", "split", "words"),
     [
-        (Data(mix={"digit": 1}), "train", ["digit", "moving_digits"]),
+        (Data(mix={"digit": 1}), "train", ["'digit'", "did you mean 'digits'?", "moving_digits"]),
+        (Data(mix={"digits": 1, "hard_digit": 1}), "heldout", ["did you mean 'hard_digits'?"]),
         (Data(mix={"digits": 0}), "train", ["data.mix"]),
         (Data(source="numbers"), "train", ["numbers", "digits", ".jsonl"]),
         (Data(source="rows.jsonl"), "heldout", ["data.heldout"]),

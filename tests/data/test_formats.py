@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import socket
 
 import numpy as np
 import pytest
@@ -344,3 +346,33 @@ def test_what_is_not_here_says_how_to_get_it():
         InputError, match=r"data source 'digit': unknown; allowed: digits, a .jsonl"
     ):
         rows.load("digit", Data())
+
+
+def test_a_host_name_that_is_not_found_leaves_the_process_online(hub, monkeypatch):
+    """One source is tried without a network: fast, from what was downloaded. The next one is asked for online."""
+    datasets, made = hub
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for module in (constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    tried = []
+
+    def load_dataset(path, *_, **__):
+        tried.append((path, constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE))
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError("offline")
+        return made
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    def no_such_host(*_):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_such_host)
+    with pytest.raises(Missing, match=r"one/first .*offline.*check the name and the network"):
+        rows.load("one/first", Data())
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
+    assert "HF_HUB_OFFLINE" not in os.environ
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
+    assert len(rows.load("one/second", Data())) == 3
+    assert tried == [("one/first", True, True), ("one/second", False, False)]

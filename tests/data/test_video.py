@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -56,24 +58,75 @@ def test_frames_are_spread_evenly(clip, backend, max_frames, fps, rows):
 
 
 def test_the_fallback_says_why_once(clip, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "decord", None)
+    """Even where several threads read their first clip at the same time."""
+    monkeypatch.setattr(video, "_reasons_told", set())
     video.reader.cache_clear()
-    video.read(clip)
-    video.read(clip)
-    assert video.reader()[0] == "pyav"
-    assert len([r for r in caplog.records if "decord cannot be imported" in r.message]) == 1
+    ready = threading.Barrier(4)
+
+    def fail(name):
+        ready.wait(10)
+        raise OSError(f"{name}.so: cannot open shared object file\nsecond line")
+
+    monkeypatch.setattr(video.importlib, "import_module", fail)
+    with ThreadPoolExecutor(4) as pool:
+        assert [len(frames) for frames, _ in pool.map(video.read, [clip] * 4)] == [20] * 4
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert said == (
+        "decord cannot be imported (decord.so: cannot open shared object file); clips are read by PyAV, slower"
+    )
+    assert video.reader() == ("pyav", said)
     video.reader.cache_clear()
 
 
-def test_what_decord_cannot_read_goes_to_pyav(tmp_path, caplog):
+def test_what_decord_cannot_read_goes_to_pyav(tmp_path, caplog, monkeypatch):
+    """It is said once for all clips that fail for the same reason, by name, as a warning."""
     pytest.importorskip("decord")
+    video.reader.cache_clear()
+    monkeypatch.setattr(video, "_reasons_told", set())
     frames = np.full((4, 32, 48, 3), 90, np.uint8)  # decord 0.6 fails at this width
-    video.write(tmp_path / "narrow.mp4", frames, 4.0)
-    caplog.set_level("DEBUG", logger="zipr1")
-    read, fps = video.read(tmp_path / "narrow.mp4")
-    assert np.abs(read.astype(int) - frames).max() <= 3
-    assert fps == 4.0
-    assert "trying PyAV" in caplog.text
+    caplog.set_level("WARNING", logger="zipr1")
+    for name in ("narrow.mp4", "second.mp4"):
+        video.write(tmp_path / name, frames, 4.0)
+        read, fps = video.read(tmp_path / name)
+        assert np.abs(read.astype(int) - frames).max() <= 3
+        assert fps == 4.0
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert said.startswith(f"{tmp_path / 'narrow.mp4'}: decord cannot read it (")
+    assert "PyAV reads it" in said and "slower" in said and "\n" not in said
+
+
+def test_each_reason_of_decords_is_said(clip, caplog, monkeypatch):
+    decord = pytest.importorskip("decord")
+    video.reader.cache_clear()
+    monkeypatch.setattr(video, "_reasons_told", set())
+    others = {name: clip.with_name(name) for name in ("b.mp4", "c.mp4")}
+    for path in others.values():
+        path.write_bytes(clip.read_bytes())
+    errors = {
+        clip: f"[05:33:22] video.cc:151: {clip}: no stream\nStack trace: ...",
+        others["b.mp4"]: f"[05:33:23] video.cc:151: {others['b.mp4']}: no stream",
+        others["c.mp4"]: "unknown codec",
+    }
+
+    def fail(path, **_):
+        raise decord.DECORDError(errors[type(clip)(path)])
+
+    monkeypatch.setattr(decord, "VideoReader", fail)
+    for path in errors:
+        assert len(video.read(path)[0]) == 20
+    assert [
+        r.getMessage().partition(";")[0] for r in caplog.records if r.levelname == "WARNING"
+    ] == [
+        f"{clip}: decord cannot read it (video.cc:151: FILE: no stream)",
+        f"{others['c.mp4']}: decord cannot read it (unknown codec)",
+    ]
+
+
+def test_a_clip_that_neither_reads_is_an_error_and_no_warning(tmp_path, caplog):
+    (tmp_path / "text.mp4").write_bytes(b"not a video at all" * 50)
+    with pytest.raises(InputError, match="cannot be read as a video"):
+        video.read(tmp_path / "text.mp4")
+    assert "decord cannot read it" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -101,13 +154,13 @@ def test_a_clip_damaged_near_its_end_is_found_when_it_is_looked_at(backend, tmp_
     frames = np.random.default_rng(0).integers(0, 256, (40, 64, 96, 3), dtype=np.uint8)
     path = tmp_path / "clip.mp4"
     video.write(path, frames, 10.0)
-    assert video.look(path) == (40, 64, 96, 10.0)
+    assert video.check(path) == (40, 64, 96, 10.0)
     content = bytearray(path.read_bytes())
     place = len(content) * 3 // 4  # in the last frames; the index behind them is whole
     content[place : place + len(content) // 5] = bytes(len(content) // 5)
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"clip\.mp4: cannot be read as a video"):
-        video.look(path)
+        video.check(path)
 
 
 def test_a_sound_file_is_no_clip(backend, tmp_path):

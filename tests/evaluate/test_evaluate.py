@@ -113,7 +113,7 @@ def test_batches_and_shared_passes_change_nothing(policy, questions):
 
 def test_bytes_are_those_of_the_cache(policy, questions):
     from zipr1.data.media import load_media
-    from zipr1.models.sparse.attention import Request
+    from zipr1.models.sparse.request import Request
 
     answered = ask(policy, questions[:2], [1.0, 0.9])
     for prompt, one in zip(questions[:2], answered, strict=True):

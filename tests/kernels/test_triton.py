@@ -259,23 +259,6 @@ def test_decode(queries, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("queries", [1, 2])
-def test_decode_over_the_kept_slots_of_a_full_cache(dtype, queries):
-    keep = mask(3, 90, 0.4)
-    keep[1] = torch.arange(90, device=DEVICE) >= 90 - queries
-    keep[:, 90 - queries :] = True
-    kept = pack_indices(keep)
-    tensors = [normal(3, 4, queries, 32, dtype=dtype)]
-    tensors += [normal(3, 2, 90, 32, seed=s, dtype=dtype) for s in (1, 2)]
-    results = both("sparse_decode", lambda *x: sparse_decode(*x, kept=kept), tensors)
-    as_good(results, FLOOR[dtype])
-    # The same as a causal prefill of all of them, at its last rows.
-    q = torch.cat([normal(3, 4, 90 - queries, 32, seed=7, dtype=dtype), tensors[0]], 2)
-    want = sparse_prefill(q, *tensors[1:], kept)[:, :, -queries:]
-    torch.testing.assert_close(results[2][0], want, atol=3 * FLOOR[dtype], rtol=0.02)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_compaction_copies_to_the_bit(dtype):
     keep = mask(3, 77, 0.4)
     kept = pack_indices(keep)

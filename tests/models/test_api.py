@@ -25,9 +25,10 @@ import zipr1
 from zipr1.core.errors import InputError
 from zipr1.data.media import load_media
 from zipr1.models.open import resolve
-from zipr1.models.sparse import attention
-from zipr1.models.sparse.attention import Request
+from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.sparse.cache import PrunedCache
+from zipr1.models.sparse.patch import sparse_attention
+from zipr1.models.sparse.request import Request
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 FREE = {"dense_below": 0, "probes": {"recent": 8, "random": 4}}
@@ -172,10 +173,17 @@ def test_a_dense_model_beside_a_sparse_one_is_not_disturbed(plain):
     model, processor = zipr1.load("tiny", 0.7, device="cpu", **FREE)
     inputs = encode(processor, tinyruns.questions())
     wanted = plain(**inputs).logits
-    plain.set_attn_implementation({"text_config": attention.ATTENTION})
+    plain.set_attn_implementation({"text_config": ATTENTION})
     with zipr1.sparse(model, 0.8):
         first = model(**inputs).logits
-        attention._state.sparse = model.get_decoder().config  # as an interrupted pass leaves it
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        hook = model.get_decoder().layers[1].mlp.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**inputs)
+        hook.remove()
         assert torch.equal(plain(**inputs).logits, wanted)
         assert torch.equal(model(**inputs).logits, first)
 
@@ -247,10 +255,10 @@ def test_sampling_beams_and_returned_sequences(plain, loaded):
     assert batched[: len(alone)] == alone
     # All kept through the sparse path, cache and all: transformers' own beams.
     forced = Request(model._zipr1.settings.model_copy(update={"p": 1.0}), force=True)
-    plain.set_attn_implementation({"text_config": attention.ATTENTION})
+    plain.set_attn_implementation({"text_config": ATTENTION})
     options = {**inputs, "max_new_tokens": 4, "do_sample": False, "num_beams": 3}
     wanted = plain.generate(**options)
-    with attention.sparse_attention(plain, forced):
+    with sparse_attention(plain, forced):
         assert torch.equal(plain.generate(**options), wanted)
 
 
@@ -286,7 +294,7 @@ def test_a_second_turn_goes_on_with_the_same_cache(loaded):
     first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
     cache = first.past_key_values
     assert isinstance(cache, PrunedCache)
-    kept = cache.layers[0].keys.shape[2]
+    kept = [layer.keys.shape[2] for layer in cache.layers]
     asked = "\n<|im_start|>user\nhow many red digits are there?<|im_end|>\n<|im_start|>assistant\n"
     following = processor.tokenizer(asked, return_tensors="pt")["input_ids"]
     longer = torch.cat([first.sequences, following], dim=1)
@@ -295,8 +303,10 @@ def test_a_second_turn_goes_on_with_the_same_cache(loaded):
     second = model.generate(
         input_ids=longer, mm_token_type_ids=types, past_key_values=cache, **GREEDY
     )
-    new = second.shape[1] - inputs["input_ids"].shape[1] - 1  # the last token is never seen
-    assert cache.layers[0].keys.shape[2] >= kept + new - 6
+    # Neither turn has seen its own last token: what came since is held, the first turn's last token included.
+    new = second.shape[1] - first.sequences.shape[1]
+    assert new > following.shape[1]
+    assert [layer.keys.shape[2] for layer in cache.layers] == [n + new for n in kept]
     with (
         pytest.raises(InputError, match=r"past_key_values were pruned and budget is 1\.0"),
         zipr1.sparse(model, budget=1.0),

@@ -43,7 +43,7 @@ def ask(media, index=0, text="which digit is green?"):
 def known(path):
     """A medium that was looked at."""
     media = Media("video" if path.suffix == ".mp4" else "image", path)
-    size = video.look(path) if media.kind == "video" else (1, 64, 96, 0.0)
+    size = video.check(path) if media.kind == "video" else (1, 64, 96, 0.0)
     return replace(media, size=size)
 
 

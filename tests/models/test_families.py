@@ -21,7 +21,8 @@ from zipr1.core.recipe import Model, Probes, Sparse
 from zipr1.models.batching import replay_masks
 from zipr1.models.families import CANNOT, FAMILIES, find
 from zipr1.models.policy import Policy, load_policy
-from zipr1.models.sparse.attention import Request, sparse_attention
+from zipr1.models.sparse.patch import sparse_attention
+from zipr1.models.sparse.request import Request
 from zipr1.train import loop
 from zipr1.train.dry_run import dry_run
 
@@ -78,8 +79,8 @@ def test_everything_kept_is_the_dense_model(family, forced):
         )[0, len(e) :]  # fmt: skip
         assert ours.tokens[b].tolist() == theirs.tolist()[: len(ours.tokens[b])]
         request = Request(settings, force=forced)
-        with sparse_attention(policy.core, request):
-            logits, _ = policy.answer_logits([e], features, [torch.tensor([40])], request)
+        with sparse_attention(policy.core, request) as run:
+            logits, _ = policy.answer_logits([e], features, [torch.tensor([40])], run)
         wanted = plain(**stock).logits[:, -1:].float()
         wanted[..., blocked] = logits[..., blocked]
         torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
@@ -102,8 +103,8 @@ def test_below_one_it_prunes_and_replays(family, skip):
     assert (answers.counts < torch.tensor([[len(e)] for e in encoded])).all()
     width = max(len(e) + len(a) for e, a in zip(encoded, answers.tokens, strict=True))
     request = Request(settings, replay=replay_masks(answers.kept, width, policy.device))
-    with sparse_attention(policy.core, request):
-        logits, _ = policy.answer_logits(encoded, features, answers.tokens, request)
+    with sparse_attention(policy.core, request) as run:
+        logits, _ = policy.answer_logits(encoded, features, answers.tokens, run)
     for b, tokens in enumerate(answers.tokens):
         logprobs = logits[b, : len(tokens)].log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         torch.testing.assert_close(logprobs, answers.logprobs[b], atol=1e-3, rtol=0)

@@ -24,7 +24,7 @@ from zipr1.export.session import export
 from zipr1.models.families import FAMILIES
 from zipr1.models.inputs import model_inputs
 from zipr1.models.policy import load_policy
-from zipr1.models.sparse.attention import Request
+from zipr1.models.sparse.request import Request
 from zipr1.train import loop
 
 QUIET = Console(file=io.StringIO())

@@ -2,130 +2,38 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 
+import policychecks
 import pytest
 import tinymodels
 import torch
+from policychecks import PROBES, sparse, stock, stock_inputs
 from transformers import DynamicCache, StaticCache
 
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Probes, Sparse
 from zipr1.core.types import Prompt
-from zipr1.models.batching import replay_masks
-from zipr1.models.sparse import attention as bridge
-from zipr1.models.sparse.attention import Request, sparse_attention
+from zipr1.models.sparse import context
 from zipr1.models.sparse.cache import PrunedCache
-
-PROBES = Probes(recent=3, random=6)
-
-
-def sparse(p: float = 0.8, **changes) -> Sparse:
-    return Sparse(**{"p": p, "probes": PROBES, "dense_below": 0} | changes)
-
-
-def stock_inputs(policy, encoded):
-    """What transformers' processor would hand to the model: one sample, unpadded."""
-    ids = encoded.ids[None]
-    image, video = policy.processor.placeholder["image"], policy.processor.placeholder["video"]
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": ((ids == image).int() + 2 * (ids == video).int()),
-    }
-    for visual in encoded.visuals:
-        pixels, grid = ("pixel_values", "image_grid_thw")
-        if visual.kind == "video":
-            pixels, grid = ("pixel_values_videos", "video_grid_thw")
-            if policy.core.config.model_type == "qwen2_5_vl":
-                inputs["second_per_grid_ts"] = torch.tensor([visual.seconds])
-        inputs[pixels], inputs[grid] = visual.patches, torch.tensor([visual.grid])
-    return inputs
-
-
-def stock(policy):
-    """The same weights on transformers' plain SDPA path."""
-    model = copy.deepcopy(policy.core)
-    model.set_attn_implementation("sdpa")
-    return model
+from zipr1.models.sparse.patch import sparse_attention
+from zipr1.models.sparse.request import PromptBatch, Request
 
 
 @pytest.mark.parametrize("family", tinymodels.FAMILIES)
 @pytest.mark.parametrize("forced", [False, True], ids=["bypass", "forced"])
-@torch.no_grad()
 def test_everything_kept_is_the_dense_model(family, forced):
-    policy = tinymodels.shared(family)
-    plain = stock(policy)
-    prompts = tinymodels.mixed()
-    encoded = tinymodels.encode(policy, prompts)
-    features = policy.look(encoded)
-    request = Request(sparse(1.0), force=forced)
-    ours = policy.generate(encoded, features, request, 8)
-    for b, e in enumerate(encoded):
-        inputs = stock_inputs(policy, e)
-        theirs = plain.generate(
-            **inputs, max_new_tokens=8, do_sample=False, eos_token_id=policy.processor.end_ids,
-            suppress_tokens=list(policy.processor.placeholder.values()),
-        )[0, len(e) :]  # fmt: skip
-        assert ours.tokens[b].tolist() == theirs.tolist()[: len(ours.tokens[b])]
-        one = Request(sparse(1.0), force=forced)
-        with sparse_attention(policy.core, one):
-            logits, _ = policy.answer_logits([e], features, [ours.tokens[b]], one)
-        longer = torch.cat([e.ids, ours.tokens[b]])[None]
-        inputs |= {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
-        extra = torch.zeros(1, len(ours.tokens[b]), dtype=torch.int)
-        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], extra], dim=1)
-        wanted = plain(**inputs).logits[:, len(e) - 1 : -1].float()
-        blocked = list(policy.processor.placeholder.values())
-        wanted[..., blocked] = logits[..., blocked]
-        torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
-    assert (request.record is not None) == forced
-    if forced:
-        assert ours.counts.tolist() == [[len(e)] * policy.layers for e in encoded]
+    policychecks.everything_kept_is_the_dense_model(family, forced)
 
 
 @pytest.mark.parametrize("family", tinymodels.FAMILIES)
 @pytest.mark.parametrize("skip", ["attention", "layer"])
-@torch.no_grad()
 def test_cached_decoding_is_the_teacher_forced_sparse_forward(family, skip):
-    policy = tinymodels.shared(family)
-    encoded = tinymodels.encode(policy, tinymodels.mixed())
-    features = policy.look(encoded)
-    settings = sparse(0.7, skip=skip)
-    answers = policy.generate(encoded, features, Request(settings), 6)
-    assert (answers.counts < torch.tensor([[len(e)] for e in encoded])).all()
-    width = max(len(e) + len(t) for e, t in zip(encoded, answers.tokens, strict=True))
-    for replay in (None, replay_masks(answers.kept, width, policy.device)):
-        request = Request(settings, replay=replay)
-        with sparse_attention(policy.core, request):
-            logits, mask = policy.answer_logits(encoded, features, answers.tokens, request)
-        for b, tokens in enumerate(answers.tokens):
-            logprobs = logits[b, : len(tokens)].log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-            torch.testing.assert_close(logprobs, answers.logprobs[b], atol=1e-4, rtol=0)
-        assert mask.sum(1).tolist() == [len(t) for t in answers.tokens]
-        kept = request.record.kept_positions(torch.zeros(len(encoded), dtype=torch.long))
-        assert all(
-            torch.equal(a, c) for row, want in zip(kept, answers.kept, strict=True)
-            for a, c in zip(row, want, strict=True)
-        )  # fmt: skip
+    policychecks.cached_decoding_is_the_teacher_forced_sparse_forward(family, skip)
 
 
 @pytest.mark.parametrize("skip", ["attention", "layer"])
-@torch.no_grad()
 def test_a_batch_is_its_samples_one_by_one(skip):
-    policy = tinymodels.shared()
-    encoded = tinymodels.encode(policy, tinymodels.mixed())
-    features = policy.look(encoded)
-    settings = sparse(skip=skip)
-    thresholds = torch.tensor([[0.9, 0.6, 0.7], [0.5, 0.8, 0.9], [0.95, 0.7, 0.6], [1.0, 0.5, 0.7]])
-    uniforms = torch.rand(4, 6, generator=torch.Generator().manual_seed(1))
-    together = policy.generate(encoded, features, Request(settings, thresholds), 6, uniforms)
-    for b, e in enumerate(encoded):
-        request = Request(settings, thresholds[b : b + 1])
-        alone = policy.generate([e], features, request, 6, uniforms[b : b + 1])
-        assert torch.equal(alone.tokens[0], together.tokens[b])
-        assert alone.counts.tolist()[0] == together.counts.tolist()[b]
-        torch.testing.assert_close(alone.logprobs[0], together.logprobs[b], atol=1e-4, rtol=0)
+    policychecks.a_batch_is_its_samples_one_by_one(skip)
 
 
 @torch.no_grad()
@@ -134,7 +42,7 @@ def test_dropped_tokens_are_not_read(monkeypatch):
     encoded = tinymodels.encode(policy, tinymodels.mixed())
     features = policy.look(encoded)
     clean = policy.generate(encoded, features, Request(sparse()), 6)
-    attend, compact = bridge.sparse_prefill, bridge.kv_compact
+    attend, compact = context.sparse_prefill, context.kv_compact
     poisoned = []
 
     def poison(q, k, v, kept, scale):
@@ -144,8 +52,8 @@ def test_dropped_tokens_are_not_read(monkeypatch):
         poison.kv = k, v
         return attend(q, k, v, kept, scale=scale)
 
-    monkeypatch.setattr(bridge, "sparse_prefill", poison)
-    monkeypatch.setattr(bridge, "kv_compact", lambda k, v, kept: compact(*poison.kv, kept))
+    monkeypatch.setattr(context, "sparse_prefill", poison)
+    monkeypatch.setattr(context, "kv_compact", lambda k, v, kept: compact(*poison.kv, kept))
     dirty = policy.generate(encoded, features, Request(sparse()), 6)
     assert len(poisoned) == policy.layers and min(poisoned) > 0
     for a, b in zip(clean.logprobs, dirty.logprobs, strict=True):
@@ -180,15 +88,14 @@ def test_skipped_work_is_not_done(skip):
     try:
         request = Request(sparse(skip=skip))
         inputs, valid = policy.rows(encoded, features, None, left=True)
-        request.valid = request.prompt = valid
-        with pytest.MonkeyPatch.context() as patch, sparse_attention(policy.core, request):
+        with pytest.MonkeyPatch.context() as patch, sparse_attention(policy.core, request) as run:
             if skip == "attention":
                 patch.setattr(torch.nn.functional, "linear", watch)
-            policy.decoder(**inputs, use_cache=False)
+            policy.decoder(**inputs, sparse_batch=PromptBatch(valid), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    kept = int(request.record.layers[1].keep.sum())
+    kept = int(run.record.layers[1].keep.sum())
     probes = valid.shape[0] * (PROBES.recent + PROBES.random)
     everything = valid.numel()
     assert kept + probes < everything
@@ -218,11 +125,10 @@ def test_decoding_writes_behind_the_cache(skip):
     features = policy.look(encoded)
     inputs, valid = policy.rows(encoded, features, None, left=True)
     embeds, positions = inputs["inputs_embeds"], inputs["position_ids"]
-    request = Request(sparse(skip=skip), valid=valid, prompt=valid)
-    cache = PrunedCache()
+    cache, batch = PrunedCache(), PromptBatch(valid)
     addresses = []
-    with sparse_attention(policy.core, request):
-        policy.decoder(**inputs, past_key_values=cache, use_cache=True)
+    with sparse_attention(policy.core, Request(sparse(skip=skip))):
+        policy.decoder(**inputs, sparse_batch=batch, past_key_values=cache, use_cache=True)
         before = [(x.keys.clone(), x.values.clone()) for x in cache.layers]
         for step in range(12):
             policy.core.model(
@@ -359,30 +265,55 @@ def test_adapter_off_is_the_base_and_starts_as_it():
     moved, _ = policy.answer_logits(encoded, features, answers)
     assert (moved - wanted).abs().max() > 0.1
     with policy.reference() as model:
-        back, _ = policy.answer_logits(encoded, features, answers, None, model)
+        back, _ = policy.answer_logits(encoded, features, answers, model=model)
     torch.testing.assert_close(back, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("skip", ["attention", "layer"])
 def test_gradient_checkpointing_changes_no_gradient(skip):
+    policychecks.gradient_checkpointing_changes_no_gradient(skip)
+
+
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+def test_two_passes_before_one_backward_are_computed_again_each_as_it_was(skip):
+    """With checkpointing the layers of both run again, the first pass's with what its own attention has left."""
     grads = []
     for checkpointing in (False, True):
         policy = tinymodels.make(checkpointing=checkpointing)
-        policy.core.train()
         encoded = tinymodels.encode(policy, tinymodels.mixed())
         features = policy.look(encoded)
-        request = Request(sparse(skip=skip), scores=True)
-        with sparse_attention(policy.core, request):
-            logits, _ = policy.answer_logits(
-                encoded, features, [torch.tensor([40, 41])] * 4, request
-            )
-            cuts = sum(layer.cut.clamp(max=1).sum() for layer in request.record.layers)
-            (logits.log_softmax(-1)[..., 7].sum() + cuts).backward()
-        assert len(request.record.layers) == policy.layers
-        grads.append({n: p.grad for n, p in policy.trainable()})
+        with sparse_attention(policy.core, Request(sparse(skip=skip))) as run, policy.recomputing():
+            total, counts = 0.0, []
+            for few in (encoded[:1], encoded[1:]):
+                logits, _ = policy.answer_logits(
+                    few, features, [torch.tensor([40])] * len(few), run
+                )
+                total = total + logits.log_softmax(-1)[..., 7].sum()
+                counts.append(run.record)
+            total.backward()
+        assert [len(record.lengths) for record in counts] == [1, 3]
+        assert [len(record.layers) for record in counts] == [policy.layers] * 2
+        grads.append({n: p.grad for n, p in policy.trainable() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     for name, gradient in grads[0].items():
-        assert gradient is not None and torch.equal(gradient, grads[1][name]), name
+        torch.testing.assert_close(gradient, grads[1][name], msg=name)
+
+
+def test_a_request_is_never_written_to():
+    """Its fields cannot be set, and what one run kept is not seen by another run of the same request."""
+    policy = tinymodels.shared()
+    encoded = tinymodels.encode(policy, tinymodels.mixed())
+    features = policy.look(encoded)
+    request = Request(sparse(0.6))
+    before = dict(vars(request))
+    first = policy.generate(encoded[:2], features, request, 1)
+    second = policy.generate(encoded[2:], features, request, 1)
+    assert first.record is not second.record
+    assert first.record.lengths.tolist() == [len(e) for e in encoded[:2]]
+    assert vars(request) == before
+    for name in before:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(request, name, None)
 
 
 def test_short_prompts_stay_dense():
@@ -440,7 +371,7 @@ def test_a_row_is_audited_alone_as_with_the_others(skip):
 
     def mass(rows, audit):
         request = Request(sparse(0.6, skip=skip), audit=audit)
-        return policy.generate([encoded[b] for b in rows], features, request, 1).heldout
+        return policy.generate([encoded[b] for b in rows], features, request, 1).probe_audit_mass
 
     alone = torch.cat([mass([b], [0]) for b in range(4)])
     assert len(alone.unique()) > 1 and bool((alone < 1).any())

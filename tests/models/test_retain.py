@@ -9,9 +9,11 @@ import torch
 import zipr1
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Probes, Sparse
-from zipr1.models.sparse import attention
-from zipr1.models.sparse.record import Record
-from zipr1.models.sparse.retain import RetainedCache, RetainedLayer, Turn
+from zipr1.models.sparse.packing import Handover
+from zipr1.models.sparse.record import LayerRecord
+from zipr1.models.sparse.request import Request
+from zipr1.models.sparse.retain import RetainedCache, Turn
+from zipr1.models.sparse.selection import Heads, Selector
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
 ASKED = ("how many red digits are there?", "which digit is blue?")
@@ -135,19 +137,20 @@ def test_attention_of_a_turn_against_loops(past, monkeypatch):
     key, value = torch.randn(2, rows, 2, past + new, dim)
     keep = torch.rand(rows, past + new) < 0.5
     keep[:, -1] = True
-    cache = RetainedCache()
-    cache.layers.append(RetainedLayer())
+    cache = RetainedCache(1)
     settings = Sparse(skip="layer", dense_below=0)
     valid = torch.ones(rows, past + new, dtype=torch.bool)
-    one = Turn(settings, cache, valid, past, [new] * rows, [0] * rows, Record(valid.sum(1)))
-    monkeypatch.setattr(Turn, "choose", lambda *a: keep)
+    one = Turn(Request(settings), cache, valid, past, Handover())
+    monkeypatch.setattr(Selector, "choose", lambda *a: LayerRecord(keep))
     wanted = reference(query, key, value, keep, past, 0.3)
     gone = ~keep[:, None, :, None]
     # What was not chosen is not read.
     key, value = key.masked_fill(gone, float("nan")), value.masked_fill(gone, float("nan"))
     got = one.attend(0, query, key, value, 0.3)
     torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
-    assert one.rows.tolist() == [b * new + i for b in range(rows) for i in range(new) if keep[b, past + i]]  # fmt: skip
+    rest = [b * new + i for b in range(rows) for i in range(new) if keep[b, past + i]]
+    left = one.rest.find(0)
+    assert left.o_proj.tolist() == left.mlp.tolist() == rest
     assert cache.layers[0].prompt_counts.tolist() == keep.sum(1).tolist()
 
 
@@ -159,8 +162,8 @@ def test_a_turns_probes_are_its_own_tokens(monkeypatch):
     probes = Probes(recent=3, random=0)
     settings = Sparse(p=0.7, keep_last=1, dense_below=0, normalise=False, probes=probes)
     valid = torch.ones(1, past + new, dtype=torch.bool)
-    one = Turn(settings, RetainedCache(), valid, past, [new], [0], Record(valid.sum(1)))
-    keep = one.choose(0, query, key, scale)
+    one = Turn(Request(settings), RetainedCache(1), valid, past, Handover())
+    keep = one.selector.choose(0, Heads.given(query, key, scale)).keep
     scores = torch.zeros(past + new)
     for i in range(new - 3, new):
         for h in range(2):
@@ -223,17 +226,3 @@ def test_what_a_later_turn_cannot_bring_is_named(loaded):
             model(**inputs, past_key_values=pruned)
     with pytest.raises(InputError, match="needs its own KV cache and got a RetainedCache"):
         model(**inputs, past_key_values=cache)
-
-
-def test_nothing_stays_behind(loaded):
-    model, _ = loaded
-
-    def hooks():
-        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-    with zipr1.sparse(model, budget=1.0):
-        before = hooks()
-        with zipr1.sparse(model, 0.8, kv="retain", skip="layer"):
-            assert hooks() > before
-        assert hooks() == before
-    assert attention._state.sparse is None

@@ -128,11 +128,12 @@ def test_random_ignores_scores_and_padding_and_changes_with_the_draw():
 def test_record_by_hand():
     first = torch.tensor([[False, True, True, True], [True, True, True, True]])
     second = torch.tensor([[False, False, True, False], [True, False, False, True]])
-    record = Record(torch.tensor([3, 4]), [LayerRecord(first), LayerRecord(second)])
+    record = Record(first, [LayerRecord(first), LayerRecord(second)])
+    assert record.lengths.tolist() == [3, 4]
     torch.testing.assert_close(record.layer_ratios(), torch.tensor([[1, 1 / 3], [1, 0.5]]))
     torch.testing.assert_close(record.token_ratio(), torch.tensor([2 / 3, 0.75]))
     assert record.layers[1].counts.tolist() == [1, 2]
-    positions = record.kept_positions(torch.tensor([1, 0]))
+    positions = record.kept_positions()
     assert [[x.tolist() for x in row] for row in positions] == [
         [[0, 1, 2], [1]],
         [[0, 1, 2, 3], [0, 3]],

@@ -78,7 +78,7 @@ def test_random_selection_costs_twenty_points():
     assert dense.correct.mean() - random.correct.mean() > 0.2
 
 
-def test_the_base_keeps_most_tokens():
+def test_the_base_keeps_token_budget():
     (result,) = evaluate("digits", 25, RECIPE.sparse)
     assert result.token_ratio.mean() > 0.6
     assert 0.9 < result.probe_audit_mass <= 1

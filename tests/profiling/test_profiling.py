@@ -14,8 +14,10 @@ from zipr1.core.errors import InputError
 from zipr1.core.phases import Stopwatch, phase
 from zipr1.core.recipe import Sparse
 from zipr1.models import cost
-from zipr1.models.sparse.attention import ATTENTION, Request, sparse_attention
+from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.sparse.cache import PrunedCache
+from zipr1.models.sparse.patch import sparse_attention
+from zipr1.models.sparse.request import PromptBatch, Request
 from zipr1.profiling import counting, measure, rows, subject
 from zipr1.profiling.rates import Rates
 from zipr1.profiling.session import ProfileRequest, profile
@@ -208,10 +210,10 @@ def test_a_decoding_step_never_waits_for_a_value(family):
     encoded = tinymodels.encode(policy, tinymodels.mixed())
     inputs, valid = policy.rows(encoded, policy.look(encoded), None, left=True)
     embeds, positions = inputs["inputs_embeds"], inputs["position_ids"]
-    request = Request(Sparse(dense_below=0, p=0.8), valid=valid, prompt=valid)
-    cache = PrunedCache()
+    request = Request(Sparse(dense_below=0, p=0.8))
+    cache, batch = PrunedCache(), PromptBatch(valid)
     with sparse_attention(policy.core, request):
-        policy.decoder(**inputs, past_key_values=cache, use_cache=True)
+        policy.decoder(**inputs, sparse_batch=batch, past_key_values=cache, use_cache=True)
     with torch.device("meta"):
         model = type(policy.core)(copy.deepcopy(policy.core.config))
     model.set_attn_implementation({"text_config": ATTENTION})

@@ -314,11 +314,11 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     for name, words in {
         "gone.py:f": r"there is no file gone\.py",
         "broken.py:f": r"broken\.py does not load \(SyntaxError",
-        "mine.py:f": r"has no function f of two arguments; write def f\(said: str",
+        "mine.py:f": r"has no function f of two arguments; write def f\(prediction: str",
         "mine.py:three": "no function three",
         "mine.py:one": "no function one of two arguments",
     }.items():
-        with pytest.raises(InputError, match=rf"rewards\.correct '{name}': .*{words}"):
+        with pytest.raises(InputError, match=rf"rewards\.check '{name}': .*{words}"):
             find(name)
     for name, words in {
         "none": "gave None for 'x'; allowed: a number from 0 to 1",

@@ -32,6 +32,7 @@ from zipr1.core import distributed
 from zipr1.core.errors import InputError
 from zipr1.core.load import load
 from zipr1.data import sources, video
+from zipr1.data.sampler import PromptSampler
 from zipr1.models import encoder
 
 
@@ -107,9 +108,8 @@ def dealt(recipe: Path, wanted: list[list[int]]) -> int:
     for seed in range(1000):
         rows = sources.load(made.data, "train", seed)
         ids = [p.id for p in sources.load(made.data, "train", 0)]
-        drawn = [
-            ids.index(p.id) for p in sources.Deck(rows, seed, made.train.prompts_per_step).draw(0)
-        ]
+        sampler = PromptSampler(rows, seed, made.train.prompts_per_step)
+        drawn = [ids.index(p.id) for p in sampler.draw(0)]
         if [sorted(drawn[0::2]), sorted(drawn[1::2])] == wanted:
             return seed
     raise AssertionError("no such seed")
@@ -199,11 +199,11 @@ def test_supervised_ranks_with_fewer_rows_or_none(tmp_path, model, kind, prompts
 def end_early() -> None:
     """The first rank's answers end after a token, the second's go on to the last. Passes are noted."""
     import zipr1.train.update
-    from zipr1.models import policy
+    from zipr1.models import sampling
 
     first = os.environ["RANK"] == "0"
     token = tinymodels.shared().processor.end_id if first else 40
-    policy.choose = lambda logprobs, *_: torch.full((len(logprobs),), token)
+    sampling.choose = lambda logprobs, *_: torch.full((len(logprobs),), token)
     gather = distributed.gather
 
     def noted(value: Any) -> list[Any]:

@@ -170,8 +170,8 @@ def test_nothing_is_decoded_where_sizes_are_known_and_else_a_bounded_number(monk
     pictures = Pictures(tinymodels.shared(), recipe())
     prompts = files(tmp_path)
     monkeypatch.setattr(encoder, "load_media", lambda *_: pytest.fail("decoded"))
-    opened, stock = [], memory_check.look
-    monkeypatch.setattr(memory_check, "look", lambda m: (opened.append(m), stock(m))[1])
+    opened, stock = [], memory_check.check
+    monkeypatch.setattr(memory_check, "check", lambda m: (opened.append(m), stock(m))[1])
     wide = [replace(p, id=f"{i}") for i, p in enumerate([prompts[1]] * 10)]
     known = [replace(p, media=(replace(p.media[0], size=(1, 96, 256, 0.0)),)) for p in wide]
     assert [p.id for p in by_tokens(pictures, known)] == [p.id for p in wide]

@@ -14,7 +14,7 @@ from zipr1.core.recipe import Budgets, Data, Efficiency, Recipe, Rewards, Train
 from zipr1.core.types import Group, Media, Rollout
 from zipr1.models.batching import by_length, choose
 from zipr1.models.encoder import Pictures
-from zipr1.models.sparse.attention import Request
+from zipr1.models.sparse.request import Request
 from zipr1.train.minibatch import score
 from zipr1.train.rollout import draw, probe_seed, roll_out, sample
 

@@ -21,9 +21,11 @@ from zipr1_kernels import pack_indices, sparse_prefill
 from zipr1.core import signals
 from zipr1.core.errors import RunError
 from zipr1.core.recipe import Budgets, Efficiency, Optim, Ppo, Probes, Sparse
+from zipr1.models import sampling
 from zipr1.models.batching import replay_masks
-from zipr1.models.sparse import attention, last_layer
-from zipr1.models.sparse.attention import Request, gated_prefill, sparse_attention
+from zipr1.models.sparse.gate import gated_prefill
+from zipr1.models.sparse.patch import sparse_attention
+from zipr1.models.sparse.request import Request
 from zipr1.train import optim
 from zipr1.train.losses import token_logprobs
 from zipr1.train.minibatch import flatten
@@ -53,10 +55,10 @@ def test_first_ratio_is_exactly_one_against_the_same_forward():
     rows = flatten(batch, settings, even(1.0, policy.layers))
     chosen = list(range(len(rows.tokens)))
     encoded = [batch.encoded[i] for i in rows.prompt]
-    request = Request(settings.sparse, seed=batch.probe_seed, scores=True)
-    request.replay = replay_masks(rows.kept, max(rows.lengths), policy.device)
-    with sparse_attention(policy.core, request):
-        logits, mask = policy.answer_logits(encoded, batch.features, rows.tokens, request)
+    replay = replay_masks(rows.kept, max(rows.lengths), policy.device)
+    request = Request(settings.sparse, seed=batch.probe_seed, replay=replay, scores=True)
+    with sparse_attention(policy.core, request) as run:
+        logits, mask = policy.answer_logits(encoded, batch.features, rows.tokens, run)
     padded = torch.zeros(mask.shape, dtype=torch.long)
     for b, tokens in enumerate(rows.tokens):
         padded[b, : len(tokens)] = tokens
@@ -194,8 +196,8 @@ def test_the_last_layer_is_finished_where_it_is_read_and_nothing_changes(
         return rollouts, said, gradient, max(seen), sum(len(t) for t in rows.tokens)
 
     short, said, gradient, most, answers = run()
-    for module in (attention, last_layer):
-        monkeypatch.setattr(module, "ends", lambda decoder: [])
+    prefill = sampling.prefill
+    monkeypatch.setattr(sampling, "prefill", lambda *a, read_at, **k: prefill(*a, **k))
     whole, wanted, expected, before, _ = run()
     assert most == answers < before
     for a, b in zip(short, whole, strict=True):

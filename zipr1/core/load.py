@@ -12,9 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from zipr1.core.config import override, parse, read, show
+from zipr1.core.config import override, parse, problem, read, show
 from zipr1.core.errors import InputError
-from zipr1.core.mistakes import problem
 from zipr1.core.recipe import Recipe
 
 log = logging.getLogger("zipr1")

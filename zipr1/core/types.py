@@ -1,6 +1,6 @@
-"""The nouns that every other file passes on: Media, Prompt, Rollout, Group.
+"""The data that the rooms hand to each other: Media, Prompt, Rollout, Group. No behaviour, and no model.
 
-Shapes in names: P prompts, N rollouts of one prompt (budgets), D decoder layers, T answer tokens.
+Letters in shapes: P prompts, N rollouts of one prompt, D decoder layers, T answer tokens.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Media:
     source: a path; an encoded picture, as bytes or where it is stored; or pixels already in memory: uint8, `(H, W, 3)`
         for an image, `(F, H, W, 3)` for a video.
     fps: frames per second of `source` frames that are in memory; None for images and for files (read there).
-    size: frames, height and width of what the file holds and its frames per second (1 and 0.0 for an image), if it was
-        looked at.
+    size: (frames, height, width, frames per second) of the file, 1 frame and 0.0 for an image; None if it has not been
+        opened.
     """
 
     kind: Literal["image", "video"]
@@ -44,7 +44,7 @@ class Media:
 
     @cached_property
     def key(self) -> str:
-        """The same for the same media, so that they are decoded and seen once."""
+        """Equal for equal media, so that they are decoded and encoded once."""
         if isinstance(self.source, (str, Path)):
             return f"{self.kind}:{self.source}"
         if isinstance(self.source, bytes):
@@ -56,13 +56,14 @@ class Media:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question about some media, and what would be a right answer.
+    """A question about pictures or clips, and its right answer.
 
     messages: chat turns `{"role", "content": [{"type": "image" | "video"} | {"type": "text", "text"}]}`, ending
         with a user turn; each image or video entry takes the next element of `media`.
     task: the benchmark it counts for (`digits`, ...); kind: the kind of question within it.
-    picture: questions with the same value depend on each other: intervals are clustered by it.
-    accepted: other right answers than `answer`. row: where it was written, `train.jsonl: row 3`.
+    picture: names what the question is about; confidence intervals treat questions with the same value as one cluster.
+    reward: name of its check, where the recipe's is not meant. accepted: further right answers beside `answer`.
+    row: where the question was read, such as `train.jsonl: row 3`, for messages.
     """
 
     id: str
@@ -78,7 +79,7 @@ class Prompt:
 
     @property
     def media_key(self) -> str:
-        """The same for the same media in the same order: vision features may be shared under it."""
+        """Equal for the same media in the same order: prompts with equal keys can share vision features."""
         return "|".join(m.key for m in self.media)
 
     @property
@@ -89,11 +90,13 @@ class Prompt:
 
 @dataclass
 class Rollout:
-    """One sampled answer of one prompt under one budget.
+    """One sampled answer to one prompt, at one threshold for each layer.
 
     thresholds: `(D,)` float32, the p of each layer. tokens: `(T,)` int64 sampled ids, the end token included.
-    logprobs: `(T,)` float32 of the sampler. kept: per layer, ascending int32 positions in the unpadded prompt.
-    token_ratio: mean over layers of kept / prompt length, from the physical cache lengths.
+    logprobs: `(T,)` float32, of the sampled tokens under the sampling policy. kept: for each layer the positions in the
+        unpadded prompt that stayed in its KV cache, int32, ascending.
+    token_ratio: kept / prompt length, mean over layers, in (0, 1]; from the lengths of the KV cache.
+    rewards: parts of the reward by name.
     """
 
     thresholds: torch.Tensor
@@ -113,7 +116,7 @@ class Rollout:
 
 @dataclass
 class Group:
-    """All rollouts of one prompt: the unit of the baseline and of the gate."""
+    """All rollouts of one prompt. The baseline of the advantage is taken over them."""
 
     prompt: Prompt
     rollouts: list[Rollout]

@@ -1,1 +1,1 @@
-"""data: where questions come from: rows in files and on the hub, media, and the embedded tasks."""
+"""data: sources of questions: rows in files and on the hub, pictures and clips, and the embedded tasks."""

@@ -1,7 +1,7 @@
-"""The shapes that rows of questions come in, each turned into one: `messages` or `question`, media, `answer`.
+"""The formats of rows that other tools use, each converted to one common form: a question, its media, its answer.
 
 A format is a name, the columns by which it is known, and a function `row -> row`; a row is of the first of FORMATS
-whose columns it has. What comes out (a plain row) is read by rows.py:
+whose columns it has. The common form is read by prompts.py:
 
     messages    chat turns {"role", "content"}, or question: one user turn, as text
     images, videos (or image, video)    in the order of their <image> and <video> placeholders
@@ -39,7 +39,10 @@ SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistan
 
 
 class Format(NamedTuple):
-    """columns: all of them, and one of each inner tuple, are in a row of this format."""
+    """columns: all of them, and one of each inner tuple, are in a row of this format.
+
+    plain: converts such a row to the common form.
+    """
 
     name: str
     columns: tuple[str | tuple[str, ...], ...]
@@ -116,7 +119,7 @@ def sharegpt(row: Row) -> Row:
 
 def plain(row: Row) -> Row:
     """TRL (`prompt`, `image` or `images`, `solution`), ms-swift (`messages`, `images`, `solution`; `query` and
-    `response`), EasyR1 (`problem`, `images`, `answer`) and our own: these differ in names alone."""
+    `response`), EasyR1 (`problem`, `images`, `answer`) and our own: these differ only in the names of columns."""
     # ms-swift writes boxes and names of its grounding rows into the text; left as they are, they would be the answer.
     if row.get("objects") and re.search("<bbox>|<ref-object>", repr(row)):
         raise InputError(

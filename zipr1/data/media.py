@@ -22,32 +22,32 @@ def load_media(
 ) -> tuple[np.ndarray, float | None]:
     """Pixels uint8 `(H, W, 3)` and None, or `(F, H, W, 3)` with F <= `max_frames` and their frames per second.
 
-    fps: wanted from clips; None takes all of a clip's frames up to `max_frames`.
+    fps: at which clips are read, at most their own; None takes all of a clip's frames up to `max_frames`.
     """
     if isinstance(media.source, np.ndarray):
         _check_array(media.kind, media.source)
         if media.kind == "image":
             return media.source, None
-        own_fps = media.fps or 0.0
-        rows = video.choose(len(media.source), own_fps, max_frames, fps)
-        return media.source[rows], own_fps * len(rows) / len(media.source) or None
+        clip_fps = media.fps or 0.0
+        chosen = video.choose(len(media.source), clip_fps, max_frames, fps)
+        return media.source[chosen], clip_fps * len(chosen) / len(media.source) or None
     if media.kind == "video":
         return video.read(as_path(media.source), max_frames, fps)
     return read_image(_encoded(media.source)), None
 
 
-def look(media: Media) -> tuple[int, int, int, float]:
+def check(media: Media) -> tuple[int, int, int, float]:
     """`Media.size` of a picture or clip: it is opened and decoded. Raises InputError if that fails."""
     if isinstance(media.source, np.ndarray):
         frames = media.source[None] if media.kind == "image" else media.source
         return (*frames.shape[:3], media.fps or 0.0)
     if media.kind == "video":
-        return video.look(as_path(media.source))
+        return video.check(as_path(media.source))
     return (1, *check_image(_encoded(media.source)), 0.0)
 
 
 def exists(media: Media) -> None:
-    """Raise InputError if the file of a picture or clip is missing or empty; what it holds is not looked at."""
+    """Raise InputError if the file of a picture or clip is missing or empty. It is not decoded."""
     if isinstance(media.source, str | Path):
         if media.kind == "video":
             video.exists(media.source)
@@ -74,7 +74,7 @@ def _name(source: str | Path | io.BytesIO) -> str:
 
 
 def read_image(source: str | Path | io.BytesIO, name: str | None = None) -> np.ndarray:
-    """uint8 `(H, W, 3)`, turned as its EXIF says. name: what errors call it; the path if it is a file."""
+    """uint8 `(H, W, 3)`, upright by its EXIF orientation. name: for error messages; the path if it is a file."""
     name = name or _name(source)
     with _open(source, name) as picture:
         try:
@@ -88,15 +88,15 @@ def check_image(source: str | Path | io.BytesIO) -> tuple[int, int]:
     name = _name(source)
     with _open(source, name) as picture:
         try:
-            turned = picture.getexif().get(_ORIENTATION, 1) >= 5  # by a quarter
+            sideways = picture.getexif().get(_ORIENTATION, 1) >= 5  # by a quarter turn
             width, height = picture.size
-            # PIL's verify() does not look at the pixels of most formats: loading them finds files that are cut off.
+            # PIL's verify() does not decode the pixels of most formats: loading them finds files that are cut off.
             # draft() lets JPEG decode at an eighth of its size.
             picture.draft("RGB", (picture.width // 8, picture.height // 8))
             picture.load()
         except (OSError, SyntaxError, ValueError) as error:
             raise _damaged(name, error) from error
-    return (width, height) if turned else (height, width)
+    return (width, height) if sideways else (height, width)
 
 
 def _open(source: str | Path | io.BytesIO, name: str) -> Image.Image:

@@ -6,8 +6,8 @@ bad file. .jsonl and .json need no library, .parquet needs pyarrow, the hub and 
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -20,42 +20,47 @@ from urllib.parse import urlparse
 from zipr1.core.errors import InputError, Missing
 from zipr1.core.recipe import Data
 from zipr1.core.text import reason
+from zipr1.data.embedded import SOURCES
 
-Rows = Iterator[tuple[int, Callable[[], Any]]]
+NumberedRows = Iterator[tuple[int, Callable[[], Any]]]
 
-
-_PART = re.compile(r"(.+):\[(-?\d*):(-?\d*)\]")
+_SLICE = re.compile(r"(.+):\[(-?\d*):(-?\d*)\]")
 
 
 @dataclass(frozen=True)
-class Cell:
-    """An encoded picture in a dataset on disk (memory-mapped), read when it is needed."""
+class StoredPicture:
+    """An encoded picture in a dataset on disk (memory-mapped), read when it is needed.
+
+    position: in the list that the cell of `column` holds; None where the cell is the picture itself.
+    """
 
     table: Any
     fingerprint: str
     row: int
     column: str
-    place: int | None
+    position: int | None
 
     @property
     def key(self) -> str:
-        return f"{self.fingerprint}:{self.row}:{self.column}:{self.place}"
+        return f"{self.fingerprint}:{self.row}:{self.column}:{self.position}"
 
     def read(self) -> bytes:
         value = self.table[self.row][self.column]
-        return bytes((value if self.place is None else value[self.place])["bytes"])
+        return bytes((value if self.position is None else value[self.position])["bytes"])
 
 
-def read(source: str, data: Data) -> tuple[str, Path, Rows]:
+def read(source: str, data: Data) -> tuple[str, Path, NumberedRows]:
     """A name for messages, where relative media paths start, and the rows. Raises Missing if nothing is there.
 
     `SOURCE:[a:b]` takes a part of the rows, as Python slices a list: `[:-500]` to train on, `[-500:]` to hold out.
     """
-    if match := _PART.fullmatch(source):
-        ends = [int(end) if end else None for end in match.groups()[1:]]
+    if match := _SLICE.fullmatch(source):
+        bounds = [int(bound) if bound else None for bound in match.groups()[1:]]
         name, folder, rows = read(match[1], data)
-        return name, folder, iter(list(rows)[slice(*ends)])
-    path, split = _place(str(Path(source).expanduser()) if source.startswith("~") else source)
+        return name, folder, iter(list(rows)[slice(*bounds)])
+    path, split = _path_and_split(
+        str(Path(source).expanduser()) if source.startswith("~") else source
+    )
     if path.suffix.lower() in READERS and not path.is_dir():
         if not path.is_file():
             raise Missing(f"{path}: no such data file; check data.source and data.heldout")
@@ -68,12 +73,12 @@ def read(source: str, data: Data) -> tuple[str, Path, Rows]:
         raise Missing(f"{source}: no such file or folder; check data.source and data.heldout")
     endings = ", ".join(f"a {ending} file" for ending in READERS)
     raise InputError(
-        f"data source {source!r}: unknown; allowed: digits, {endings}, a folder, owner/name of a dataset of the hub; "
-        "change data.source"
+        f"data source {source!r}: unknown; allowed: {', '.join(SOURCES)}, {endings}, a folder, "
+        "owner/name of a dataset of the hub; change data.source"
     )
 
 
-def _place(source: str) -> tuple[Path, str]:
+def _path_and_split(source: str) -> tuple[Path, str]:
     """`owner/name:split` -> the two; without one the split is `train`. A path that exists has no split."""
     if ":" in source and not Path(source).exists():
         name, _, split = source.rpartition(":")
@@ -89,13 +94,13 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     """`train.jsonl`, `train-00000-of-00003.parquet`, also under data/, of one split and one ending, in order."""
     for ending in READERS:
         for where in (folder, folder / "data"):
-            found = [*where.glob(f"{split}{ending}"), *sorted(where.glob(f"{split}[-_]*{ending}"))]
-            if found:
-                return found
+            files = [*where.glob(f"{split}{ending}"), *sorted(where.glob(f"{split}[-_]*{ending}"))]
+            if files:
+                return files
     return []
 
 
-def _chained(files: list[Path]) -> Rows:
+def _chained(files: list[Path]) -> NumberedRows:
     number = 0
     for file in files:
         for _, row in READERS[file.suffix.lower()](file):
@@ -103,14 +108,12 @@ def _chained(files: list[Path]) -> Rows:
             yield number, row
 
 
-def _limited(rows: Rows, data: Data) -> Rows:
+def _limited(rows: NumberedRows, data: Data) -> NumberedRows:
     return islice(rows, data.prompts) if data.streaming else rows
 
 
-def _datasets(path: Path, split: str, data: Data) -> Rows:
+def _datasets(path: Path, split: str, data: Data) -> NumberedRows:
     """Rows through the `datasets` library, pictures undecoded. Raises Missing where it cannot reach them."""
-    if not path.is_dir():
-        _without_waiting()
     try:
         import datasets
     except ImportError as error:
@@ -122,9 +125,10 @@ def _datasets(path: Path, split: str, data: Data) -> Rows:
             table = datasets.load_from_disk(str(path))
             table = table[split] if isinstance(table, dict) else table
         else:
-            table = datasets.load_dataset(
-                str(path), data.subset, split=split, streaming=data.streaming
-            )
+            with contextlib.nullcontext() if path.is_dir() else _offline_if_unreachable(datasets):
+                table = datasets.load_dataset(
+                    str(path), data.subset, split=split, streaming=data.streaming
+                )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         kind, hint = InputError, "check the folder, data.subset and the split after the colon"
         if not path.is_dir():
@@ -139,22 +143,41 @@ def _datasets(path: Path, split: str, data: Data) -> Rows:
         for number, row in enumerate(islice(table, data.prompts), 1):
             yield number, lambda row=row: row  # type: ignore[misc]
         return
-    mark = str(getattr(table, "_fingerprint", path))
+    fingerprint = str(getattr(table, "_fingerprint", path))
     for index in range(len(table)):
-        yield index + 1, lambda index=index: _celled(table, mark, index)  # type: ignore[misc]
+        yield index + 1, lambda index=index: _with_stored_pictures(table, fingerprint, index)  # type: ignore[misc]
 
 
-def _without_waiting() -> None:
-    """Where the hub's name is not even known, take what was downloaded before, without a minute of retries."""
+@contextlib.contextmanager
+def _offline_if_unreachable(datasets: Any) -> Iterator[None]:
+    """Within it, where the hub's host name cannot be resolved, the libraries take what was downloaded before instead of
+    trying again for a minute. Afterwards they are as they were: another source may be on a network that works by then.
+
+    datasets: the library, imported before, because it copies huggingface_hub's constant on import.
+    """
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE or _hub_is_known(constants.ENDPOINT):
+        yield
         return
+    modules: tuple[Any, ...] = (constants, datasets.config)
+    before = [module.HF_HUB_OFFLINE for module in modules]
     try:
-        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+        for module in modules:
+            module.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+def _hub_is_known(endpoint: str) -> bool:
+    """Whether the host of a URL has an address; nothing is sent to it."""
+    try:
+        socket.getaddrinfo(urlparse(endpoint).hostname, 443)
     except OSError:
-        constants.HF_HUB_OFFLINE = True
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for datasets, which is not imported yet
+        return False
+    return True
 
 
 def _undecoded(datasets: Any, feature: Any) -> Any:
@@ -172,31 +195,31 @@ def _undecoded(datasets: Any, feature: Any) -> Any:
     return None
 
 
-def _celled(table: Any, mark: str, index: int) -> dict[str, Any]:
-    """A row whose encoded pictures stay in the table."""
+def _with_stored_pictures(table: Any, fingerprint: str, index: int) -> dict[str, Any]:
+    """A row whose encoded pictures stay in the table: each becomes a StoredPicture."""
 
-    def cell(value: Any, column: str, place: int | None) -> Any:
+    def stored(value: Any, column: str, position: int | None) -> Any:
         if isinstance(value, dict) and value.get("bytes"):
-            return Cell(table, mark, index, column, place)
+            return StoredPicture(table, fingerprint, index, column, position)
         return value
 
     row = dict(table[index])
     for column, value in row.items():
         if isinstance(value, list):
-            row[column] = [cell(one, column, place) for place, one in enumerate(value)]
+            row[column] = [stored(one, column, position) for position, one in enumerate(value)]
         else:
-            row[column] = cell(value, column, None)
+            row[column] = stored(value, column, None)
     return row
 
 
-def _jsonl(path: Path) -> Rows:
+def _jsonl(path: Path) -> NumberedRows:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, lambda line=line: _parse(line)  # type: ignore[misc]
 
 
-def _json(path: Path) -> Rows:
+def _json(path: Path) -> NumberedRows:
     try:
         rows = _parse(path.read_bytes()) if path.stat().st_size else []
     except InputError as error:
@@ -209,7 +232,7 @@ def _json(path: Path) -> Rows:
         yield number, lambda row=row: row  # type: ignore[misc]
 
 
-def _parquet(path: Path) -> Rows:
+def _parquet(path: Path) -> NumberedRows:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -235,7 +258,7 @@ def _parse(text: bytes) -> Any:
         raise InputError(f"not JSON ({error}); check quotes, commas and UTF-8") from error
 
 
-READERS: dict[str, Callable[[Path], Rows]] = {
+READERS: dict[str, Callable[[Path], NumberedRows]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".parquet": _parquet,

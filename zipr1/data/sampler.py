@@ -1,4 +1,4 @@
-"""Which of the training questions a step asks."""
+"""Which of the training prompts a step takes."""
 
 from __future__ import annotations
 
@@ -10,38 +10,51 @@ import numpy as np
 from zipr1.core.types import Prompt
 
 
-class Deck:
-    """Training questions, `count` of them a step. What a step asks depends on `seed` and the step alone, so that a
-    resumed run asks what an unbroken one does."""
+class PromptSampler:
+    """Draws `prompts_per_step` training prompts for each step. The draw depends on `seed` and the step alone, so that a
+    resumed run takes the same prompts as an unbroken one."""
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int, count: int) -> None:
-        self.prompts, self.seed, self.count = prompts, seed, count
-        # Sorted by kind once: at every step it would take longer than decoding the step's pictures.
-        numbers: dict[str, int] = {}
-        self._kind = np.array([numbers.setdefault(p.task_kind, len(numbers)) for p in prompts], int)
-        self._kinds = list(numbers)
-        tasks: dict[str, int] = {}
-        self._task = np.array([tasks.setdefault(p.task, len(tasks)) for p in prompts], int)
+    def __init__(self, prompts: Sequence[Prompt], seed: int, prompts_per_step: int) -> None:
+        self.prompts, self.seed, self.prompts_per_step = prompts, seed, prompts_per_step
+        # Numbered by kind and task once: at every step it would take longer than decoding the step's pictures.
+        kind_numbers: dict[str, int] = {}
+        self._kind_of_prompt = np.array(
+            [kind_numbers.setdefault(p.task_kind, len(kind_numbers)) for p in prompts], int
+        )
+        self._kinds = list(kind_numbers)
+        task_numbers: dict[str, int] = {}
+        self._task_of_prompt = np.array(
+            [task_numbers.setdefault(p.task, len(task_numbers)) for p in prompts], int
+        )
 
     def draw(self, step: int, weights: Mapping[str, float] | None = None) -> list[Prompt]:
-        """The `count` questions of a step: epochs without replacement, shuffled by (seed, epoch).
+        """The prompts of a step: epochs without replacement, shuffled by (seed, epoch).
 
-        weights: by `Prompt.task_kind`, missing ones 1: then each step draws anew by them, without replacement within
-        the step. They move draws between the kinds of a task, never between tasks, whose shares stay those of
-        `prompts`.
+        weights: by `Prompt.task_kind`, missing ones 1. With them each step draws anew, in proportion to the weights and
+        without replacement within the step. They move draws between the kinds of a task, never between tasks, whose
+        shares stay those of `prompts`.
         """
         size = len(self.prompts)
-        if weights and size > self.count:
-            each = np.array([weights.get(kind, 1.0) for kind in self._kinds])[self._kind]
-            each /= (np.bincount(self._task, each) / np.bincount(self._task))[self._task]
+        if weights and size > self.prompts_per_step:
+            by_kind = np.array([weights.get(kind, 1.0) for kind in self._kinds])
+            probability = by_kind[self._kind_of_prompt]
+            # Divided by the mean weight of its task, a prompt leaves its task's share of the draws as it was.
+            task = self._task_of_prompt
+            mean_weight = np.bincount(task, probability) / np.bincount(task)
+            probability /= mean_weight[task]
             rng = np.random.default_rng([self.seed, 2, step])
-            chosen = rng.choice(size, self.count, replace=False, p=each / each.sum()).tolist()
+            chosen = rng.choice(
+                size, self.prompts_per_step, replace=False, p=probability / probability.sum()
+            ).tolist()
         else:
-            places = range(step * self.count, (step + 1) * self.count)
-            chosen = [_order(size, self.seed, place // size)[place % size] for place in places]
+            first = step * self.prompts_per_step
+            chosen = [
+                _order_in_epoch(size, self.seed, index // size)[index % size]
+                for index in range(first, first + self.prompts_per_step)
+            ]
         return [self.prompts[i] for i in chosen]
 
 
 @lru_cache(maxsize=4)
-def _order(count: int, seed: int, epoch: int) -> list[int]:
+def _order_in_epoch(count: int, seed: int, epoch: int) -> list[int]:
     return [int(i) for i in np.random.default_rng([seed, 1, epoch]).permutation(count)]

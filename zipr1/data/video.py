@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
+import threading
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
@@ -26,8 +28,8 @@ def reader() -> tuple[str, str]:
     try:
         importlib.import_module("decord")
     except (ImportError, OSError) as error:
-        reason = f"decord cannot be imported ({error}); clips are read by PyAV, slower"
-        log.warning("%s", reason)
+        reason = f"decord cannot be imported ({_first_line(error)}); clips are read by PyAV, slower"
+        _warn_once(reason, reason)
         return "pyav", reason
     return "decord", "decord is installed"
 
@@ -37,17 +39,19 @@ def read(
 ) -> tuple[np.ndarray, float]:
     """Frames uint8 `(F, H, W, 3)` spread evenly over the whole clip, and how many of them make a second.
 
-    fps: wanted; never more than the clip has; None takes all frames. max_frames: most that come back.
+    fps: to read at, at most the clip's own; None takes all frames. max_frames: the most that come back.
     """
-    frames, own_fps, total = _decode(path, lambda total, own: choose(total, own, max_frames, fps))
-    return frames, own_fps * len(frames) / total
+    frames, clip_fps, total = _decode(
+        path, lambda total, clip_fps: choose(total, clip_fps, max_frames, fps)
+    )
+    return frames, clip_fps * len(frames) / total
 
 
-def look(path: str | Path) -> tuple[int, int, int, float]:
+def check(path: str | Path) -> tuple[int, int, int, float]:
     """A clip's frames, height, width and frames per second. Its first and last frames are decoded, so that a file that
-    is cut off or damaged on the way is an InputError here."""
-    frames, own_fps, total = _decode(path, lambda total, own: np.unique([0, total - 1]))
-    return total, frames.shape[1], frames.shape[2], own_fps
+    is cut off or damaged in between raises InputError here."""
+    frames, clip_fps, total = _decode(path, lambda total, _: np.unique([0, total - 1]))
+    return total, frames.shape[1], frames.shape[2], clip_fps
 
 
 def exists(path: str | Path) -> Path:
@@ -77,42 +81,69 @@ def write(path: Path, frames: np.ndarray, fps: float) -> None:
         container.mux(stream.encode())
 
 
-def choose(total: int, own_fps: float, max_frames: int | None, fps: float | None) -> np.ndarray:
+def choose(total: int, clip_fps: float, max_frames: int | None, fps: float | None) -> np.ndarray:
     """Ascending indices, int64, of the frames to read: the middles of equal parts of the clip."""
-    wanted = total if fps is None or own_fps <= 0 else min(total, round(total / own_fps * fps))
-    number = max(1, wanted if max_frames is None else min(wanted, max_frames))
+    number = total if fps is None or clip_fps <= 0 else min(total, round(total / clip_fps * fps))
+    if max_frames is not None:
+        number = min(number, max_frames)
+    number = max(1, number)
     return ((np.arange(number) + 0.5) * total / number).astype(np.int64)
 
 
-# Which frames to decode, of a clip with so many frames at so many a second: ascending indices.
-Rows = Callable[[int, float], np.ndarray]
+# (number of a clip's frames, its frames per second) -> ascending indices of the frames to decode.
+ChooseFrames = Callable[[int, float], np.ndarray]
 
 
-def _decode(path: str | Path, rows: Rows) -> tuple[np.ndarray, float, int]:
+def _decode(path: str | Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, float, int]:
     """Chosen frames uint8 `(F, H, W, 3)`, the clip's own frames per second, and how many frames it has."""
     path = exists(path)
-    if reader()[0] == "decord":
-        from decord.base import DECORDError
+    if reader()[0] != "decord":
+        return _read_pyav(path, choose_frames)
+    from decord.base import DECORDError
 
-        # decord 0.6 brings an old FFmpeg (no AV1), and fails on frames 16 or 48 px wide.
-        try:
-            return _read_decord(path, rows)
-        except (DECORDError, RuntimeError, IndexError, OSError) as error:
-            log.debug("%s: decord failed (%s); trying PyAV", path, _first_line(error))
-    return _read_pyav(path, rows)
+    # decord 0.6 brings an old FFmpeg (no AV1), and fails on frames 16 or 48 px wide.
+    try:
+        return _read_decord(path, choose_frames)
+    except (DECORDError, RuntimeError, IndexError, OSError) as error:
+        reason = _first_line(error)
+    decoded = _read_pyav(path, choose_frames)
+    _warn_of_fallback(path, reason)
+    return decoded
 
 
-def _read_decord(path: Path, rows: Rows) -> tuple[np.ndarray, float, int]:
+def _warn_of_fallback(path: Path, reason: str) -> None:
+    """Say that PyAV reads what decord cannot: once for each reason of decord's, since a whole data set can be so."""
+    # decord puts the time before its message and names the file in it.
+    reason = re.sub(r"^\[\d+:\d+:\d+\] ", "", reason).replace(str(path), "FILE")
+    _warn_once(
+        reason,
+        f"{path}: decord cannot read it ({reason}); PyAV reads it and others like it, which can be slower",
+    )
+
+
+_reasons_told: set[str] = set()
+_lock = threading.Lock()  # several threads read clips
+
+
+def _warn_once(reason: str, message: str) -> None:
+    with _lock:
+        if reason in _reasons_told:
+            return
+        _reasons_told.add(reason)
+    log.warning("%s", message)
+
+
+def _read_decord(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, float, int]:
     import decord
 
     clip = decord.VideoReader(str(path), num_threads=1)
-    total, own_fps = len(clip), float(clip.get_avg_fps())
+    total, clip_fps = len(clip), float(clip.get_avg_fps())
     if total == 0:
         raise InputError(f"{path}: the video has no frames; {_HELP}")
-    return clip.get_batch(rows(total, own_fps).tolist()).asnumpy(), own_fps, total
+    return clip.get_batch(choose_frames(total, clip_fps).tolist()).asnumpy(), clip_fps, total
 
 
-def _read_pyav(path: Path, rows: Rows) -> tuple[np.ndarray, float, int]:
+def _read_pyav(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, float, int]:
     import av
 
     try:
@@ -120,23 +151,23 @@ def _read_pyav(path: Path, rows: Rows) -> tuple[np.ndarray, float, int]:
             if not container.streams.video:
                 raise InputError(f"{path}: the file has no video stream; {_HELP}")
             stream = container.streams.video[0]
-            own_fps = float(stream.average_rate or 0)
+            clip_fps = float(stream.average_rate or 0)
             # Containers often do not say how many frames they hold: count them, then keep only the chosen ones.
             total = sum(1 for _ in container.decode(stream))
             if total == 0:
                 raise InputError(f"{path}: the video has no frames; {_HELP}")
-        wanted = set(rows(total, own_fps).tolist())
+        chosen = set(choose_frames(total, clip_fps).tolist())
         with av.open(str(path)) as container:
             frames = [
                 frame.to_ndarray(format="rgb24")
                 for index, frame in enumerate(container.decode(container.streams.video[0]))
-                if index in wanted
+                if index in chosen
             ]
     except (av.FFmpegError, OSError) as error:
         raise InputError(
             f"{path}: cannot be read as a video ({_first_line(error)}); {_HELP}"
         ) from error
-    return np.stack(frames), own_fps, total
+    return np.stack(frames), clip_fps, total
 
 
 def _first_line(error: Exception) -> str:

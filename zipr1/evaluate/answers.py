@@ -22,9 +22,10 @@ from zipr1.data.media import load_media
 from zipr1.evaluate import gallery
 from zipr1.models.batching import by_length
 from zipr1.models.encoder import Pictures, without_patches
-from zipr1.models.policy import Answers, Features, Policy
+from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
-from zipr1.models.sparse.attention import Request
+from zipr1.models.sampling import Answers
+from zipr1.models.sparse.request import Request
 
 # lmms-eval adds this stop where a task names none; answers may well have paragraphs.
 IMPLICIT_STOP = "\n\n"

@@ -17,13 +17,11 @@ import numpy as np
 
 from zipr1.core.errors import InputError
 from zipr1.core.files import replacing
-from zipr1.data.digits.tasks import prompts
-from zipr1.data.sources import HELDOUT_SEED
+from zipr1.data.embedded import HELDOUT_SEED, draw
 from zipr1.evaluate.suites import LMMS_EVAL, SUITES, Suite, Task
 
 CLIPS = (".mp4", ".mkv", ".avi", ".mov", ".webm")
 EMBEDDED_QUESTIONS = 2000
-PER_PICTURE = 4
 
 
 def overlay(task: Task, yaml: Path, files: Sequence[Path], folder: Path) -> Path:
@@ -57,9 +55,7 @@ def _write_questions(task: str, number: int, path: Path) -> None:
     rows: dict[str, list[Any]] = {
         name: [] for name in ("id", "picture", "kind", "messages", "answer", "media")
     }
-    for prompt in prompts("test", task, -(-number // PER_PICTURE), PER_PICTURE, HELDOUT_SEED)[
-        :number
-    ]:
+    for prompt in draw("test", task, number, HELDOUT_SEED):
         media = prompt.media[0]
         for name in ("id", "picture", "kind", "answer"):
             rows[name].append(getattr(prompt, name))

@@ -21,7 +21,7 @@ from zipr1.models.inputs import model_inputs
 from zipr1.models.loading import WEIGHT_DTYPES, choose_device, save_processor
 from zipr1.models.open import BOUNDS, find_source, open_model, stored_dtype
 from zipr1.models.processors import Processor, Visual
-from zipr1.models.sparse.session import live_of
+from zipr1.models.sparse.session import session_of
 
 KINDS = ("image", "video")
 # Keys of a recipe's `model` section that `load` takes beside those of `sparse`.
@@ -54,7 +54,7 @@ def load(
     model.generation_config.suppress_tokens = sorted(processor.placeholder.values())
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = processor.end_id
-    live_of(model).switch(sparse)
+    session_of(model).enter(sparse)
     data = source.data
     return model, ChatProcessor(processor, model.config.model_type, data.max_frames, data.fps)
 

@@ -1,4 +1,4 @@
-"""Small tensor work of the policy: rows of prompts and answers, choosing tokens, grouping pictures, what was kept."""
+"""Small tensor work of the policy: rows of prompts and answers, choosing tokens, grouping pictures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from zipr1.models.processors import Encoded
-from zipr1.models.sparse.record import Record
 
 # Patches in one pass of the vision tower: bounds its memory (65,536 are 16 pictures of 1,792 x 1,792 pixels).
 PATCHES = 65536
@@ -72,11 +71,6 @@ def groups(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
         groups[-1].append(item)
         total += size
     return groups
-
-
-def heldout_mass(record: Record) -> torch.Tensor | None:
-    masses = [layer.heldout_mass for layer in record.layers]
-    return None if any(m is None for m in masses) else torch.stack(masses).mean(0).cpu()  # type: ignore[arg-type]
 
 
 def replay_masks(

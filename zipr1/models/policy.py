@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from zipr1.core.errors import InputError
 from zipr1.core.recipe import Model, Train
 from zipr1.core.text import reason
 from zipr1.core.types import Prompt
-from zipr1.models.batching import answer_slots, choose, groups, heldout_mass, padded
+from zipr1.models import sampling
+from zipr1.models.batching import answer_slots, groups, padded
 from zipr1.models.families import FAMILIES, deepstack, towers
 from zipr1.models.loading import (
     add_lora,
@@ -34,29 +34,16 @@ from zipr1.models.loading import (
 )
 from zipr1.models.open import open_model
 from zipr1.models.processors import Encoded, Processor, Visual
-from zipr1.models.sparse.attention import ATTENTION, Request, sparse_attention
-from zipr1.models.sparse.cache import PrunedCache, kv_bytes
-from zipr1.models.sparse.last_layer import finished_at, last_column
+from zipr1.models.sampling import Answers
+from zipr1.models.sparse.attention import ATTENTION
+from zipr1.models.sparse.patch import SparseRun, sparse_attention
+from zipr1.models.sparse.request import Request
 
 # Placeholders are never sampled: an answer with one would ask for a picture that is not there. Finite, so that
 # a KL over the vocabulary has no inf - inf.
 NEVER = -1e9
 
 Features = dict[str, torch.Tensor]
-
-
-@dataclass
-class Answers:
-    """What `generate` gives, a list entry per row. tokens `(T,)` with the end token if one came; logprobs `(T,)`
-    float32. counts `(B, D)`: prompt tokens in the physical cache (None when dense). kept[b][d]: ascending int32
-    positions in the unpadded prompt. heldout: `(b,)` score mass kept for other probes, of audited rows."""
-
-    tokens: list[torch.Tensor]
-    logprobs: list[torch.Tensor]
-    counts: torch.Tensor | None
-    kept: list[list[torch.Tensor]] | None
-    heldout: torch.Tensor | None
-    kv_bytes: int
 
 
 class Policy:
@@ -267,23 +254,27 @@ class Policy:
         encoded: Sequence[Encoded],
         features: Features,
         answers: Sequence[torch.Tensor],
-        request: Request | None = None,
+        run: SparseRun | None = None,
         model: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states `(B, T, hidden)` that predict the answers' tokens, and their mask `(B, T)` bool.
 
-        request: the sparse forward (its `record` is filled); None for dense. model: the reference's, or None.
-        Rows are right-padded, so causality alone hides the padding and no mask is built.
+        run: of `sparse_attention`, inside its block, whose `record` is filled; None: dense. model: the reference's, or
+        None.
         """
         core = model or self.core
         inputs, valid = self.rows(encoded, features, answers, False, core)
         lengths = torch.tensor([len(e) for e in encoded], device=self.device)
-        if request is not None:
-            slots = torch.arange(valid.shape[1], device=self.device)
-            request.valid, request.prompt = valid, slots < lengths[:, None]
         where, mask = answer_slots(lengths, [len(a) for a in answers])
-        with finished_at(core, torch.zeros_like(valid).scatter(1, where, True), request):
-            hidden = core.get_decoder()(**inputs, use_cache=False).last_hidden_state
+        hidden, _ = sampling.prefill(
+            core,
+            inputs,
+            valid,
+            run,
+            prompt=torch.arange(valid.shape[1], device=self.device) < lengths[:, None],
+            read_at=torch.zeros_like(valid).scatter(1, where, True),
+            cache=False,
+        )
         return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1])), mask
 
     def answer_logits(
@@ -291,11 +282,11 @@ class Policy:
         encoded: Sequence[Encoded],
         features: Features,
         answers: Sequence[torch.Tensor],
-        request: Request | None = None,
+        run: SparseRun | None = None,
         model: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Teacher-forced logits `(B, T, V)` and mask `(B, T)` of `answer_states`; training makes them in chunks."""
-        states, mask = self.answer_states(encoded, features, answers, request, model)
+        states, mask = self.answer_states(encoded, features, answers, run, model)
         return self.head(states, model), mask
 
     @torch.no_grad()
@@ -310,63 +301,29 @@ class Policy:
         model: Any = None,
         greedy: torch.Tensor | None = None,
     ) -> Answers:
-        """Prefill and decode all rows together; sparse under `request`, dense without or where it keeps all.
+        """Answers to all rows together: sparse under `request`, dense without or where it keeps all.
 
-        uniforms: `(B, >= max_new_tokens)` in [0, 1): row b samples its t-th token by inverse CDF of
-        uniforms[b, t], whatever the batch. greedy `(B,)`: rows that take the likeliest; all without uniforms.
+        uniforms, temperature, greedy: see `sampling.sample`. model: the reference's, or None.
         """
-        core, request = model or self.core, None if request and request.keeps_all else request
+        core = model or self.core
         inputs, valid = self.rows(encoded, features, None, True, core)
-        width, decoder = valid.shape[1], core.get_decoder()
-        cache = PrunedCache() if request is not None else None
-        if request is not None:
-            request.valid = request.prompt = valid
-        with sparse_attention(core, request):
-            with finished_at(core, last_column(valid), request):
-                out = decoder(
-                    **inputs,
-                    attention_mask=None if bool(valid.all()) else valid.long(),
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-            state = out.past_key_values
-            counts = cache.prompt_counts() if cache is not None else None
-            held = kv_bytes(state)
-            following = torch.tensor([e.next_position for e in encoded], device=self.device)
-            alive = torch.ones(len(encoded), dtype=torch.bool, device=self.device)
-            ends = torch.tensor(self.processor.end_ids, device=self.device)
-            hidden, tokens, scores, masks = out.last_hidden_state[:, -1], [], [], []
-            for step in range(max_new_tokens):
-                logprobs = (self.head(hidden, core) / temperature).log_softmax(-1)
-                choice = choose(logprobs, None if uniforms is None else uniforms[:, step], greedy)
-                tokens.append(choice)
-                scores.append(logprobs.gather(-1, choice[:, None])[:, 0])
-                masks.append(alive)
-                alive = alive & ~torch.isin(choice, ends)
-                if step + 1 == max_new_tokens or not bool(alive.any()):
-                    break
-                if cache is None:
-                    valid = torch.cat([valid, valid.new_ones(len(encoded), 1)], dim=1)
-                mask = valid.long() if cache is None and not bool(valid.all()) else None
-                hidden = decoder(
-                    inputs_embeds=core.get_input_embeddings()(choice[:, None]),
-                    position_ids=self.places((following + step)[None, :, None].expand(3, -1, -1)),
-                    attention_mask=mask,
-                    past_key_values=state,
-                    use_cache=True,
-                ).last_hidden_state[:, -1]
-        lengths = torch.stack(masks, dim=1).sum(1).tolist()
-        all_tokens, all_scores = torch.stack(tokens, dim=1).cpu(), torch.stack(scores, dim=1).cpu()
-        record = request.record if request is not None else None
-        starts = torch.tensor([width - len(e) for e in encoded])
-        return Answers(
-            tokens=[all_tokens[b, :n] for b, n in enumerate(lengths)],
-            logprobs=[all_scores[b, :n] for b, n in enumerate(lengths)],
-            counts=None if counts is None else counts.cpu(),
-            kept=None if record is None else record.kept_positions(starts),
-            heldout=None if record is None else heldout_mass(record),
-            kv_bytes=held,
-        )
+        following = torch.tensor([e.next_position for e in encoded], device=self.device)
+        with sparse_attention(core, request) as run:
+            return sampling.sample(
+                core,
+                inputs,
+                valid,
+                run,
+                head=lambda hidden: self.head(hidden, core),
+                positions=lambda step: self.places(
+                    (following + step)[None, :, None].expand(3, -1, -1)
+                ),
+                end_ids=self.processor.end_ids,
+                max_new_tokens=max_new_tokens,
+                uniforms=uniforms,
+                temperature=temperature,
+                greedy=greedy,
+            )
 
     def weights(self) -> dict[str, torch.Tensor] | None:
         """Whole weights, on the first rank's CPU, if each holds a part (else None); all ranks must ask."""

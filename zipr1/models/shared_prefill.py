@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from zipr1.models import sampling
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
-from zipr1.models.sparse.last_layer import finished_at, last_column
+from zipr1.models.sparse.last_layer import last_column
 
 # From so many answers a prompt on it pays: it takes a second pass, and keys and values in memory.
 ANSWERS = 4
@@ -24,34 +25,31 @@ def shared_states(
     answers: Sequence[torch.Tensor],
     model: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `Policy.answer_states` gives without a request, to rounding: `(U, T, hidden)` and `(U, T)` bool.
+    """What `Policy.answer_states` gives for a dense model, to rounding: `(U, T, hidden)` and `(U, T)` bool.
 
     encoded: distinct prompts; owner: which of them each answer belongs to.
     """
     core = model or policy.core
-    decoder, device = core.get_decoder(), policy.device
+    device = policy.device
     inputs, valid = policy.rows(encoded, features, None, True, core)
-    with finished_at(core, last_column(valid)):
-        out = decoder(**inputs, attention_mask=valid.long(), use_cache=True)
+    hidden, cache = sampling.prefill(core, inputs, valid, read_at=last_column(valid))
     index = torch.tensor(list(owner), device=device)
     longest = max(len(a) for a in answers)
     counts = torch.tensor([len(a) for a in answers], device=device)
     mask = torch.arange(longest, device=device)[None] < counts[:, None]
-    states = out.last_hidden_state[index, -1:]
+    states = hidden[index, -1:]
     if longest == 1:
         return states, mask
-    out.past_key_values.batch_select_indices(index)
+    cache.batch_select_indices(index)
     ids = torch.zeros(len(answers), longest - 1, dtype=torch.long)
     for row, answer in enumerate(answers):
         ids[row, : len(answer) - 1] = answer[:-1].cpu()
     starts = torch.tensor([encoded[i].next_position for i in owner], device=device)
     positions = starts[:, None] + torch.arange(longest - 1, device=device)
     seen = torch.cat([valid[index], torch.ones_like(mask[:, 1:])], dim=1)
-    more = decoder(
-        inputs_embeds=core.get_input_embeddings()(ids.to(device)),
-        position_ids=policy.places(positions.expand(3, -1, -1)),
-        attention_mask=seen.long(),
-        past_key_values=out.past_key_values,
-        use_cache=True,
-    ).last_hidden_state
+    following = {
+        "inputs_embeds": core.get_input_embeddings()(ids.to(device)),
+        "position_ids": policy.places(positions.expand(3, -1, -1)),
+    }
+    more = sampling.decode_step(core, following, cache, seen)
     return torch.cat([states, more], dim=1), mask

@@ -1,4 +1,8 @@
-"""Times of prefill and decoding, dense and sparse taking turns in one process."""
+"""Times of prefill and decoding, dense and sparse taking turns in one process.
+
+What is timed is the code that training and evaluation sample with (zipr1/models/sampling.py), but for one thing: all of
+the last layer is done here. A profile speaks of a mean layer, and the layers that were built often stand for many more.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zipr1.core.errors import RunError
 from zipr1.core.phases import Stopwatch
+from zipr1.models import sampling
 from zipr1.models.cost import Skip, kept_tokens
 from zipr1.models.loading import random_model
-from zipr1.models.sparse.attention import Request, sparse_attention
 from zipr1.models.sparse.cache import PrunedCache, kv_bytes
+from zipr1.models.sparse.patch import SparseRun, sparse_attention
+from zipr1.models.sparse.record import Record
+from zipr1.models.sparse.request import Request
 from zipr1.profiling.rates import wait
 from zipr1.profiling.subject import Inputs, Subject
 
@@ -42,21 +49,21 @@ MODULES = {
 class Variant:
     """One way to run the same prompts. keep: the share that is kept, None for what the model's own p keeps.
 
-    request: None is dense. backend: of dense attention, None for torch's choice.
+    request: None is dense. backend: of dense attention, None for torch's choice. record: what the last prefill kept.
     """
 
     skip: Skip
     keep: float | None
     request: Request | None = None
     backend: SDPBackend | None = None
+    record: Record | None = None
 
     @contextlib.contextmanager
-    def running(self, core: Any) -> Iterator[None]:
+    def running(self, core: Any) -> Iterator[SparseRun]:
         with contextlib.ExitStack() as stack:
             if self.backend is not None:
                 stack.enter_context(sdpa_kernel(self.backend))
-            stack.enter_context(sparse_attention(core, self.request))
-            yield
+            yield stack.enter_context(sparse_attention(core, self.request))
 
 
 @dataclass
@@ -93,14 +100,15 @@ def sparse_variant(subject: Subject, inputs: Inputs, skip: Skip, keep: float | N
     n = kept_tokens(inputs.length, keep)
     settings = settings.model_copy(update={"keep_last": min(settings.keep_last, n)})
     ranked = Request(settings.model_copy(update={"rule": "top_k", "p": keep}), scores=True)
-    prefill(subject, inputs, Variant(skip, keep, ranked))
-    assert ranked.record is not None
-    cuts = [layer.cut.sort(1).values for layer in ranked.record.layers if layer.cut is not None]
+    trial = Variant(skip, keep, ranked)
+    prefill(subject, inputs, trial)
+    assert trial.record is not None
+    cuts = [layer.cut.sort(1).values for layer in trial.record.layers if layer.cut is not None]
     between = [(cut[:, n - 1] + cut[:, n]) / 2 for cut in cuts]
     variant = Variant(skip, keep, Request(settings, torch.stack(between, 1)))
     prefill(subject, inputs, variant)
-    assert variant.request is not None and variant.request.record is not None
-    if any(bool((layer.counts != n).any()) for layer in variant.request.record.layers):
+    assert variant.record is not None
+    if any(bool((layer.counts != n).any()) for layer in variant.record.layers):
         raise RunError(
             f"{keep:g} of {inputs.length} tokens cannot be kept exactly: scores of neighbours are equal; "
             "use another keep ratio, or --dtype float32"
@@ -112,21 +120,17 @@ def sparse_variant(subject: Subject, inputs: Inputs, skip: Skip, keep: float | N
 def prefill(subject: Subject, inputs: Inputs, variant: Variant) -> tuple[dict[str, float], Any]:
     """Seconds of the decoder and of the last token's logits, and the cache."""
     core = subject.core
-    sparse = variant.request is not None and not variant.request.keeps_all
-    if variant.request is not None:
-        variant.request.valid = variant.request.prompt = inputs.valid
-    with variant.running(core):
+    with variant.running(core) as run:
         wait(subject.device)
         start = time.perf_counter()
-        out = core.get_decoder()(
-            **inputs.arguments, past_key_values=PrunedCache() if sparse else None, use_cache=True
-        )
+        hidden, cache = sampling.prefill(core, inputs.arguments, inputs.valid, run)
         wait(subject.device)
         middle = time.perf_counter()
-        core.lm_head(out.last_hidden_state[:, -1]).argmax(-1)
+        core.lm_head(hidden[:, -1]).argmax(-1)
         wait(subject.device)
         end = time.perf_counter()
-    return {"decoder": middle - start, "logits": end - middle}, out.past_key_values
+        variant.record = run.record
+    return {"decoder": middle - start, "logits": end - middle}, cache
 
 
 def turns(
@@ -246,8 +250,8 @@ def stepper(
         with variant.running(core):
             wait(device)
             start = time.perf_counter()
-            out = core.get_decoder()(**arguments, past_key_values=cache, use_cache=True)
-            core.lm_head(out.last_hidden_state[:, -1]).argmax(-1)
+            hidden = sampling.decode_step(core, arguments, cache)
+            core.lm_head(hidden[:, -1]).argmax(-1)
             if waiting:
                 wait(device)
             return {"step": time.perf_counter() - start}

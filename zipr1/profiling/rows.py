@@ -69,8 +69,7 @@ def take(
 
 
 def realised(variant: Variant) -> float:
-    record = None if variant.request is None else variant.request.record
-    return 1.0 if record is None else float(record.token_ratio().mean())
+    return 1.0 if variant.record is None else float(variant.record.token_ratio().mean())
 
 
 def counted(subject: Subject, inputs: Inputs, variant: Variant) -> tuple[int, int]:

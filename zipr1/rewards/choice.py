@@ -1,4 +1,4 @@
-"""Multiple choice: the letter that an answer settles on."""
+"""Multiple choice: the letter that an answer decides on."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ _ARTICLE = re.compile(
 def letter(text: str) -> str | None:
     """The chosen letter in upper case, or None where there is none or no single one.
 
-    Looked for in this order: inside <answer> tags or a box, at the start ("B", "(b)", "B. a cat"), after "answer is"
+    Searched in this order: inside <answer> tags or a box, at the start ("B", "(b)", "B. a cat"), after "answer is"
     (the last time), after "option" if there is one only, and last as the only capital letter that stands alone.
     """
     text = re.sub(r"\\[A-Za-z]+", " ", unicodedata.normalize("NFKC", final(text)))
     text = re.sub(r"[*_`${}\\]+", " ", text).strip()
     for pattern in (_LEADING, _ANSWER):
-        if found := list(pattern.finditer(text)):
-            last = found[-1]
+        if matches := list(pattern.finditer(text)):
+            last = matches[-1]
             if _SECOND.match(text, last.end(last.lastindex or 0)):
                 return None
-            return _said(last)
-    options = {_said(match) for match in _OPTION.finditer(text)}
+            return _letter_of(last)
+    options = {_letter_of(match) for match in _OPTION.finditer(text)}
     if len(options) == 1:
         return options.pop()
     alone = {
@@ -55,12 +55,12 @@ def letter(text: str) -> str | None:
     return alone.pop() if len(alone) == 1 else None
 
 
-def choice(said: str, wanted: str) -> float:
-    """1.0 if both settle on the same letter, else 0.0."""
-    heard = letter(said)
-    return float(heard is not None and heard == letter(wanted))
+def choice(prediction: str, reference: str) -> float:
+    """1.0 if both decide on the same letter, else 0.0."""
+    predicted = letter(prediction)
+    return float(predicted is not None and predicted == letter(reference))
 
 
-def _said(match: re.Match[str]) -> str:
+def _letter_of(match: re.Match[str]) -> str:
     """The letter: of the pattern's groups only one can match."""
     return str(match[match.lastindex or 0]).upper()

@@ -33,26 +33,26 @@ def edits(a: Sequence[str], b: Sequence[str]) -> int:
     return row[-1]
 
 
-def ocr(said: str, wanted: str) -> float:
-    """1 minus the word error rate, not below 0: edits in words, by the number of right words.
+def ocr(prediction: str, reference: str) -> float:
+    """1 minus the word error rate, not below 0: edits in words, over the number of words in the reference.
 
-    Case and punctuation do not count. Nothing right to read is read by saying nothing.
+    Case and punctuation do not count. Where the reference has no words, an answer without words is right.
     """
-    heard, right = tokens(final(said)), tokens(final(wanted))
-    if not right:
-        return float(not heard)
-    # Beyond twice the right words the rate is 1 at least: no need to look.
-    if len(heard) >= 2 * len(right):
+    predicted, expected = tokens(final(prediction)), tokens(final(reference))
+    if not expected:
+        return float(not predicted)
+    # From twice as many words on, the rate is at least 1: no need to compare.
+    if len(predicted) >= 2 * len(expected):
         return 0.0
-    return max(0.0, 1.0 - edits(heard, right) / len(right))
+    return max(0.0, 1.0 - edits(predicted, expected) / len(expected))
 
 
-def anls(said: str, wanted: str) -> float:
+def anls(prediction: str, reference: str) -> float:
     """Average normalised Levenshtein similarity of one answer: 1 - edits / the longer length, in characters, and 0
     where that is below one half. Case and runs of spaces do not count."""
-    heard, right = (" ".join(plain(final(text)).split()) for text in (said, wanted))
-    longer = max(len(heard), len(right))
-    if not longer or abs(len(heard) - len(right)) > (1 - ALIKE) * longer:
+    predicted, expected = (" ".join(plain(final(text)).split()) for text in (prediction, reference))
+    longer = max(len(predicted), len(expected))
+    if not longer or abs(len(predicted) - len(expected)) > (1 - ALIKE) * longer:
         return 0.0
-    alike = 1.0 - edits(heard, right) / longer
+    alike = 1.0 - edits(predicted, expected) / longer
     return alike if alike >= ALIKE else 0.0

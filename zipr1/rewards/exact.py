@@ -14,13 +14,13 @@ MARKS = "".join(
 _WORD = re.compile(
     rf"[-+]?\d+(?:[.,]\d+)*(?:\s*%)?|[^\W\d_](?:[^\W\d_]|[{MARKS}])*(?:['’](?:[^\W\d_]|[{MARKS}])+)*"
 )
-# Joiners inside of words, which are not seen.
-_UNSEEN = dict.fromkeys(map(ord, "\u200b\u200c\u200d\ufeff\u00ad"))
+# Invisible joiners inside of words.
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\ufeff\u00ad"))
 
 
 def plain(text: str) -> str:
     """Small letters, each character in one way of writing it."""
-    return unicodedata.normalize("NFKC", text).casefold().translate(_UNSEEN)
+    return unicodedata.normalize("NFKC", text).casefold().translate(_INVISIBLE)
 
 
 def words(text: str) -> list[str]:
@@ -28,7 +28,7 @@ def words(text: str) -> list[str]:
     return [re.sub(r"\s", "", word) for word in _WORD.findall(plain(text))]
 
 
-def exact(said: str, wanted: str) -> float:
-    """1.0 if the words are those of `wanted`, else 0.0; an answer without words is never right."""
-    heard = words(final(said))
-    return float(bool(heard) and heard == words(final(wanted)))
+def exact(prediction: str, reference: str) -> float:
+    """1.0 if the words are those of `reference`, else 0.0; an answer without words is never right."""
+    predicted = words(final(prediction))
+    return float(bool(predicted) and predicted == words(final(reference)))

@@ -1,4 +1,4 @@
-"""What an answer settles on: the inside of its last <answer> tags or \\boxed{}, the thinking before it left out."""
+"""The final part of an answer: the inside of its last <answer> tags or \\boxed{}, the thinking before it left out."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def final(text: str) -> str:
     A tag that was never closed (the answer was cut at its longest) counts up to the end; so does a box. Thinking that
     was never closed is no answer.
     """
-    if found := _TAGGED.findall(text):
-        text = next((inside for inside in reversed(found) if inside.strip()), "")
+    if tagged := _TAGGED.findall(text):
+        text = next((inside for inside in reversed(tagged) if inside.strip()), "")
     else:
         text = _UNFINISHED.sub("", _THOUGHT.sub("", text))
     inside = boxed(text)

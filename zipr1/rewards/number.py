@@ -12,6 +12,7 @@ from zipr1.rewards.final import final
 _NUMBER = re.compile(
     r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s*(?:%|per\s?cent\b))?"
 )
+_LONE_NUMBER = re.compile(rf"\s*[$€£]?\s*(?:{_NUMBER.pattern})\s*")
 _FRACTION = re.compile(r"\\[dt]?frac\{\s*(-?\d+(?:\.\d+)?)\s*\}\{\s*(-?\d+(?:\.\d+)?)\s*\}")
 # "3/4", "1 1/2"; but no date or path ("3/4/2020").
 _DIVIDED = re.compile(
@@ -39,63 +40,74 @@ def value(text: str) -> float | None:
     A minus sign that follows a digit is a dash: the last number of "3-4" is 4.
     """
     text = _written(text)
-    found: list[tuple[int, float | None]] = []
+    fractions: list[tuple[int, float | None]] = []  # where each ends, and its value
     for match in _FRACTION.finditer(text):
-        found.append((match.end(), _signed(text, match, _quotient(match[1], match[2]))))
+        fractions.append((match.end(), _signed(text, match, _quotient(match[1], match[2]))))
     for match in _DIVIDED.finditer(text):
         part = _quotient(match[2], match[3])
         if part is not None and match[1]:
             part += float(match[1])
-        found.append((match.end(), _signed(text, match, part)))
-    end, last = max(found, default=(-1, None), key=lambda one: one[0])
+        fractions.append((match.end(), _signed(text, match, part)))
+    end, last = max(fractions, default=(-1, None), key=lambda one: one[0])
     for match in reversed(list(_NUMBER.finditer(text))):
         if match.end() <= end:
             return last
         if _ROOT.search(text, 0, match.start()):
             return None
-        said = match[0]
-        if said[0] in "+-" and text[: match.start()][-1:].isdigit():
-            said = said[1:]
-        number = float(re.sub(r"[,%\s]|per\s?cent", "", said))
-        return number / 100 if _is_share(said) else number
+        written = match[0]
+        if written[0] in "+-" and text[: match.start()][-1:].isdigit():
+            written = written[1:]
+        number = float(re.sub(r"[,%\s]|per\s?cent", "", written))
+        return number / 100 if _is_percentage(written) else number
     return last
 
 
-def number(said: str, wanted: str, tolerance: float = RELATIVE) -> float:
+def number(prediction: str, reference: str, tolerance: float = RELATIVE) -> float:
     """1.0 if the values differ by at most `tolerance` of the right one, else 0.0."""
-    return float(any(_near(heard, right, tolerance) for heard, right in _values(said, wanted)))
+    return float(
+        any(
+            _near(predicted, expected, tolerance)
+            for predicted, expected in _values(prediction, reference)
+        )
+    )
 
 
-def relaxed(said: str, wanted: str) -> float:
+def relaxed(prediction: str, reference: str) -> float:
     """1.0 if the values differ by at most 5 % of the right one, or, where that is no lone number, the words agree."""
-    right = final(wanted)
-    if re.fullmatch(rf"\s*[$€£]?\s*(?:{_NUMBER.pattern})\s*", right) and value(right) is not None:
-        heard, exactly = value(final(said)), value(right)
-        return float(heard is not None and exactly is not None and _near(heard, exactly, RELAXED))
-    return exact(said, wanted)
+    expected = value(final(reference))
+    if expected is not None and _LONE_NUMBER.fullmatch(final(reference)):
+        predicted = value(final(prediction))
+        return float(predicted is not None and _near(predicted, expected, RELAXED))
+    return exact(prediction, reference)
 
 
-def regression(said: str, wanted: str) -> float:
+def regression(prediction: str, reference: str) -> float:
     """1 minus the relative error of the value, not below 0 (Video-R1's `regression`); 0.0 without a number."""
     return max(
         (
-            1.0 - min(1.0, abs(heard - right) / max(abs(right), ABSOLUTE))
-            for heard, right in _values(said, wanted)
-            if math.isfinite(heard)
+            1.0 - min(1.0, abs(predicted - expected) / max(abs(expected), ABSOLUTE))
+            for predicted, expected in _values(prediction, reference)
+            if math.isfinite(predicted)
         ),
         default=0.0,
     )
 
 
-def _values(said: str, wanted: str) -> list[tuple[float, float]]:
+def _values(prediction: str, reference: str) -> list[tuple[float, float]]:
     """What to compare. Where one of the two alone is in percent, "12 %" is 12 as well as 0.12: what was asked for is
     not known."""
-    heard, right = value(final(said)), value(final(wanted))
-    if heard is None or right is None:
+    predicted, expected = value(final(prediction)), value(final(reference))
+    if predicted is None or expected is None:
         return []
-    shares = [_is_share(_written(final(text)).rstrip(" .")) for text in (said, wanted)]
-    other = {(True, False): (heard * 100, right), (False, True): (heard, right * 100)}
-    return [(heard, right), *([other[shares[0], shares[1]]] if shares[0] != shares[1] else [])]
+    in_percent, expected_in_percent = (
+        _is_percentage(_written(final(text)).rstrip(" .")) for text in (prediction, reference)
+    )
+    pairs = [(predicted, expected)]
+    if in_percent and not expected_in_percent:
+        pairs.append((predicted * 100, expected))
+    elif expected_in_percent and not in_percent:
+        pairs.append((predicted, expected * 100))
+    return pairs
 
 
 def _written(text: str) -> str:
@@ -116,18 +128,18 @@ def _written(text: str) -> str:
     return _UNIT.sub("", text)
 
 
-def _signed(text: str, match: re.Match[str], found: float | None) -> float | None:
+def _signed(text: str, match: re.Match[str], number: float | None) -> float | None:
     minus = _MINUS.search(text, 0, match.start())
-    return -found if found is not None and minus else found
+    return -number if number is not None and minus else number
 
 
-def _is_share(said: str) -> bool:
+def _is_percentage(text: str) -> bool:
     """Whether a text ends in percent."""
-    return bool(re.search(r"\d\s*(?:%|per\s?cent)$", said))
+    return bool(re.search(r"\d\s*(?:%|per\s?cent)$", text))
 
 
-def _near(heard: float, right: float, tolerance: float) -> bool:
-    return abs(heard - right) <= max(tolerance * abs(right), ABSOLUTE)
+def _near(predicted: float, expected: float, tolerance: float) -> bool:
+    return abs(predicted - expected) <= max(tolerance * abs(expected), ABSOLUTE)
 
 
 def _quotient(over: str, under: str) -> float | None:

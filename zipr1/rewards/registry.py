@@ -1,7 +1,7 @@
-"""How right is an answer? Functions `(said, wanted) -> float in [0, 1]`, found by name in REWARDS, or a user's own.
+"""The checks of answers: functions `(prediction, reference) -> float in [0, 1]`, by name in REWARDS or a user's own.
 
-All look inside <answer> tags and boxes first (final.py). What a kept token costs is not here: the gate needs the whole
-group (zipr1/train/advantages.py).
+All look inside <answer> tags and boxes first (final.py). What a kept token costs is not here: that depends on the other
+rollouts of the same prompt (zipr1/train/advantages.py).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def find(name: str, where: str = "rewards.check", tolerance: float | None = None
     where: what named it, for errors. tolerance: relative, of `number`. Raises InputError, with the nearest name.
     """
     if ".py:" in name:
-        return _own(name, where)
+        return _load_function(name, where)
     if name not in REWARDS:
         near = difflib.get_close_matches(name, REWARDS, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
@@ -58,8 +58,8 @@ def find(name: str, where: str = "rewards.check", tolerance: float | None = None
 
 
 @lru_cache
-def _own(name: str, where: str) -> Reward:
-    """A user's function `(said: str, wanted: str) -> float in [0, 1]`, from a file of theirs. The file is executed."""
+def _load_function(name: str, where: str) -> Reward:
+    """A user's function `(prediction: str, reference: str) -> float in [0, 1]` of a file, which is executed."""
     file, _, function = name.rpartition(":")
     path = Path(file)
     if not path.is_file():
@@ -80,19 +80,19 @@ def _own(name: str, where: str) -> Reward:
     if not callable(check) or not _takes_two(check):
         raise InputError(
             f"{where} '{name}': {path} has no function {function} of two arguments; "
-            f"write def {function}(said: str, wanted: str) -> float"
+            f"write def {function}(prediction: str, reference: str) -> float"
         )
 
-    def reward(said: str, wanted: str) -> float:
+    def reward(prediction: str, reference: str) -> float:
         try:
-            value = check(said, wanted)
+            value = check(prediction, reference)
         except Exception as error:
             raise InputError(
-                f"{where} '{name}': failed on {said!r:.60} ({type(error).__name__}: {error}); mend it"
+                f"{where} '{name}': failed on {prediction!r:.60} ({type(error).__name__}: {error}); mend it"
             ) from error
         if not isinstance(value, int | float) or not 0 <= value <= 1 or math.isnan(value):
             raise InputError(
-                f"{where} '{name}': gave {value!r:.60} for {said!r:.60}; allowed: a number from 0 to 1"
+                f"{where} '{name}': gave {value!r:.60} for {prediction!r:.60}; allowed: a number from 0 to 1"
             )
         return float(value)
 
@@ -101,7 +101,7 @@ def _own(name: str, where: str) -> Reward:
 
 def _takes_two(check: Callable[..., object]) -> bool:
     try:
-        inspect.signature(check).bind("said", "wanted")
+        inspect.signature(check).bind("prediction", "reference")
     except TypeError:
         return False
     except ValueError:  # built in C: it has no signature to look at
@@ -110,8 +110,10 @@ def _takes_two(check: Callable[..., object]) -> bool:
 
 
 def reward_of(prompt: Prompt, recipe: Recipe) -> Reward:
-    """The check of a prompt's answer: its own, or the recipe's; the best over all answers that are right."""
+    """The check of a prompt's answer: the prompt's own or the recipe's, at its best over all accepted answers."""
     check = find(prompt.reward or recipe.rewards.check, tolerance=recipe.rewards.tolerance)
     if not prompt.accepted:
         return check
-    return lambda said, wanted: max(check(said, right) for right in (wanted, *prompt.accepted))
+    return lambda prediction, reference: max(
+        check(prediction, accepted) for accepted in (reference, *prompt.accepted)
+    )

@@ -12,24 +12,28 @@ from zipr1.rewards.distance import tokens
 from zipr1.rewards.final import final
 
 
-def rouge(said: str, wanted: str) -> float:
+def rouge(prediction: str, reference: str) -> float:
     """Mean F1 of shared words, shared pairs of neighbours and the longest common subsequence, in [0, 1].
 
     Where the right answer is one word there are no pairs: the mean is that of the other two.
     """
-    heard, right = tokens(final(said)), tokens(final(wanted))
-    if not heard or not right:
+    predicted, expected = tokens(final(prediction)), tokens(final(reference))
+    if not predicted or not expected:
         return 0.0
-    scores = [shared(heard, right, 1), f1(common(heard, right), len(heard), len(right))]
-    if len(right) > 1:
-        scores.append(shared(heard, right, 2))
+    scores = [
+        shared(predicted, expected, 1),
+        f1(common(predicted, expected), len(predicted), len(expected)),
+    ]
+    if len(expected) > 1:
+        scores.append(shared(predicted, expected, 2))
     return sum(scores) / len(scores)
 
 
-def shared(heard: Sequence[str], right: Sequence[str], size: int) -> float:
+def shared(predicted: Sequence[str], expected: Sequence[str], size: int) -> float:
     """F1 of the runs of `size` words, each counted at most as often as it occurs on the other side."""
     ours, theirs = (
-        Counter(tuple(t[i : i + size]) for i in range(len(t) - size + 1)) for t in (heard, right)
+        Counter(tuple(t[i : i + size]) for i in range(len(t) - size + 1))
+        for t in (predicted, expected)
     )
     return f1((ours & theirs).total(), ours.total(), theirs.total())
 
@@ -44,6 +48,6 @@ def common(a: Sequence[str], b: Sequence[str]) -> int:
     return row[-1]
 
 
-def f1(hits: int, heard: int, right: int) -> float:
-    """Harmonic mean of hits / heard and hits / right; 0.0 without hits."""
-    return 2 * hits / (heard + right) if hits else 0.0
+def f1(hits: int, predicted: int, expected: int) -> float:
+    """Harmonic mean of hits / predicted and hits / expected; 0.0 without hits."""
+    return 2 * hits / (predicted + expected) if hits else 0.0

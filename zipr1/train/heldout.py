@@ -17,9 +17,10 @@ from zipr1.core.statistics import confidence_interval
 from zipr1.core.types import Prompt
 from zipr1.models.batching import by_length
 from zipr1.models.encoder import Looked, Pictures
-from zipr1.models.policy import Answers, Policy
+from zipr1.models.policy import Policy
 from zipr1.models.processors import Encoded
-from zipr1.models.sparse.attention import Request
+from zipr1.models.sampling import Answers
+from zipr1.models.sparse.request import Request
 from zipr1.models.token_budget import token_budget
 from zipr1.rewards.registry import reward_of
 from zipr1.train import chunks
@@ -113,8 +114,8 @@ def evaluate(
             for setting, result, mass in zip(settings, results, masses, strict=True):
                 answers = _answers(policy, recipe, encoded, chunk.features, setting)
                 _note(policy, recipe, result, places, encoded, answers)
-                if answers.heldout is not None:
-                    mass.append(answers.heldout)
+                if answers.probe_audit_mass is not None:
+                    mass.append(answers.probe_audit_mass)
         tell(chunk.places[-1] + 1)
     for result, mass in zip(results, masses, strict=True):
         if mass:

@@ -24,6 +24,7 @@ from zipr1.core.recipe import Recipe
 from zipr1.core.rundir import RunDir
 from zipr1.core.types import Prompt
 from zipr1.data import sources
+from zipr1.data.sampler import PromptSampler
 from zipr1.models.encoder import Pictures, effective
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
@@ -130,7 +131,7 @@ def train(
     console: Console,
 ) -> None:
     """All steps from `folder.start_step` on. state: changed here. Stopped by a signal, it saves the last whole step."""
-    deck = sources.Deck(prompts, recipe.seed, recipe.train.prompts_per_step)
+    deck = PromptSampler(prompts, recipe.seed, recipe.train.prompts_per_step)
     steps, every, named = recipe.train.steps, recipe.train.save_every, policy.trainable()
     done, true = folder.start_step, copy.deepcopy(state)
     with Progress(console, steps, start=folder.start_step) as progress:
@@ -178,7 +179,7 @@ def rl_step(
     policy: Policy,
     recipe: Recipe,
     pictures: Pictures,
-    deck: sources.Deck,
+    deck: PromptSampler,
     optimizer: Optimizers,
     state: dict[str, Any],
     step: int,
@@ -238,7 +239,7 @@ def supervised_step(
     policy: Policy,
     recipe: Recipe,
     pictures: Pictures,
-    deck: sources.Deck,
+    deck: PromptSampler,
     optimizer: Optimizers,
     state: dict[str, Any],
     step: int,

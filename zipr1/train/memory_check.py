@@ -17,7 +17,7 @@ import torch
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe
 from zipr1.core.types import Prompt
-from zipr1.data.media import look
+from zipr1.data.media import check
 from zipr1.models.batching import by_length
 from zipr1.models.encoder import Pictures
 from zipr1.models.policy import Policy
@@ -105,7 +105,7 @@ def _with_sizes(prompt: Prompt, opens: bool = False) -> Prompt:
     if _has_sizes(prompt):
         return prompt
     media = [
-        replace(m, size=look(m))
+        replace(m, size=check(m))
         if m.size is None and (opens or isinstance(m.source, np.ndarray))
         else m
         for m in prompt.media

@@ -24,7 +24,8 @@ from zipr1.models.batching import by_length
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
 from zipr1.models.sparse import thresholds
-from zipr1.models.sparse.attention import Request
+from zipr1.models.sparse.record import Record
+from zipr1.models.sparse.request import Request
 from zipr1.models.token_budget import token_budget
 from zipr1.rewards.registry import reward_of
 from zipr1.train.controller import Check
@@ -195,10 +196,10 @@ def sample(
             draws.uniforms[rows], settings.temperature, greedy=draws.greedy[rows],
         )  # fmt: skip
         assert answers.kept is not None and answers.counts is not None
-        if answers.heldout is not None:
-            masses.append(answers.heldout)
+        if answers.probe_audit_mass is not None:
+            masses.append(answers.probe_audit_mass)
         if wants_cut:
-            cuts[rows] = cut_logprobs(request, recipe, draws.low)
+            cuts[rows] = cut_logprobs(answers.record, recipe, draws.low)
         for b, row in enumerate(rows):
             made[row] = Rollout(
                 thresholds=p[b],
@@ -213,10 +214,10 @@ def sample(
     return Sampled(rollouts, cuts, float(torch.cat(masses).mean()))
 
 
-def cut_logprobs(request: Request, recipe: Recipe, low: float) -> torch.Tensor:
+def cut_logprobs(record: Record | None, recipe: Recipe, low: float) -> torch.Tensor:
     """Log-probability `(B,)` of the kept counts of a pass that kept its scores; low: of the thresholds' range."""
-    assert request.record is not None
-    layers = [layer for layer in request.record.layers if layer.cut is not None]
+    assert record is not None
+    layers = [layer for layer in record.layers if layer.cut is not None]
     logp = thresholds.cut_log_prob(
         [layer.cut for layer in layers if layer.cut is not None],
         [layer.keep for layer in layers],
@@ -225,7 +226,7 @@ def cut_logprobs(request: Request, recipe: Recipe, low: float) -> torch.Tensor:
         recipe.budgets.per,
     )
     # Too short to be pruned: keeping everything was no choice.
-    short = request.record.lengths < recipe.sparse.dense_below
+    short = record.lengths < recipe.sparse.dense_below
     return logp.masked_fill(short, 0.0).cpu()
 
 

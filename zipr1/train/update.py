@@ -18,7 +18,9 @@ from zipr1.models.batching import by_length, replay_masks
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
 from zipr1.models.sparse import thresholds
-from zipr1.models.sparse.attention import Request, sparse_attention
+from zipr1.models.sparse.patch import SparseRun, sparse_attention
+from zipr1.models.sparse.record import Record
+from zipr1.models.sparse.request import Request
 from zipr1.models.token_budget import token_budget
 from zipr1.train import losses
 from zipr1.train.controller import EfficiencyController
@@ -122,9 +124,9 @@ def backward(
         # Before the sparse context: with adapters the reference is this very model.
         reference = policy.parallel.reference_forward(lambda: look_up(policy, batch, rows, chosen))
     request = replaying(policy, recipe, batch, rows, chosen)
-    with sparse_attention(policy.core, request), policy.recomputing():
+    with sparse_attention(policy.core, request) as run, policy.recomputing():
         return policy.parallel.backward(
-            lambda: sparse_loss(policy, recipe, batch, rows, chosen, request, reference, share),
+            lambda: sparse_loss(policy, recipe, batch, rows, chosen, run, reference, share),
             last,
         )
 
@@ -167,15 +169,15 @@ def sparse_loss(
     batch: Batch,
     rows: Rows,
     chosen: Sequence[int],
-    request: Request,
+    run: SparseRun,
     reference: Reference | None,
     share: float,
 ) -> Loss:
     """The loss of some rows under their sparse attention, times `share`, and its stats (as they are without it)."""
     encoded, tokens = _of(batch, rows, chosen)
-    states, mask = policy.answer_states(encoded, vision(policy, batch, encoded), tokens, request)
+    states, mask = policy.answer_states(encoded, vision(policy, batch, encoded), tokens, run)
     answers, stats = answer_loss(policy, recipe, rows, chosen, states, mask, reference)
-    tokens_kept, more = efficiency_loss(policy, recipe, batch, rows, chosen, request)
+    tokens_kept, more = efficiency_loss(policy, recipe, batch, rows, chosen, run.record)
     loss = answers + tokens_kept
     stats = stats | more | {"loss": float(loss.detach())}
     return with_tower(policy, encoded, loss * share), stats
@@ -233,21 +235,20 @@ def efficiency_loss(
     batch: Batch,
     rows: Rows,
     chosen: Sequence[int],
-    request: Request,
+    record: Record | None,
 ) -> Loss:
-    """What lowers the token ratio: `pathwise` and `cut`, from the record of the sparse forward; 0 without them."""
+    """What lowers the token ratio: `pathwise` and `cut`, from the record of the sparse forward pass; 0 without them."""
     methods, budgets, device = parse(recipe.efficiency.method), recipe.budgets, policy.device
     loss, stats = torch.zeros((), device=device), {}
-    layers = request.record.layers if request.record is not None else []
+    layers = record.layers if record is not None else []
     cuts = [layer.cut for layer in layers if layer.cut is not None]
     # Prompts too short to be pruned have no choice to learn.
     lengths = [len(batch.encoded[rows.prompt[b]]) for b in chosen]
     short = torch.tensor([length < recipe.sparse.dense_below for length in lengths]).to(device)
     if "pathwise" in methods:
-        prompt = request.prompt
-        assert prompt is not None
+        assert record is not None
         expected = torch.stack(
-            [thresholds.expected_ratio(c, batch.low, budgets.high, prompt) for c in cuts]
+            [thresholds.expected_ratio(c, batch.low, budgets.high, record.candidates) for c in cuts]
         ).masked_fill(short, 1.0)
         # An all-wrong group is not paid for saving, here as in the reward.
         weights = rows.weights[:, chosen] * rows.opened[chosen]

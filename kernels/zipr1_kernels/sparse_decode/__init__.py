@@ -1,12 +1,10 @@
-"""A few new queries against a pruned key/value cache, or against the kept slots of a full one."""
+"""A few new queries against a pruned key/value cache."""
 
 from __future__ import annotations
 
 import torch
 
 from zipr1_kernels import checks, dispatch
-from zipr1_kernels.kept import Kept
-from zipr1_kernels.kept import check as check_kept
 from zipr1_kernels.sparse_decode import reference
 
 # Queries that share a key head, all rows of one block of the kernel.
@@ -19,7 +17,6 @@ def sparse_decode(
     v: torch.Tensor,
     valid: torch.Tensor | None = None,
     *,
-    kept: Kept | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
     """Attention of the last Lq appended tokens to the cache, causal among themselves.
@@ -29,8 +26,6 @@ def sparse_decode(
         k: `(B, H, n, D)`; v: `(B, H, n, DV)`: pruned prompt, then response; HQ is a multiple of H.
         valid: `(B, n)` bool; False slots (padding of ragged prompts) get weight exactly 0. None:
             all count. Each query must see at least one valid slot.
-        kept: of a cache that was not pruned, the slots that are attended to, those of the new tokens last; the
-            queries are then the last Lq of each row's list. Takes the place of `valid`.
         scale: factor of the logits; default 1 / sqrt(D).
 
     Returns:
@@ -46,20 +41,14 @@ def sparse_decode(
     checks.heads(q, k)
     checks.same_dtype(q=q, k=k, v=v)
     slots = k.shape[2]
-    if kept is not None:
-        check_kept(kept, batch, slots)
-        slots = kept.least
-        if valid is not None:
-            raise ValueError("valid and kept were both given; kept alone says what counts")
     if queries > slots:
         raise ValueError(
             f"{queries} queries but {slots} cache slots; append the queries' own k and v first"
         )
     if valid is not None:
-        checks.shape("valid", valid, (batch, k.shape[2]), "(B, n)")
+        checks.shape("valid", valid, (batch, slots), "(B, n)")
         checks.boolean("valid", valid)
-    index = None if kept is None else kept.index
-    tensors = [x for x in (q, k, v, valid, index) if x is not None]
+    tensors = [x for x in (q, k, v, valid) if x is not None]
     cannot = dispatch.unfit(q.dtype, dim, v.shape[3])
     rows = q.shape[1] // k.shape[1] * queries
     most = MOST_ROWS if q.element_size() == 2 else MOST_ROWS // 4  # what fits in shared memory
@@ -69,7 +58,7 @@ def sparse_decode(
         cannot = "a gradient is wanted"
     slower = dispatch.slow(q.dtype)
     if not dispatch.plan("sparse_decode", *tensors, cannot=cannot, slower=slower):
-        return reference.sparse_decode(q, k, v, valid, kept=kept, scale=scale)
+        return reference.sparse_decode(q, k, v, valid, scale=scale)
     from zipr1_kernels.sparse_decode import kernel
 
-    return kernel.sparse_decode(q, k, v, valid, kept=kept, scale=scale)
+    return kernel.sparse_decode(q, k, v, valid, scale=scale)

@@ -1,7 +1,7 @@
 """Decoding over kept keys in Triton: the cache is split among programs, and a second kernel joins their shares.
 
-The query heads of one key head are rows of one block, so that each key is read once. A list of indices may stand
-between a row's places and the cache's slots. Forward only. Arguments as in `sparse_decode/__init__.py`.
+The query heads of one key head are rows of one block, so that each key is read once. Forward only. Arguments as in
+`sparse_decode/__init__.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from zipr1_kernels.kept import Kept
 from zipr1_kernels.launch import INTERPRETED, LOG2E, Config, padded, precision, rows_of
 
 # By padded head dimension; rows are the least a tensor core takes, more where more are asked for at once.
@@ -27,17 +26,14 @@ PROGRAMS = 264
 
 @triton.jit
 def split_kernel(
-    Q, K, V, Valid, Index, Count, Part, Most, Total, H, G, queries, n, span, scale,
-    sqb, sqh, sql, skb, skh, skl, svb, svh, svl, MASKED: tl.constexpr, INDEXED: tl.constexpr,
+    Q, K, V, Valid, Part, Most, Total, H, G, queries, n, span, scale,
+    sqb, sqh, sql, skb, skh, skl, svb, svh, svl, MASKED: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """Of places span * i .. of one (row, key head): Part `(.., BM, BV)` not yet divided, its maximum and its sum."""
     pair, share = tl.program_id(0), tl.program_id(1)
     b, h = pair // H, pair % H
-    count = n
-    if INDEXED:
-        count = tl.load(Count + b).to(tl.int32)
     dims, value_dims = tl.arange(0, BD), tl.arange(0, BV)
     row = tl.arange(0, BM)
     live = row < G * queries
@@ -46,19 +42,17 @@ def split_kernel(
     q = tl.load(Q + at[:, None] + dims, mask=live[:, None] & (dims < D), other=0.0)
     if UP:
         q = q.to(tl.float32)
-    last = count - queries + i  # the place that each query may still see
+    last = n - queries + i  # the place that each query may still see
     acc = tl.zeros([BM, BV], tl.float32)
     most = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     begin = share * span
-    for n0 in range(begin, tl.minimum(begin + span, count), BN):
+    for n0 in range(begin, tl.minimum(begin + span, n), BN):
         place = n0 + tl.arange(0, BN)
-        real = (place < count) & (place < begin + span)
+        real = (place < n) & (place < begin + span)
         if MASKED:
             real = real & (tl.load(Valid + b * n + place, mask=real, other=0) != 0)
         slot = place.to(tl.int64)
-        if INDEXED:
-            slot = tl.load(Index + b.to(tl.int64) * n + place, mask=real, other=0)
         k = tl.load(
             K + b.to(tl.int64) * skb + h * skh + slot[:, None] * skl + dims,
             mask=real[:, None] & (dims < D), other=0.0,
@@ -115,7 +109,6 @@ def sparse_decode(
     v: torch.Tensor,
     valid: torch.Tensor | None = None,
     *,
-    kept: Kept | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
     """See the public function."""
@@ -125,7 +118,7 @@ def sparse_decode(
     scale = dim**-0.5 if scale is None else scale
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
     config = FORWARD[max(padded(dim), padded(values))]
-    n = k.shape[2] if kept is None else kept.index.shape[1]
+    n = k.shape[2]
     block = max(config.rows, triton.next_power_of_2(rows))
     wanted = triton.cdiv(PROGRAMS, batch * heads)
     span = triton.cdiv(triton.cdiv(n, wanted), config.columns) * config.columns
@@ -136,11 +129,9 @@ def sparse_decode(
     split_kernel[(batch * heads, shares)](
         q, k, v,
         q if valid is None else valid.contiguous().view(torch.uint8),
-        q if kept is None else kept.index,
-        q if kept is None else kept.count,
         part, most, total, heads, groups, queries, n, span, scale * LOG2E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        MASKED=valid is not None, INDEXED=kept is not None,
+        MASKED=valid is not None,
         D=dim, BD=padded(dim), DV=values, BV=padded(values), BM=block, BN=config.columns,
         PREC=precision(q.dtype), UP=INTERPRETED, **config.options,
     )  # fmt: skip

@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from zipr1_kernels.kept import Kept
-from zipr1_kernels.kv_compact.reference import gather_tokens
-
 
 def sparse_decode(
     q: torch.Tensor,
@@ -15,23 +12,17 @@ def sparse_decode(
     v: torch.Tensor,
     valid: torch.Tensor | None = None,
     *,
-    kept: Kept | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
     """See the public function."""
     batch, q_heads, queries, dim = q.shape
-    heads = k.shape[1]
-    if kept is not None:
-        k, v = gather_tokens(k, kept.index), gather_tokens(v, kept.index)
-        valid = kept.real if kept.ragged else None
-    slots = k.shape[2]
+    heads, slots = k.shape[1], k.shape[2]
     groups = q_heads // heads
     mask = None if valid is None else valid[:, None, None]  # (B, 1, 1, n)
     if queries > 1:
-        end = torch.full((1,), slots, device=q.device) if kept is None else kept.count
-        last = end[:, None] - queries + torch.arange(queries, device=q.device)  # (B or 1, Lq)
-        seen = torch.arange(slots, device=q.device) <= last[:, :, None]  # (B or 1, Lq, n)
-        mask = seen[:, None] if mask is None else mask & seen[:, None]
+        last = slots - queries + torch.arange(queries, device=q.device)
+        seen = torch.arange(slots, device=q.device) <= last[:, None]  # (Lq, n)
+        mask = seen[None, None] if mask is None else mask & seen
         mask = mask.repeat(1, 1, groups, 1)  # (B or 1, 1, G*Lq, n)
     # The query heads of one key head become rows, so the cache is read once and never repeated.
     folded = q.reshape(batch, heads, groups * queries, dim)

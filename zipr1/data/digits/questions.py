@@ -1,6 +1,6 @@
 """Questions about a scene and their only right answers, in one fixed wording per kind.
 
-`catalogue` lists all that can be asked; `ask` draws one so that answers of a kind are balanced.
+`catalogue` lists all that can be asked; `draw` takes one at random so that the answers of a kind are balanced.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def catalogue(scene: Scene) -> dict[str, list[Question]]:
     values = Counter(o.value for o in scene.objects)
     colours = Counter(o.colour for o in scene.objects)
     single = [(i, o) for i, o in objects if colours[o.colour] == 1]
-    found = {
+    by_kind = {
         "colour": [
             Question("colour", f"what color is the {NUMBERS[o.value]}?", o.colour, (i,))
             for i, o in objects
@@ -56,10 +56,10 @@ def catalogue(scene: Scene) -> dict[str, list[Question]]:
         ],
     }
     if scene.kind == "image":
-        found["count"] = [_count(name, colours[name]) for name in COLOURS]
-        found["sum"] = [_sum(i, one, j, two) for i, one in single for j, two in single if i != j]
+        by_kind["count"] = [_count(name, colours[name]) for name in COLOURS]
+        by_kind["sum"] = [_sum(i, one, j, two) for i, one in single for j, two in single if i != j]
     else:
-        found["direction"] = [
+        by_kind["direction"] = [
             Question(
                 "direction",
                 f"which way does the {o.colour} digit move?",
@@ -72,18 +72,18 @@ def catalogue(scene: Scene) -> dict[str, list[Question]]:
             order = sorted(objects, key=lambda pair: pair[1].start)
             for kind, (i, o) in (("first", order[0]), ("last", order[-1])):
                 text = f"which digit appears {kind}?"
-                found[kind] = [Question(kind, text, NUMBERS[o.value], (i,))]
-    return {kind: questions for kind, questions in found.items() if questions}
+                by_kind[kind] = [Question(kind, text, NUMBERS[o.value], (i,))]
+    return {kind: questions for kind, questions in by_kind.items() if questions}
 
 
 def draw(
-    found: dict[str, list[Question]],
+    by_kind: dict[str, list[Question]],
     rng: np.random.Generator,
     kind: str,
     used: Collection[str] = (),
 ) -> Question | None:
     """A question of this kind whose text is not in `used`, or None."""
-    choice = [q for q in found.get(kind, ()) if q.text not in used]
+    choice = [q for q in by_kind.get(kind, ()) if q.text not in used]
     if kind == "count" and choice:
         # Among six colours most are absent and few are shared: draw the number first, the rare ones more often.
         numbers = list(dict.fromkeys(q.answer.split()[0] for q in choice))
@@ -96,16 +96,16 @@ def draw(
 
 
 def draw_second(
-    found: dict[str, list[Question]], rng: np.random.Generator, used: Collection[str] = ()
+    by_kind: dict[str, list[Question]], rng: np.random.Generator, used: Collection[str] = ()
 ) -> tuple[Question, Question] | None:
     """A first question, and one about another object: its colour or which digit it is."""
-    openings = [kind for kind in found if kind != "sum"]
+    openings = [kind for kind in by_kind if kind != "sum"]
     for index in rng.permutation(len(openings)):
-        first = draw(found, rng, openings[index])
+        first = draw(by_kind, rng, openings[index])
         if first is None:
             continue
         kind = ("colour", "digit")[int(rng.integers(2))]
-        others = [q for q in found.get(kind, ()) if not set(q.about) & set(first.about)]
+        others = [q for q in by_kind.get(kind, ()) if not set(q.about) & set(first.about)]
         second = draw({kind: others}, rng, kind, used)
         if second is not None:
             return first, second

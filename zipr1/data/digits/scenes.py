@@ -43,7 +43,7 @@ _SHARED = {
 class Digit:
     """One digit of a scene.
 
-    cells: (row, column) in each time step in which it is seen: one for images. start: its first time step.
+    cells: (row, column) in each time step in which it is visible: one for images. start: its first time step.
     direction: None for images.
     """
 
@@ -154,10 +154,10 @@ def _draw_paths(
             path = [(first[0] + move[0] * k, first[1] + move[1] * k) for k in range(duration)]
             directions.append(name)
             paths.append(path)
-        seen = [
+        occupied = [
             (s + k, c) for s, path in zip(starts, paths, strict=True) for k, c in enumerate(path)
         ]
-        if len(set(seen)) == len(seen):
+        if len(set(occupied)) == len(occupied):
             return directions, paths
 
 

@@ -21,9 +21,10 @@ from zipr1.data.digits import glyphs
 from zipr1.data.digits.questions import KINDS, Question, catalogue, draw, draw_second, vocabulary
 from zipr1.data.digits.scenes import Scene, draw_image, draw_video
 
-__all__ = ["TASKS", "cache_directory", "lesson", "prompts", "vocabulary"]
+__all__ = ["HELDOUT_SHARE", "TASKS", "cache_directory", "lesson", "prompts", "vocabulary"]
 
 TASKS = tuple(KINDS)
+HELDOUT_SHARE = {"hard_digits": 0.25}
 _LESSON = 100  # keeps the random streams of lessons apart from those of prompts
 _TRIES = 1000
 
@@ -45,11 +46,11 @@ def prompts(
         key = [seed, list(glyphs.SPLITS).index(split), TASKS.index(task), picture]
         rng = np.random.default_rng(key)
         turn = picture * questions_per_picture
-        wanted = [KINDS[task][(turn + j) % len(KINDS[task])] for j in range(questions_per_picture)]
-        scene, asked = _draw_with(rng, bank, task, wanted)
+        kinds = [KINDS[task][(turn + j) % len(KINDS[task])] for j in range(questions_per_picture)]
+        scene, asked = _draw_with(rng, bank, task, kinds)
         media = _media(scene)
         name = f"{task}/{split}/{picture}"
-        for index, (kind, questions) in enumerate(zip(wanted, asked, strict=True)):
+        for index, (kind, questions) in enumerate(zip(kinds, asked, strict=True)):
             messages = _messages(scene.kind, questions)
             answer = questions[-1].answer
             made.append(
@@ -90,19 +91,19 @@ def cache_directory() -> Path:
 
 
 def _draw_with(
-    rng: np.random.Generator, bank: glyphs.Bank, task: str, wanted: list[str]
+    rng: np.random.Generator, bank: glyphs.Bank, task: str, kinds: list[str]
 ) -> tuple[Scene, list[tuple[Question, ...]]]:
-    """A scene about which all the wanted kinds can be asked, and the different questions (turns each)."""
+    """A scene about which all the kinds can be asked, and for each kind a question of its own with its turns."""
     for _ in range(_TRIES):
         scene = draw_video(rng, bank) if task == "moving_digits" else draw_image(rng, bank)
-        found = catalogue(scene)
+        by_kind = catalogue(scene)
         asked: list[tuple[Question, ...]] = []
-        for kind in wanted:
+        for kind in kinds:
             used = {turns[-1].text for turns in asked}
             if kind == "second":
-                turns: tuple[Question, ...] | None = draw_second(found, rng, used)
+                turns: tuple[Question, ...] | None = draw_second(by_kind, rng, used)
             else:
-                one = draw(found, rng, kind, used)
+                one = draw(by_kind, rng, kind, used)
                 turns = None if one is None else (one,)
             if turns is None:
                 break
@@ -110,7 +111,7 @@ def _draw_with(
         else:
             return scene, asked
     raise InputError(
-        f"{task}: no scene has {len(wanted)} different questions; ask fewer questions per picture"
+        f"{task}: no scene has {len(kinds)} different questions; ask fewer questions per picture"
     )
 
 
@@ -118,20 +119,20 @@ def _many(
     scene: Scene, rng: np.random.Generator, number: int, hard_share: float
 ) -> list[tuple[str, str]]:
     """Different questions in turn of kind, no more than two of them about counts: most counts are of nothing."""
-    found = catalogue(scene)
-    easy = [kind for kind in found if kind != "sum"]
+    by_kind = catalogue(scene)
+    easy = [kind for kind in by_kind if kind != "sum"]
     left = {kind: 2 if kind == "count" else number for kind in easy}
     order: list[str] = []
     used: set[str] = set()
     pairs: list[tuple[str, str]] = []
     while len(pairs) < number:
-        hard = "sum" in found and rng.random() < hard_share
+        hard = "sum" in by_kind and rng.random() < hard_share
         if not hard and not order:
             order = [easy[i] for i in rng.permutation(len(easy)) if left[easy[i]]]
             if not order:
                 break
         kind = "sum" if hard else order.pop()
-        question = draw(found, rng, kind, used)
+        question = draw(by_kind, rng, kind, used)
         if question is not None:
             used.add(question.text)
             pairs.append((question.text, question.answer))

@@ -18,8 +18,8 @@ from zipr1_kernels import Kept
 class PrunedLayer(DynamicLayer):
     """keys, values `(B, H, n, D)`; valid `(B, n)` bool or None: all are; cumulative_length: tokens seen, kept or not.
 
-    New tokens are written behind the old ones into room kept free for them, a ninth of what is held (at least 16
-    tokens): a decoding step copies nothing but now and then.
+    New tokens are written behind the old ones, into `capacity`: keys and values with slots kept free, a ninth of what
+    is held (at least 16 tokens). So a decoding step copies nothing but now and then.
     """
 
     keys: torch.Tensor
@@ -32,7 +32,7 @@ class PrunedLayer(DynamicLayer):
         self.incoming: torch.Tensor | None = None
         self.pruned = False
         self.prompt_counts: torch.Tensor | None = None
-        self.room: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.capacity: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -60,17 +60,17 @@ class PrunedLayer(DynamicLayer):
 
     def _write(self, held: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         end = held + keys.shape[2]
-        if self.room is None or self.room[0].shape[2] < end:
+        if self.capacity is None or self.capacity[0].shape[2] < end:
             spare = max(16, end // 8)
             shapes = [(*x.shape[:2], end + spare, x.shape[3]) for x in (self.keys, self.values)]
-            self.room = self.keys.new_empty(shapes[0]), self.values.new_empty(shapes[1])
-            self.room[0][:, :, :held], self.room[1][:, :, :held] = self.keys, self.values
-        self.room[0][:, :, held:end], self.room[1][:, :, held:end] = keys, values
-        self.keys, self.values = (x[:, :, :end] for x in self.room)
+            self.capacity = self.keys.new_empty(shapes[0]), self.values.new_empty(shapes[1])
+            self.capacity[0][:, :, :held], self.capacity[1][:, :, :held] = self.keys, self.values
+        self.capacity[0][:, :, held:end], self.capacity[1][:, :, held:end] = keys, values
+        self.keys, self.values = (x[:, :, :end] for x in self.capacity)
 
     def prune(self, keys: torch.Tensor, values: torch.Tensor, kept: Kept) -> None:
         """Put the compacted prompt, `(B, H, n, D)`, in place of the whole one."""
-        self.keys, self.values, self.room = keys, values, None
+        self.keys, self.values, self.capacity = keys, values, None
         self.valid = kept.real if kept.ragged else None
         self.prompt_counts = kept.count
         self.cumulative_length = kept.length
@@ -100,7 +100,7 @@ class PrunedLayer(DynamicLayer):
     def _each(self, change: Any) -> None:
         if not self.is_initialized:
             return
-        self.keys, self.values, self.room = change(self.keys), change(self.values), None
+        self.keys, self.values, self.capacity = change(self.keys), change(self.values), None
         if self.valid is not None:
             self.valid = change(self.valid)
         if self.prompt_counts is not None:
@@ -118,7 +118,7 @@ class PrunedLayer(DynamicLayer):
     def reset(self) -> None:
         super().reset()
         self.cumulative_length = 0
-        self.valid = self.prompt_counts = self.room = None
+        self.valid = self.prompt_counts = self.capacity = None
         self.pruned = False
 
 
@@ -130,7 +130,7 @@ class PrunedCache(Cache):
 
     @classmethod
     def whole(cls, cache: Any) -> PrunedCache:
-        """One that holds all that a transformers cache of a prompt holds: dense, with room to write into."""
+        """One that holds all that a transformers cache of a prompt holds: dense, with capacity to write into."""
         out = cls()
         for i, layer in enumerate(cache.layers):
             batch, _, length, _ = layer.keys.shape

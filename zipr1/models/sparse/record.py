@@ -12,16 +12,16 @@ import torch
 class LayerRecord:
     """One decoder layer.
 
-    keep: `(B, L)` bool, kept slots; padding is False. scores: `(B, L)` float32, higher is more
-    important, with gradient in training. cut: `(B, L)` share of mass ahead of each token, see
-    `zipr1_kernels.cut_points`. heldout_mass: `(b,)` float32 in [0, 1], of the rows that are audited the share of
-    the score mass of probes that did not take part in the choice which fell on kept tokens. None: not computed.
+    keep: `(B, L)` bool, kept slots; padding is False. scores: `(B, L)` float32, higher is more important, with gradient
+    in training. cut: `(B, L)` share of mass ahead of each token, see `zipr1_kernels.cut_points`. probe_audit_mass:
+    `(b,)` float32 in [0, 1], of the rows that are audited the share of the score mass of held-out probes, which took no
+    part in the choice, that fell on kept tokens. None: not computed.
     """
 
     keep: torch.Tensor
     scores: torch.Tensor | None = None
     cut: torch.Tensor | None = None
-    heldout_mass: torch.Tensor | None = None
+    probe_audit_mass: torch.Tensor | None = None
 
     @property
     def counts(self) -> torch.Tensor:
@@ -31,10 +31,20 @@ class LayerRecord:
 
 @dataclass
 class Record:
-    """All layers, first to last. lengths: `(B,)` int64, unpadded prompt lengths."""
+    """candidates: `(B, L)` bool, the tokens that were chosen among. layers: first to last, as they have run."""
 
-    lengths: torch.Tensor
+    candidates: torch.Tensor
     layers: list[LayerRecord] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """`(B,)` int64, unpadded prompt lengths."""
+        return self.candidates.sum(1)
+
+    def add(self, number: int, layer: LayerRecord) -> None:
+        """Note what layer `number` kept; one that gradient checkpointing computes again is there already."""
+        if number == len(self.layers):
+            self.layers.append(layer)
 
     def layer_ratios(self) -> torch.Tensor:
         """`(B, D)` float32 in (0, 1]: kept fraction of the prompt in each layer."""
@@ -45,14 +55,19 @@ class Record:
         """`(B,)` float32 in (0, 1]: mean over layers of kept / length (arXiv 2504.18579)."""
         return self.layer_ratios().mean(-1)
 
-    def kept_positions(self, offsets: torch.Tensor) -> list[list[torch.Tensor]]:
-        """[sample][layer] -> ascending int32 positions in the unpadded prompt, on the CPU.
+    def kept_positions(self) -> list[list[torch.Tensor]]:
+        """[sample][layer] -> ascending int32 positions in the unpadded prompt, on the CPU: the form of `Rollout.kept`.
 
-        offsets: `(B,)` int64, slot of each prompt's first token. The form of `Rollout.kept`.
-        """
-        starts = offsets.tolist()
+        Padding must lie on one side of the prompt."""
+        starts = self.candidates.int().argmax(1).tolist()
         keeps = [layer.keep.cpu().numpy() for layer in self.layers]
         return [
             [torch.from_numpy((np.flatnonzero(keep[b]) - start).astype(np.int32)) for keep in keeps]
             for b, start in enumerate(starts)
         ]
+
+    def probe_audit_mass(self) -> torch.Tensor | None:
+        """`(b,)` float32 in [0, 1] on the CPU, of audited rows: mean over layers; None without any."""
+        masses = [layer.probe_audit_mass for layer in self.layers]
+        known = [mass for mass in masses if mass is not None]
+        return torch.stack(known).mean(0).cpu() if known else None

@@ -11,7 +11,7 @@ derivative: the kept sets of earlier layers are held fixed, as are the effects o
 correctness and KL. It concerns the training distribution of p, not the fixed p of inference.
 
 `through` adds those effects to first order: a kept token's key and output carry its `chance` of
-being kept as a factor of value 1 (zipr1/models/sparse/attention.py), so what the token is worth to the KL
+being kept as a factor of value 1 (zipr1/models/sparse/gate.py), so what the token is worth to the KL
 and to the answer pulls on its score. Dropped tokens are not computed and say nothing: an estimate,
 biased like any straight-through gate (arXiv 1308.3432), not an exact gradient.
 """

@@ -1,0 +1,97 @@
+"""Families of embedded tasks: questions that are drawn by this package rather than read from files.
+
+A new family is a folder of zipr1/data with a module `tasks` that has what EmbeddedTasks lists, and one line in SOURCES.
+Its name is then a `data.source`, and its tasks can stand in `data.mix` beside those of other families.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Protocol
+
+from zipr1.core.errors import InputError
+from zipr1.core.types import Prompt
+from zipr1.data.digits import tasks as digits
+
+PER_PICTURE = 4  # questions about each picture or clip
+# Held-out questions are drawn with this seed whatever the run's seed is, so that runs can be compared.
+HELDOUT_SEED = 20250
+_FEWEST_HELDOUT = 40  # of a task that asks only a part of `data.heldout_prompts`
+
+
+class EmbeddedTasks(Protocol):
+    """What the module of a family offers.
+
+    TASKS: names, different from those of all other families. HELDOUT_SHARE: of `data.heldout_prompts`, for tasks that
+    ask fewer than all of them.
+    """
+
+    @property
+    def TASKS(self) -> tuple[str, ...]: ...
+
+    @property
+    def HELDOUT_SHARE(self) -> Mapping[str, float]: ...
+
+    def prompts(
+        self, split: str, task: str, pictures: int, questions_per_picture: int, seed: int
+    ) -> list[Prompt]:
+        """`pictures` x `questions_per_picture` prompts of `train`, `validation` or `test`; a pure function."""
+
+
+SOURCES: dict[str, EmbeddedTasks] = {"digits": digits}
+
+
+def draw(split: str, task: str, number: int, seed: int) -> list[Prompt]:
+    """The first `number` questions of one task, PER_PICTURE about each picture. split: train, validation or test."""
+    pictures = -(-number // PER_PICTURE)
+    return _family(task).prompts(split, task, pictures, PER_PICTURE, seed)[:number]
+
+
+def draw_training(mix: Mapping[str, float], number: int, seed: int) -> list[Prompt]:
+    """`number` training questions in the proportions of `mix`, task by task."""
+    return [
+        prompt
+        for task, count in _counts(mix, number).items()
+        for prompt in draw("train", task, count, seed)
+    ]
+
+
+def draw_heldout(source: str, mix: Mapping[str, float], number: int, split: str) -> list[Prompt]:
+    """`number` questions of each task (or its HELDOUT_SHARE of them, 40 at least): all tasks of the family `source`,
+    whatever the mix, and those of other families that are trained. The same questions for every run."""
+    tasks = dict.fromkeys(SOURCES[source].TASKS)
+    tasks |= dict.fromkeys(task for task, share in mix.items() if share > 0)
+    prompts = []
+    for task in tasks:
+        share = _family(task).HELDOUT_SHARE.get(task, 1.0)
+        count = min(number, max(_FEWEST_HELDOUT, int(number * share)))
+        prompts += draw(split, task, count, HELDOUT_SEED)
+    return prompts
+
+
+def _family(task: str) -> EmbeddedTasks:
+    for family in SOURCES.values():
+        if task in family.TASKS:
+            return family
+    known = [name for family in SOURCES.values() for name in family.TASKS]
+    near = difflib.get_close_matches(task, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise InputError(
+        f"data.mix: unknown task {task!r}; {hint}allowed: {', '.join(known)}; rename or remove it"
+    )
+
+
+def _counts(mix: Mapping[str, float], number: int) -> dict[str, int]:
+    """`number` split in the proportions of `mix`, largest remainders first."""
+    for task in mix:
+        _family(task)  # an unknown one is an error even where its share comes to nothing
+    total = sum(mix.values())
+    if total <= 0:
+        raise InputError("data.mix: all shares are 0; give at least one task a positive share")
+    exact = {task: number * share / total for task, share in mix.items()}
+    counts = {task: int(value) for task, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda task: counts[task] - exact[task])
+    for task in by_remainder[: number - sum(counts.values())]:
+        counts[task] += 1
+    return counts

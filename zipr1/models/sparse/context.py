@@ -1,0 +1,215 @@
+"""What one forward pass does in place of attention: its `SparseContext`, which every layer's attention is handed.
+
+A pass over a prompt is a `Prefill`: each layer chooses its tokens (selection.py), attends among them and puts their
+keys and values into the cache. With `skip: layer` a layer is run on the chosen tokens alone (layer_skip.py), and its
+attention is handed the `PackedPrefill` of that choice. Tokens after a prompt are a `Decode`. A turn of a conversation
+whose keys and values are all retained is a `Turn` (retain.py).
+
+Contexts are no dataclasses: FSDP2 hands each layer copies of those, and what a layer writes into its copy is lost.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from zipr1_kernels import Kept, kv_compact, pack_indices, sparse_decode, sparse_prefill
+
+from zipr1.core.errors import InputError
+from zipr1.core.phases import phase
+from zipr1.models.sparse.cache import PrunedCache
+from zipr1.models.sparse.gate import gated_prefill, straight_through
+from zipr1.models.sparse.last_layer import finished
+from zipr1.models.sparse.packing import Handover, OutputRows, PackedRows
+from zipr1.models.sparse.record import LayerRecord, Record
+from zipr1.models.sparse.request import PromptBatch, Request
+from zipr1.models.sparse.selection import Heads, ProbeRange, Selector
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderCall:
+    """What a text decoder was called with. embeds: `(B, q, hidden)`, or ids `(B, q)`. cache: past_key_values. real:
+    `(B, q)` bool, real tokens among the q new ones by the attention mask; None: there was none. batch: what `prefill`
+    (sampling.py) says of the batch."""
+
+    embeds: torch.Tensor
+    cache: Any
+    use_cache: bool
+    real: torch.Tensor | None
+    batch: PromptBatch | None
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """`(B, q)` bool, real tokens among the new ones."""
+        if self.real is not None:
+            return self.real
+        return torch.ones(self.embeds.shape[:2], dtype=torch.bool, device=self.embeds.device)
+
+
+class SparseContext(ABC):
+    """One forward pass. rest: where a layer's attention says what the rest of that layer works on; the patched output
+    projection and MLP read it (patch.py)."""
+
+    def __init__(self, rest: Handover) -> None:
+        self.rest = rest
+
+    @property
+    def record(self) -> Record | None:
+        """What the layers keep of the prompt, filled as they run; None where nothing is chosen."""
+        return None
+
+    @abstractmethod
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attention of one layer: query `(B, HQ, Lq, D)`, key and value `(B, H, Lk, D)` -> `(B, Lq, HQ, D)`."""
+
+    def pack(self, layer: int, heads: Callable[[], Heads]) -> PackedPrefill | None:
+        """The choice of a layer that is to run on its kept tokens alone; None: it runs on all that it is given."""
+        return None
+
+
+class Prefill(SparseContext):
+    """A prompt, of which each layer keeps a part. cache: takes the kept keys and values; None: they are not cached.
+    last: number of the last layer, which is finished where `batch.read_at` says."""
+
+    def __init__(
+        self,
+        request: Request,
+        batch: PromptBatch,
+        cache: PrunedCache | None,
+        rest: Handover,
+        last: int,
+    ) -> None:
+        super().__init__(rest)
+        prompt = batch.valid if batch.prompt is None else batch.prompt
+        self.request = request
+        self.batch = batch
+        self.selector = Selector(request, prompt, ProbeRange.of(prompt))
+        self.answers = batch.valid & ~prompt
+        self.cache = cache
+        self.last = last
+
+    @property
+    def record(self) -> Record:
+        return self.selector.record
+
+    def choose(self, layer: int, heads: Heads) -> tuple[Kept, LayerRecord]:
+        """Tokens that take part in `layer`: what it keeps of the prompt, and the answers, which are never dropped."""
+        choice = self.selector.choose(layer, heads)
+        with phase("selection"):
+            return pack_indices(choice.keep | self.answers), choice
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        kept, choice = self.choose(layer, Heads.given(query, key, scale))
+        out = self.among(kept, query, key, value, scale, self.gate_of(choice))
+        if self.cache is not None:
+            with phase("gathers"):
+                self.cache.put(layer, *kv_compact(key, value, kept), kept)
+        read_at = self.read_in(layer)
+        self.rest.leave(
+            layer, OutputRows(o_proj=kept.flat) if read_at is None else finished(read_at)
+        )
+        return out.transpose(1, 2)
+
+    def pack(self, layer: int, heads: Callable[[], Heads]) -> PackedPrefill | None:
+        if self.request.settings.skip != "layer":
+            return None
+        with torch.set_grad_enabled(self.request.scores and torch.is_grad_enabled()):
+            kept, choice = self.choose(layer, heads())
+        return PackedPrefill(self, PackedRows(kept), choice)
+
+    def read_in(self, layer: int) -> torch.Tensor | None:
+        """`(B, L)` bool, where the output of this layer is read; None: everywhere."""
+        return self.batch.read_at if layer == self.last else None
+
+    def gate_of(self, choice: LayerRecord) -> torch.Tensor | None:
+        """`(B, L)` of `Request.through`; None without it."""
+        if self.request.through is None:
+            return None
+        assert choice.cut is not None, "Request.through needs scores"
+        return straight_through(choice.cut, *self.request.through)
+
+    def among(
+        self,
+        kept: Kept,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        gate: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Causal attention among kept tokens, `(B, HQ, L, D)`, 0 elsewhere."""
+        with phase("attention"):
+            if gate is None:
+                return sparse_prefill(query, key, value, kept, scale=scale)
+            return gated_prefill(query, key, value, kept, gate, scale)
+
+
+class PackedPrefill(SparseContext):
+    """One layer of a prefill that is run on its kept tokens alone: they come as the n tokens of a batch of one."""
+
+    def __init__(self, prefill: Prefill, rows: PackedRows, choice: LayerRecord) -> None:
+        super().__init__(prefill.rest)
+        self.prefill = prefill
+        self.rows = rows
+        self.choice = choice
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        prefill, rows, kept = self.prefill, self.rows, self.rows.kept
+        query, key, value = (rows.heads_by_row(x) for x in (query, key, value))
+        gate = prefill.gate_of(self.choice)
+        if gate is not None:
+            gate = gate.gather(1, kept.index)
+        out = prefill.among(kept.packed, query, key, value, scale, gate)
+        if prefill.cache is not None:
+            with phase("gathers"):
+                prefill.cache.put(layer, key, value, kept)
+        read_at = prefill.read_in(layer)
+        self.rest.leave(layer, OutputRows() if read_at is None else finished(read_at, kept))
+        return rows.packed_heads(out)
+
+
+class Decode(SparseContext):
+    """Tokens after a prompt, which attend to what the cache holds; they are never dropped themselves."""
+
+    def __init__(self, cache: PrunedCache, rest: Handover) -> None:
+        super().__init__(rest)
+        self.cache = cache
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        self.rest.leave(layer, OutputRows())
+        with phase("attention"):
+            valid = self.cache.layers[layer].valid
+            return sparse_decode(query, key, value, valid, scale=scale).transpose(1, 2)
+
+
+def begin(
+    request: Request, call: DecoderCall, rest: Handover, layers: int
+) -> tuple[SparseContext, Any]:
+    """The context of a call, a prompt or tokens after it, and the cache to go on with, if any. layers: of the decoder.
+
+    Raises InputError for a cache in use that was not pruned.
+    """
+    cache = call.cache
+    if isinstance(cache, PrunedCache) and cache.get_seq_length() > 0:
+        cache.expect(call.real)
+        return Decode(cache, rest), cache
+    if PrunedCache.replaces(cache) or (cache is None and call.use_cache):
+        cache = PrunedCache()
+    if cache is not None and not isinstance(cache, PrunedCache):
+        raise InputError(
+            f"sparse attention needs its own KV cache and got a {type(cache).__name__} that is in use; "
+            "leave past_key_values and cache_implementation out"
+        )
+    batch = call.batch or PromptBatch(call.valid)
+    return Prefill(request, batch, cache, rest, layers - 1), cache

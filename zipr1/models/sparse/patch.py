@@ -1,0 +1,159 @@
+"""Every swapped forward, method and setting of a transformers model, and how it is undone: the only file that swaps.
+
+`sparse_attention` makes a model's forward passes and `generate` sparse inside a `with` block:
+
+* the text decoder's forward starts each pass: it makes the pass's `SparseContext` (context.py), which transformers
+  hands on to every layer's attention as a keyword, and swaps a pruned cache in;
+* decoder layers choose before they run, if they are to be skipped whole (layer_skip.py);
+* output projections and MLPs work on the tokens that the attention of their layer has named.
+
+Changes are attributes of single module objects, so other models are not touched, and all are gone when the block ends.
+With gradient checkpointing, run backward inside the block: layers are computed again there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from zipr1.models.sparse import context
+from zipr1.models.sparse.attention import ATTENTION
+from zipr1.models.sparse.context import DecoderCall, SparseContext
+from zipr1.models.sparse.last_layer import finished
+from zipr1.models.sparse.layer_skip import skipping
+from zipr1.models.sparse.packing import Handover, computed_at
+from zipr1.models.sparse.record import Record
+from zipr1.models.sparse.request import PromptBatch, Request
+
+# How a pass starts: `context.begin`, or `retain.begin` where conversations lose nothing.
+Begin = Callable[[Request, DecoderCall, Handover, int], tuple[SparseContext, Any]]
+
+
+class SparseRun:
+    """What `sparse_attention` yields. request: None where the passes inside are dense. record: what the last prefill
+    kept; None before the first one, and where passes are dense. in_force: inside its block."""
+
+    def __init__(self, request: Request | None) -> None:
+        self.request = request
+        self.record: Record | None = None
+        self.in_force = False
+        self.rest = Handover()
+
+
+@contextlib.contextmanager
+def sparse_attention(
+    model: Any, request: Request | None, begin: Begin = context.begin
+) -> Iterator[SparseRun]:
+    """Make forward passes and `generate()` of a transformers model sparse; with None, or where `request` keeps
+    everything, they stay dense.
+
+    The model's text config must use the attention named `ATTENTION`. Blocks of one model may be nested, and the inner
+    one counts; for blocks that overlap otherwise, and for threads, see session.py.
+    """
+    run = SparseRun(None if request is None or request.keeps_all else request)
+    with contextlib.ExitStack() as undo:
+        if run.request is not None:
+            _patch(model, run, begin, undo)
+        run.in_force = True
+        undo.callback(setattr, run, "in_force", False)
+        yield run
+
+
+def _patch(model: Any, run: SparseRun, begin: Begin, undo: contextlib.ExitStack) -> None:
+    decoder = model.get_decoder()
+    undo.enter_context(attributes(decoder, forward=_passes(run, decoder, begin)))
+    for number, layer in enumerate(decoder.layers):
+        undo.enter_context(attributes(layer, forward=skipping(layer, layer.forward)))
+        for name, module in (("o_proj", layer.self_attn.o_proj), ("mlp", layer.mlp)):
+            rows = _rows_of(run, number, name)
+            undo.enter_context(attributes(module, forward=computed_at(module.forward, rows)))
+
+
+def _passes(run: SparseRun, decoder: Any, begin: Begin) -> Callable[..., Any]:
+    """The decoder's forward, which starts a context. sparse_batch: what the caller knows of the batch."""
+    stock, request, layers = decoder.forward, run.request, len(decoder.layers)
+    assert request is not None
+
+    def forward(*args: Any, sparse_batch: PromptBatch | None = None, **kwargs: Any) -> Any:
+        run.rest.clear()
+        if "sparse_context" in kwargs:  # a block inside this one has started the pass
+            return stock(*args, **kwargs)
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        if embeds is None:
+            embeds = kwargs["input_ids"]
+        call = DecoderCall(
+            embeds=embeds,
+            cache=kwargs.get("past_key_values"),
+            use_cache=bool(kwargs.get("use_cache")),
+            real=None if mask is None or mask.ndim != 2 else mask[:, -embeds.shape[1] :].bool(),
+            batch=sparse_batch,
+        )
+        current, cache = begin(request, call, run.rest, layers)
+        if current.record is not None:
+            run.record = current.record
+        kwargs |= {
+            "past_key_values": cache,
+            "sparse_context": current,
+            # The context knows the padding. A mask of four dimensions is one that transformers takes as it is, so that
+            # none is built; nobody reads it.
+            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device),
+        }
+        return stock(*args, **kwargs)
+
+    return forward
+
+
+def _rows_of(run: SparseRun, layer: int, name: str) -> Callable[[], torch.Tensor | None]:
+    def rows() -> torch.Tensor | None:
+        at: torch.Tensor | None = getattr(run.rest.find(layer), name)
+        return at
+
+    return rows
+
+
+@contextlib.contextmanager
+def finished_at(model: Any, read_at: torch.Tensor) -> Iterator[None]:
+    """Inside, a dense prefill finishes the last layer at `read_at` `(B, L)` bool alone (last_layer.py); what it returns
+    elsewhere means nothing. Without gradient: layers could be computed again in backward, when the patch is gone."""
+    layer, rows = model.get_decoder().layers[-1], finished(read_at)
+    with (
+        attributes(
+            layer.self_attn.o_proj,
+            forward=computed_at(layer.self_attn.o_proj.forward, lambda: rows.o_proj),
+        ),
+        attributes(layer.mlp, forward=computed_at(layer.mlp.forward, lambda: rows.mlp)),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def our_attention(model: Any) -> Iterator[None]:
+    """Inside, the text part of a model uses the attention named `ATTENTION`."""
+    before = model.config.get_text_config()._attn_implementation
+    if before == ATTENTION:
+        yield
+        return
+    model.set_attn_implementation({"text_config": ATTENTION})
+    try:
+        yield
+    finally:
+        model.set_attn_implementation({"text_config": before})
+
+
+@contextlib.contextmanager
+def attributes(target: Any, **values: Any) -> Iterator[None]:
+    """Inside, an object has these attributes of its own; afterwards those of its own that it had, or its class's."""
+    own = {name: target.__dict__[name] for name in values if name in target.__dict__}
+    try:
+        for name, value in values.items():
+            setattr(target, name, value)
+        yield
+    finally:
+        for name in values:
+            if name in own:
+                setattr(target, name, own[name])
+            else:
+                target.__dict__.pop(name, None)
