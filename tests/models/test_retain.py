@@ -149,7 +149,7 @@ def test_attention_of_a_turn_against_loops(past, monkeypatch):
     got = one.attend(0, query, key, value, 0.3)
     torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
     rest = [b * new + i for b in range(rows) for i in range(new) if keep[b, past + i]]
-    left = one.rest.find(0)
+    left = one.handover.find(0)
     assert left.o_proj.tolist() == left.mlp.tolist() == rest
     assert cache.layers[0].prompt_counts.tolist() == keep.sum(1).tolist()
 

@@ -50,11 +50,11 @@ class DecoderCall:
 
 
 class SparseContext(ABC):
-    """One forward pass. rest: where a layer's attention says what the rest of that layer works on; the patched output
-    projection and MLP read it (patch.py)."""
+    """One forward pass. handover: where a layer's attention says what the rest of that layer works on; the patched
+    output projection and MLP read it (patch.py)."""
 
-    def __init__(self, rest: Handover) -> None:
-        self.rest = rest
+    def __init__(self, handover: Handover) -> None:
+        self.handover = handover
 
     @property
     def record(self) -> Record | None:
@@ -81,10 +81,10 @@ class Prefill(SparseContext):
         request: Request,
         batch: PromptBatch,
         cache: PrunedCache | None,
-        rest: Handover,
+        handover: Handover,
         last: int,
     ) -> None:
-        super().__init__(rest)
+        super().__init__(handover)
         prompt = batch.valid if batch.prompt is None else batch.prompt
         self.request = request
         self.batch = batch
@@ -112,7 +112,7 @@ class Prefill(SparseContext):
             with phase("gathers"):
                 self.cache.put(layer, *kv_compact(key, value, kept), kept)
         read_at = self.read_in(layer)
-        self.rest.leave(
+        self.handover.leave(
             layer, OutputRows(o_proj=kept.flat) if read_at is None else finished(read_at)
         )
         return out.transpose(1, 2)
@@ -155,7 +155,7 @@ class PackedPrefill(SparseContext):
     """One layer of a prefill that is run on its kept tokens alone: they come as the n tokens of a batch of one."""
 
     def __init__(self, prefill: Prefill, rows: PackedRows, choice: LayerRecord) -> None:
-        super().__init__(prefill.rest)
+        super().__init__(prefill.handover)
         self.prefill = prefill
         self.rows = rows
         self.choice = choice
@@ -173,28 +173,28 @@ class PackedPrefill(SparseContext):
             with phase("gathers"):
                 prefill.cache.put(layer, key, value, kept)
         read_at = prefill.read_in(layer)
-        self.rest.leave(layer, OutputRows() if read_at is None else finished(read_at, kept))
+        self.handover.leave(layer, OutputRows() if read_at is None else finished(read_at, kept))
         return rows.packed_heads(out)
 
 
 class Decode(SparseContext):
     """Tokens after a prompt, which attend to what the cache holds; they are never dropped themselves."""
 
-    def __init__(self, cache: PrunedCache, rest: Handover) -> None:
-        super().__init__(rest)
+    def __init__(self, cache: PrunedCache, handover: Handover) -> None:
+        super().__init__(handover)
         self.cache = cache
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        self.rest.leave(layer, OutputRows())
+        self.handover.leave(layer, OutputRows())
         with phase("attention"):
             valid = self.cache.layers[layer].valid
             return sparse_decode(query, key, value, valid, scale=scale).transpose(1, 2)
 
 
 def begin(
-    request: Request, call: DecoderCall, rest: Handover, layers: int
+    request: Request, call: DecoderCall, handover: Handover, layers: int
 ) -> tuple[SparseContext, Any]:
     """The context of a call, a prompt or tokens after it, and the cache to go on with, if any. layers: of the decoder.
 
@@ -203,7 +203,7 @@ def begin(
     cache = call.cache
     if isinstance(cache, PrunedCache) and cache.get_seq_length() > 0:
         cache.expect(call.real)
-        return Decode(cache, rest), cache
+        return Decode(cache, handover), cache
     if PrunedCache.replaces(cache) or (cache is None and call.use_cache):
         cache = PrunedCache()
     if cache is not None and not isinstance(cache, PrunedCache):
@@ -212,4 +212,4 @@ def begin(
             "leave past_key_values and cache_implementation out"
         )
     batch = call.batch or PromptBatch(call.valid)
-    return Prefill(request, batch, cache, rest, layers - 1), cache
+    return Prefill(request, batch, cache, handover, layers - 1), cache

@@ -40,7 +40,7 @@ class SparseRun:
         self.request = request
         self.record: Record | None = None
         self.in_force = False
-        self.rest = Handover()
+        self.handover = Handover()
 
 
 @contextlib.contextmanager
@@ -78,7 +78,7 @@ def _passes(run: SparseRun, decoder: Any, begin: Begin) -> Callable[..., Any]:
     assert request is not None
 
     def forward(*args: Any, sparse_batch: PromptBatch | None = None, **kwargs: Any) -> Any:
-        run.rest.clear()
+        run.handover.clear()
         if "sparse_context" in kwargs:  # a block inside this one has started the pass
             return stock(*args, **kwargs)
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
@@ -91,7 +91,7 @@ def _passes(run: SparseRun, decoder: Any, begin: Begin) -> Callable[..., Any]:
             real=None if mask is None or mask.ndim != 2 else mask[:, -embeds.shape[1] :].bool(),
             batch=sparse_batch,
         )
-        current, cache = begin(request, call, run.rest, layers)
+        current, cache = begin(request, call, run.handover, layers)
         if current.record is not None:
             run.record = current.record
         kwargs |= {
@@ -108,7 +108,7 @@ def _passes(run: SparseRun, decoder: Any, begin: Begin) -> Callable[..., Any]:
 
 def _rows_of(run: SparseRun, layer: int, name: str) -> Callable[[], torch.Tensor | None]:
     def rows() -> torch.Tensor | None:
-        at: torch.Tensor | None = getattr(run.rest.find(layer), name)
+        at: torch.Tensor | None = getattr(run.handover.find(layer), name)
         return at
 
     return rows

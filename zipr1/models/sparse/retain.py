@@ -110,9 +110,9 @@ class Turn(SparseContext):
         cache: RetainedCache,
         valid: torch.Tensor,
         past: int,
-        rest: Handover,
+        handover: Handover,
     ) -> None:
-        super().__init__(rest)
+        super().__init__(handover)
         self.request = request
         self.cache = cache
         self.past = past
@@ -133,7 +133,7 @@ class Turn(SparseContext):
         self.cache.layers[layer].choose(*few, kept)
         mine = keep[:, self.past :]
         rows = mine.flatten().nonzero()[:, 0] if self.request.settings.skip == "layer" else None
-        self.rest.leave(layer, OutputRows(o_proj=rows, mlp=rows))
+        self.handover.leave(layer, OutputRows(o_proj=rows, mlp=rows))
         if not self.past:
             return sparse_prefill(query, key, value, kept, scale=scale).transpose(1, 2)
         place = self.past + torch.arange(query.shape[2], device=query.device)
@@ -145,7 +145,7 @@ class Turn(SparseContext):
 
 
 def begin(
-    request: Request, call: DecoderCall, rest: Handover, layers: int
+    request: Request, call: DecoderCall, handover: Handover, layers: int
 ) -> tuple[SparseContext, Any]:
     """As `context.begin`, with all keys and values retained from turn to turn."""
     cache = call.cache
@@ -160,10 +160,10 @@ def begin(
     if cache.get_seq_length() > 0 and new.shape[1] == 1:
         for layer in cache.layers:
             layer.incoming = new
-        return Decode(cache, rest), cache
+        return Decode(cache, handover), cache
     past = cache.layers[0].seen() if cache.get_seq_length() > 0 else new[:, :0]
     valid = torch.cat([past, new], dim=1)
-    turn = Turn(request, cache, valid, past.shape[1], rest)
+    turn = Turn(request, cache, valid, past.shape[1], handover)
     for layer in cache.layers:
         layer.turn = valid
     return turn, cache
