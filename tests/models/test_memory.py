@@ -24,7 +24,7 @@ from zipr1.core.recipe import Budgets, Efficiency, Lora, Model, Ppo, Recipe, Spa
 from zipr1.data.digits import tasks
 from zipr1.models import memory
 from zipr1.models.cost import Shape, bundled, shape_of
-from zipr1.models.encoder import Pictures
+from zipr1.models.encoder import MediaEncoder
 from zipr1.models.loading import add_lora
 from zipr1.models.token_budget import token_budget
 from zipr1.profiling import session as profiling
@@ -81,9 +81,9 @@ def test_activations_are_within_a_factor_of_two_of_the_measured_peak(checkpointi
         train=Train(prompts_per_step=1, micro_batch=4, max_new_tokens=4),
     )
     prompts = tasks.prompts("test", "moving_digits", 1, 1, seed=0)
-    pictures = Pictures(policy, recipe)
+    pictures = MediaEncoder(policy, recipe)
     encoded = pictures.encode(prompts)
-    seen = pictures.look(encoded)
+    seen = pictures.encode_vision(encoded)
     batch = roll_out(policy, recipe, prompts, encoded, seen.policy, 0, seen.reference)
     rows = flatten(batch, recipe, EfficiencyController(Efficiency(weight=1.0), policy.layers))
     for _, parameter in policy.trainable():

@@ -25,7 +25,7 @@ from zipr1.core.rundir import RunDir
 from zipr1.core.types import Prompt
 from zipr1.data import sources
 from zipr1.data.sampler import PromptSampler
-from zipr1.models.encoder import Pictures, effective
+from zipr1.models.encoder import MediaEncoder, effective
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
 from zipr1.train import chunks, optim, supervised
@@ -78,7 +78,7 @@ def _run(
     opened: contextlib.ExitStack,
 ) -> dict[str, Any]:
     # 1. the questions: those to train on, and those to be judged by
-    pictures = Pictures(policy, recipe)
+    pictures = MediaEncoder(policy, recipe)
     prompts, questions, first = load_questions(recipe, pictures)
     # 2. a folder for the run, and where else its numbers go
     about = describe(
@@ -105,7 +105,7 @@ def _run(
 
 
 def load_questions(
-    recipe: Recipe, pictures: Pictures
+    recipe: Recipe, pictures: MediaEncoder
 ) -> tuple[list[Prompt], list[Prompt], list[Encoded]]:
     """Prompts to train on, held-out questions, and the first prompts made ready. Raises InputError for rows that cannot
     be used, unless the recipe skips them."""
@@ -122,7 +122,7 @@ def load_questions(
 def train(
     policy: Policy,
     recipe: Recipe,
-    pictures: Pictures,
+    pictures: MediaEncoder,
     prompts: Sequence[Prompt],
     optimizer: Optimizers,
     state: dict[str, Any],
@@ -178,7 +178,7 @@ def train(
 def rl_step(
     policy: Policy,
     recipe: Recipe,
-    pictures: Pictures,
+    pictures: MediaEncoder,
     deck: PromptSampler,
     optimizer: Optimizers,
     state: dict[str, Any],
@@ -194,7 +194,7 @@ def rl_step(
     clock.append(time.monotonic())
     trained = policy.settings.train_vision
     seen = policy.parallel.run_unsharded(
-        lambda: pictures.look(encoded), policy=trained, reference=trained
+        lambda: pictures.encode_vision(encoded), policy=trained, reference=trained
     )
     clock.append(time.monotonic())
     # 2. roll out every question at every budget
@@ -220,7 +220,7 @@ def rl_step(
 
 
 def take(
-    pictures: Pictures, drawn: Sequence[Prompt]
+    pictures: MediaEncoder, drawn: Sequence[Prompt]
 ) -> tuple[list[Prompt], list[Encoded], list[int]]:
     """This rank's questions of the step, ready for the model, and their places in it. Every rank has one at least."""
     mine = distributed.deal(len(drawn))
@@ -238,7 +238,7 @@ def take(
 def supervised_step(
     policy: Policy,
     recipe: Recipe,
-    pictures: Pictures,
+    pictures: MediaEncoder,
     deck: PromptSampler,
     optimizer: Optimizers,
     state: dict[str, Any],
