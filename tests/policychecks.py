@@ -52,7 +52,7 @@ def everything_kept_is_the_dense_model(family, forced):
     plain = stock(policy)
     prompts = tinymodels.mixed()
     encoded = tinymodels.encode(policy, prompts)
-    features = policy.look(encoded)
+    features = policy.encode_vision(encoded)
     request = Request(sparse(1.0), force=forced)
     ours = policy.generate(encoded, features, request, 8)
     for b, e in enumerate(encoded):
@@ -82,7 +82,7 @@ def everything_kept_is_the_dense_model(family, forced):
 def cached_decoding_is_the_teacher_forced_sparse_forward(family, skip):
     policy = tinymodels.shared(family)
     encoded = tinymodels.encode(policy, tinymodels.mixed())
-    features = policy.look(encoded)
+    features = policy.encode_vision(encoded)
     settings = sparse(0.7, skip=skip)
     answers = policy.generate(encoded, features, Request(settings), 6)
     assert (answers.counts < torch.tensor([[len(e)] for e in encoded])).all()
@@ -106,7 +106,7 @@ def cached_decoding_is_the_teacher_forced_sparse_forward(family, skip):
 def a_batch_is_its_samples_one_by_one(skip):
     policy = tinymodels.shared()
     encoded = tinymodels.encode(policy, tinymodels.mixed())
-    features = policy.look(encoded)
+    features = policy.encode_vision(encoded)
     settings = sparse(skip=skip)
     thresholds = torch.tensor([[0.9, 0.6, 0.7], [0.5, 0.8, 0.9], [0.95, 0.7, 0.6], [1.0, 0.5, 0.7]])
     uniforms = torch.rand(4, 6, generator=torch.Generator().manual_seed(1))
@@ -125,7 +125,7 @@ def gradient_checkpointing_changes_no_gradient(skip):
         policy = tinymodels.make(checkpointing=checkpointing)
         policy.core.train()
         encoded = tinymodels.encode(policy, tinymodels.mixed())
-        features = policy.look(encoded)
+        features = policy.encode_vision(encoded)
         request = Request(sparse(skip=skip), scores=True)
         with sparse_attention(policy.core, request) as run:
             logits, _ = policy.answer_logits(encoded, features, [torch.tensor([40, 41])] * 4, run)

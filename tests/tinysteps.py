@@ -8,7 +8,7 @@ import tinymodels
 import torch
 
 from zipr1.core.recipe import Budgets, Efficiency, Probes, Recipe, Sparse, Train
-from zipr1.models.encoder import Pictures
+from zipr1.models.encoder import MediaEncoder
 from zipr1.models.policy import Policy
 from zipr1.train import optim
 from zipr1.train.controller import EfficiencyController
@@ -36,9 +36,9 @@ def roll(settings: Recipe, prompts: Any, step: int = 3, **options: bool) -> tupl
     """Rollouts of a new policy. options: of `tinymodels.settings`."""
     policy = tinymodels.make(**options)
     policy.keep_reference()
-    pictures = Pictures(policy, settings)
+    pictures = MediaEncoder(policy, settings)
     encoded = pictures.encode(prompts)
-    seen = pictures.look(encoded)
+    seen = pictures.encode_vision(encoded)
     return policy, roll_out(policy, settings, prompts, encoded, seen.policy, step, seen.reference)
 
 

@@ -29,7 +29,7 @@ def case(rows: int, length: int, words: int, whole: bool) -> int:
     from zipr1.core.load import load
     from zipr1.core.recipe import Budgets, Efficiency, Recipe, Sparse, Train
     from zipr1.data.digits import tasks
-    from zipr1.models.encoder import Pictures
+    from zipr1.models.encoder import MediaEncoder
     from zipr1.models.policy import load_policy
     from zipr1.train import losses
     from zipr1.train.controller import EfficiencyController
@@ -51,9 +51,9 @@ def case(rows: int, length: int, words: int, whole: bool) -> int:
     policy = load_policy(model, "cpu")
     policy.keep_reference()
     prompts = tasks.prompts("test", "digits", 1, 1, seed=0)
-    pictures = Pictures(policy, recipe)
+    pictures = MediaEncoder(policy, recipe)
     encoded = pictures.encode(prompts)
-    seen = pictures.look(encoded)
+    seen = pictures.encode_vision(encoded)
     batch = roll_out(policy, recipe, prompts, encoded, seen.policy, 0, seen.reference)
     generator = torch.Generator().manual_seed(0)
     for rollout in batch.groups[0].rollouts:

@@ -20,7 +20,7 @@ import torch
 from zipr1.core.load import load
 from zipr1.core.recipe import Budgets, Model, Sparse
 from zipr1.data.digits import tasks
-from zipr1.models.encoder import Pictures
+from zipr1.models.encoder import MediaEncoder
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
 from zipr1.models.sparse import thresholds
@@ -32,7 +32,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny.yaml"
 
 
 def batched(policy: Policy, encoded: Encoded, settings: Sparse, p: torch.Tensor) -> None:
-    features = policy.look([encoded])
+    features = policy.encode_vision([encoded])
     policy.generate([encoded] * len(p), features, Request(settings, p), NEW_TOKENS)
 
 
@@ -72,7 +72,7 @@ def measure(model: str, questions: int) -> list[dict[str, object]]:
     for task in ("digits", "moving_digits"):
         prompts = tasks.prompts("test", task, questions + 2, 1, seed=0)
         times = []
-        for place, encoded in enumerate(Pictures(policy, recipe).encode(prompts)):
+        for place, encoded in enumerate(MediaEncoder(policy, recipe).encode(prompts)):
             generator = torch.Generator().manual_seed(place)
             p = thresholds.thresholds(
                 budgets.num_generations,

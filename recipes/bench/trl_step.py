@@ -98,7 +98,7 @@ def ours(folder: Path, steps: int, questions: int) -> dict[str, Any]:
     from zipr1.core.recipe import Budgets, Data, Efficiency, Model, Optim, Recipe, Sparse, Train
     from zipr1.data import sources as data
     from zipr1.data.sampler import PromptSampler
-    from zipr1.models.encoder import Pictures
+    from zipr1.models.encoder import MediaEncoder
     from zipr1.models.policy import load_policy
     from zipr1.train import loop, optim
 
@@ -117,7 +117,7 @@ def ours(folder: Path, steps: int, questions: int) -> dict[str, Any]:
     prompts = data.load(recipe.data, "train", 0)
     policy.keep_reference()
     optimizer = optim.build(policy.trainable(), recipe.optim)
-    pictures = Pictures(policy, recipe)
+    pictures = MediaEncoder(policy, recipe)
     spent = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
     running: list[str] = []
 

@@ -118,7 +118,7 @@ def test_bytes_are_those_of_the_cache(policy, questions):
     answered = ask(policy, questions[:2], [1.0, 0.9])
     for prompt, one in zip(questions[:2], answered, strict=True):
         encoded = policy.encode(prompt, [load_media(m, 16) for m in prompt.media], 4096)
-        features = policy.look([encoded])
+        features = policy.encode_vision([encoded])
         for p, answer in zip((None, 0.9), one.answers, strict=True):
             request = None if p is None else Request(TINY.model_copy(update={"p": p}))
             kept = policy.generate([encoded], features, request, 1)

@@ -67,7 +67,7 @@ def test_a_process_without_zipr1_gives_the_runs_logits_and_text(run, exported, t
     pixels = prompt.media[0].source
     encoded = policy.encode(prompt, [(pixels, None)], 1000)
     inputs = verify.stock_inputs(policy, encoded)
-    features = policy.look([encoded])
+    features = policy.encode_vision([encoded])
     answer = policy.processor.answer_ids(prompt.answer)
     extra = {"pixels": torch.from_numpy(pixels), "answer": answer}
     save_file({k: v.contiguous() for k, v in (inputs | extra).items()}, tmp_path / "inputs")

@@ -73,7 +73,7 @@ def expected(run, prompts, settings):
     media = [[load_media(m, 16) for m in p.media] for p in prompts]
     encoded = [policy.encode(p, m, 1000) for p, m in zip(prompts, media, strict=True)]
     request = None if settings is None else Request(settings)
-    made = policy.generate(encoded, policy.look(encoded), request, 6)
+    made = policy.generate(encoded, policy.encode_vision(encoded), request, 6)
     return [policy.processor.decode(t) for t in made.tokens], made.counts
 
 
@@ -100,7 +100,7 @@ def test_both_families_answer_as_the_policy(family, tmp_path):
     prompts = [tinymodels.prompt(0, "image"), tinymodels.prompt(1, "video", 3)]
     encoded = tinymodels.encode(policy, prompts)
     settings = model._zipr1.settings
-    wanted = policy.generate(encoded, policy.look(encoded), Request(settings), 6)
+    wanted = policy.generate(encoded, policy.encode_vision(encoded), Request(settings), 6)
     chats = [tinyruns.chat(p) for p in prompts]
     chats[1][0]["content"][0]["fps"] = prompts[1].media[0].fps
     inputs = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True)

@@ -18,7 +18,7 @@ from zipr1.core.types import Media, Prompt
 from zipr1.data import video
 from zipr1.models import encoder as module
 from zipr1.models import processors
-from zipr1.models.encoder import Pictures, effective
+from zipr1.models.encoder import MediaEncoder, effective
 
 
 def recipe(**changes):
@@ -73,7 +73,7 @@ def same(a, b):
 def test_what_was_decoded_ahead_is_not_decoded_again_and_is_the_same(counted):
     prompts = tinymodels.mixed()
     plain = tinymodels.encode(tinymodels.shared(), prompts)
-    pictures = Pictures(tinymodels.shared(), recipe())
+    pictures = MediaEncoder(tinymodels.shared(), recipe())
     pictures.ahead(prompts)
     for future in pictures.coming.values():
         future.result(timeout=60)
@@ -86,18 +86,18 @@ def test_what_was_decoded_ahead_is_not_decoded_again_and_is_the_same(counted):
 
 def test_ahead_forgets_what_nobody_came_for_and_skips_what_is_remembered(counted):
     prompts = tinymodels.mixed()
-    pictures = Pictures(tinymodels.shared(), recipe())
+    pictures = MediaEncoder(tinymodels.shared(), recipe())
     pictures.ahead(prompts[:2])
     pictures.ahead(prompts[2:])
     assert set(pictures.coming) == {m.key for p in prompts[2:] for m in p.media}
-    pictures.look(pictures.encode(prompts[2:]))
+    pictures.encode_vision(pictures.encode(prompts[2:]))
     pictures.ahead(prompts[2:])
     assert not pictures.coming  # their features are remembered
 
 
 def test_a_medium_in_two_questions_is_decoded_once(counted, files):
     media = Media("image", files / "a.png")
-    pictures = Pictures(tinymodels.shared(), recipe())
+    pictures = MediaEncoder(tinymodels.shared(), recipe())
     pictures.encode([ask([media]), ask([media], 1), ask([media, media], 2)])
     assert len(counted) == 1
 
@@ -108,11 +108,11 @@ def test_a_bad_medium_is_told_with_its_row_and_does_not_hurt_the_others(files, t
         ask([Media("video", files / "c.mp4")]),
         ask([Media("video", tmp_path / "bad.mp4")], 6),
     )
-    strict = Pictures(tinymodels.shared(), recipe())
+    strict = MediaEncoder(tinymodels.shared(), recipe())
     strict.ahead([good, bad])
     with pytest.raises(InputError, match=r"rows\.jsonl: row 7: .*bad\.mp4: cannot be read"):
         strict.usable([good, bad])
-    patient = Pictures(tinymodels.shared(), recipe(on_bad_row="skip"))
+    patient = MediaEncoder(tinymodels.shared(), recipe(on_bad_row="skip"))
     patient.ahead([good, bad])
     kept, encoded = patient.usable([bad, good])
     assert [p.id for p in kept] == ["q/0"] and len(encoded) == 1
@@ -121,7 +121,9 @@ def test_a_bad_medium_is_told_with_its_row_and_does_not_hurt_the_others(files, t
 
 @pytest.mark.parametrize("frames", [None, 3, 8])
 def test_lengths_from_sizes_are_those_of_decoded_media(files, frames):
-    pictures = Pictures(tinymodels.shared(), recipe(**({"max_frames": frames} if frames else {})))
+    pictures = MediaEncoder(
+        tinymodels.shared(), recipe(**({"max_frames": frames} if frames else {}))
+    )
     prompts = [
         ask([known(files / "a.png")]),
         ask([known(files / "c.mp4")], 1),
@@ -134,12 +136,12 @@ def test_lengths_from_sizes_are_those_of_decoded_media(files, frames):
 
 def test_long_prompts_are_refused_or_left_out_and_never_cut(files, caplog):
     short, long = ask([known(files / "a.png")]), ask([known(files / "c.mp4")] * 3, 4)
-    pictures = Pictures(tinymodels.shared(), recipe())
+    pictures = MediaEncoder(tinymodels.shared(), recipe())
     limit = pictures.length(short)[0]
-    strict = Pictures(tinymodels.shared(), recipe(max_prompt_tokens=limit))
+    strict = MediaEncoder(tinymodels.shared(), recipe(max_prompt_tokens=limit))
     with pytest.raises(InputError, match=rf"row 5: the prompt has \d+ tokens and .* is {limit}"):
         strict.fitting([short, long])
-    patient = Pictures(tinymodels.shared(), recipe(max_prompt_tokens=limit, on_bad_row="skip"))
+    patient = MediaEncoder(tinymodels.shared(), recipe(max_prompt_tokens=limit, on_bad_row="skip"))
     assert patient.fitting([short, long]) == [short]
     assert "1 of 2 prompts skipped; the first: rows.jsonl: row 5" in caplog.text
     (encoded,) = patient.encode([short])
@@ -152,26 +154,28 @@ def test_long_prompts_are_refused_or_left_out_and_never_cut(files, caplog):
 def test_placeholders_written_into_a_question_are_found_before_the_run(files):
     prompt = ask([known(files / "a.png")], 2, "what is <|image_pad|> here?")
     with pytest.raises(InputError, match=r"row 3: the text has placeholders \['image', 'image'\]"):
-        Pictures(tinymodels.shared(), recipe()).fitting([prompt])
+        MediaEncoder(tinymodels.shared(), recipe()).fitting([prompt])
 
 
 def test_features_that_do_not_match_the_placeholders_are_an_error(files, monkeypatch):
-    pictures = Pictures(tinymodels.shared(), recipe())
+    pictures = MediaEncoder(tinymodels.shared(), recipe())
     (encoded,) = pictures.encode([ask([Media("image", files / "a.png")])])
     tokens = encoded.visuals[0].tokens
     monkeypatch.setattr(
-        pictures.policy, "look", lambda *a, **k: {encoded.picture: torch.zeros(tokens + 1, 64)}
+        pictures.policy,
+        "encode_vision",
+        lambda *a, **k: {encoded.picture: torch.zeros(tokens + 1, 64)},
     )
     with pytest.raises(
         InputError, match=rf"{tokens} placeholders but {tokens + 1} visual features"
     ):
-        pictures.look([encoded])
+        pictures.encode_vision([encoded])
 
 
 def test_effective_sizes_are_told_and_frames_have_a_cap_of_their_own(files):
     policy = tinymodels.make()
     settings = policy.processor.settings
-    pictures = Pictures(policy, recipe(max_frames=8))
+    pictures = MediaEncoder(policy, recipe(max_frames=8))
     prompts = [ask([Media("image", files / "a.png")]), ask([Media("video", files / "c.mp4")], 1)]
     one, two = effective(pictures.encode(prompts), policy)
     assert one == f"pictures: 64 x 96 pixels (at most {settings.max_pixels:,}), 24 tokens"
@@ -180,7 +184,7 @@ def test_effective_sizes_are_told_and_frames_have_a_cap_of_their_own(files):
         f"clips: 8 frames, 4 a second, 64 x 80 pixels (at most {settings.max_pixels:,}), 80 tokens, read by "
     )
     policy.processor.settings = replace(settings, max_frame_pixels=32 * 32)
-    one, two = effective(Pictures(policy, recipe(max_frames=8)).encode(prompts), policy)
+    one, two = effective(MediaEncoder(policy, recipe(max_frames=8)).encode(prompts), policy)
     assert "64 x 96 pixels" in one
     assert "16 x 32 pixels (at most 1,024), 8 tokens" in two
     assert Model(max_frame_pixels=1024).max_frame_pixels == 1024
@@ -198,9 +202,9 @@ def test_pictures_that_are_remembered_leave_no_patches_behind(monkeypatch):
         return torch.from_numpy(array), grid
 
     monkeypatch.setattr(processors, "patchify", counted)
-    pictures = Pictures(tinymodels.shared(), recipe())
+    pictures = MediaEncoder(tinymodels.shared(), recipe())
     prompts = tinymodels.mixed()
-    pictures.look(pictures.encode(prompts))
+    pictures.encode_vision(pictures.encode(prompts))
     assert len(pictures.seen) == len(made) == 4
     assert [one() for one in made] == [None] * 4
     # They are known: their tokens are, too, and nothing is decoded again.

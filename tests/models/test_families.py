@@ -67,7 +67,7 @@ def test_everything_kept_is_the_dense_model(family, forced):
     plain = copy.deepcopy(policy.core)
     plain.set_attn_implementation("sdpa")
     encoded = tinymodels.encode(policy, prompts())
-    features = policy.look(encoded)
+    features = policy.encode_vision(encoded)
     settings = SMALL.model_copy(update={"p": 1.0})
     ours = policy.generate(encoded, features, Request(settings, force=forced), 6)
     blocked = list(policy.processor.placeholder.values())
@@ -97,7 +97,7 @@ def test_everything_kept_is_the_dense_model(family, forced):
 def test_below_one_it_prunes_and_replays(family, skip):
     policy = shared(family)
     encoded = tinymodels.encode(policy, prompts())
-    features = policy.look(encoded)
+    features = policy.encode_vision(encoded)
     settings = SMALL.model_copy(update={"skip": skip})
     answers = policy.generate(encoded, features, Request(settings), 5)
     assert (answers.counts < torch.tensor([[len(e)] for e in encoded])).all()

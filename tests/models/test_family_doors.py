@@ -110,7 +110,7 @@ def test_load_answers_as_the_policy_does(runs, family, p):
     found = []
     for i, chat in enumerate(chats(run.parent)):
         one = encoded_of(policy, chat, str(i))
-        features = policy.look([one])
+        features = policy.encode_vision([one])
         wanted = policy.generate([one], features, Request(settings) if p < 1 else None, NEW)
         inputs = processor.apply_chat_template(
             chat, add_generation_prompt=True, tokenize=True, return_dict=True
@@ -173,7 +173,7 @@ def test_inputs_are_those_of_the_family_s_own_forward(runs, family):
     free = [i for i in range(policy.words) if i not in policy.processor.placeholder.values()]
     for b, one in enumerate(ones):
         wanted = stock(**by_hand(family, policy, one)).logits[0, -1, free]
-        logits, _ = policy.answer_logits([one], policy.look([one]), [answer])
+        logits, _ = policy.answer_logits([one], policy.encode_vision([one]), [answer])
         torch.testing.assert_close(logits[0, 0, free], wanted, atol=1e-4, rtol=1e-4)
         single = stock(**model_inputs([(one.ids, one.visuals)], policy.processor, family)).logits
         torch.testing.assert_close(single[0, -1, free], wanted, atol=1e-4, rtol=1e-4)
@@ -195,7 +195,7 @@ def test_exports_are_the_run_in_stock_transformers_and_in_load(runs, tmp_path, f
     policy = load_policy(Model(path=str(run)), "cpu")
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     one = encoded_of(policy, chats(run.parent)[1], "b")
-    wanted, _ = policy.answer_logits([one], policy.look([one]), [torch.tensor([40])])
+    wanted, _ = policy.answer_logits([one], policy.encode_vision([one]), [torch.tensor([40])])
     free = [i for i in range(policy.words) if i not in policy.processor.placeholder.values()]
     found = stock(**by_hand(family, policy, one)).logits[0, -1, free]
     torch.testing.assert_close(found, wanted[0, 0, free], atol=1e-4, rtol=1e-4)

@@ -24,7 +24,7 @@ from zipr1.core.recipe import Budgets, Efficiency, Lora, Model, Ppo, Recipe, Spa
 from zipr1.data.digits import tasks
 from zipr1.models import memory
 from zipr1.models.cost import Shape, bundled, shape_of
-from zipr1.models.encoder import Pictures
+from zipr1.models.encoder import MediaEncoder
 from zipr1.models.loading import add_lora
 from zipr1.models.token_budget import token_budget
 from zipr1.profiling import session as profiling
@@ -81,9 +81,9 @@ def test_activations_are_within_a_factor_of_two_of_the_measured_peak(checkpointi
         train=Train(prompts_per_step=1, micro_batch=4, max_new_tokens=4),
     )
     prompts = tasks.prompts("test", "moving_digits", 1, 1, seed=0)
-    pictures = Pictures(policy, recipe)
+    pictures = MediaEncoder(policy, recipe)
     encoded = pictures.encode(prompts)
-    seen = pictures.look(encoded)
+    seen = pictures.encode_vision(encoded)
     batch = roll_out(policy, recipe, prompts, encoded, seen.policy, 0, seen.reference)
     rows = flatten(batch, recipe, EfficiencyController(Efficiency(weight=1.0), policy.layers))
     for _, parameter in policy.trainable():
@@ -227,7 +227,7 @@ def test_one_memory_model_for_the_plan_the_budget_of_a_pass_and_the_profile(monk
     layer, cache = 4 * (24 * 64 + 3 * 96), 4 * 3 * 2 * 2 * 16
     shape = Shape.of(policy.core.config.to_dict())
     # The plan: one row, whose update keeps all layers; the probes' scores are besides.
-    recipe = Recipe(train=Train(prompts=1, micro_batch=1, max_new_tokens=10))
+    recipe = Recipe(train=Train(prompts_per_step=1, micro_batch=1, max_new_tokens=10))
     parts = memory.memory(shape, recipe, 90, 4)
     assert parts["kv_cache"] == 100 * cache
     assert parts["activations"] == 3 * (100 * layer + 2 * 4 * 90 * 90 * 4)

@@ -40,7 +40,7 @@ def test_a_batch_is_its_samples_one_by_one(skip):
 def test_dropped_tokens_are_not_read(monkeypatch):
     policy = tinymodels.shared()
     encoded = tinymodels.encode(policy, tinymodels.mixed())
-    features = policy.look(encoded)
+    features = policy.encode_vision(encoded)
     clean = policy.generate(encoded, features, Request(sparse()), 6)
     attend, compact = context.sparse_prefill, context.kv_compact
     poisoned = []
@@ -66,7 +66,7 @@ def test_skipped_work_is_not_done(skip):
     """Rows that go through each projection, seen at F.linear's door: the projections' own inputs."""
     policy = tinymodels.shared()
     encoded = tinymodels.encode(policy, tinymodels.mixed())
-    features = policy.look(encoded)
+    features = policy.encode_vision(encoded)
     rows: dict[str, list[int]] = {}
     hooks = [
         module.register_forward_pre_hook(
@@ -122,7 +122,7 @@ def test_decoding_writes_behind_the_cache(skip):
     """Steps share one allocation until its room is used up; what was cached before never changes."""
     policy = tinymodels.shared()
     encoded = tinymodels.encode(policy, tinymodels.mixed())
-    features = policy.look(encoded)
+    features = policy.encode_vision(encoded)
     inputs, valid = policy.rows(encoded, features, None, left=True)
     embeds, positions = inputs["inputs_embeds"], inputs["position_ids"]
     cache, batch = PrunedCache(), PromptBatch(valid)
@@ -172,7 +172,7 @@ def test_transformers_generate_prunes_its_cache():
     policy = tinymodels.shared()
     prompts = [tinymodels.prompt(0, "image"), tinymodels.prompt(2, "image", 4)]
     encoded = tinymodels.encode(policy, prompts)
-    ours = policy.generate(encoded, policy.look(encoded), Request(sparse()), 6)
+    ours = policy.generate(encoded, policy.encode_vision(encoded), Request(sparse()), 6)
     longest = max(len(e) for e in encoded)
     ids = torch.zeros(2, longest, dtype=torch.long)
     mask = torch.zeros(2, longest, dtype=torch.long)
@@ -204,7 +204,7 @@ def test_positions_stay_those_of_the_whole_prompt():
     """Decoding by hand without position_ids: transformers derives them from the cache's logical length."""
     policy = tinymodels.shared()
     (encoded,) = tinymodels.encode(policy, [tinymodels.prompt(1, "video", 3)])
-    ours = policy.generate([encoded], policy.look([encoded]), Request(sparse(0.6)), 4)
+    ours = policy.generate([encoded], policy.encode_vision([encoded]), Request(sparse(0.6)), 4)
     assert len(ours.tokens[0]) > 1
     with sparse_attention(policy.core, Request(sparse(0.6))):
         out = policy.core(**stock_inputs(policy, encoded), use_cache=True)
@@ -242,11 +242,11 @@ def test_the_vision_tower_runs_once_per_picture():
     policy.core.model.visual.register_forward_hook(
         lambda m, a, k, o: calls.append(1), with_kwargs=True
     )
-    features = policy.look([*encoded, *encoded])
+    features = policy.encode_vision([*encoded, *encoded])
     assert (
         policy.vision_calls == 4 and len(calls) == 2
     )  # one call for the images, one for the videos
-    policy.look(encoded, known=features)
+    policy.encode_vision(encoded, known=features)
     assert policy.vision_calls == 4 and len(calls) == 2
 
 
@@ -255,8 +255,8 @@ def test_adapter_off_is_the_base_and_starts_as_it():
     base = tinymodels.shared()
     encoded = tinymodels.encode(policy, tinymodels.mixed())
     answers = [torch.tensor([40, 41])] * 4
-    wanted, _ = base.answer_logits(encoded, base.look(encoded), answers)
-    features = policy.look(encoded)
+    wanted, _ = base.answer_logits(encoded, base.encode_vision(encoded), answers)
+    features = policy.encode_vision(encoded)
     start, _ = policy.answer_logits(encoded, features, answers)
     torch.testing.assert_close(start, wanted, atol=1e-5, rtol=1e-5)
     assert all("language_model" in n and "lora_" in n for n, _ in policy.trainable())
@@ -281,7 +281,7 @@ def test_two_passes_before_one_backward_are_computed_again_each_as_it_was(skip):
     for checkpointing in (False, True):
         policy = tinymodels.make(checkpointing=checkpointing)
         encoded = tinymodels.encode(policy, tinymodels.mixed())
-        features = policy.look(encoded)
+        features = policy.encode_vision(encoded)
         with sparse_attention(policy.core, Request(sparse(skip=skip))) as run, policy.recomputing():
             total, counts = 0.0, []
             for few in (encoded[:1], encoded[1:]):
@@ -303,7 +303,7 @@ def test_a_request_is_never_written_to():
     """Its fields cannot be set, and what one run kept is not seen by another run of the same request."""
     policy = tinymodels.shared()
     encoded = tinymodels.encode(policy, tinymodels.mixed())
-    features = policy.look(encoded)
+    features = policy.encode_vision(encoded)
     request = Request(sparse(0.6))
     before = dict(vars(request))
     first = policy.generate(encoded[:2], features, request, 1)
@@ -319,7 +319,7 @@ def test_a_request_is_never_written_to():
 def test_short_prompts_stay_dense():
     policy = tinymodels.shared()
     encoded = tinymodels.encode(policy, tinymodels.mixed())
-    features = policy.look(encoded)
+    features = policy.encode_vision(encoded)
     limit = sorted(len(e) for e in encoded)[2]
     answers = policy.generate(encoded, features, Request(sparse(dense_below=limit)), 2)
     for e, counts in zip(encoded, answers.counts.tolist(), strict=True):
@@ -347,11 +347,11 @@ def test_several_pictures_none_and_both_kinds_in_one_batch():
     )
     text = Prompt("text", [{"role": "user", "content": "what color is the two?"}], (), "red")
     encoded = tinymodels.encode(policy, [text, two, image])
-    features = policy.look(encoded)
+    features = policy.encode_vision(encoded)
     assert features[encoded[1].picture].shape[0] == sum(v.tokens for v in encoded[1].visuals)
     together = policy.generate(encoded, features, Request(sparse()), 4)
     for b, e in enumerate(encoded):
-        alone = policy.generate([e], policy.look([e]), Request(sparse()), 4)
+        alone = policy.generate([e], policy.encode_vision([e]), Request(sparse()), 4)
         assert torch.equal(alone.tokens[0], together.tokens[b])
         assert alone.counts[0].tolist() == together.counts[b].tolist()
     plain = stock(policy)
@@ -367,7 +367,7 @@ def test_several_pictures_none_and_both_kinds_in_one_batch():
 def test_a_row_is_audited_alone_as_with_the_others(skip):
     policy = tinymodels.shared()
     encoded = tinymodels.encode(policy, tinymodels.mixed())
-    features = policy.look(encoded)
+    features = policy.encode_vision(encoded)
 
     def mass(rows, audit):
         request = Request(sparse(0.6, skip=skip), audit=audit)

@@ -33,7 +33,7 @@ def calls(monkeypatch):
 def test_training_evaluation_and_profiling_run_the_same_code(calls):
     policy = tinymodels.shared()
     encoded = tinymodels.encode(policy, tinymodels.mixed())
-    features = policy.look(encoded)
+    features = policy.encode_vision(encoded)
     answers = [torch.tensor([40, 41])] * 4
 
     def ran(work):
@@ -73,7 +73,7 @@ def test_training_evaluation_and_profiling_run_the_same_code(calls):
 def test_where_it_is_read_a_narrow_prefill_is_the_whole_one(request_of):
     policy = tinymodels.shared()
     encoded = tinymodels.encode(policy, tinymodels.mixed())
-    inputs, valid = policy.rows(encoded, policy.look(encoded), None, left=True)
+    inputs, valid = policy.rows(encoded, policy.encode_vision(encoded), None, left=True)
     request = None if request_of is None else Request(sparse(0.7, skip=request_of))
     worked = []
     mlp = policy.decoder.layers[-1].mlp.down_proj
@@ -95,7 +95,7 @@ def test_steps_after_a_prefill_are_the_longer_prefill():
     """Dense, left-padded: three tokens at once and one by one, beside reading all of them as a prompt."""
     policy = tinymodels.shared()
     encoded = tinymodels.encode(policy, tinymodels.mixed())
-    features = policy.look(encoded)
+    features = policy.encode_vision(encoded)
     answers = [torch.tensor([40, 41, 42])] * 4
     inputs, valid = policy.rows(encoded, features, answers, left=True)
     wanted, _ = sampling.prefill(policy.core, inputs, valid)
@@ -117,7 +117,7 @@ def test_steps_after_a_prefill_are_the_longer_prefill():
 def test_a_run_whose_block_has_ended_is_refused():
     policy = tinymodels.shared()
     encoded = tinymodels.encode(policy, tinymodels.mixed())
-    features = policy.look(encoded)
+    features = policy.encode_vision(encoded)
     with sparse_attention(policy.core, Request(sparse())) as run:
         pass
     with pytest.raises(AssertionError, match="has ended"):

@@ -81,4 +81,4 @@ def test_random_selection_costs_twenty_points():
 def test_the_base_keeps_token_budget():
     (result,) = evaluate("digits", 25, RECIPE.sparse)
     assert result.token_ratio.mean() > 0.6
-    assert 0.9 < result.heldout <= 1
+    assert 0.9 < result.probe_audit_mass <= 1

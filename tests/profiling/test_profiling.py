@@ -208,7 +208,7 @@ def test_a_decoding_step_never_waits_for_a_value(family):
     """On the `meta` device there are none: whatever asks for one fails."""
     policy = tinymodels.shared(family)
     encoded = tinymodels.encode(policy, tinymodels.mixed())
-    inputs, valid = policy.rows(encoded, policy.look(encoded), None, left=True)
+    inputs, valid = policy.rows(encoded, policy.encode_vision(encoded), None, left=True)
     embeds, positions = inputs["inputs_embeds"], inputs["position_ids"]
     request = Request(Sparse(dense_below=0, p=0.8))
     cache, batch = PrunedCache(), PromptBatch(valid)

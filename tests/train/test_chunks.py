@@ -16,7 +16,7 @@ from tinysteps import recipe, with_train
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Data, Evaluation
 from zipr1.core.types import Media, Prompt
-from zipr1.models.encoder import Pictures
+from zipr1.models.encoder import MediaEncoder
 from zipr1.train import chunks, heldout
 from zipr1.train.chunks import by_media
 
@@ -69,9 +69,9 @@ def different(count: int) -> list[Prompt]:
 
 def test_pictures_are_seen_a_few_at_a_time(monkeypatch, two_at_a_time):
     policy, prompts = tinymodels.make(), different(12)
-    pictures = Pictures(policy, recipe(), most=0)
+    pictures = MediaEncoder(policy, recipe(), most=0)
     encoded = pictures.encode(prompts)
-    whole = pictures.look(encoded).policy
+    whole = pictures.encode_vision(encoded).policy
     alive = Alive(policy, monkeypatch)
     found = list(chunks.seen(pictures, prompts, 8))
     assert alive.all == 12 and alive.most <= 4  # two, and two that are about to go
@@ -85,16 +85,16 @@ def test_pictures_are_seen_a_few_at_a_time(monkeypatch, two_at_a_time):
 
 def test_remembered_pictures_let_their_patches_go():
     policy, prompts = tinymodels.make(), different(3)
-    pictures = Pictures(policy, recipe())
-    pictures.look(pictures.encode(prompts))
+    pictures = MediaEncoder(policy, recipe())
+    pictures.encode_vision(pictures.encode(prompts))
     kept = [v.patches for visuals in pictures.visuals.values() for v in visuals]
     assert len(kept) == 3 and all(p.untyped_storage().nbytes() == 0 for p in kept)
 
 
 def test_many_features_end_a_chunk(monkeypatch, two_at_a_time):
     policy = tinymodels.shared()
-    pictures = Pictures(policy, recipe(), most=0)
-    one = next(iter(pictures.look(pictures.encode(different(1))).policy.values()))
+    pictures = MediaEncoder(policy, recipe(), most=0)
+    one = next(iter(pictures.encode_vision(pictures.encode(different(1))).policy.values()))
     monkeypatch.setattr(chunks, "FEATURES", 4 * one.nbytes - 1)
     found = [chunk.places for chunk in chunks.seen(pictures, different(10), 8)]
     assert found == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
@@ -131,7 +131,7 @@ def test_bad_rows_are_looked_for_a_few_at_a_time(monkeypatch, two_at_a_time, tmp
     policy, prompts = tinymodels.make(), different(9)
     gone = Media("image", tmp_path / "gone.png")
     prompts[4] = replace(prompts[4], media=(gone,), id="row/bad")
-    pictures = Pictures(policy, recipe(data=Data(on_bad_row="skip")))
+    pictures = MediaEncoder(policy, recipe(data=Data(on_bad_row="skip")))
     alive = Alive(policy, monkeypatch)
     assert chunks.readable(pictures, prompts) == prompts[:4] + prompts[5:]
     assert alive.all == 8 and alive.most <= 4
@@ -145,7 +145,7 @@ def test_skipped_rows_leave_places_in_order(two_at_a_time, tmp_path):
     policy, prompts = tinymodels.shared(), different(6)
     for i in (0, 3):
         prompts[i] = replace(prompts[i], media=(Media("image", Path(tmp_path / f"{i}.png")),))
-    pictures = Pictures(policy, recipe(data=Data(on_bad_row="skip")), most=0)
+    pictures = MediaEncoder(policy, recipe(data=Data(on_bad_row="skip")), most=0)
     places = [i for chunk in chunks.seen(pictures, prompts, 4, skip=True) for i in chunk.places]
     assert places == [1, 2, 4, 5]
     with pytest.raises(InputError, match=r"0\.png"):

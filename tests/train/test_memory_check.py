@@ -18,7 +18,7 @@ from zipr1.core.types import Media, Prompt
 from zipr1.data import video
 from zipr1.models import encoder
 from zipr1.models.batching import by_length
-from zipr1.models.encoder import Pictures
+from zipr1.models.encoder import MediaEncoder
 from zipr1.models.token_budget import bytes_per_token, token_budget
 from zipr1.train import memory_check
 from zipr1.train.memory_check import by_tokens, rehearse
@@ -73,7 +73,7 @@ def test_a_token_of_the_update_takes_what_autograd_keeps():
 def test_a_token_of_a_rollout_takes_at_least_its_keys_and_values():
     policy, settings = tinymodels.shared(), recipe()
     encoded = tinymodels.encode(policy, tinymodels.mixed()[:1])
-    answers = policy.generate(encoded, policy.look(encoded), None, 1)
+    answers = policy.generate(encoded, policy.encode_vision(encoded), None, 1)
     kv = answers.kv_bytes / len(encoded[0])
     assert kv == 3 * 2 * 2 * 16 * 4  # layers, keys and values, heads, width, float32
     assert kv < bytes_per_token(policy, settings, update=False)
@@ -89,7 +89,7 @@ def test_the_rehearsal_takes_the_longest_and_changes_nothing():
     policy = tinymodels.make()
     policy.keep_reference()
     prompts = tinymodels.mixed()
-    pictures = Pictures(policy, settings)
+    pictures = MediaEncoder(policy, settings)
     lengths = [len(e) for e in pictures.encode(prompts)]
     before = {n: p.detach().clone() for n, p in policy.trainable()}
     # Eight rows are two questions of four budgets: the two longest, with answers of full length.
@@ -122,7 +122,7 @@ def test_one_very_long_prompt_among_thousands_is_the_one_tried():
     pixels = np.zeros((32, 32, 3), np.uint8)
     prompts = [question((Media("image", pixels),), i % 7, f"row/{i}") for i in range(3000)]
     prompts[1533] = question((Media("image", pixels),), 150, "row/1533")
-    pictures = Pictures(policy, settings)
+    pictures = MediaEncoder(policy, settings)
     longest = len(pictures.encode([prompts[1533]])[0])
     short = max(len(e) for e in pictures.encode(prompts[:7]))
     assert longest == short + 150 - 6
@@ -154,7 +154,7 @@ def files(folder: Path) -> list[Prompt]:
 
 
 def test_prompts_are_sorted_by_the_lengths_that_encoding_gives(tmp_path):
-    pictures = Pictures(tinymodels.shared(), recipe())
+    pictures = MediaEncoder(tinymodels.shared(), recipe())
     prompts = files(tmp_path)
     lengths = {p.id: len(e) for p, e in zip(prompts, pictures.encode(prompts), strict=True)}
     # By hand, at 16 x 16 pixels a token, and a temporal patch for two frames: 16 x 6, 3 x (4 x 3), 4 x 5, 2 x (4 x 4).
@@ -167,7 +167,7 @@ def test_prompts_are_sorted_by_the_lengths_that_encoding_gives(tmp_path):
 
 
 def test_nothing_is_decoded_where_sizes_are_known_and_else_a_bounded_number(monkeypatch, tmp_path):
-    pictures = Pictures(tinymodels.shared(), recipe())
+    pictures = MediaEncoder(tinymodels.shared(), recipe())
     prompts = files(tmp_path)
     monkeypatch.setattr(encoder, "load_media", lambda *_: pytest.fail("decoded"))
     opened, stock = [], memory_check.check
@@ -189,15 +189,15 @@ def test_bad_rows_come_last_or_stop(tmp_path):
     good = question((Media("image", np.zeros((32, 32, 3), np.uint8)),), 0, "good")
     gone = question((Media("image", tmp_path / "gone.png"),), 0, "gone")
     long = question(good.media, 400, "long")
-    limit = len(Pictures(policy, recipe()).encode([good])[0])
+    limit = len(MediaEncoder(policy, recipe()).encode([good])[0])
     for bad in (gone, long):
         data = Data(on_bad_row="skip", max_prompt_tokens=limit)
-        skipping = Pictures(policy, recipe(data=data))
+        skipping = MediaEncoder(policy, recipe(data=data))
         assert [p.id for p in by_tokens(skipping, [bad, good])] == ["good", bad.id]
         assert rehearse(policy, recipe(data=data), skipping, [bad, good]) == limit + 5
         with pytest.raises(InputError, match=f"all of 1 rows are bad, the first is {bad.id}"):
             rehearse(policy, recipe(data=data), skipping, [bad])
-        strict = Pictures(policy, recipe(data=Data(max_prompt_tokens=limit)))
+        strict = MediaEncoder(policy, recipe(data=Data(max_prompt_tokens=limit)))
         with pytest.raises(InputError, match=rf"^{bad.id}: .*(gone\.png|max_prompt_tokens)"):
             by_tokens(strict, [bad, good])
 
@@ -207,7 +207,7 @@ def test_the_rehearsal_keeps_to_the_bound_of_the_update():
     policy.keep_reference()
     settings = with_train(recipe(), micro_batch=64, micro_tokens=150)
     shapes = watched(policy)
-    longest = rehearse(policy, settings, Pictures(policy, settings), tinymodels.mixed())
+    longest = rehearse(policy, settings, MediaEncoder(policy, settings), tinymodels.mixed())
     assert 75 >= longest > 50  # two rows fit, three do not
     assert shapes[-1] == (2, longest)
     assert all(rows == 1 or rows * length <= 150 for rows, length in shapes)

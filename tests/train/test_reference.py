@@ -60,7 +60,7 @@ def test_reference_scores_each_distinct_answer_once():
 def test_a_prompt_read_once_serves_all_its_answers(family, lengths):
     policy = tinymodels.shared(family)
     encoded = tinymodels.encode(policy, tinymodels.mixed())
-    features, owner = policy.look(encoded), [0, 1, 1, 2, 3, 3]
+    features, owner = policy.encode_vision(encoded), [0, 1, 1, 2, 3, 3]
     answers = [torch.arange(40, 40 + n) for n in lengths]
     got, mask = shared_states(policy, encoded, owner, features, answers, None)
     each = [encoded[i] for i in owner]
@@ -121,7 +121,7 @@ def test_the_reference_is_dense_and_stays_where_it_was(lora):
     chosen = list(range(16))
     plain = tinymodels.shared()
     wanted, mask = plain.answer_logits(
-        [batch.encoded[i] for i in rows.prompt], plain.look(batch.encoded), rows.tokens
+        [batch.encoded[i] for i in rows.prompt], plain.encode_vision(batch.encoded), rows.tokens
     )
     before = reference_logits(policy, batch, rows, chosen)
     torch.testing.assert_close(before[mask], wanted[mask], atol=1e-4, rtol=1e-4)
@@ -145,7 +145,7 @@ def test_a_trained_tower_has_a_reference_of_its_own():
     one_update(settings, batch, policy)
     tower = [p for n, p in policy.trainable() if "visual" in n]
     assert tower and any(p.grad is not None and p.grad.any() for p in tower)
-    again = policy.look(batch.encoded, model=policy.twin)
+    again = policy.encode_vision(batch.encoded, model=policy.twin)
     assert all(torch.equal(again[k], batch.reference[k]) for k in again)
     assert torch.equal(before, reference_logits(policy, batch, rows, chosen))
 

@@ -13,7 +13,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.recipe import Budgets, Data, Efficiency, Recipe, Rewards, Train
 from zipr1.core.types import Group, Media, Rollout
 from zipr1.models.batching import by_length, choose
-from zipr1.models.encoder import Pictures
+from zipr1.models.encoder import MediaEncoder
 from zipr1.models.sparse.request import Request
 from zipr1.train.minibatch import score
 from zipr1.train.rollout import draw, probe_seed, roll_out, sample
@@ -173,7 +173,7 @@ def test_media_are_shared_by_content_not_by_picture_name():
     policy = tinymodels.shared()
     one, other = tinymodels.prompt(0, "image"), tinymodels.prompt(2, "image")
     same = replace(other, picture=one.picture)
-    encoded = Pictures(policy, recipe()).encode([one, same, one])
+    encoded = MediaEncoder(policy, recipe()).encode([one, same, one])
     assert encoded[0].picture == encoded[2].picture != encoded[1].picture
     assert torch.equal(
         encoded[1].visuals[0].patches, tinymodels.encode(policy, [other])[0].visuals[0].patches
@@ -187,13 +187,13 @@ def test_bad_rows_stop_or_are_skipped(tmp_path, caplog):
     )
     good = tinymodels.prompt(0, "image")
     with pytest.raises(InputError, match=r"gone\.png"):
-        Pictures(policy, recipe()).usable([good, bad])
+        MediaEncoder(policy, recipe()).usable([good, bad])
     skipping = recipe(data=Data(on_bad_row="skip"))
-    prompts, encoded = Pictures(policy, skipping).usable([good, bad])
+    prompts, encoded = MediaEncoder(policy, skipping).usable([good, bad])
     assert prompts == [good] and len(encoded) == 1
     assert "rows/7" in caplog.text
     with pytest.raises(InputError, match=r"all of 1 rows"):
-        Pictures(policy, skipping).usable([bad])
+        MediaEncoder(policy, skipping).usable([bad])
 
 
 def test_the_range_of_thresholds_narrows_over_half_of_the_steps():
@@ -211,21 +211,21 @@ def test_pictures_are_seen_once_a_run_within_a_bound():
     """A remembered picture gives the same features as a fresh one, and what is forgotten is seen again."""
     policy = tinymodels.make()
     prompts = tinymodels.mixed()
-    fresh = Pictures(policy, recipe())
-    first = fresh.look(fresh.encode(prompts)).policy
+    fresh = MediaEncoder(policy, recipe())
+    first = fresh.encode_vision(fresh.encode(prompts)).policy
     assert policy.vision_calls == 4
     again = fresh.encode(prompts)
     assert all(len(v.patches) == 0 for e in again for v in e.visuals)
     assert [e.ids.tolist() for e in again] == [
         e.ids.tolist() for e in tinymodels.encode(policy, prompts)
     ]
-    second = fresh.look(again).policy
+    second = fresh.encode_vision(again).policy
     assert policy.vision_calls == 4
     assert all(torch.equal(first[name], second[name]) for name in first)
     # Room for the picture seen last alone, asked for in another order: it depends on nothing else.
-    small = Pictures(policy, recipe(), most=max(f.nbytes for f in first.values()))
+    small = MediaEncoder(policy, recipe(), most=max(f.nbytes for f in first.values()))
     for turn in (prompts, prompts[::-1]):
-        seen = small.look(small.encode(turn)).policy
+        seen = small.encode_vision(small.encode(turn)).policy
         assert all(torch.equal(first[name], seen[name]) for name in first)
     assert len(small.seen) == len(small.visuals) >= 1 and small.held <= small.most
     assert policy.vision_calls > 8
@@ -234,7 +234,7 @@ def test_pictures_are_seen_once_a_run_within_a_bound():
 def test_a_trained_tower_is_asked_every_time():
     policy = tinymodels.make(vision=True)
     policy.keep_reference()
-    pictures = Pictures(policy, recipe())
+    pictures = MediaEncoder(policy, recipe())
     for calls in (8, 16):  # the policy's tower and the reference's
-        pictures.look(pictures.encode(tinymodels.mixed()))
+        pictures.encode_vision(pictures.encode(tinymodels.mixed()))
         assert policy.vision_calls == calls

@@ -18,7 +18,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.load import validate
 from zipr1.core.recipe import Data, Supervised
 from zipr1.core.types import Media
-from zipr1.models.encoder import Pictures
+from zipr1.models.encoder import MediaEncoder
 from zipr1.train import loop, supervised
 from zipr1.train.supervised import Portion, backward, own_lessons, own_rows
 
@@ -34,7 +34,7 @@ def one_by_one(policy: Any, portion: Portion) -> tuple[float, float]:
     total, right, count = torch.zeros(()), 0, 0
     for lesson in portion.lessons:
         e = lesson.encoded
-        features = policy.look([e]) if portion.features is None else portion.features
+        features = policy.encode_vision([e]) if portion.features is None else portion.features
         inputs, valid = policy.rows([e], features, None, left=False)
         mask = supervised._mask([lesson], valid.shape[1], policy.device)
         out = policy.decoder(**inputs, attention_mask=mask, use_cache=False).last_hidden_state[0]
@@ -99,7 +99,7 @@ def test_rows_of_files(passes, vision):
     """A question's answer is all that counts, and a frozen tower sees a picture once in the run."""
     policy = tinymodels.make(vision=vision)
     settings = with_train(recipe(), micro_batch=3)
-    pictures = Pictures(policy, settings)
+    pictures = MediaEncoder(policy, settings)
     prompts = tinymodels.mixed()
     for _ in range(2):
         portion = own_rows(pictures, prompts)
@@ -122,8 +122,8 @@ def test_bad_rows_are_skipped_or_stop(tmp_path, vision):
     gone = replace(prompts[1], media=(Media("image", tmp_path / "gone.png"),), id="row/bad")
     some = [prompts[0], gone, prompts[2]]
     with pytest.raises(InputError, match=r"gone\.png"):
-        own_rows(Pictures(policy, recipe()), some)
-    skipping = Pictures(policy, recipe(data=Data(on_bad_row="skip")))
+        own_rows(MediaEncoder(policy, recipe()), some)
+    skipping = MediaEncoder(policy, recipe(data=Data(on_bad_row="skip")))
     found = own_rows(skipping, some)
     whole = own_rows(skipping, [prompts[0], prompts[2]])
     assert [e.encoded.ids.tolist() for e in found.lessons] == [
@@ -136,7 +136,7 @@ def test_bad_rows_are_skipped_or_stop(tmp_path, vision):
 def test_a_rank_without_a_row_takes_one_that_does_not_count(monkeypatch, tmp_path, passes):
     """The last of three ranks, and two questions, the first of them bad: it goes along with the second one."""
     policy, prompts = tinymodels.make(), tinymodels.mixed()[:2]
-    pictures = Pictures(policy, recipe(data=Data(on_bad_row="skip")))
+    pictures = MediaEncoder(policy, recipe(data=Data(on_bad_row="skip")))
     gone = replace(prompts[0], media=(Media("image", tmp_path / "gone.png"),))
     monkeypatch.setattr(distributed, "deal", lambda n: list(range(2, n, 3)))
     # Another rank has one row of two answer tokens, for which it makes two passes.

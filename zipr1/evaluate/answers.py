@@ -21,7 +21,7 @@ from zipr1.core.types import Prompt
 from zipr1.data.media import load_media
 from zipr1.evaluate import gallery
 from zipr1.models.batching import by_length
-from zipr1.models.encoder import Pictures, without_patches
+from zipr1.models.encoder import MediaEncoder, without_patches
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
 from zipr1.models.sampling import Answers
@@ -160,17 +160,17 @@ class Answerer:
         every = dict(pair for part, _ in parts for pair in part)
         return [every[i] for i in range(len(asked))]
 
-    def _encoder(self, conditions: Conditions) -> Pictures:
+    def _encoder(self, conditions: Conditions) -> MediaEncoder:
         data = Data(
             max_frames=conditions.frames, fps=conditions.fps, max_prompt_tokens=self.longest
         )
-        return Pictures(self.policy, Recipe(data=data), frame_pixels=conditions.frame_pixels)
+        return MediaEncoder(self.policy, Recipe(data=data), frame_pixels=conditions.frame_pixels)
 
     def _chunk(
         self,
         prompts: Sequence[Prompt],
         conditions: Conditions,
-        encoder: Pictures,
+        encoder: MediaEncoder,
         drawn: set[str],
         tell: Callable[[int], None],
     ) -> list[Answered]:
@@ -186,7 +186,7 @@ class Answerer:
             (one,) = encoder.encode([prompt])
             decoded = time.perf_counter()
             if one.visuals and one.picture not in features:
-                features |= encoder.look([one]).policy
+                features |= encoder.encode_vision([one]).policy
                 if self.policy.device.type == "cuda":
                     torch.cuda.synchronize(self.policy.device)
             answered.append(Answered([], decoded - began, time.perf_counter() - decoded))

@@ -16,7 +16,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.recipe import Data, Recipe
 from zipr1.core.types import Prompt
 from zipr1.data import sources
-from zipr1.models.encoder import Pictures
+from zipr1.models.encoder import MediaEncoder
 from zipr1.models.inputs import model_inputs
 from zipr1.models.policy import Policy
 from zipr1.models.processors import Encoded
@@ -66,12 +66,14 @@ def samples(recipe: Recipe) -> tuple[list[Prompt], str]:
 def reference(policy: Policy, recipe: Recipe) -> Reference:
     """The run's own answers at budget 1."""
     prompts, origin = samples(recipe)
-    pictures = Pictures(policy, recipe.model_copy(update={"data": _lenient(recipe.data)}), most=0)
+    pictures = MediaEncoder(
+        policy, recipe.model_copy(update={"data": _lenient(recipe.data)}), most=0
+    )
     prompts, encoded = pictures.usable(prompts)
     answers = [policy.processor.answer_ids(prompt.answer) for prompt in prompts]
     logits, texts = [], []
     for one, answer in zip(encoded, answers, strict=True):
-        features = policy.look([one])
+        features = policy.encode_vision([one])
         logits.append(policy.answer_logits([one], features, [answer])[0][0].cpu())
         said = policy.generate([one], features, None, recipe.train.max_new_tokens).tokens[0]
         texts.append(policy.processor.decode(said))

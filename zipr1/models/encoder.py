@@ -41,7 +41,7 @@ class Looked(NamedTuple):
     reference: Features
 
 
-class Pictures:
+class MediaEncoder:
     """The media of a run. most: bytes of vision features to remember; 0 where the tower is trained. frame_pixels: a
     bound of clips' frames that holds beside the model's own."""
 
@@ -156,7 +156,7 @@ class Pictures:
         return good, encoded
 
     @torch.no_grad()
-    def look(self, encoded: Sequence[Encoded]) -> Looked:
+    def encode_vision(self, encoded: Sequence[Encoded]) -> Looked:
         """Features of these pictures; those that are not remembered go through the tower (if it is trained, through
         the reference's too)."""
         pictures = {e.picture: e for e in encoded if e.visuals}
@@ -165,11 +165,11 @@ class Pictures:
             known = None
             if name in self.seen:
                 known = {name: self.seen[name].to(self.policy.device, non_blocking=True)}
-            features |= self.policy.look([one], known)
+            features |= self.policy.encode_vision([one], known)
             self._same_number(one, features[name])
         if self.policy.settings.train_vision:
             with self.policy.reference() as model:
-                return Looked(features, self.policy.look(encoded, model=model))
+                return Looked(features, self.policy.encode_vision(encoded, model=model))
         for name, one in pictures.items():
             self._remember(name, one, features[name])
         return Looked(features, features)

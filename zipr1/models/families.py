@@ -16,15 +16,15 @@ import torch
 from zipr1.core.errors import InputError
 from zipr1.models.processors import Visual
 
-Look = Callable[[Any, str, Sequence[Visual], torch.device], list[torch.Tensor]]
+EncodeVision = Callable[[Any, str, Sequence[Visual], torch.device], list[torch.Tensor]]
 # What a prompt has: pictures and clips in order.
 Media = Sequence[Visual]
 
 
 @dataclass(frozen=True)
 class Family:
-    """look: (model, kind, visuals of that kind, device) -> features `(tokens, hidden)` of each, or, with deepstack,
-    `(tokens, hidden * (1 + depth))`: what the first decoder layers are given besides. Model: `core.model`.
+    """encode_vision: (model, kind, visuals of that kind, device) -> features `(tokens, hidden)` of each, or, with
+    deepstack, `(tokens, hidden * (1 + depth))`: what the first decoder layers are given besides. Model: `core.model`.
 
     inputs: visuals of each prompt of a batch -> the arguments for them of transformers' own forward and `generate`.
     tower: attributes of `core.model` that see. around: text before and after a picture's placeholders.
@@ -33,7 +33,7 @@ class Family:
     pixels, processor: transformers' classes that read preprocessor_config.json and processor_config.json.
     """
 
-    look: Look
+    encode_vision: EncodeVision
     inputs: Callable[[Sequence[Media]], dict[str, torch.Tensor]]
     tower: tuple[str, ...]
     pixels: str

@@ -1,6 +1,6 @@
 """The policy: one vision-language model that answers dense or sparse, samples, and scores given answers.
 
-Vision features are an input here, never recomputed: `look` runs the tower once for each distinct picture and
+Vision features are an input here, never recomputed: `encode_vision` runs the tower once for each distinct picture and
 its output serves every budget, every log-probability and every PPO epoch. Positions are computed once per prompt
 by the model's own `get_rope_index`, so that pruning cannot move them.
 
@@ -58,9 +58,8 @@ class Policy:
         self.family = FAMILIES[model.config.model_type]
         for parameter in self.tower():
             parameter.requires_grad_(settings.train_vision)
-        self.adapted: Any = (
-            add_lora(model, settings.lora, settings.revision) if settings.lora else None
-        )
+        lora = settings.lora
+        self.adapted: Any = add_lora(model, lora, settings.revision) if lora else None
         self.twin: Any = None
         self.decoder = model.get_decoder()
         self.layers = len(self.decoder.layers)
@@ -174,7 +173,7 @@ class Policy:
         )
         return Encoded(ids, positions[:, 0], len(ids) + int(delta.item()), tuple(visuals), picture)
 
-    def look(
+    def encode_vision(
         self, encoded: Sequence[Encoded], known: Features | None = None, model: Any = None
     ) -> Features:
         """Vision features `(tokens, hidden)` by picture, each distinct picture once; those in `known` not again.
@@ -196,7 +195,7 @@ class Policy:
                 ]
                 for group in groups(places, [len(todo[k].visuals[i].patches) for k, i in places]):
                     visuals = [todo[k].visuals[i] for k, i in group]
-                    split = self.family.look(core, kind, visuals, self.device)
+                    split = self.family.encode_vision(core, kind, visuals, self.device)
                     self.vision_calls += len(visuals)
                     parts.update(zip(group, split, strict=True))
         for k, e in todo.items():
@@ -208,7 +207,7 @@ class Policy:
         """0, with a gradient of 0 in the trained tower: from a rank whose rows show nothing, to those whose rows do."""
         side = self.processor.settings.factor
         visual = self.processor.visual("image", np.zeros((side, side, 3), np.uint8), None)
-        (features,) = self.family.look(self.core.model, "image", [visual], self.device)
+        (features,) = self.family.encode_vision(self.core.model, "image", [visual], self.device)
         return 0.0 * features.float().sum()
 
     def rows(

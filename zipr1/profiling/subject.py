@@ -94,11 +94,13 @@ class Subject:
                 "give --lengths, or --model with a model folder"
             )
         encoded = self.encode(policy, prompt, self.shape.limit)
-        features = policy.look([encoded])
+        features = policy.encode_vision([encoded])
         arguments, valid = policy.rows([encoded] * batch, features, None, left=True)
         visual = sum(len(x) for x in features.values())
         names = [Path(m.source).name for m in prompt.media if isinstance(m.source, (str, Path))]
-        return Inputs(arguments, valid, ", ".join(names), visual, lambda: policy.look([encoded]))
+        return Inputs(
+            arguments, valid, ", ".join(names), visual, lambda: policy.encode_vision([encoded])
+        )
 
     def encode(self, policy: Policy, prompt: Prompt, most: int) -> Encoded:
         """A prompt of at most `most` tokens, its clips with as many frames as the model was trained on."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from zipr1.core.errors import InputError
 from zipr1.core.types import Prompt
-from zipr1.models.encoder import Looked, Pictures, without_patches
+from zipr1.models.encoder import Looked, MediaEncoder, without_patches
 from zipr1.models.processors import Encoded
 
 # Media that are decoded at a time: 16 clips of 16 frames of 100,352 pixels are 0.6 GB as patches.
@@ -43,7 +43,7 @@ def by_media(prompts: Sequence[Prompt], most: int) -> Iterator[list[int]]:
 
 
 def seen(
-    pictures: Pictures, prompts: Sequence[Prompt], size: int, skip: bool = False
+    pictures: MediaEncoder, prompts: Sequence[Prompt], size: int, skip: bool = False
 ) -> Iterator[Chunk]:
     """Chunks of at most `size` prompts, fewer where their features are more than FEATURES bytes.
 
@@ -54,7 +54,7 @@ def seen(
         for part in by_media(prompts[start : start + size], MEDIA):
             few = [prompts[start + i] for i in part]
             good, encoded = pictures.usable(few, least=0) if skip else (few, pictures.encode(few))
-            looked = pictures.look(encoded)
+            looked = pictures.encode_vision(encoded)
             waiting = iter(part)  # some may be missing, the others are in order
             chunk.places.extend(
                 next(start + i for i in waiting if prompts[start + i] is prompt) for prompt in good
@@ -69,7 +69,7 @@ def seen(
             yield chunk
 
 
-def readable(pictures: Pictures, prompts: Sequence[Prompt]) -> list[Prompt]:
+def readable(pictures: MediaEncoder, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts that can be decoded and tokenised; bad ones are left out with a warning. Nothing that was decoded
     stays. Raises InputError if none is left."""
     good: list[Prompt] = []

@@ -23,7 +23,7 @@ from zipr1.core.types import Prompt
 from zipr1.data import sources
 from zipr1.models import memory
 from zipr1.models.cost import Shape
-from zipr1.models.encoder import Pictures, effective
+from zipr1.models.encoder import MediaEncoder, effective
 from zipr1.models.open import is_here
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
@@ -138,7 +138,7 @@ def _tried(
 ) -> dict[str, Any]:
     """The plan with everything here: samples tokenised and shown, and one rollout of two questions."""
     lessons = not needs_prompts(recipe)
-    pictures = Pictures(policy, recipe)
+    pictures = MediaEncoder(policy, recipe)
     prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     samples, encoded = pictures.usable((prompts or questions)[:SAMPLED])
     check_lengths(recipe, [len(sample) for sample in encoded])
@@ -163,7 +163,7 @@ def _tried(
     result["trainable"] = sum(p.numel() for _, p in policy.trainable())
     if recipe.train.stage == "rl":
         policy.keep_reference()
-        seen = pictures.look(encoded[:2])
+        seen = pictures.encode_vision(encoded[:2])
         batch = roll_out(policy, recipe, samples[:2], encoded[:2], seen.policy, 0, seen.reference)
         result["sampled"] = [
             {
@@ -180,7 +180,7 @@ def _tried(
 
 
 def _lengths(
-    pictures: Pictures, prompts: Sequence[Prompt], encoded: Sequence[Encoded]
+    pictures: MediaEncoder, prompts: Sequence[Prompt], encoded: Sequence[Encoded]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of prompts, and visual ones: of all prompts where the sizes of their media are known."""
     if prompts and all(m.size is not None for p in prompts for m in p.media):

@@ -16,7 +16,7 @@ from zipr1.core.recipe import Recipe, Sparse
 from zipr1.core.statistics import confidence_interval
 from zipr1.core.types import Prompt
 from zipr1.models.batching import by_length
-from zipr1.models.encoder import Looked, Pictures
+from zipr1.models.encoder import Looked, MediaEncoder
 from zipr1.models.policy import Policy
 from zipr1.models.processors import Encoded
 from zipr1.models.sampling import Answers
@@ -105,7 +105,7 @@ def evaluate(
         for _ in settings
     ]  # fmt: skip
     masses: list[list[torch.Tensor]] = [[] for _ in settings]
-    pictures, batch = Pictures(policy, recipe, most=0), recipe.evaluation.batch
+    pictures, batch = MediaEncoder(policy, recipe, most=0), recipe.evaluation.batch
     for chunk in chunks.seen(pictures, prompts, batch * 4):
         lengths = [len(e) + recipe.train.max_new_tokens for e in chunk.encoded]
         for rows in by_length(lengths, batch, token_budget(policy, recipe, update=False)):

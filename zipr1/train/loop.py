@@ -25,7 +25,7 @@ from zipr1.core.rundir import RunDir
 from zipr1.core.types import Prompt
 from zipr1.data import sources
 from zipr1.data.sampler import PromptSampler
-from zipr1.models.encoder import Pictures, effective
+from zipr1.models.encoder import MediaEncoder, effective
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
 from zipr1.rewards.registry import check_answers
@@ -79,7 +79,7 @@ def _run(
     opened: contextlib.ExitStack,
 ) -> dict[str, Any]:
     # 1. the questions: those to train on, and those to be judged by
-    pictures = Pictures(policy, recipe)
+    pictures = MediaEncoder(policy, recipe)
     prompts, questions, first = load_questions(recipe, pictures)
     # 2. a folder for the run, and where else its numbers go
     about = describe(
@@ -106,7 +106,7 @@ def _run(
 
 
 def load_questions(
-    recipe: Recipe, pictures: Pictures
+    recipe: Recipe, pictures: MediaEncoder
 ) -> tuple[list[Prompt], list[Prompt], list[Encoded]]:
     """Prompts to train on, held-out questions, and the first prompts made ready. Raises InputError for rows that cannot
     be used, unless the recipe skips them."""
@@ -124,7 +124,7 @@ def load_questions(
 def train(
     policy: Policy,
     recipe: Recipe,
-    pictures: Pictures,
+    pictures: MediaEncoder,
     prompts: Sequence[Prompt],
     optimizer: Optimizers,
     state: dict[str, Any],
@@ -180,7 +180,7 @@ def train(
 def rl_step(
     policy: Policy,
     recipe: Recipe,
-    pictures: Pictures,
+    pictures: MediaEncoder,
     deck: PromptSampler,
     optimizer: Optimizers,
     state: dict[str, Any],
@@ -196,7 +196,7 @@ def rl_step(
     clock.append(time.monotonic())
     trained = policy.settings.train_vision
     seen = policy.parallel.run_unsharded(
-        lambda: pictures.look(encoded), policy=trained, reference=trained
+        lambda: pictures.encode_vision(encoded), policy=trained, reference=trained
     )
     clock.append(time.monotonic())
     # 2. roll out every question at every budget
@@ -222,7 +222,7 @@ def rl_step(
 
 
 def take(
-    pictures: Pictures, drawn: Sequence[Prompt]
+    pictures: MediaEncoder, drawn: Sequence[Prompt]
 ) -> tuple[list[Prompt], list[Encoded], list[int]]:
     """This rank's questions of the step, ready for the model, and their places in it. Every rank has one at least."""
     mine = distributed.deal(len(drawn))
@@ -240,7 +240,7 @@ def take(
 def supervised_step(
     policy: Policy,
     recipe: Recipe,
-    pictures: Pictures,
+    pictures: MediaEncoder,
     deck: PromptSampler,
     optimizer: Optimizers,
     state: dict[str, Any],

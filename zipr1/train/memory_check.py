@@ -19,7 +19,7 @@ from zipr1.core.recipe import Recipe
 from zipr1.core.types import Prompt
 from zipr1.data.media import check
 from zipr1.models.batching import by_length
-from zipr1.models.encoder import Pictures
+from zipr1.models.encoder import MediaEncoder
 from zipr1.models.policy import Policy
 from zipr1.models.token_budget import token_budget
 from zipr1.train.controller import EfficiencyController
@@ -30,7 +30,9 @@ from zipr1.train.update import backward
 OPENED = 256  # prompts whose media are opened to learn their size, evenly spaced among those that need it
 
 
-def rehearse(policy: Policy, recipe: Recipe, pictures: Pictures, prompts: Sequence[Prompt]) -> int:
+def rehearse(
+    policy: Policy, recipe: Recipe, pictures: MediaEncoder, prompts: Sequence[Prompt]
+) -> int:
     """Roll out and learn from the longest questions with answers of full length, and change nothing. Returns the
     tokens of the longest row."""
     most = -(-recipe.train.micro_batch // recipe.budgets.num_generations)
@@ -43,7 +45,7 @@ def rehearse(policy: Policy, recipe: Recipe, pictures: Pictures, prompts: Sequen
 
     trained = policy.settings.train_vision
     seen = policy.parallel.run_unsharded(
-        lambda: pictures.look(encoded), policy=trained, reference=trained
+        lambda: pictures.encode_vision(encoded), policy=trained, reference=trained
     )
     batch = roll_out(policy, recipe, asked, encoded, seen.policy, 0, seen.reference)
     generator = torch.Generator().manual_seed(0)
@@ -64,7 +66,7 @@ def rehearse(policy: Policy, recipe: Recipe, pictures: Pictures, prompts: Sequen
     return max(rows.lengths)
 
 
-def by_tokens(pictures: Pictures, prompts: Sequence[Prompt]) -> list[Prompt]:
+def by_tokens(pictures: MediaEncoder, prompts: Sequence[Prompt]) -> list[Prompt]:
     """All prompts, those with most tokens first. Counted are those whose media have a size or are in memory; of the
     others at most OPENED are opened to be counted, and the rest comes last, with bad rows that may be skipped."""
     sized = [_with_sizes(prompt) for prompt in prompts]
@@ -81,7 +83,7 @@ def by_tokens(pictures: Pictures, prompts: Sequence[Prompt]) -> list[Prompt]:
     return known + rest
 
 
-def _length(pictures: Pictures, prompt: Prompt, counted: dict[bytes, int]) -> int:
+def _length(pictures: MediaEncoder, prompt: Prompt, counted: dict[bytes, int]) -> int:
     """Tokens of a prompt whose media have sizes, counted once for those that read alike; 0 for one that is too long and
     may be skipped. counted: changed here. Raises InputError for one that may not."""
     text = repr((prompt.messages, [(m.kind, m.size) for m in prompt.media]))
@@ -113,7 +115,7 @@ def _with_sizes(prompt: Prompt, opens: bool = False) -> Prompt:
     return replace(prompt, media=tuple(media))
 
 
-def _opened(prompt: Prompt, pictures: Pictures) -> Prompt:
+def _opened(prompt: Prompt, pictures: MediaEncoder) -> Prompt:
     """The prompt with the sizes of all its media; as it was if it is bad and may be skipped. Raises InputError."""
     try:
         return _with_sizes(prompt, opens=True)

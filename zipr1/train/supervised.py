@@ -22,7 +22,7 @@ from zipr1.core.recipe import Recipe
 from zipr1.core.types import Prompt
 from zipr1.data.digits import tasks
 from zipr1.models.batching import by_length
-from zipr1.models.encoder import Pictures
+from zipr1.models.encoder import MediaEncoder
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
 from zipr1.models.token_budget import token_budget
@@ -111,7 +111,7 @@ def own_lessons(policy: Policy, recipe: Recipe, step: int, stage: int) -> Portio
     return Portion(own or made[:1], None, bool(own))
 
 
-def own_rows(pictures: Pictures, prompts: Sequence[Prompt]) -> Portion:
+def own_rows(pictures: MediaEncoder, prompts: Sequence[Prompt]) -> Portion:
     """This rank's part of a step's prompts, with their right answers appended."""
     mine = [prompts[i] for i in distributed.deal(len(prompts))]
     own, features = _read(pictures, mine)
@@ -126,7 +126,9 @@ def own_rows(pictures: Pictures, prompts: Sequence[Prompt]) -> Portion:
     return Portion(own, features, True)
 
 
-def _read(pictures: Pictures, prompts: Sequence[Prompt]) -> tuple[list[Lesson], Features | None]:
+def _read(
+    pictures: MediaEncoder, prompts: Sequence[Prompt]
+) -> tuple[list[Lesson], Features | None]:
     """Conversations of the prompts that can be read, and the features of their pictures unless the tower is trained:
     that one needs the pixels in each pass."""
     policy = pictures.policy
@@ -192,7 +194,7 @@ def _predictions(
     """Hidden states `(M, hidden)` that predict all answer tokens of a batch, and the tokens `(M,)`. features: of its
     pictures, or None to look at them now."""
     encoded = [lesson.encoded for lesson in batch]
-    features = policy.look(encoded) if features is None else features
+    features = policy.encode_vision(encoded) if features is None else features
     inputs, valid = policy.rows(encoded, features, None, left=False)
     hidden = policy.decoder(
         **inputs,

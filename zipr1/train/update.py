@@ -272,7 +272,7 @@ def efficiency_loss(
 
 def vision(policy: Policy, batch: Batch, encoded: Sequence[Encoded]) -> Features:
     """The features of some prompts: those of the step, or with a gradient where the tower is trained."""
-    return policy.look(encoded) if policy.settings.train_vision else batch.features
+    return policy.encode_vision(encoded) if policy.settings.train_vision else batch.features
 
 
 def with_tower(policy: Policy, encoded: Sequence[Any], loss: torch.Tensor) -> torch.Tensor:
