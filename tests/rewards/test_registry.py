@@ -104,7 +104,7 @@ def test_a_prompt_runs_no_file_and_a_recipe_does(evil):
         reward_of(prompt, Recipe())
     assert not (evil / "ran").exists()
     prompt = Prompt("1", [], (), "a", "t", "k", "p")
-    assert reward_of(prompt, Recipe(rewards=Rewards(correct="evil.py:run")))("x", "y") == 1.0
+    assert reward_of(prompt, Recipe(rewards=Rewards(check="evil.py:run")))("x", "y") == 1.0
     assert (evil / "ran").exists()
 
 
@@ -169,7 +169,7 @@ def _asked(*answers, reward=None):
 
 
 def test_a_right_answer_that_nobody_can_earn_is_told(caplog):
-    recipe = Recipe(rewards=Rewards(correct="choice"))
+    recipe = Recipe(rewards=Rewards(check="choice"))
     check_answers(_asked("A", "b", "A, C", "AC", "(D) dog"), recipe)
     assert not caplog.records
     check_answers(_asked("A", "cat", "dog", "B"), recipe)
@@ -189,7 +189,7 @@ def test_a_right_answer_that_nobody_can_earn_is_told(caplog):
 
 def test_a_reward_of_ones_own_is_not_called_before_the_run(evil):
     (evil / "evil.py").write_text("def run(said, wanted): raise RuntimeError")
-    check_answers(_asked("cat"), Recipe(rewards=Rewards(correct="evil.py:run")))
+    check_answers(_asked("cat"), Recipe(rewards=Rewards(check="evil.py:run")))
 
 
 def test_a_dry_run_tells_of_answers_that_nobody_can_earn(tmp_path):
