@@ -33,7 +33,7 @@ def stock_inputs(policy, encoded):
         pixels, grid = ("pixel_values", "image_grid_thw")
         if visual.kind == "video":
             pixels, grid = ("pixel_values_videos", "video_grid_thw")
-            if policy.core.config.model_type == "qwen2_5_vl":
+            if policy.model.config.model_type == "qwen2_5_vl":
                 inputs["second_per_grid_ts"] = torch.tensor([visual.seconds])
         inputs[pixels], inputs[grid] = visual.patches, torch.tensor([visual.grid])
     return inputs
@@ -41,7 +41,7 @@ def stock_inputs(policy, encoded):
 
 def stock(policy):
     """The same weights on transformers' plain SDPA path."""
-    model = copy.deepcopy(policy.core)
+    model = copy.deepcopy(policy.model)
     model.set_attn_implementation("sdpa")
     return model
 
@@ -63,7 +63,7 @@ def everything_kept_is_the_dense_model(family, forced):
         )[0, len(e) :]  # fmt: skip
         assert ours.tokens[b].tolist() == theirs.tolist()[: len(ours.tokens[b])]
         one = Request(sparse(1.0), force=forced)
-        with sparse_attention(policy.core, one) as run:
+        with sparse_attention(policy.model, one) as run:
             logits, _ = policy.answer_logits([e], features, [ours.tokens[b]], run)
         longer = torch.cat([e.ids, ours.tokens[b]])[None]
         inputs |= {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
@@ -89,7 +89,7 @@ def cached_decoding_is_the_teacher_forced_sparse_forward(family, skip):
     width = max(len(e) + len(t) for e, t in zip(encoded, answers.tokens, strict=True))
     for replay in (None, replay_masks(answers.kept, width, policy.device)):
         request = Request(settings, replay=replay)
-        with sparse_attention(policy.core, request) as run:
+        with sparse_attention(policy.model, request) as run:
             logits, mask = policy.answer_logits(encoded, features, answers.tokens, run)
         for b, tokens in enumerate(answers.tokens):
             logprobs = logits[b, : len(tokens)].log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
@@ -123,11 +123,11 @@ def gradient_checkpointing_changes_no_gradient(skip):
     grads = []
     for checkpointing in (False, True):
         policy = tinymodels.make(checkpointing=checkpointing)
-        policy.core.train()
+        policy.model.train()
         encoded = tinymodels.encode(policy, tinymodels.mixed())
         features = policy.encode_vision(encoded)
         request = Request(sparse(skip=skip), scores=True)
-        with sparse_attention(policy.core, request) as run:
+        with sparse_attention(policy.model, request) as run:
             logits, _ = policy.answer_logits(encoded, features, [torch.tensor([40, 41])] * 4, run)
             cuts = sum(layer.cut.clamp(max=1).sum() for layer in run.record.layers)
             (logits.log_softmax(-1)[..., 7].sum() + cuts).backward()

@@ -72,7 +72,7 @@ def settings(
 def make(family: str = "qwen2_5_vl", sharp: float = 8.0, **options: bool) -> Policy:
     """A fresh policy whose queries and keys are `sharp` times as large as initialised."""
     policy = load_policy(settings(family, **options), "cpu", seed=0)
-    for name, parameter in policy.core.named_parameters():
+    for name, parameter in policy.model.named_parameters():
         if (
             "language_model" in name
             and ("q_proj" in name or "k_proj" in name)

@@ -60,7 +60,7 @@ def case(rows: int, length: int, words: int, whole: bool) -> int:
         rollout.tokens = torch.randint(20, 300, (length,), generator=generator)
         rollout.logprobs = torch.zeros(length)
     flat = flatten(batch, recipe, EfficiencyController(Efficiency(weight=1.0), policy.layers))
-    for parameter in policy.core.parameters():
+    for parameter in policy.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     backward(policy, recipe, batch, flat, list(range(rows)), share=1.0)

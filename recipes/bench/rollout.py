@@ -50,11 +50,11 @@ def singles(policy: Policy, encoded: Encoded, settings: Sparse, p: torch.Tensor)
             [visual.grid], device=policy.device
         ),
     }
-    if not image and policy.core.config.model_type == "qwen2_5_vl":
+    if not image and policy.model.config.model_type == "qwen2_5_vl":
         inputs["second_per_grid_ts"] = torch.tensor([visual.seconds])
     for row in p:
-        with sparse_attention(policy.core, Request(settings, row[None])):
-            policy.core.generate(
+        with sparse_attention(policy.model, Request(settings, row[None])):
+            policy.model.generate(
                 **inputs,
                 max_new_tokens=NEW_TOKENS,
                 do_sample=False,

@@ -136,10 +136,10 @@ def ours(folder: Path, steps: int, questions: int) -> dict[str, Any]:
 
         return wrapper
 
-    for model in (policy.core, policy.twin):
+    for model in (policy.model, policy.reference_model):
         for module in (model.get_decoder(), model.lm_head, model.get_input_embeddings()):
             module.forward = timed("forward", module.forward)
-    policy.core.model.visual.forward = timed("forward", policy.core.model.visual.forward)
+    policy.model.model.visual.forward = timed("forward", policy.model.model.visual.forward)
     torch.Tensor.backward = timed("backward", torch.Tensor.backward)  # type: ignore[method-assign]
     optimizer.step = timed("optimizer", optimizer.step)  # type: ignore[method-assign]
     deck = PromptSampler(prompts, recipe.seed, recipe.train.prompts_per_step)

@@ -104,7 +104,7 @@ def test_every_format_answers_as_the_run_and_is_reproducible(lora_run, tmp_path,
         load_policy(Model(path=str(path)), "cpu") for path in ("tiny", lora_run, tmp_path / "a")
     )
     key = "model.language_model.layers.1.mlp.up_proj.weight"
-    weights = [dict(p.core.named_parameters())[key] for p in (base, trained, ours)]
+    weights = [dict(p.model.named_parameters())[key] for p in (base, trained, ours)]
     torch.testing.assert_close(weights[2], weights[1], atol=1e-5, rtol=0)  # fmt: skip
     assert (weights[2] - weights[0]).abs().max() > 0.1
 

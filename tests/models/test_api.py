@@ -388,9 +388,9 @@ def test_wrong_settings_are_named(loaded, call, message):
 
 def test_adapters_in_memory():
     policy = tinymodels.make(lora=True)
-    with zipr1.sparse(policy.adapted, 0.6, **FREE):
-        policy.adapted(input_ids=torch.arange(20, 60)[None], mm_token_type_ids=torch.zeros(1, 40))  # fmt: skip
-    assert zipr1.stats(policy.core).token_ratio < 1
+    with zipr1.sparse(policy.peft_model, 0.6, **FREE):
+        policy.peft_model(input_ids=torch.arange(20, 60)[None], mm_token_type_ids=torch.zeros(1, 40))  # fmt: skip
+    assert zipr1.stats(policy.model).token_ratio < 1
 
 
 def test_short_prompts_say_why_they_stay_dense():

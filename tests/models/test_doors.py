@@ -96,7 +96,7 @@ class Loaded:
     """What `zipr1.load` gives, with the names that a policy has."""
 
     def __init__(self, path: str, **options: Any) -> None:
-        self.core, self.chat = zipr1.load(path, device="cpu", **options)
+        self.model, self.chat = zipr1.load(path, device="cpu", **options)
         self.processor = self.chat.inner
 
 
@@ -242,7 +242,7 @@ def test_frames_of_a_clip_are_those_of_the_run(monkeypatch, tmp_path):
 @doors
 def test_weights_are_in_the_dtype_that_was_asked_for(paths, monkeypatch, tmp_path, door):
     if door == "adapter":  # has no argument for it: float32 on a CPU
-        assert DOORS[door](paths("lora"), monkeypatch, tmp_path).core.dtype == torch.float32
+        assert DOORS[door](paths("lora"), monkeypatch, tmp_path).model.dtype == torch.float32
         return
     lora = {"lora": LORA} if door == "train" else {}
     found = DOORS[door](paths("lora"), monkeypatch, tmp_path, dtype="bfloat16", **lora)
@@ -251,7 +251,7 @@ def test_weights_are_in_the_dtype_that_was_asked_for(paths, monkeypatch, tmp_pat
         assert {t.dtype for t in weights.values()} == {torch.bfloat16}
         assert stored_dtype(str(tmp_path / "out")) == "bfloat16"
         return
-    weights = {n: p.dtype for n, p in found.core.named_parameters() if "lora_" not in n}
+    weights = {n: p.dtype for n, p in found.model.named_parameters() if "lora_" not in n}
     assert set(weights.values()) == {torch.bfloat16}
 
 
@@ -277,12 +277,12 @@ def test_an_adapter_on_an_adapter_has_both(paths, root, monkeypatch, tmp_path, d
     first, second = paths("lora"), str(root / "lora on lora")
     if not Path(second).exists():
         tinyruns.make_run(Path(second), model={"path": first, "lora": LORA})
-    plain = weight(load_policy(Model(path="tiny"), "cpu").core)
+    plain = weight(load_policy(Model(path="tiny"), "cpu").model)
     wanted = plain + delta(first) + delta(second)
     for part in (delta(first), delta(second)):
         assert part.abs().max() > 0.05
     options = {"dtype": "float32"} if door == "export" else {}  # else as the base is on disk
-    found = weight(DOORS[door](second, monkeypatch, tmp_path, **options).core)
+    found = weight(DOORS[door](second, monkeypatch, tmp_path, **options).model)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     if door == "export":
         with pytest.raises(InputError, match=r"trained on another run's.* use --format merged"):

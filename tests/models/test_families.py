@@ -44,7 +44,7 @@ def inputs(policy: Policy, encoded: Any) -> dict[str, Any]:
     ids = encoded.ids[None]
     found: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     found["pixel_values"] = visual.patches
-    kind = policy.core.config.model_type
+    kind = policy.model.config.model_type
     if kind == "qwen3_vl":
         found["image_grid_thw"] = torch.tensor([visual.grid])
         found["mm_token_type_ids"] = (ids == policy.processor.placeholder["image"]).int()
@@ -64,7 +64,7 @@ def prompts() -> list[Any]:
 @torch.no_grad()
 def test_everything_kept_is_the_dense_model(family, forced):
     policy = shared(family)
-    plain = copy.deepcopy(policy.core)
+    plain = copy.deepcopy(policy.model)
     plain.set_attn_implementation("sdpa")
     encoded = tinymodels.encode(policy, prompts())
     features = policy.encode_vision(encoded)
@@ -79,7 +79,7 @@ def test_everything_kept_is_the_dense_model(family, forced):
         )[0, len(e) :]  # fmt: skip
         assert ours.tokens[b].tolist() == theirs.tolist()[: len(ours.tokens[b])]
         request = Request(settings, force=forced)
-        with sparse_attention(policy.core, request) as run:
+        with sparse_attention(policy.model, request) as run:
             logits, _ = policy.answer_logits([e], features, [torch.tensor([40])], run)
         wanted = plain(**stock).logits[:, -1:].float()
         wanted[..., blocked] = logits[..., blocked]
@@ -103,7 +103,7 @@ def test_below_one_it_prunes_and_replays(family, skip):
     assert (answers.counts < torch.tensor([[len(e)] for e in encoded])).all()
     width = max(len(e) + len(a) for e, a in zip(encoded, answers.tokens, strict=True))
     request = Request(settings, replay=replay_masks(answers.kept, width, policy.device))
-    with sparse_attention(policy.core, request) as run:
+    with sparse_attention(policy.model, request) as run:
         logits, _ = policy.answer_logits(encoded, features, answers.tokens, run)
     for b, tokens in enumerate(answers.tokens):
         logprobs = logits[b, : len(tokens)].log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
@@ -137,7 +137,7 @@ def test_it_trains_and_what_it_leaves_loads(tmp_path, family):
     summary = loop.run(recipe, tmp_path / "run", "auto", "cpu", ["zipr1"], Console(quiet=True))
     assert 0 < summary["after"]["token_ratio"] < 1
     again = load_policy(Model(path=str(tmp_path / "run")), "cpu")
-    assert again.core.config.model_type == family
+    assert again.model.config.model_type == family
     assert again.processor.settings == shared(family).processor.settings
 
 
@@ -166,7 +166,7 @@ def test_a_dry_run_plans_it(tmp_path, family, lora):
     text = console.export_text()
     assert "memory, peak (estimate)" in text and "not_checked" not in result
     assert ("pixels (one tile)" in text) == (family != "qwen3_vl")
-    core = shared(family).core
+    core = shared(family).model
     total = sum(p.numel() for p in core.parameters())
     # Two of rank 2 for each of q (64, 64), k and v (64, 32), o (64, 64), gate, up and down (64, 96), in 3 layers.
     own = 3 * 2 * (2 * 128 + 2 * 96 + 3 * 160) if lora else result["trainable"]

@@ -25,7 +25,7 @@ def test_saved_folder_loads_in_stock_transformers(tmp_path):
     assert "zipr1" not in (tmp_path / "model" / "config.json").read_text()
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     for (name, a), (_, b) in zip(
-        model.state_dict().items(), policy.core.state_dict().items(), strict=True
+        model.state_dict().items(), policy.model.state_dict().items(), strict=True
     ):
         assert torch.equal(a, b), name
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")

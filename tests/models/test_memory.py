@@ -89,7 +89,7 @@ def test_activations_are_within_a_factor_of_two_of_the_measured_peak(checkpointi
     for _, parameter in policy.trainable():
         parameter.grad = torch.zeros_like(parameter)  # counted on their own
     measured = highest(lambda: backward(policy, recipe, batch, rows, [0, 1, 2, 3], 1.0))
-    shape = Shape.of(policy.core.config.to_dict())
+    shape = Shape.of(policy.model.config.to_dict())
     parts = memory.memory(shape, recipe, len(encoded[0]), 4)
     counted = parts["activations"] + parts["logits"]
     assert measured / 2 < counted < 2 * measured, (counted, measured)
@@ -98,11 +98,11 @@ def test_activations_are_within_a_factor_of_two_of_the_measured_peak(checkpointi
 def test_fixed_parts_are_exact():
     policy = tinymodels.make()
     policy.keep_reference()
-    shape, recipe = Shape.of(policy.core.config.to_dict()), Recipe()
+    shape, recipe = Shape.of(policy.model.config.to_dict()), Recipe()
     parts = memory.memory(shape, recipe, 100, 4)
     own = sum(p.numel() for _, p in policy.trainable())
-    tower = sum(p.numel() for p in policy.core.model.visual.parameters())
-    assert parts["weights"] == 4 * sum(p.numel() for p in policy.core.parameters())
+    tower = sum(p.numel() for p in policy.model.model.visual.parameters())
+    assert parts["weights"] == 4 * sum(p.numel() for p in policy.model.parameters())
     assert parts["reference"] == parts["weights"] - 4 * tower
     assert parts["gradients"] == 4 * own and parts["optimizer"] == 8 * own
 
@@ -225,7 +225,7 @@ def test_one_memory_model_for_the_plan_the_budget_of_a_pass_and_the_profile(monk
     float32."""
     policy = tinymodels.shared()
     layer, cache = 4 * (24 * 64 + 3 * 96), 4 * 3 * 2 * 2 * 16
-    shape = Shape.of(policy.core.config.to_dict())
+    shape = Shape.of(policy.model.config.to_dict())
     # The plan: one row, whose update keeps all layers; the probes' scores are besides.
     recipe = Recipe(train=Train(prompts_per_step=1, micro_batch=1, max_new_tokens=10))
     parts = memory.memory(shape, recipe, 90, 4)
@@ -238,7 +238,7 @@ def test_one_memory_model_for_the_plan_the_budget_of_a_pass_and_the_profile(monk
         monkeypatch.setattr(torch.cuda, name, lambda device: 0)
     on_gpu = SimpleNamespace(
         device=torch.device("cuda"),
-        core=policy.core,
+        model=policy.model,
         decoder=policy.decoder,
         name="x",
         processor=policy.processor,

@@ -88,7 +88,7 @@ def test_skipped_work_is_not_done(skip):
     try:
         request = Request(sparse(skip=skip))
         inputs, valid = policy.rows(encoded, features, None, left=True)
-        with pytest.MonkeyPatch.context() as patch, sparse_attention(policy.core, request) as run:
+        with pytest.MonkeyPatch.context() as patch, sparse_attention(policy.model, request) as run:
             if skip == "attention":
                 patch.setattr(torch.nn.functional, "linear", watch)
             policy.decoder(**inputs, sparse_batch=PromptBatch(valid), use_cache=False)
@@ -127,11 +127,11 @@ def test_decoding_writes_behind_the_cache(skip):
     embeds, positions = inputs["inputs_embeds"], inputs["position_ids"]
     cache, batch = PrunedCache(), PromptBatch(valid)
     addresses = []
-    with sparse_attention(policy.core, Request(sparse(skip=skip))):
+    with sparse_attention(policy.model, Request(sparse(skip=skip))):
         policy.decoder(**inputs, sparse_batch=batch, past_key_values=cache, use_cache=True)
         before = [(x.keys.clone(), x.values.clone()) for x in cache.layers]
         for step in range(12):
-            policy.core.model(
+            policy.model.model(
                 inputs_embeds=embeds[:, -1:],
                 position_ids=positions[..., -1:] + step + 1,
                 past_key_values=cache,
@@ -153,16 +153,16 @@ def test_nothing_stays_behind_on_exit():
     policy = tinymodels.make()
     before = {
         n: (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__)
-        for n, m in policy.core.named_modules()
+        for n, m in policy.model.named_modules()
     }
     with (
         pytest.raises(RuntimeError, match="stop"),
-        sparse_attention(policy.core, Request(sparse(skip="layer"))),
+        sparse_attention(policy.model, Request(sparse(skip="layer"))),
     ):
         raise RuntimeError("stop")
     after = {
         n: (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__)
-        for n, m in policy.core.named_modules()
+        for n, m in policy.model.named_modules()
     }
     assert before == after
 
@@ -185,8 +185,8 @@ def test_transformers_generate_prunes_its_cache():
         "pixel_values": torch.cat([e.visuals[0].patches for e in encoded]),
         "image_grid_thw": torch.tensor([e.visuals[0].grid for e in encoded]),
     }
-    with sparse_attention(policy.core, Request(sparse())):
-        out = policy.core.generate(
+    with sparse_attention(policy.model, Request(sparse())):
+        out = policy.model.generate(
             **inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True,
             eos_token_id=policy.processor.end_ids,
             suppress_tokens=list(policy.processor.placeholder.values()),
@@ -206,13 +206,13 @@ def test_positions_stay_those_of_the_whole_prompt():
     (encoded,) = tinymodels.encode(policy, [tinymodels.prompt(1, "video", 3)])
     ours = policy.generate([encoded], policy.encode_vision([encoded]), Request(sparse(0.6)), 4)
     assert len(ours.tokens[0]) > 1
-    with sparse_attention(policy.core, Request(sparse(0.6))):
-        out = policy.core(**stock_inputs(policy, encoded), use_cache=True)
+    with sparse_attention(policy.model, Request(sparse(0.6))):
+        out = policy.model(**stock_inputs(policy, encoded), use_cache=True)
         cache = out.past_key_values
         assert cache.get_seq_length() == len(encoded)
         assert cache.layers[0].keys.shape[2] < len(encoded)
         for step, token in enumerate(ours.tokens[0][:-1]):
-            out = policy.core(input_ids=token[None, None], past_key_values=cache, use_cache=True)
+            out = policy.model(input_ids=token[None, None], past_key_values=cache, use_cache=True)
             logprobs = out.logits[0, -1]
             blocked = list(policy.processor.placeholder.values())
             logprobs[blocked] = -1e9
@@ -226,20 +226,20 @@ def test_other_caches_are_refused():
     (encoded,) = tinymodels.encode(policy, [tinymodels.prompt(0, "image")])
     inputs = stock_inputs(policy, encoded)
     used = DynamicCache(config=policy.decoder.config)
-    policy.core(**inputs, past_key_values=used, use_cache=True)
+    policy.model(**inputs, past_key_values=used, use_cache=True)
     for cache in (used, StaticCache(config=policy.decoder.config, max_cache_len=200)):
         with (
             pytest.raises(InputError, match="KV cache"),
-            sparse_attention(policy.core, Request(sparse())),
+            sparse_attention(policy.model, Request(sparse())),
         ):
-            policy.core(**inputs, past_key_values=cache, use_cache=True)
+            policy.model(**inputs, past_key_values=cache, use_cache=True)
 
 
 def test_the_vision_tower_runs_once_per_picture():
     policy = tinymodels.make()
     encoded = tinymodels.encode(policy, tinymodels.mixed())
     calls = []
-    policy.core.model.visual.register_forward_hook(
+    policy.model.model.visual.register_forward_hook(
         lambda m, a, k, o: calls.append(1), with_kwargs=True
     )
     features = policy.encode_vision([*encoded, *encoded])
@@ -282,7 +282,10 @@ def test_two_passes_before_one_backward_are_computed_again_each_as_it_was(skip):
         policy = tinymodels.make(checkpointing=checkpointing)
         encoded = tinymodels.encode(policy, tinymodels.mixed())
         features = policy.encode_vision(encoded)
-        with sparse_attention(policy.core, Request(sparse(skip=skip))) as run, policy.recomputing():
+        with (
+            sparse_attention(policy.model, Request(sparse(skip=skip))) as run,
+            policy.recomputing(),
+        ):
             total, counts = 0.0, []
             for few in (encoded[:1], encoded[1:]):
                 logits, _ = policy.answer_logits(

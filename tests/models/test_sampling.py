@@ -52,7 +52,7 @@ def test_training_evaluation_and_profiling_run_the_same_code(calls):
         shared = ran(lambda: shared_states(policy, encoded, [0, 1, 2, 3], features, answers, None))
         assert shared == ["prefill", "decode_step"]
         built = subject.load("tiny", None, "cpu", "float32", None)
-        built.core = policy.core
+        built.model = policy.model
         inputs = built.random(40, 2)
         for request in (None, Request(sparse())):
             variant = measure.Variant("attention", None, request)
@@ -81,8 +81,8 @@ def test_where_it_is_read_a_narrow_prefill_is_the_whole_one(request_of):
     states = []
     try:
         for read_at in (None, last_column(valid)):
-            with sparse_attention(policy.core, request) as run:
-                hidden, _ = sampling.prefill(policy.core, inputs, valid, run, read_at=read_at)
+            with sparse_attention(policy.model, request) as run:
+                hidden, _ = sampling.prefill(policy.model, inputs, valid, run, read_at=read_at)
             states.append(hidden[:, -1])
     finally:
         hook.remove()
@@ -98,19 +98,19 @@ def test_steps_after_a_prefill_are_the_longer_prefill():
     features = policy.encode_vision(encoded)
     answers = [torch.tensor([40, 41, 42])] * 4
     inputs, valid = policy.rows(encoded, features, answers, left=True)
-    wanted, _ = sampling.prefill(policy.core, inputs, valid)
+    wanted, _ = sampling.prefill(policy.model, inputs, valid)
     embeds, positions = inputs["inputs_embeds"], inputs["position_ids"]
     for sizes in ([3], [1, 1, 1]):
         end = valid.shape[1] - 3
         first = {"inputs_embeds": embeds[:, :end], "position_ids": positions[..., :end]}
-        _, cache = sampling.prefill(policy.core, first, valid[:, :end])
+        _, cache = sampling.prefill(policy.model, first, valid[:, :end])
         for size in sizes:
             part = {
                 "inputs_embeds": embeds[:, end : end + size],
                 "position_ids": positions[..., end : end + size],
             }
             end += size
-            got = sampling.decode_step(policy.core, part, cache, valid[:, :end])
+            got = sampling.decode_step(policy.model, part, cache, valid[:, :end])
             torch.testing.assert_close(got, wanted[:, end - size : end], atol=1e-4, rtol=1e-4)
 
 
@@ -118,7 +118,7 @@ def test_a_run_whose_block_has_ended_is_refused():
     policy = tinymodels.shared()
     encoded = tinymodels.encode(policy, tinymodels.mixed())
     features = policy.encode_vision(encoded)
-    with sparse_attention(policy.core, Request(sparse())) as run:
+    with sparse_attention(policy.model, Request(sparse())) as run:
         pass
     with pytest.raises(AssertionError, match="has ended"):
         policy.answer_states(encoded, features, [torch.tensor([40])] * 4, run)

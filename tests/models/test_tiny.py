@@ -36,7 +36,7 @@ def evaluate(task: str, pictures: int, *settings, change=lambda p: p):
 
 def test_size():
     policy = tiny()
-    assert sum(p.numel() for p in policy.core.parameters()) < 2_000_000
+    assert sum(p.numel() for p in policy.model.parameters()) < 2_000_000
     folder = ROOT / "zipr1" / "assets" / "tiny"
     assert sum(f.stat().st_size for f in folder.rglob("*")) < 4_000_000
     assert {f.suffix for f in folder.rglob("*") if f.is_file()} <= {

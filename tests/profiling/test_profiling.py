@@ -164,7 +164,7 @@ def test_phases_add_up_to_the_decoder(tiny, skip):
         "projections", "mlp", "norms", "scoring", "selection", "attention", "gathers",
     }  # fmt: skip
     assert 0 < sum(watch.seconds.values()) < took
-    assert not tiny.core.get_decoder().layers[0].mlp._forward_hooks
+    assert not tiny.model.get_decoder().layers[0].mlp._forward_hooks
 
 
 def test_bounds_come_from_the_slower_of_operations_and_bytes():
@@ -195,8 +195,8 @@ def test_the_whole_cache_decodes_as_the_dense_one(tiny):
     whole = PrunedCache.whole(cache)
     found = []
     for held, request in ((cache, None), (whole, Request(tiny.sparse, force=True))):
-        with torch.no_grad(), sparse_attention(tiny.core, request):
-            decoder = tiny.core.get_decoder()
+        with torch.no_grad(), sparse_attention(tiny.model, request):
+            decoder = tiny.model.get_decoder()
             out = decoder(**inputs.next(), past_key_values=held, use_cache=True)
         found.append(out.last_hidden_state)
     torch.testing.assert_close(*found)
@@ -212,10 +212,10 @@ def test_a_decoding_step_never_waits_for_a_value(family):
     embeds, positions = inputs["inputs_embeds"], inputs["position_ids"]
     request = Request(Sparse(dense_below=0, p=0.8))
     cache, batch = PrunedCache(), PromptBatch(valid)
-    with sparse_attention(policy.core, request):
+    with sparse_attention(policy.model, request):
         policy.decoder(**inputs, sparse_batch=batch, past_key_values=cache, use_cache=True)
     with torch.device("meta"):
-        model = type(policy.core)(copy.deepcopy(policy.core.config))
+        model = type(policy.model)(copy.deepcopy(policy.model.config))
     model.set_attn_implementation({"text_config": ATTENTION})
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")

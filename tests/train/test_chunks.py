@@ -107,7 +107,7 @@ def test_held_out_passes_are_bounded_and_say_the_same(monkeypatch, two_at_a_time
     policy.keep_reference()
     whole = heldout.evaluate(policy, settings, prompts, [None, settings.sparse])
     alive, passes = Alive(policy, monkeypatch), []
-    for model in (policy.core, policy.twin):
+    for model in (policy.model, policy.reference_model):
         model.get_decoder().register_forward_pre_hook(
             lambda m, a, k: passes.append(tuple(k["inputs_embeds"].shape[:2])), with_kwargs=True
         )

@@ -62,7 +62,7 @@ def say_dtypes() -> None:
     stock = Policy.head
 
     def head(self: Any, hidden: torch.Tensor, model: Any = None) -> torch.Tensor:
-        print(f"computed in {hidden.dtype} with {(model or self.core).lm_head.weight.dtype}")
+        print(f"computed in {hidden.dtype} with {(model or self.model).lm_head.weight.dtype}")
         return stock(self, hidden, model)
 
     Policy.head = head

@@ -41,7 +41,7 @@ def test_on_a_cpu_only_the_recipe_bounds_a_pass():
 
 def saved_bytes(policy, batch, rows) -> float:
     """Bytes that autograd keeps of the decoder for each token of a forward pass, weights not counted."""
-    weights = {p.untyped_storage().data_ptr() for p in policy.core.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

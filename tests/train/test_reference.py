@@ -37,10 +37,12 @@ def test_reference_scores_each_distinct_answer_once():
     chosen = list(range(12))
     read, heads = [], []
     hooks = [
-        policy.twin.get_decoder().register_forward_pre_hook(
+        policy.reference_model.get_decoder().register_forward_pre_hook(
             lambda m, a, k: read.append(len(k["inputs_embeds"])), with_kwargs=True
         ),
-        policy.twin.lm_head.register_forward_pre_hook(lambda m, a: heads.append(len(a[0]))),
+        policy.reference_model.lm_head.register_forward_pre_hook(
+            lambda m, a: heads.append(len(a[0]))
+        ),
     ]
     logits = reference_logits(policy, batch, rows, chosen)
     for hook in hooks:
@@ -75,7 +77,7 @@ def test_the_reference_reads_a_prompt_of_many_answers_once():
     rows = flatten(batch, settings, even(1.0, policy.layers))
     rows.tokens = [torch.tensor([40 + b, 41]) for b in range(16)]  # four distinct answers each
     seen = []
-    hook = policy.twin.get_decoder().register_forward_pre_hook(
+    hook = policy.reference_model.get_decoder().register_forward_pre_hook(
         lambda m, a, k: seen.append(tuple(k["inputs_embeds"].shape[:2])), with_kwargs=True
     )
     shared = reference_logits(policy, batch, rows, list(range(16)))
@@ -101,10 +103,10 @@ def test_kl_is_to_the_dense_reference_not_to_the_sparse_start():
 def test_the_reference_never_moves():
     settings = recipe(optim=Optim(lr=1e-2))
     policy, batch = roll(settings, tinymodels.mixed())
-    before = copy.deepcopy(policy.twin.state_dict())
+    before = copy.deepcopy(policy.reference_model.state_dict())
     start = {n: p.detach().clone() for n, p in policy.trainable()}
     one_update(settings, batch, policy)
-    assert all(torch.equal(v, before[k]) for k, v in policy.twin.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in policy.reference_model.state_dict().items())
     assert any(not torch.equal(p, start[n]) for n, p in policy.trainable())
 
 
@@ -145,7 +147,7 @@ def test_a_trained_tower_has_a_reference_of_its_own():
     one_update(settings, batch, policy)
     tower = [p for n, p in policy.trainable() if "visual" in n]
     assert tower and any(p.grad is not None and p.grad.any() for p in tower)
-    again = policy.encode_vision(batch.encoded, model=policy.twin)
+    again = policy.encode_vision(batch.encoded, model=policy.reference_model)
     assert all(torch.equal(again[k], batch.reference[k]) for k in again)
     assert torch.equal(before, reference_logits(policy, batch, rows, chosen))
 
@@ -159,13 +161,13 @@ def test_some_answers_are_held_to_the_reference_at_p_1():
     rows = flatten(batch, plain, even(1.0, policy.layers))
     four = [b for b in range(16) if (b + batch.probe_seed) % 4 == 0]
     assert len(four) == 4
-    policy.core.zero_grad()
+    policy.model.zero_grad()
     each = []
     for b in four:  # one by one, with plain logits
         one = ([batch.encoded[rows.prompt[b]]], batch.features, [rows.tokens[b]])
         new, _ = policy.answer_logits(*one)
         with torch.no_grad():
-            old, _ = policy.answer_logits(*one, model=policy.twin)
+            old, _ = policy.answer_logits(*one, model=policy.reference_model)
         each.append(losses.kl_full(new[0], old[0]).mean())
     (0.7 * sum(each) / 4).backward()
     assert said["kl_dense"] == pytest.approx(float(sum(each).detach()) / 4, rel=1e-4)

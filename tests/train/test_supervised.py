@@ -25,7 +25,7 @@ from zipr1.train.supervised import Portion, backward, own_lessons, own_rows
 
 def gradient(policy: Any) -> dict[str, torch.Tensor]:
     found = {n: p.grad.clone() for n, p in policy.trainable() if p.grad is not None}
-    policy.core.zero_grad()
+    policy.model.zero_grad()
     return found
 
 

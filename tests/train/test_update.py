@@ -57,7 +57,7 @@ def test_first_ratio_is_exactly_one_against_the_same_forward():
     encoded = [batch.encoded[i] for i in rows.prompt]
     replay = replay_masks(rows.kept, max(rows.lengths), policy.device)
     request = Request(settings.sparse, seed=batch.probe_seed, replay=replay, scores=True)
-    with sparse_attention(policy.core, request) as run:
+    with sparse_attention(policy.model, request) as run:
         logits, mask = policy.answer_logits(encoded, batch.features, rows.tokens, run)
     padded = torch.zeros(mask.shape, dtype=torch.long)
     for b, tokens in enumerate(rows.tokens):
@@ -182,7 +182,7 @@ def test_the_last_layer_is_finished_where_it_is_read_and_nothing_changes(
             update={"gradient_checkpointing": checkpointing}
         )
         if checkpointing:
-            policy.core.gradient_checkpointing_enable({"use_reentrant": False})
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         rows = flatten(batch, settings, even(1.0, policy.layers))
         seen: list[int] = []
         mlp = policy.decoder.layers[-1].mlp

@@ -103,7 +103,7 @@ def test_adapters_alone_are_trained_and_saved(run, model):
     assert any(bool(value.any()) for name, value in saved.items() if ".lora_B." in name)
     stored = load_file(next(model.glob("*.safetensors")))
     name = "layers.0.self_attn.q_proj"
-    base = made.policy.core.state_dict()[f"model.language_model.{name}.base_layer.weight"]
+    base = made.policy.model.state_dict()[f"model.language_model.{name}.base_layer.weight"]
     (before,) = (value for key, value in stored.items() if key.endswith(f"{name}.weight"))
     assert torch.equal(base, before)
 
@@ -156,7 +156,7 @@ def test_the_supervised_stage_rolls_nothing_out(run):
     assert not made.rollouts and made.summary["rollouts"] == 0 and not made.rows
     assert made.summary["before"] == {}
     assert all(row["stage"] == 0 and row["loss"] > 0 for row in made.metrics)
-    assert made.policy.twin is None
+    assert made.policy.reference_model is None
 
 
 def test_top_k_keeps_its_share_of_the_tokens(run):

@@ -115,10 +115,10 @@ class Answerer:
             for p in p_values
         )
         if base is not None:
-            self.variants += (Variant(BASE, 1.0, model=base.core),)
+            self.variants += (Variant(BASE, 1.0, model=base.model),)
         self.batch = batch
         self.shown = shown
-        text = policy.core.config.get_text_config()
+        text = policy.model.config.get_text_config()
         heads = text.num_key_value_heads
         dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.token_bytes = 2 * heads * dim * policy.decoder.embed_tokens.weight.element_size()

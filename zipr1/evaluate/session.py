@@ -90,7 +90,7 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
             "sparse": recipe.sparse.model_dump(mode="json"),
             "budgets": list(p_values),
             "limit": request.limit,
-            "dtype": str(policy.core.dtype).removeprefix("torch."),
+            "dtype": str(policy.model.dtype).removeprefix("torch."),
             "max_pixels": policy.processor.settings.max_pixels,
             **_frame_bound(policy),
             "changes": list(request.changes),

@@ -19,10 +19,15 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def write(
-    source: Source, model: Any, adapted: Any, processor: Processor, dtype: torch.dtype, folder: Path
+    source: Source,
+    model: Any,
+    peft_model: Any,
+    processor: Processor,
+    dtype: torch.dtype,
+    folder: Path,
 ) -> Any:
     """Copy the run's adapter, cast to `dtype`. Raises InputError for a run that trained all weights."""
-    if adapted is None:
+    if peft_model is None:
         raise InputError(
             f"{source.root}: trained all weights and has no adapter; use --format merged"
         )

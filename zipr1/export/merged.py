@@ -17,10 +17,15 @@ SHARD = "5GB"  # the largest safetensors file, as on the hub
 
 
 def write(
-    source: Source, model: Any, adapted: Any, processor: Processor, dtype: torch.dtype, folder: Path
+    source: Source,
+    model: Any,
+    peft_model: Any,
+    processor: Processor,
+    dtype: torch.dtype,
+    folder: Path,
 ) -> Any:
-    """Write `model` in `dtype`. adapted: peft's wrapper around it, or None. Returns what was written."""
-    plain = adapted.merge_and_unload() if adapted is not None else model
+    """Write `model` in `dtype`. peft_model: peft's wrapper around it, or None. Returns what was written."""
+    plain = peft_model.merge_and_unload() if peft_model is not None else model
     plain.to(dtype)
     for name in plain.config.sub_configs:  # save_pretrained minds the whole one alone
         getattr(plain.config, name).dtype = dtype

@@ -55,11 +55,11 @@ def export(
 
     settings = Model(path=str(source.weights), dtype="float32")
     opened = open_model(settings, place, merge_adapter=False)
-    model, processor, adapted = opened.model, opened.processor, opened.peft_model
+    model, processor, peft_model = opened.model, opened.processor, opened.peft_model
     policy = Policy(model, processor, str(run), opened.settings)
     wanted = reference(policy, source.recipe)
     with _new_folder(folder) as temporary:
-        written = kind.write(source, model, adapted, processor, WEIGHT_DTYPES[chosen], temporary)
+        written = kind.write(source, model, peft_model, processor, WEIGHT_DTYPES[chosen], temporary)
         checked = compare(
             wanted,
             kind.reload(source, temporary, written, place),

@@ -115,7 +115,9 @@ def stock_inputs(
 ) -> dict[str, torch.Tensor]:
     """What transformers' processor would make of one question, and its answer: tensors of a batch of one."""
     ids = encoded.ids if answer is None else torch.cat([encoded.ids, answer])
-    inputs = model_inputs([(ids, encoded.visuals)], policy.processor, policy.core.config.model_type)
+    inputs = model_inputs(
+        [(ids, encoded.visuals)], policy.processor, policy.model.config.model_type
+    )
     return dict(inputs.to(policy.device))
 
 

@@ -24,10 +24,10 @@ Media = Sequence[Visual]
 @dataclass(frozen=True)
 class Family:
     """encode_vision: (model, kind, visuals of that kind, device) -> features `(tokens, hidden)` of each, or, with
-    deepstack, `(tokens, hidden * (1 + depth))`: what the first decoder layers are given besides. Model: `core.model`.
+    deepstack, `(tokens, hidden * (1 + depth))`: what the first decoder layers are given besides. Model: `model.model`.
 
     inputs: visuals of each prompt of a batch -> the arguments for them of transformers' own forward and `generate`.
-    tower: attributes of `core.model` that see. around: text before and after a picture's placeholders.
+    tower: attributes of `model.model` that see. around: text before and after a picture's placeholders.
     mrope: positions are `(3, l)` by the model's `get_rope_index`, else 0, 1, ... clips: videos are handled.
     tile: config -> pixels on a side of the one tile, tokens on a side, and how many tokens come besides.
     pixels, processor: transformers' classes that read preprocessor_config.json and processor_config.json.

@@ -118,9 +118,9 @@ def add_lora(model: Any, lora: Lora, revision: str | None = None) -> Any:
 def frozen_copy(model: Any) -> Any:
     """A copy whose weights never change, for the dense reference; a frozen vision tower is shared, not copied."""
     towers = families.towers(model)
-    frozen = not any(p.requires_grad for tower in towers for p in tower.parameters())
-    twin = copy.deepcopy(model, memo={id(tower): tower for tower in towers} if frozen else {})
-    return twin.requires_grad_(False).eval()
+    shared = not any(p.requires_grad for tower in towers for p in tower.parameters())
+    frozen = copy.deepcopy(model, memo={id(tower): tower for tower in towers} if shared else {})
+    return frozen.requires_grad_(False).eval()
 
 
 def random_model(values: dict[str, Any], layers: int, device: torch.device, dtype: str) -> Any:

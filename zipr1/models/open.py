@@ -210,12 +210,12 @@ def open_model(
         model, tokenizer = _from_scratch(settings, seed)
     else:
         model, tokenizer = _load(source, settings, dtype, merge_adapter)
-    adapted = None
+    peft_model = None
     if source.adapter is not None and not merge_adapter:
-        adapted = with_adapter(model, source.adapter)
+        peft_model = with_adapter(model, source.adapter)
     processor = _processor(model, tokenizer, source, settings)
     model.to(device=chosen, dtype=dtype).eval()
-    return Opened(model, processor, settings, source, adapted)
+    return Opened(model, processor, settings, source, peft_model)
 
 
 def _load(

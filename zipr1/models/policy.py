@@ -54,13 +54,13 @@ class Policy:
         self.name = name
         self.processor = processor
         model.set_attn_implementation({"text_config": ATTENTION})
-        self.core: Any = model
+        self.model: Any = model
         self.family = FAMILIES[model.config.model_type]
         for parameter in self.tower():
             parameter.requires_grad_(settings.train_vision)
         lora = settings.lora
-        self.adapted: Any = add_lora(model, lora, settings.revision) if lora else None
-        self.twin: Any = None
+        self.peft_model: Any = add_lora(model, lora, settings.revision) if lora else None
+        self.reference_model: Any = None
         self.decoder = model.get_decoder()
         self.layers = len(self.decoder.layers)
         self.vision_calls = 0
@@ -77,28 +77,28 @@ class Policy:
 
     def tower(self) -> list[torch.nn.Parameter]:
         """Parameters of what sees."""
-        return [p for module in towers(self.core) for p in module.parameters()]
+        return [p for module in towers(self.model) for p in module.parameters()]
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Names and parameters that the recipe trains."""
         return [
-            (n, p) for n, p in (self.adapted or self.core).named_parameters() if p.requires_grad
+            (n, p) for n, p in (self.peft_model or self.model).named_parameters() if p.requires_grad
         ]
 
     def keep_reference(self) -> None:
         """Remember the model as it is now as the dense reference (a frozen copy, unless adapters can be off)."""
-        if self.adapted is None and self.twin is None:
-            self.twin = frozen_copy(self.core)
+        if self.peft_model is None and self.reference_model is None:
+            self.reference_model = frozen_copy(self.model)
 
     def spread(self, train: Train) -> None:
         """One model over all ranks, as `train.parallel` says; nothing where there is one. After `keep_reference`."""
         self.parallel.spread(
             train.parallel,
             getattr(torch, train.param_dtype) if train.param_dtype else None,
-            self.adapted or self.core,
+            self.peft_model or self.model,
             self.decoder.layers,
-            self.twin,
-            self.twin.get_decoder().layers if self.twin is not None else [],
+            self.reference_model,
+            self.reference_model.get_decoder().layers if self.reference_model is not None else [],
             # Shared with the reference, and looked through at each rank's own pace.
             [] if self.settings.train_vision else self.tower(),
         )
@@ -106,11 +106,11 @@ class Policy:
     @contextlib.contextmanager
     def reference(self) -> Iterator[Any]:
         """The dense reference's transformers model: the frozen copy, or this one with its adapter disabled."""
-        if self.adapted is None:
-            yield self.twin if self.twin is not None else self.core
+        if self.peft_model is None:
+            yield self.reference_model if self.reference_model is not None else self.model
         else:
-            with self.adapted.disable_adapter():
-                yield self.core
+            with self.peft_model.disable_adapter():
+                yield self.model
 
     @contextlib.contextmanager
     def recomputing(self) -> Iterator[None]:
@@ -164,7 +164,7 @@ class Policy:
             for kind in ("image", "video")
         }
         seconds = torch.tensor([v.seconds for v in visuals if v.kind == "video"])
-        positions, delta = self.core.model.get_rope_index(
+        positions, delta = self.model.model.get_rope_index(
             ids[None],
             mm_token_type_ids=types[None],
             image_grid_thw=grids["image"] if len(grids["image"]) else None,
@@ -181,7 +181,7 @@ class Policy:
         model: whose tower, by default the policy's. Differentiable only if the recipe trains the tower. Pictures go
         through it in groups of at most PATCHES patches.
         """
-        core = (model or self.core).model
+        inner = (model or self.model).model
         features: Features = dict(known or {})
         todo = {e.picture: e for e in encoded if e.picture not in features}
         parts: dict[tuple[str, int], torch.Tensor] = {}
@@ -195,7 +195,7 @@ class Policy:
                 ]
                 for group in groups(places, [len(todo[k].visuals[i].patches) for k, i in places]):
                     visuals = [todo[k].visuals[i] for k, i in group]
-                    split = self.family.encode_vision(core, kind, visuals, self.device)
+                    split = self.family.encode_vision(inner, kind, visuals, self.device)
                     self.vision_calls += len(visuals)
                     parts.update(zip(group, split, strict=True))
         for k, e in todo.items():
@@ -207,7 +207,7 @@ class Policy:
         """0, with a gradient of 0 in the trained tower: from a rank whose rows show nothing, to those whose rows do."""
         side = self.processor.settings.factor
         visual = self.processor.visual("image", np.zeros((side, side, 3), np.uint8), None)
-        (features,) = self.family.encode_vision(self.core.model, "image", [visual], self.device)
+        (features,) = self.family.encode_vision(self.model.model, "image", [visual], self.device)
         return 0.0 * features.float().sum()
 
     def rows(
@@ -222,7 +222,7 @@ class Policy:
         the family gives besides), and valid `(B, L)` bool."""
         ids, positions, valid = padded(encoded, answers, left)
         visual = torch.isin(ids, torch.tensor(list(self.processor.placeholder.values())))
-        embeds = (model or self.core).get_input_embeddings()(ids.to(self.device))
+        embeds = (model or self.model).get_input_embeddings()(ids.to(self.device))
         found = [features[e.picture] for e in encoded if e.visuals]
         besides: dict[str, Any] = {}
         if found:
@@ -241,11 +241,11 @@ class Policy:
     @property
     def words(self) -> int:
         """V, the size of the vocabulary."""
-        return int(self.core.lm_head.weight.shape[0])
+        return int(self.model.lm_head.weight.shape[0])
 
     def head(self, hidden: torch.Tensor, model: Any = None) -> torch.Tensor:
         """Hidden states `(..., hidden)` -> float32 logits `(..., V)`, placeholders out of reach."""
-        logits = (model or self.core).lm_head(hidden).float()
+        logits = (model or self.model).lm_head(hidden).float()
         blocked = torch.tensor(list(self.processor.placeholder.values()), device=logits.device)
         return logits.index_fill(-1, blocked, NEVER)
 
@@ -262,12 +262,12 @@ class Policy:
         run: of `sparse_attention`, inside its block, whose `record` is filled; None: dense. model: the reference's, or
         None.
         """
-        core = model or self.core
-        inputs, valid = self.rows(encoded, features, answers, False, core)
+        model = model or self.model
+        inputs, valid = self.rows(encoded, features, answers, False, model)
         lengths = torch.tensor([len(e) for e in encoded], device=self.device)
         where, mask = answer_slots(lengths, [len(a) for a in answers])
         hidden, _ = sampling.prefill(
-            core,
+            model,
             inputs,
             valid,
             run,
@@ -305,16 +305,16 @@ class Policy:
 
         uniforms, temperature, greedy: see `sampling.sample`. model: the reference's, or None.
         """
-        core = model or self.core
-        inputs, valid = self.rows(encoded, features, None, True, core)
+        model = model or self.model
+        inputs, valid = self.rows(encoded, features, None, True, model)
         following = torch.tensor([e.next_position for e in encoded], device=self.device)
-        with sparse_attention(core, request) as run:
+        with sparse_attention(model, request) as run:
             return sampling.sample(
-                core,
+                model,
                 inputs,
                 valid,
                 run,
-                head=lambda hidden: self.head(hidden, core),
+                head=lambda hidden: self.head(hidden, model),
                 positions=lambda step: self.places(
                     (following + step)[None, :, None].expand(3, -1, -1)
                 ),
@@ -329,22 +329,22 @@ class Policy:
         """Whole weights, on the first rank's CPU, if each holds a part (else None); all ranks must ask."""
         if not self.parallel.sharded:
             return None
-        return whole_state((self.adapted or self.core).state_dict(keep_vars=True))
+        return whole_state((self.peft_model or self.model).state_dict(keep_vars=True))
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """A model folder in Hugging Face format (adapters stay beside their base). weights: what `weights` gave."""
-        if self.adapted is not None:
-            self.adapted.save_pretrained(
+        if self.peft_model is not None:
+            self.peft_model.save_pretrained(
                 folder / "adapter", save_embedding_layers=False, state_dict=weights
             )
             return
-        save_folder(self.core, self.processor.tokenizer, self.processor.settings, folder, weights)
+        save_folder(self.model, self.processor.tokenizer, self.processor.settings, folder, weights)
 
     def load_weights(self, folder: Path) -> None:
         """Weights of a checkpoint made by `save` into this model. Raises InputError for another model's."""
-        path = folder / "adapter" if self.adapted is not None else folder
+        path = folder / "adapter" if self.peft_model is not None else folder
         try:
-            restore_weights(self.adapted if self.adapted is not None else self.core, path)
+            restore_weights(self.peft_model if self.peft_model is not None else self.model, path)
         except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
             raise InputError(
                 f"{folder}: holds no weights of this model ({reason(error)}); resume another run"

@@ -29,10 +29,10 @@ def shared_states(
 
     encoded: distinct prompts; owner: which of them each answer belongs to.
     """
-    core = model or policy.core
+    model = model or policy.model
     device = policy.device
-    inputs, valid = policy.rows(encoded, features, None, True, core)
-    hidden, cache = sampling.prefill(core, inputs, valid, read_at=last_column(valid))
+    inputs, valid = policy.rows(encoded, features, None, True, model)
+    hidden, cache = sampling.prefill(model, inputs, valid, read_at=last_column(valid))
     index = torch.tensor(list(owner), device=device)
     longest = max(len(a) for a in answers)
     counts = torch.tensor([len(a) for a in answers], device=device)
@@ -48,8 +48,8 @@ def shared_states(
     positions = starts[:, None] + torch.arange(longest - 1, device=device)
     seen = torch.cat([valid[index], torch.ones_like(mask[:, 1:])], dim=1)
     following = {
-        "inputs_embeds": core.get_input_embeddings()(ids.to(device)),
+        "inputs_embeds": model.get_input_embeddings()(ids.to(device)),
         "position_ids": policy.places(positions.expand(3, -1, -1)),
     }
-    more = sampling.decode_step(core, following, cache, seen)
+    more = sampling.decode_step(model, following, cache, seen)
     return torch.cat([states, more], dim=1), mask

@@ -28,7 +28,7 @@ def bytes_per_token(policy: Policy, recipe: Recipe, update: bool) -> int:
     """As the plan of a run counts them (memory.py). Rollouts: keys and values of all layers, unpruned, and what one
     layer makes on its way. The update: what is kept for the backward pass."""
     merge = policy.processor.settings.merge
-    s = memory.loaded_shape(policy.core.config.to_dict(), policy.name, merge)
+    s = memory.loaded_shape(policy.model.config.to_dict(), policy.name, merge)
     size = next(policy.decoder.parameters()).element_size()
     if update:
         return memory.update_bytes(s, size, recipe.model.gradient_checkpointing)

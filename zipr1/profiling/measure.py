@@ -59,11 +59,11 @@ class Variant:
     record: Record | None = None
 
     @contextlib.contextmanager
-    def running(self, core: Any) -> Iterator[SparseRun]:
+    def running(self, model: Any) -> Iterator[SparseRun]:
         with contextlib.ExitStack() as stack:
             if self.backend is not None:
                 stack.enter_context(sdpa_kernel(self.backend))
-            yield stack.enter_context(sparse_attention(core, self.request))
+            yield stack.enter_context(sparse_attention(model, self.request))
 
 
 @dataclass
@@ -119,14 +119,14 @@ def sparse_variant(subject: Subject, inputs: Inputs, skip: Skip, keep: float | N
 @torch.no_grad()
 def prefill(subject: Subject, inputs: Inputs, variant: Variant) -> tuple[dict[str, float], Any]:
     """Seconds of the decoder and of the last token's logits, and the cache."""
-    core = subject.core
-    with variant.running(core) as run:
+    model = subject.model
+    with variant.running(model) as run:
         wait(subject.device)
         start = time.perf_counter()
-        hidden, cache = sampling.prefill(core, inputs.arguments, inputs.valid, run)
+        hidden, cache = sampling.prefill(model, inputs.arguments, inputs.valid, run)
         wait(subject.device)
         middle = time.perf_counter()
-        core.lm_head(hidden[:, -1]).argmax(-1)
+        model.lm_head(hidden[:, -1]).argmax(-1)
         wait(subject.device)
         end = time.perf_counter()
         variant.record = run.record
@@ -174,7 +174,7 @@ def watched(subject: Subject) -> Iterator[Stopwatch]:
     device = subject.device
     watch = Stopwatch((lambda: wait(device)) if device.type == "cuda" else None)
     handles = []
-    for name, module in subject.core.get_decoder().named_modules():
+    for name, module in subject.model.get_decoder().named_modules():
         phase = MODULES.get(name.rsplit(".", 1)[-1])
         if phase is not None:
             handles.append(
@@ -242,16 +242,16 @@ def decoding(
 def stepper(
     subject: Subject, inputs: Inputs, variant: Variant, cache: Any, waiting: bool = True
 ) -> Callable[[], dict[str, float]]:
-    core, device = subject.core, subject.device
+    model, device = subject.model, subject.device
     arguments = inputs.next()
 
     @torch.no_grad()
     def run() -> dict[str, float]:
-        with variant.running(core):
+        with variant.running(model):
             wait(device)
             start = time.perf_counter()
-            hidden = sampling.decode_step(core, arguments, cache)
-            core.lm_head(hidden[:, -1]).argmax(-1)
+            hidden = sampling.decode_step(model, arguments, cache)
+            model.lm_head(hidden[:, -1]).argmax(-1)
             if waiting:
                 wait(device)
             return {"step": time.perf_counter() - start}
@@ -265,7 +265,7 @@ def overhead_ms(subject: Subject, batch: int) -> float:
     A step of a model of the same family and depth, so narrow that nothing is left to compute; on a GPU, until the
     last launch.
     """
-    config, s = subject.core.config, subject.shape
+    config, s = subject.model.config, subject.shape
     tower = config.vision_config.to_dict()
     values = {
         "model_type": config.model_type,
@@ -280,8 +280,8 @@ def overhead_ms(subject: Subject, batch: int) -> float:
         "vision_config": {k: v for k, v in tower.items() if "hidden_size" not in k},
     }
     dtype = str(subject.dtype).removeprefix("torch.")
-    core = random_model(values, s.layers, subject.device, dtype)
-    narrow = Subject(core, s, s.layers, subject.sparse, "random")
+    model = random_model(values, s.layers, subject.device, dtype)
+    narrow = Subject(model, s, s.layers, subject.sparse, "random")
     inputs = narrow.random(32, batch)
     settings = subject.sparse.model_copy(update={"skip": "layer"})
     variant = Variant("layer", None, Request(settings))

@@ -53,10 +53,10 @@ class Inputs:
 
 @dataclass
 class Subject:
-    """core: the transformers model, its text attention ours. shape: its sizes, `layers` those that are built.
+    """model: the transformers model, its text attention ours. shape: its sizes, `layers` those that are built.
     all_layers: those of the model it stands for. sparse: its own settings. data: frames of its clips."""
 
-    core: Any
+    model: Any
     shape: cost.Shape
     all_layers: int
     sparse: Sparse
@@ -66,17 +66,17 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.core.get_input_embeddings().weight.device
+        device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.core.get_input_embeddings().weight.dtype
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return dtype
 
     def random(self, length: int, batch: int) -> Inputs:
         """Text prompts of random embeddings, of the size that the model's own have."""
-        table = self.core.get_input_embeddings().weight
+        table = self.model.get_input_embeddings().weight
         seeded = torch.Generator(self.device).manual_seed(0)
         ids = torch.randint(len(table), (batch, length), generator=seeded, device=self.device)
         positions = torch.arange(length, device=self.device).expand(3, batch, -1)
@@ -130,9 +130,9 @@ def load(
         built = layers if layers is not None else shape.layers
         if not 1 <= built <= shape.layers:
             raise InputError(f"--layers {built} is outside 1..{shape.layers}, what {model} has")
-        core = random_model(cost.values_of(model), built, chosen, dtype)
+        network = random_model(cost.values_of(model), built, chosen, dtype)
         subject = Subject(
-            core, replace(shape, layers=built), shape.layers, Sparse(skip="layer"), "random"
+            network, replace(shape, layers=built), shape.layers, Sparse(skip="layer"), "random"
         )
     else:
         if layers is not None:
@@ -142,10 +142,10 @@ def load(
         if model != "tiny" and "/" not in model and not Path(model).exists():
             cost.shape_of(model)  # which names the nearest bundled config
         policy = load_policy(Model.model_validate({"path": model, "dtype": dtype}), device)
-        shape = cost.Shape.of(policy.core.config.to_dict(), model)
+        shape = cost.Shape.of(policy.model.config.to_dict(), model)
         source = find_source(model)
         subject = Subject(
-            policy.core, shape, shape.layers, source.sparse, "its own", policy, source.data
+            policy.model, shape, shape.layers, source.sparse, "its own", policy, source.data
         )
     size = torch.empty(0, dtype=subject.dtype).element_size()
     subject.shape = replace(subject.shape, size=size)

@@ -98,9 +98,9 @@ def _policy(recipe: Recipe, device: str | None, unchecked: list[str]) -> Policy 
 
 def _shape(policy: Policy) -> Shape:
     """Sizes to count with, and parameters as they are without adapters."""
-    own = [(n, p) for n, p in policy.core.named_parameters() if "lora_" not in n]
+    own = [(n, p) for n, p in policy.model.named_parameters() if "lora_" not in n]
     total, vision = sum(p.numel() for _, p in own), sum(p.numel() for p in policy.tower())
-    ends = (policy.core.get_input_embeddings(), policy.core.get_output_embeddings())
+    ends = (policy.model.get_input_embeddings(), policy.model.get_output_embeddings())
     embeddings = sum(p.numel() for p in {id(m.weight): m.weight for m in ends}.values())
     parts = {
         "vision": vision,
@@ -108,7 +108,7 @@ def _shape(policy: Policy) -> Shape:
         "embeddings": embeddings,
     }
     merge = policy.processor.settings.merge
-    return memory.loaded_shape(policy.core.config.to_dict(), policy.name, merge, parts)
+    return memory.loaded_shape(policy.model.config.to_dict(), policy.name, merge, parts)
 
 
 def _counted(

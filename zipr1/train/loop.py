@@ -254,11 +254,11 @@ def supervised_step(
     else:
         portion = supervised.own_lessons(policy, recipe, step, stage)
     # 2. the gradient and the step
-    policy.core.train()
+    policy.model.train()
     optimizer.zero_grad()
     value, right = supervised.backward(policy, recipe, portion)
     norm = optim.clipped_step(optimizer, policy.trainable(), recipe.optim.max_grad_norm, value)
-    policy.core.eval()
+    policy.model.eval()
     # 3. the next stage of the curriculum
     state["skill"] += 0.05 * (right - state["skill"])
     if state["skill"] > recipe.supervised.advance_at and stage + 1 < len(

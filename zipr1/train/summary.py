@@ -102,7 +102,7 @@ def finish(
         "seconds": round(seconds, 2),
         "seed": recipe.seed,
         "model": recipe.model.path,
-        "parameters": sum(p.numel() for p in policy.core.parameters()),
+        "parameters": sum(p.numel() for p in policy.model.parameters()),
         "recipe_sha256": recipe.sha256(),
     }
     for name, result in results.items():

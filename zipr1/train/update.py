@@ -124,7 +124,7 @@ def backward(
         # Before the sparse context: with adapters the reference is this very model.
         reference = policy.parallel.reference_forward(lambda: look_up(policy, batch, rows, chosen))
     request = replaying(policy, recipe, batch, rows, chosen)
-    with sparse_attention(policy.core, request) as run, policy.recomputing():
+    with sparse_attention(policy.model, request) as run, policy.recomputing():
         return policy.parallel.backward(
             lambda: sparse_loss(policy, recipe, batch, rows, chosen, run, reference, share),
             last,
