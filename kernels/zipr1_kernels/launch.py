@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import contextlib
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +25,18 @@ class Config(NamedTuple):
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Run a kernel on the device of its first argument, a tensor. Triton itself takes the current device, whose
+    address space is another than that of tensors on a second GPU."""
+    with on(args[0].device):
+        kernel[grid](*args, **options)
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Inside, that GPU is the current one; nothing for a CPU, where the interpreter runs."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def padded(dim: int) -> int:

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from zipr1_kernels.launch import INTERPRETED, LOG2E, Config, padded, precision, rows_of
+from zipr1_kernels.launch import INTERPRETED, LOG2E, Config, launch, padded, precision, rows_of
 
 # By padded head dimension, the same for sm_80 and sm_90; tests/kernels/test_compile.py reads their registers.
 FORWARD = {
@@ -205,9 +205,16 @@ class _ProbeScores(torch.autograd.Function):
         sizes = (heads, count, rows, length, scale * LOG2E, *k.stride()[:3])
         shape = _shape(config, k)
         inputs = (q, k, probes, valid, candidates, lse)
-        lse_kernel[(triton.cdiv(rows, config.rows), heads, batch)](*inputs, *sizes, **shape)
-        columns_kernel[(triton.cdiv(length, config.columns), batch)](
-            *inputs, out, seen, *sizes, NORM=normalise, **shape
+        launch(lse_kernel, (triton.cdiv(rows, config.rows), heads, batch), *inputs, *sizes, **shape)
+        launch(
+            columns_kernel,
+            (triton.cdiv(length, config.columns), batch),
+            *inputs,
+            out,
+            seen,
+            *sizes,
+            NORM=normalise,
+            **shape,
         )
         ctx.save_for_backward(*inputs, seen)
         ctx.scale, ctx.normalise = scale, normalise
@@ -230,11 +237,25 @@ class _ProbeScores(torch.autograd.Function):
         sizes = (heads, count, rows, length)
         scales = {"scale": ctx.scale * LOG2E, "factor": ctx.scale}
         strides = dict(zip(("skb", "skh", "skl"), k.stride()[:3], strict=True))
-        queries_grad_kernel[(triton.cdiv(rows, config.rows), heads, batch)](
-            *inputs, dq, *sizes, **scales, **strides, **shape
+        launch(
+            queries_grad_kernel,
+            (triton.cdiv(rows, config.rows), heads, batch),
+            *inputs,
+            dq,
+            *sizes,
+            **scales,
+            **strides,
+            **shape,
         )
-        keys_grad_kernel[(triton.cdiv(length, config.columns), heads, batch)](
-            *inputs, dk, *sizes, **scales, **strides, **shape
+        launch(
+            keys_grad_kernel,
+            (triton.cdiv(length, config.columns), heads, batch),
+            *inputs,
+            dk,
+            *sizes,
+            **scales,
+            **strides,
+            **shape,
         )
         return dq, dk, None, None, None, None, None
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from zipr1_kernels.kept import Kept
-from zipr1_kernels.launch import Config
+from zipr1_kernels.launch import Config, launch
 
 SELECT = Config(1, 1024, 8, 1)
 PACK = Config(1, 4096, 8, 1)
@@ -121,7 +121,9 @@ def _mask(
 ) -> torch.Tensor:  # fmt: skip
     batch, length = scores.shape
     keep = torch.empty(batch, length, dtype=torch.bool, device=scores.device)
-    select_kernel[(batch,)](
+    launch(
+        select_kernel,
+        (batch,),
         scores.detach().contiguous(),
         candidates.contiguous().view(torch.uint8),
         always.contiguous().view(torch.uint8),
@@ -163,7 +165,14 @@ def pack_indices(keep: torch.Tensor) -> Kept:
     count = keep.sum(-1)
     most, least = torch.stack([count.max(), count.min()]).tolist()
     index = torch.empty(batch, max(most, 1), dtype=torch.int64, device=keep.device)
-    pack_kernel[(batch,)](
-        keep.view(torch.uint8), index, length, index.shape[1], BLOCK=PACK.columns, **PACK.options
+    launch(
+        pack_kernel,
+        (batch,),
+        keep.view(torch.uint8),
+        index,
+        length,
+        index.shape[1],
+        BLOCK=PACK.columns,
+        **PACK.options,
     )
     return Kept(index, count, least, length)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from zipr1_kernels.kept import Kept
-from zipr1_kernels.launch import INTERPRETED, LOG2E, Config, padded, precision, rows_of
+from zipr1_kernels.launch import INTERPRETED, LOG2E, Config, launch, padded, precision, rows_of
 
 # By padded head dimension; rows are the least a tensor core takes, more where more are asked for at once.
 FORWARD = {
@@ -133,7 +133,7 @@ def sparse_decode(
     part = q.new_empty(batch * heads, shares, block, padded(values), dtype=torch.float32)
     most, total = (part.new_empty(batch * heads, shares, block) for _ in range(2))
     out = torch.empty(batch, queries, q_heads, values, dtype=q.dtype, device=q.device).transpose(1, 2)  # fmt: skip
-    split_kernel[(batch * heads, shares)](
+    launch(split_kernel, (batch * heads, shares),
         q, k, v,
         q if valid is None else valid.contiguous().view(torch.uint8),
         q if kept is None else kept.index,
@@ -144,7 +144,7 @@ def sparse_decode(
         D=dim, BD=padded(dim), DV=values, BV=padded(values), BM=block, BN=config.columns,
         PREC=precision(q.dtype), UP=INTERPRETED, **config.options,
     )  # fmt: skip
-    join_kernel[(batch * heads, rows)](
+    launch(join_kernel, (batch * heads, rows),
         part, most, total, out, heads, groups, queries, shares, *out.stride()[:3],
         DV=values, BV=padded(values), BM=block, num_warps=1,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from zipr1_kernels.kept import Kept
-from zipr1_kernels.launch import INTERPRETED, LOG2E, Config, padded, precision, rows_of
+from zipr1_kernels.launch import INTERPRETED, LOG2E, Config, launch, padded, precision, rows_of
 
 # By padded head dimension, the same for sm_80 and sm_90: of the sizes tried, the largest without a spilled register on
 # either (kernels/bench/resources.py); no GPU has chosen among them. Forward, rows are a multiple of columns: the
@@ -230,7 +230,7 @@ class _SparsePrefill(torch.autograd.Function):
         out = _token_first(q, v.shape[3])
         lse = torch.empty(batch, q_heads, n, dtype=torch.float32, device=q.device)
         config = FORWARD[max(padded(q.shape[3]), padded(v.shape[3]))]
-        forward_kernel[(triton.cdiv(n, config.rows), q_heads, batch)](
+        launch(forward_kernel, (triton.cdiv(n, config.rows), q_heads, batch),
             q, k, v, out, lse, index, count, q_heads, groups, n, scale * LOG2E,
             *_strides(q, k, v, out), **_shape(config, q, v),
         )  # fmt: skip
@@ -254,10 +254,10 @@ class _SparsePrefill(torch.autograd.Function):
         config = BACKWARD[max(padded(q.shape[3]), padded(v.shape[3]))]
         sizes = (q_heads, q_heads // heads, n, ctx.scale * LOG2E, ctx.scale)
         shape = _shape(config, q, v)
-        queries_grad_kernel[(triton.cdiv(n, config.rows), q_heads, batch)](
+        launch(queries_grad_kernel, (triton.cdiv(n, config.rows), q_heads, batch),
             q, k, v, out, grad, dq, lse, delta, index, count, *sizes, *_strides(q, k, v, out, grad), **shape
         )  # fmt: skip
-        keys_grad_kernel[(triton.cdiv(n, config.columns), heads, batch)](
+        launch(keys_grad_kernel, (triton.cdiv(n, config.columns), heads, batch),
             q, k, v, grad, dk, dv, lse, delta, index, count, *sizes, *_strides(q, k, v, grad), **shape
         )  # fmt: skip
         return dq, dk, dv, None, None, None
