@@ -10,6 +10,7 @@ from zipr1_kernels.dispatch import ran, unusable, use
 from zipr1_kernels.kept import Kept
 from zipr1_kernels.kv_compact import kv_compact
 from zipr1_kernels.kv_compact.reference import kv_compact as kv_compact_reference
+from zipr1_kernels.packed_attention import packed_attention
 from zipr1_kernels.probe_scores import probe_scores
 from zipr1_kernels.probe_scores.reference import probe_scores as probe_scores_reference
 from zipr1_kernels.select_top_p import (
@@ -31,6 +32,7 @@ __all__ = [
     "kv_compact",
     "kv_compact_reference",
     "pack_indices",
+    "packed_attention",
     "probe_scores",
     "probe_scores_reference",
     "ran",

@@ -23,10 +23,10 @@ import torch
 
 PATHS = ("auto", "torch", "triton")
 
-# Those that have a kernel, by the name under which they ask `plan`.
+# Those that have a faster form than plain torch on a GPU, by the name under which they ask `plan`.
 OPS = (
     "probe_scores", "select_top_p", "select_top_k", "select_threshold", "pack_indices", "sparse_prefill", "kv_compact",
-    "sparse_decode",
+    "sparse_decode", "packed_attention",
 )  # fmt: skip
 
 # Head dimensions with a shipped configuration, up to the next power of two.
@@ -99,6 +99,27 @@ def plan(
     if trouble:
         raise RuntimeError(trouble)
     _state.ran[op] = f"torch: {reason}" if reason else "triton"
+    return not reason
+
+
+def automatic(op: str) -> bool:
+    """Whether `op` may take what is fastest: no path is forced, and it is not switched off."""
+    return _state.path == "auto" and f"-{op}" not in _state.off
+
+
+def library(op: str, *tensors: torch.Tensor, cannot: str | None = None) -> bool:
+    """Whether `op`, which has no kernel of ours, is to run torch's special form of it on these tensors.
+
+    cannot: why there is none for them. The choice is remembered for `ran`.
+    """
+    reason = cannot
+    if _state.path == "torch":
+        reason = "forced"
+    elif f"-{op}" in _state.off:
+        reason = "switched off by ZIPR1_KERNELS"
+    elif tensors[0].device.type != "cuda":
+        reason = "not on a GPU"
+    _state.ran[op] = f"torch: {reason}" if reason else "torch: its variable-length attention"
     return not reason
 
 

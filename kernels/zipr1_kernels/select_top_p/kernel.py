@@ -98,9 +98,18 @@ def select_kernel(Scores, Cand, Always, Budget, Keep, L, MODE: tl.constexpr, BLO
 
 
 @triton.jit
-def pack_kernel(Keep, Index, L, n, BLOCK: tl.constexpr):
-    """Index `(B, n)` int64: the kept slots in order, then the last one again."""
+def pack_kernel(
+    Keep, Count, Index, Flat, Starts, L, n, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Index `(B, n)` int64: the kept slots in order, then the last one again. Flat and Starts as `Kept` has them."""
     b = tl.program_id(0)
+    begin = tl.zeros([], tl.int64)
+    for r0 in range(0, b, ROWS):
+        rows = r0 + tl.arange(0, ROWS)
+        begin += tl.sum(tl.load(Count + rows, mask=rows < b, other=0), 0)
+    if b == 0:
+        tl.store(Starts, begin.to(tl.int32))
+    tl.store(Starts + b + 1, (begin + tl.load(Count + b)).to(tl.int32))
     count = tl.zeros([], tl.int32)
     last = tl.zeros([], tl.int32)
     for n0 in range(0, L, BLOCK):
@@ -108,6 +117,7 @@ def pack_kernel(Keep, Index, L, n, BLOCK: tl.constexpr):
         kept = tl.load(Keep + b * L + at, mask=at < L, other=0).to(tl.int32)
         place = count + tl.cumsum(kept, 0) - 1
         tl.store(Index + b.to(tl.int64) * n + place, at.to(tl.int64), mask=kept != 0)
+        tl.store(Flat + begin + place, b.to(tl.int64) * L + at, mask=kept != 0)
         count += tl.sum(kept, 0)
         last = tl.maximum(last, tl.max(tl.where(kept != 0, at, 0), 0))
     for n0 in range(0, n, BLOCK):
@@ -122,18 +132,15 @@ def _mask(
     batch, length = scores.shape
     keep = torch.empty(batch, length, dtype=torch.bool, device=scores.device)
     launch(
-        select_kernel,
-        (batch,),
+        select_kernel, (batch,),
         scores.detach().contiguous(),
         candidates.contiguous().view(torch.uint8),
         always.contiguous().view(torch.uint8),
         budget.to(torch.float32).contiguous(),
         keep.view(torch.uint8),
         length,
-        MODE=mode,
-        BLOCK=SELECT.columns,
-        **SELECT.options,
-    )
+        MODE=mode, BLOCK=SELECT.columns, **SELECT.options,
+    )  # fmt: skip
     return keep
 
 
@@ -163,16 +170,17 @@ def pack_indices(keep: torch.Tensor) -> Kept:
     keep = keep.contiguous()
     batch, length = keep.shape
     count = keep.sum(-1)
-    most, least = torch.stack([count.max(), count.min()]).tolist()
-    index = torch.empty(batch, max(most, 1), dtype=torch.int64, device=keep.device)
-    launch(
-        pack_kernel,
-        (batch,),
-        keep.view(torch.uint8),
-        index,
-        length,
-        index.shape[1],
-        BLOCK=PACK.columns,
-        **PACK.options,
+    most, least, total = torch.stack([count.max(), count.min(), count.sum()]).tolist()
+    index, flat = (
+        torch.empty(size, dtype=torch.int64, device=keep.device)
+        for size in ((batch, max(most, 1)), (total,))
     )
-    return Kept(index, count, least, length)
+    starts = torch.empty(batch + 1, dtype=torch.int32, device=keep.device)
+    launch(
+        pack_kernel, (batch,), keep.view(torch.uint8), count, index, flat, starts, length, index.shape[1],
+        BLOCK=PACK.columns, ROWS=64, **PACK.options,
+    )  # fmt: skip
+    kept = Kept(index, count, least, length, total)
+    # They cost this kernel two stores, and would cost the properties of that name ten launches.
+    vars(kept).update(flat=flat, starts=starts)
+    return kept
