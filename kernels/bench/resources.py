@@ -14,9 +14,15 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from zipr1_kernels.launch import Config  # noqa: E402
 
 # Most shared memory of one block in bytes, and registers of one thread (CUDA programming guide, compute capabilities).
 SHARED = {80: 166912, 90: 232448}
@@ -49,6 +55,18 @@ KERNELS: list[tuple[str, str, str, bool, dict[str, str], dict[str, Any]]] = [
     ("sparse_decode", "FORWARD", "join_kernel", False, {}, {}),
     ("kv_compact", "FORWARD", "compact_kernel", False, {}, {}),
 ]  # fmt: skip
+
+# Configurations worth trying at head dimension 128, by operation and table.
+CANDIDATES: dict[tuple[str, str], list[Config]] = {
+    ("sparse_prefill", "FORWARD"): [
+        Config(128, 32, 8, 3), Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(64, 64, 4, 2),
+        Config(64, 64, 4, 3),
+    ],
+    ("sparse_prefill", "BACKWARD"): [Config(32, 64, 8, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2)],
+    ("probe_scores", "FORWARD"): [Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(64, 128, 8, 2)],
+    ("probe_scores", "BACKWARD"): [Config(32, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2)],
+    ("sparse_decode", "FORWARD"): [Config(16, 64, 4, 3), Config(16, 128, 4, 2), Config(16, 128, 8, 3)],
+}  # fmt: skip
 
 
 def signature(kernel: Any, special: dict[str, str], dtype: str) -> dict[str, str]:
@@ -134,9 +152,9 @@ def measure(archs: list[int], dims: list[int], dtype: str) -> list[dict[str, Any
         configs = getattr(module, table)
         kernel = getattr(module, name)
         for dim in dims if isinstance(configs, dict) or "D" in kernel.arg_names else [0]:
-            config = configs[dim] if isinstance(configs, dict) else configs
             constants = dict(more)
             for arch in archs:
+                config = configs[arch][dim] if isinstance(configs, dict) else configs
                 result = compiled(kernel, config, dim, special, constants, arch, dtype)
                 rows.append(
                     {

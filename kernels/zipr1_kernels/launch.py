@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,21 @@ class Config(NamedTuple):
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+# By compute capability (80, 90), then by padded head dimension.
+Tables = dict[int, dict[int, Config]]
+
+
+def table(tables: Tables, device: torch.device) -> dict[int, Config]:
+    """The configurations for a device: those of sm_90 on a Hopper, else those of sm_80, which fit everywhere."""
+    return tables[capability(device)]
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return 90 if hopper else 80
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

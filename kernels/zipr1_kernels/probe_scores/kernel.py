@@ -13,20 +13,46 @@ import torch
 import triton
 import triton.language as tl
 
-from zipr1_kernels.launch import INTERPRETED, LOG2E, Config, launch, padded, precision, rows_of
+from zipr1_kernels.launch import (
+    INTERPRETED,
+    LOG2E,
+    Config,
+    Tables,
+    launch,
+    padded,
+    precision,
+    rows_of,
+    table,
+)
 
 # By padded head dimension, the same for sm_80 and sm_90; tests/kernels/test_compile.py reads their registers.
-FORWARD = {
-    16: Config(64, 64, 4, 2),
-    32: Config(64, 64, 4, 2),
-    64: Config(64, 64, 4, 2),
-    128: Config(64, 64, 4, 2),
+FORWARD: Tables = {
+    80: {
+        16: Config(64, 64, 4, 2),
+        32: Config(64, 64, 4, 2),
+        64: Config(64, 64, 4, 2),
+        128: Config(64, 64, 4, 2),
+    },
+    90: {
+        16: Config(64, 64, 4, 2),
+        32: Config(64, 64, 4, 2),
+        64: Config(64, 64, 4, 2),
+        128: Config(64, 64, 4, 2),
+    },
 }
-BACKWARD = {
-    16: Config(32, 64, 4, 2),
-    32: Config(32, 64, 4, 2),
-    64: Config(32, 64, 4, 2),
-    128: Config(32, 64, 4, 2),
+BACKWARD: Tables = {
+    80: {
+        16: Config(32, 64, 4, 2),
+        32: Config(32, 64, 4, 2),
+        64: Config(32, 64, 4, 2),
+        128: Config(32, 64, 4, 2),
+    },
+    90: {
+        16: Config(32, 64, 4, 2),
+        32: Config(32, 64, 4, 2),
+        64: Config(32, 64, 4, 2),
+        128: Config(32, 64, 4, 2),
+    },
 }
 
 
@@ -201,7 +227,7 @@ class _ProbeScores(torch.autograd.Function):
         lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=k.device)
         out = torch.empty(batch, length, dtype=torch.float32, device=k.device)
         seen = torch.empty_like(out)
-        config = FORWARD[padded(dim)]
+        config = table(FORWARD, k.device)[padded(dim)]
         sizes = (heads, count, rows, length, scale * LOG2E, *k.stride()[:3])
         shape = _shape(config, k)
         inputs = (q, k, probes, valid, candidates, lse)
@@ -231,7 +257,7 @@ class _ProbeScores(torch.autograd.Function):
             grad = grad / seen
         delta, dq = torch.empty_like(lse), torch.empty_like(q)
         dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-        config = BACKWARD[padded(dim)]
+        config = table(BACKWARD, k.device)[padded(dim)]
         shape = _shape(config, k)
         inputs = (q, k, probes, valid, candidates, lse, grad, delta)
         sizes = (heads, count, rows, length)

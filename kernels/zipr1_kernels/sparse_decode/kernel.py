@@ -11,14 +11,32 @@ import triton
 import triton.language as tl
 
 from zipr1_kernels.kept import Kept
-from zipr1_kernels.launch import INTERPRETED, LOG2E, Config, launch, padded, precision, rows_of
+from zipr1_kernels.launch import (
+    INTERPRETED,
+    LOG2E,
+    Config,
+    Tables,
+    launch,
+    padded,
+    precision,
+    rows_of,
+    table,
+)
 
 # By padded head dimension; rows are the least a tensor core takes, more where more are asked for at once.
-FORWARD = {
-    16: Config(16, 64, 4, 3),
-    32: Config(16, 64, 4, 3),
-    64: Config(16, 64, 4, 3),
-    128: Config(16, 64, 4, 3),
+FORWARD: Tables = {
+    80: {
+        16: Config(16, 64, 4, 3),
+        32: Config(16, 64, 4, 3),
+        64: Config(16, 64, 4, 3),
+        128: Config(16, 64, 4, 3),
+    },
+    90: {
+        16: Config(16, 64, 4, 3),
+        32: Config(16, 64, 4, 3),
+        64: Config(16, 64, 4, 3),
+        128: Config(16, 64, 4, 3),
+    },
 }
 
 # Programs to aim at, about two for each multiprocessor of an H100: fewer leave it idle, more have more to join.
@@ -124,7 +142,7 @@ def sparse_decode(
     groups, rows = q_heads // heads, q_heads // heads * queries
     scale = dim**-0.5 if scale is None else scale
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
-    config = FORWARD[max(padded(dim), padded(values))]
+    config = table(FORWARD, k.device)[max(padded(dim), padded(values))]
     n = k.shape[2] if kept is None else kept.index.shape[1]
     block = max(config.rows, triton.next_power_of_2(rows))
     wanted = triton.cdiv(PROGRAMS, batch * heads)

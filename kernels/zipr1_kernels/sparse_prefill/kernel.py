@@ -14,22 +14,48 @@ import triton
 import triton.language as tl
 
 from zipr1_kernels.kept import Kept
-from zipr1_kernels.launch import INTERPRETED, LOG2E, Config, launch, padded, precision, rows_of
+from zipr1_kernels.launch import (
+    INTERPRETED,
+    LOG2E,
+    Config,
+    Tables,
+    launch,
+    padded,
+    precision,
+    rows_of,
+    table,
+)
 
 # By padded head dimension, the same for sm_80 and sm_90: of the sizes tried, the largest without a spilled register on
 # either (kernels/bench/resources.py); no GPU has chosen among them. Forward, rows are a multiple of columns: the
 # causal mask then concerns the last blocks of a row only.
-FORWARD = {
-    16: Config(64, 64, 4, 2),
-    32: Config(64, 64, 4, 2),
-    64: Config(128, 64, 8, 3),
-    128: Config(128, 32, 8, 3),
+FORWARD: Tables = {
+    80: {
+        16: Config(64, 64, 4, 2),
+        32: Config(64, 64, 4, 2),
+        64: Config(128, 64, 8, 3),
+        128: Config(128, 32, 8, 3),
+    },
+    90: {
+        16: Config(64, 64, 4, 2),
+        32: Config(64, 64, 4, 2),
+        64: Config(128, 64, 8, 3),
+        128: Config(128, 32, 8, 3),
+    },
 }
-BACKWARD = {
-    16: Config(32, 64, 4, 2),
-    32: Config(32, 64, 4, 2),
-    64: Config(32, 64, 4, 2),
-    128: Config(32, 64, 8, 2),
+BACKWARD: Tables = {
+    80: {
+        16: Config(32, 64, 4, 2),
+        32: Config(32, 64, 4, 2),
+        64: Config(32, 64, 4, 2),
+        128: Config(32, 64, 8, 2),
+    },
+    90: {
+        16: Config(32, 64, 4, 2),
+        32: Config(32, 64, 4, 2),
+        64: Config(32, 64, 4, 2),
+        128: Config(32, 64, 8, 2),
+    },
 }
 
 
@@ -229,7 +255,7 @@ class _SparsePrefill(torch.autograd.Function):
         q, k, v = rows_of(q), rows_of(k), rows_of(v)
         out = _token_first(q, v.shape[3])
         lse = torch.empty(batch, q_heads, n, dtype=torch.float32, device=q.device)
-        config = FORWARD[max(padded(q.shape[3]), padded(v.shape[3]))]
+        config = table(FORWARD, k.device)[max(padded(q.shape[3]), padded(v.shape[3]))]
         launch(forward_kernel, (triton.cdiv(n, config.rows), q_heads, batch),
             q, k, v, out, lse, index, count, q_heads, groups, n, scale * LOG2E,
             *_strides(q, k, v, out), **_shape(config, q, v),
@@ -251,7 +277,7 @@ class _SparsePrefill(torch.autograd.Function):
             torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).zero_()
             for x in (q, k, v)
         )
-        config = BACKWARD[max(padded(q.shape[3]), padded(v.shape[3]))]
+        config = table(BACKWARD, k.device)[max(padded(q.shape[3]), padded(v.shape[3]))]
         sizes = (q_heads, q_heads // heads, n, ctx.scale * LOG2E, ctx.scale)
         shape = _shape(config, q, v)
         launch(queries_grad_kernel, (triton.cdiv(n, config.rows), q_heads, batch),
