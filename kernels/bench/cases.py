@@ -123,6 +123,15 @@ class Problem:
         index = self.probes[:, None, :, None].expand(-1, self.shape.q_heads, -1, self.shape.dim)
         return probe_scores(self.q.gather(2, index), self.k, self.probes, self.valid, self.every)
 
+    def score_backward(self) -> Run:
+        """Gradients of the scores alone; their forward pass is done beforehand."""
+        index = self.probes[:, None, :, None].expand(-1, self.shape.q_heads, -1, self.shape.dim)
+        with torch.enable_grad():
+            leaves = [self.q.gather(2, index).requires_grad_(), self.k.detach().requires_grad_()]
+            scores = probe_scores(*leaves, self.probes, self.valid, self.every)
+        grad = torch.linspace(-1, 1, scores.numel(), device=scores.device).view_as(scores)
+        return lambda: torch.autograd.grad(scores, leaves, grad, retain_graph=True)
+
     def choose(self) -> torch.Tensor:
         return select_top_p(self.scores, self.p, self.every, self.none)
 

@@ -607,8 +607,11 @@ def configurations(context: Context, clock: Clock) -> None:
     case, _ = problem.backward()
     runs: dict[str, Run] = {
         "sparse_prefill FORWARD": problem.forced("triton", problem.q, problem.k, problem.v),
-        "sparse_prefill BACKWARD": case.run.get("triton", case.run["ours"]),
+        "sparse_prefill QUERIES": case.run.get("triton", case.run["ours"]),
+        "sparse_prefill KEYS": case.run.get("triton", case.run["ours"]),
         "probe_scores FORWARD": problem.score,
+        "probe_scores QUERIES": problem.score_backward(),
+        "probe_scores KEYS": problem.score_backward(),
         "sparse_decode FORWARD": problem.decode,
     }
     arch = launch.capability(problem.q.device)

@@ -12,7 +12,7 @@ from zipr1_kernels.launch import Config, launch, padded, rows_of
 FORWARD = Config(1, 32, 4, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def compact_kernel(
     K, V, NewK, NewV, Index, H, n, skb, skh, skl, svb, svh, svl,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,

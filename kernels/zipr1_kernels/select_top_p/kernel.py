@@ -31,7 +31,7 @@ def _load(Scores, Cand, Always, b, n0, L, BLOCK: tl.constexpr):
     return at, tl.maximum(score, 0.0) + 0.0, cand & (always == 0), cand & always
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def select_kernel(Scores, Cand, Always, Budget, Keep, L, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """Keep `(B, L)` uint8. Budget `(B,)` float32: p, the number of tokens, or the relative threshold."""
     b = tl.program_id(0)
@@ -62,12 +62,14 @@ def select_kernel(Scores, Cand, Always, Budget, Keep, L, MODE: tl.constexpr, BLO
             step = 1 << (28 - 4 * i)
             # In the first pass digits above 7 would overflow; no positive score has them.
             above = prefix + tl.where((i == 0) & (digits > 7), 7, digits) * step + (step - 1)
-            mass = tl.zeros([16], tl.float32)
+            # Summed over the block once, after the loop: within it that took a barrier for each block.
+            masses = tl.zeros([BLOCK, 16], tl.float32)
             for n0 in range(0, L, BLOCK):
                 _, score, free, _ = _load(Scores, Cand, Always, b, n0, L, BLOCK)
                 weight = tl.where(free, tl.where(MODE == 1, 1.0, score), 0.0)
                 bits = score.to(tl.int32, bitcast=True)
-                mass += tl.sum(tl.where(bits[:, None] > above[None, :], weight[:, None], 0.0), 0)
+                masses += tl.where(bits[:, None] > above[None, :], weight[:, None], 0.0)
+            mass = tl.sum(masses, 0)
             # Masses fall with the digit: as many as are still enough is the first that is not.
             digit = tl.minimum(tl.sum((mass >= need).to(tl.int32), 0), 15)
             prefix += digit * step
@@ -97,7 +99,7 @@ def select_kernel(Scores, Cand, Always, Budget, Keep, L, MODE: tl.constexpr, BLO
             before += tl.sum(tie, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "n"])
 def pack_kernel(
     Keep, Count, Index, Flat, Starts, L, n, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip

@@ -43,7 +43,7 @@ FORWARD: Tables = {
 PROGRAMS = 264
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "span"])
 def split_kernel(
     Q, K, V, Valid, Index, Count, Part, Most, Total, H, G, queries, n, span, scale,
     sqb, sqh, sql, skb, skh, skl, svb, svh, svl, MASKED: tl.constexpr, INDEXED: tl.constexpr,
@@ -105,26 +105,22 @@ def split_kernel(
 @triton.jit
 def join_kernel(
     Part, Most, Total, Out, H, G, queries, shares, sob, soh, sol,
-    DV: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
+    DV: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
+    """Out: the shares of one query, all loaded at once, weighed by their sums."""
     pair, row = tl.program_id(0), tl.program_id(1)
     b, h = pair // H, pair % H
-    dims = tl.arange(0, BV)
-    most = tl.full([], -float("inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
-    acc = tl.zeros([BV], tl.float32)
-    for share in range(shares):
-        at = (pair * shares + share) * BM + row
-        its = tl.load(Most + at)
-        new = tl.maximum(most, its)
-        safe = tl.where(new == -float("inf"), 0.0, new)
-        old, more = tl.exp2(most - safe), tl.exp2(its - safe)
-        acc = acc * old + tl.load(Part + at * BV + dims) * more
-        total = total * old + tl.load(Total + at) * more
-        most = new
+    dims, share = tl.arange(0, BV), tl.arange(0, SHARES)
+    at = (pair * shares + share) * BM + row
+    most = tl.load(Most + at, mask=share < shares, other=-float("inf"))
+    total = tl.load(Total + at, mask=share < shares, other=0.0)
+    # A query sees at least one slot, so one of the shares is finite; a share that saw none weighs 0.
+    weight = tl.exp2(most - tl.max(most, 0))
+    part = tl.load(Part + at[:, None] * BV + dims, mask=(share < shares)[:, None], other=0.0)
+    acc = tl.sum(part * weight[:, None], 0) / tl.sum(total * weight, 0)
     hq, i = h * G + row // queries, row % queries
     out = Out + b.to(tl.int64) * sob + hq.to(tl.int64) * soh + i * sol
-    tl.store(out + dims, (acc / total).to(Out.dtype.element_ty), mask=dims < DV)
+    tl.store(out + dims, acc.to(Out.dtype.element_ty), mask=dims < DV)
 
 
 def sparse_decode(
@@ -164,6 +160,6 @@ def sparse_decode(
     )  # fmt: skip
     launch(join_kernel, (batch * heads, rows),
         part, most, total, out, heads, groups, queries, shares, *out.stride()[:3],
-        DV=values, BV=padded(values), BM=block, num_warps=1,
+        DV=values, BV=padded(values), BM=block, SHARES=triton.next_power_of_2(shares), num_warps=4,
     )  # fmt: skip
     return out
