@@ -610,6 +610,7 @@ def configurations(context: Context, clock: Clock) -> None:
         "sparse_prefill QUERIES": case.run.get("triton", case.run["ours"]),
         "sparse_prefill KEYS": case.run.get("triton", case.run["ours"]),
         "probe_scores FORWARD": problem.score,
+        "probe_scores COLUMNS": problem.score,
         "probe_scores QUERIES": problem.score_backward(),
         "probe_scores KEYS": problem.score_backward(),
         "sparse_decode FORWARD": problem.decode,

@@ -44,8 +44,8 @@ REALS = {"scale", "factor"}
 KERNELS: list[tuple[str, str, str, bool, dict[str, str], dict[str, Any]]] = [
     ("probe_scores", "FORWARD", "lse_kernel", False, {}, {}),
     ("probe_scores", "FORWARD", "join_kernel", False, {}, {"SHARES": 32, "BLOCK": 64}),
-    ("probe_scores", "FORWARD", "columns_kernel", False, {"Out": "*fp32", "Count": "*fp32"}, {"NORM": True}),
-    ("probe_scores", "FORWARD", "columns_kernel", False, {"Out": "*fp32", "Count": "*fp32"}, {"NORM": False}),
+    ("probe_scores", "COLUMNS", "columns_kernel", False, {"Out": "*fp32", "Count": "*fp32"}, {"NORM": True}),
+    ("probe_scores", "COLUMNS", "columns_kernel", False, {"Out": "*fp32", "Count": "*fp32"}, {"NORM": False}),
     ("probe_scores", "QUERIES", "queries_grad_kernel", True, {"Grad": "*fp32"}, {}),
     ("probe_scores", "KEYS", "keys_grad_kernel", True, {"Grad": "*fp32"}, {}),
     ("select_top_p", "SELECT", "select_kernel", False, {}, {"MODE": 0}),
@@ -74,6 +74,7 @@ CANDIDATES: dict[tuple[str, str], list[Config]] = {
         Config(32, 64, 8, 2), Config(32, 64, 4, 2), Config(64, 64, 8, 2), Config(64, 32, 4, 2), Config(64, 64, 8, 1),
     ],
     ("probe_scores", "FORWARD"): [Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(64, 128, 8, 2)],
+    ("probe_scores", "COLUMNS"): [Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(64, 64, 8, 2)],
     ("probe_scores", "QUERIES"): [Config(32, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2)],
     ("probe_scores", "KEYS"): [Config(32, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2)],
     ("sparse_decode", "FORWARD"): [Config(16, 64, 4, 3), Config(16, 128, 4, 2), Config(16, 128, 8, 3)],

@@ -32,6 +32,10 @@ FORWARD: Tables = {
     80: dict.fromkeys((16, 32, 64, 128), Config(64, 64, 4, 2)),
     90: dict.fromkeys((16, 32, 64, 128), Config(64, 64, 4, 2)),
 }
+COLUMNS: Tables = {
+    80: dict.fromkeys((16, 32, 64, 128), Config(64, 64, 8, 2)),
+    90: dict.fromkeys((16, 32, 64, 128), Config(64, 64, 4, 2)),
+}
 # Gradients of the queries, and of the keys.
 QUERIES: Tables = {
     80: dict.fromkeys((16, 32, 64, 128), Config(32, 64, 4, 2)),
@@ -252,14 +256,13 @@ class _ProbeScores(torch.autograd.Function):
         seen = torch.empty_like(out)
         config = table(FORWARD, k.device)[padded(dim)]
         sizes = (heads, count, rows, length, scale * LOG2E, *k.stride()[:3])
-        shape = _shape(config, k)
         blocks = triton.cdiv(rows, config.rows) * heads * batch
         span = _span(length, blocks, config.columns)
         shares = triton.cdiv(length, span)
         part = lse if shares == 1 else lse.new_empty(shares, *lse.shape)
         launch(
             lse_kernel, (triton.cdiv(rows, config.rows), heads, batch * shares),
-            q, k, slots, candidates, part, *sizes, span, shares, **shape,
+            q, k, slots, candidates, part, *sizes, span, shares, **_shape(config, k),
         )  # fmt: skip
         if shares > 1:
             launch(
@@ -267,9 +270,10 @@ class _ProbeScores(torch.autograd.Function):
                 SHARES=triton.next_power_of_2(shares), BLOCK=JOINED, num_warps=4,
             )  # fmt: skip
         inputs = (q, k, slots, candidates, lse)
+        config = table(COLUMNS, k.device)[padded(dim)]
         launch(
             columns_kernel, (triton.cdiv(length, config.columns), batch), *inputs, out, seen, *sizes,
-            NORM=normalise, **shape,
+            NORM=normalise, **_shape(config, k),
         )  # fmt: skip
         ctx.save_for_backward(*inputs, seen)
         ctx.scale, ctx.normalise = scale, normalise

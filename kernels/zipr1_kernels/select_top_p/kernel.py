@@ -63,13 +63,13 @@ def select_kernel(Scores, Cand, Always, Budget, Keep, L, MODE: tl.constexpr, BLO
             # In the first pass digits above 7 would overflow; no positive score has them.
             above = prefix + tl.where((i == 0) & (digits > 7), 7, digits) * step + (step - 1)
             # Summed over the block once, after the loop: within it that took a barrier for each block.
-            masses = tl.zeros([BLOCK, 16], tl.float32)
+            masses = tl.zeros([16, BLOCK], tl.float32)
             for n0 in range(0, L, BLOCK):
                 _, score, free, _ = _load(Scores, Cand, Always, b, n0, L, BLOCK)
                 weight = tl.where(free, tl.where(MODE == 1, 1.0, score), 0.0)
                 bits = score.to(tl.int32, bitcast=True)
-                masses += tl.where(bits[:, None] > above[None, :], weight[:, None], 0.0)
-            mass = tl.sum(masses, 0)
+                masses += tl.where(bits[None, :] > above[:, None], weight[None, :], 0.0)
+            mass = tl.sum(masses, 1)
             # Masses fall with the digit: as many as are still enough is the first that is not.
             digit = tl.minimum(tl.sum((mass >= need).to(tl.int32), 0), 15)
             prefix += digit * step
