@@ -6,6 +6,7 @@
 #   make lint      formatting, lint, types, who may import whom
 #   make format    mend what can be mended
 #   make bench     time the rollouts and the kernels
+#   make other-python PYTHON=python3.13   install, import, lint and the fast tests under another Python, in .venv-other
 #   make gpu       ten minutes on a GPU: check and time all that runs there, into runs/gpu (OUT=DIR: elsewhere)
 #   make gpu-wheels  what a GPU machine without a network lacks, into .whl, for `make gpu` there
 
@@ -25,7 +26,7 @@ MOST_WHEELS := 67108864
 # That machine has its packages where its python3 finds them; elsewhere the environment is used, where there is one.
 GPU_PYTHON = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 
-.PHONY: install demo test lint format bench gpu gpu-wheels clean
+.PHONY: install demo test lint format bench other-python fast gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -69,6 +70,17 @@ bench: $(STAMP)
 	$(BIN)/python kernels/bench/run.py --backward
 	$(BIN)/python kernels/bench/run.py --length 256 320 384 448 512 1024 --seconds 1
 
+# The environment of another Python stands beside the usual one, which is left as it is.
+other-python:
+	rm -rf .venv-other
+	$(MAKE) VENV=.venv-other fast
+
+fast: $(STAMP)
+	$(BIN)/python -V
+	$(BIN)/python -c 'import pkgutil, importlib, zipr1, zipr1_kernels; [importlib.import_module(m.name) for p in (zipr1, zipr1_kernels) for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".") if not m.name.endswith("__main__")]'
+	$(MAKE) VENV=$(VENV) lint
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not network"
+
 gpu:
 	@test -x $(BIN)/python || ! test -d .whl || $(PYTHON) -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target .site .whl/*.whl
 	PYTHONPATH=.site:.:kernels $(GPU_PYTHON) kernels/bench/gpu.py --out $(or $(OUT),runs/gpu)
@@ -81,4 +93,4 @@ gpu-wheels: $(STAMP)
 	@du -sh .whl
 
 clean:
-	rm -rf $(VENV) .whl .site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-other .whl .site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -118,6 +118,16 @@ def test_a_gpu_is_made_the_current_one_and_a_cpu_is_not(monkeypatch):
     assert entered == [torch.device("cuda", 1), "out"]
 
 
+def test_configurations_are_of_the_device_at_hand(monkeypatch):
+    """Hopper has its own; newer and older cards, and a CPU, take those that fit everywhere."""
+    tables = {80: {128: "fits everywhere"}, 90: {128: "Hopper"}}
+    found = {"cuda:0": (9, 0), "cuda:1": (8, 6), "cuda:2": (12, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found[str(device)])
+    monkeypatch.setattr(launch, "capability", launch.capability.__wrapped__)
+    taken = [launch.table(tables, torch.device(name))[128] for name in (*found, "cpu")]
+    assert taken == ["Hopper", *["fits everywhere"] * 3]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
 def test_a_second_gpu_gives_what_the_first_gives():
