@@ -1,8 +1,8 @@
 """The parts of gpu.py, each for a process of its own: `python kernels/bench/gpu_parts.py PART [WHICH] --rows FILE ...`.
 
 Here: the machine, and the checks of the kernels. Their times are in gpu_times.py, what runs zipr1 itself in
-gpu_whole.py. A part writes rows as it goes and may be ended at any moment; it looks at `Context.left()` before it begins
-something long.
+gpu_whole.py. A part writes rows as it goes and may be ended at any moment; it looks at `Context.left()` before it
+begins something long.
 """
 
 from __future__ import annotations

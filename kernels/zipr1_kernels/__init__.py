@@ -6,6 +6,7 @@ definition that any faster version is tested against, and the path taken on a CP
 head-first, `(B, H, L, D)`, as transformers hands them over. See kernels/README.md.
 """
 
+from zipr1_kernels.break_even import BREAK_EVEN
 from zipr1_kernels.dispatch import ran, unusable, use
 from zipr1_kernels.kept import Kept
 from zipr1_kernels.kv_compact import kv_compact
@@ -27,6 +28,7 @@ from zipr1_kernels.sparse_prefill import sparse_prefill
 from zipr1_kernels.sparse_prefill.reference import sparse_prefill as sparse_prefill_reference
 
 __all__ = [
+    "BREAK_EVEN",
     "Kept",
     "cut_points",
     "kv_compact",

@@ -99,6 +99,24 @@ def test_break_even_by_hand():
     ]
 
 
+def test_the_break_even_of_a_cpu_is_the_measured_one():
+    import csv
+
+    import run
+    from zipr1_kernels import BREAK_EVEN
+
+    found = [row for row in csv.DictReader((BENCH / "results.csv").open()) if row["op"] == "total"]
+    rows = [
+        {**row, "length": int(row["length"]), "speedup": float(row["speedup"])}
+        for row in found
+        if row["device"] == "2 CPU threads" and row["keep"] == "0.25" and row["shape"] == "3b"
+    ]
+    said = run.break_even(rows)
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"} and len(said) == 2
+    for line in said:
+        assert line.endswith(f"sparsity pays from {BREAK_EVEN['cpu']} tokens on"), line
+
+
 def test_the_share_kept_is_the_one_asked_for():
     from cases import SHAPES, Problem
 
