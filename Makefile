@@ -6,6 +6,9 @@
 #   make lint      formatting, lint, types, who may import whom
 #   make format    mend what can be mended
 #   make bench     time the rollouts and the kernels
+#   make other-python PYTHON=python3.13   install, import, lint and the fast tests under another Python, in .venv-other
+#   make gpu       ten minutes on a GPU: check and time all that runs there, into runs/gpu (OUT=DIR: elsewhere)
+#   make gpu-wheels  what a GPU machine without a network lacks, into .whl, for `make gpu` there
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +19,14 @@ LMMS_EVAL := $(shell sed -n 's/^lmms-eval==/lmms-eval==/p' constraints.txt)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test lint format bench clean
+# The machine that `make gpu` was written for: Python 3.12, with torch and transformers, without a network and these.
+WHEELS := annotated-types av decord pydantic pydantic_core typing-inspection
+PLATFORMS := _2_28 _2_27 _2_24 _2_17 2014 2010 1
+MOST_WHEELS := 67108864
+# That machine has its packages where its python3 finds them; elsewhere the environment is used, where there is one.
+GPU_PYTHON = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
+
+.PHONY: install demo test lint format bench other-python fast gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -60,5 +70,27 @@ bench: $(STAMP)
 	$(BIN)/python kernels/bench/run.py --backward
 	$(BIN)/python kernels/bench/run.py --length 256 320 384 448 512 1024 --seconds 1
 
+# The environment of another Python stands beside the usual one, which is left as it is.
+other-python:
+	rm -rf .venv-other
+	$(MAKE) VENV=.venv-other fast
+
+fast: $(STAMP)
+	$(BIN)/python -V
+	$(BIN)/python -c 'import pkgutil, importlib, zipr1, zipr1_kernels; [importlib.import_module(m.name) for p in (zipr1, zipr1_kernels) for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".") if not m.name.endswith("__main__")]'
+	$(MAKE) VENV=$(VENV) lint
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not network"
+
+gpu:
+	@test -x $(BIN)/python || ! test -d .whl || $(PYTHON) -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target .site .whl/*.whl
+	PYTHONPATH=.site:.:kernels $(GPU_PYTHON) kernels/bench/gpu.py --out $(or $(OUT),runs/gpu)
+
+gpu-wheels: $(STAMP)
+	rm -rf .whl
+	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		$(PLATFORMS:%=--platform manylinux%_x86_64) -c constraints.txt -d .whl $(WHEELS)
+	@test $$(cat .whl/*.whl | wc -c) -le $(MOST_WHEELS) || { echo "error: .whl is larger than 64 MiB, what travels to a lent machine" >&2; exit 1; }
+	@du -sh .whl
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-other .whl .site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

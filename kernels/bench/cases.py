@@ -60,7 +60,10 @@ class Case:
 
 
 class Problem:
-    """Tensors of one shape, length, share and dtype on a device, and the functions that work on them."""
+    """Tensors of one shape, length, share and dtype on a device, and the functions that work on them.
+
+    ragged: the rows of the batch keep from 0.4 to 1.6 times the share, and decoding has one row for each of them.
+    """
 
     def __init__(
         self,
@@ -72,45 +75,62 @@ class Problem:
         batch: int = 1,
         decode: int = 1,
         seed: int = 0,
+        ragged: bool = False,
     ):
-        self.shape, self.length, self.batch, self.decode_batch = shape, length, batch, decode
-        generator = torch.Generator().manual_seed(seed)
+        self.shape, self.length, self.batch = shape, length, batch
+        self.ragged, self.decode_batch = ragged, batch if ragged else decode
+        # Drawn where they are used: a CPU takes ten seconds for the tokens of a long prompt.
+        generator = torch.Generator(device).manual_seed(seed)
 
         def normal(rows: int, tokens: int, heads: int) -> torch.Tensor:
-            x = torch.randn(rows, tokens, heads, shape.dim, generator=generator)
-            return x.to(device, dtype).transpose(1, 2)
+            x = torch.randn(rows, tokens, heads, shape.dim, generator=generator, device=device)
+            return x.to(dtype).transpose(1, 2)
 
         self.q = normal(batch, length, shape.q_heads)
         self.k, self.v = (normal(batch, length, shape.heads) for _ in range(2))
         self.grad = normal(batch, length, shape.q_heads)
         recent = min(RECENT, length)
-        others = torch.randperm(length - recent, generator=generator)[:RANDOM].sort().values
-        slots = torch.cat([others, torch.arange(length - recent, length)])
-        self.probes = slots.expand(batch, -1).contiguous().to(device)
+        others = torch.randperm(length - recent, generator=generator, device=device)
+        latest = torch.arange(length - recent, length, device=device)
+        slots = torch.cat([others[:RANDOM].sort().values, latest])
+        self.probes = slots.expand(batch, -1).contiguous()
         self.every = torch.ones(batch, length, dtype=torch.bool, device=device)
         self.none = ~self.every
         self.valid = torch.ones_like(self.probes, dtype=torch.bool)
-        self.kept_count = max(1, round(keep * length))
+        shares = [
+            keep * (0.4 + 1.2 * b / max(1, batch - 1)) if ragged else keep for b in range(batch)
+        ]
+        self.counts = [min(length, max(1, round(share * length))) for share in shares]
         with torch.no_grad():
             scores = self.score()
             cut = cut_points(scores, self.every, self.none).sort(1).values
-            # Above the last cut point wanted, below the next.
-            n = self.kept_count
-            self.p = torch.ones_like(cut[:, 0])
-            if n < length:
-                self.p = (cut[:, n - 1] + cut[:, n]) / 2
+            # Above the last cut point wanted, below the next; 1 where all stay.
+            last = torch.tensor(self.counts, device=device)[:, None]
+            ends = torch.cat([cut, torch.full_like(cut[:, :1], 2.0)], 1)
+            self.p = ((ends.gather(1, last - 1) + ends.gather(1, last)) / 2)[:, 0].clamp_max(1.0)
             self.scores = scores
             self.kept = pack_indices(self.choose())
             found = self.kept.count.tolist()
             # Sums of float32 differ in their last digits between the sort and the search.
-            assert all(abs(n - count) <= 1 + n / 1000 for count in found), (n, found)
+            near = zip(self.counts, found, strict=True)
+            assert all(abs(n - count) <= 1 + n / 1000 for n, count in near), (self.counts, found)
             cache = kv_compact(self.k, self.v, self.kept)
-            self.cache = [x[:1].expand(decode, -1, -1, -1).contiguous() for x in cache]
-            self.query = normal(decode, 1, shape.q_heads)
+            rows = [x if ragged else x[:1].expand(decode, -1, -1, -1).contiguous() for x in cache]
+            self.cache = (*rows, self.kept.real if ragged else None)
+            self.query = normal(self.decode_batch, 1, shape.q_heads)
 
     def score(self) -> torch.Tensor:
         index = self.probes[:, None, :, None].expand(-1, self.shape.q_heads, -1, self.shape.dim)
         return probe_scores(self.q.gather(2, index), self.k, self.probes, self.valid, self.every)
+
+    def score_backward(self) -> Run:
+        """Gradients of the scores alone; their forward pass is done beforehand."""
+        index = self.probes[:, None, :, None].expand(-1, self.shape.q_heads, -1, self.shape.dim)
+        with torch.enable_grad():
+            leaves = [self.q.gather(2, index).requires_grad_(), self.k.detach().requires_grad_()]
+            scores = probe_scores(*leaves, self.probes, self.valid, self.every)
+        grad = torch.linspace(-1, 1, scores.numel(), device=scores.device).view_as(scores)
+        return lambda: torch.autograd.grad(scores, leaves, grad, retain_graph=True)
 
     def choose(self) -> torch.Tensor:
         return select_top_p(self.scores, self.p, self.every, self.none)
@@ -166,39 +186,55 @@ class Problem:
         return {f"sdpa {kind.name.lower()}": backend(kind, expanded) for kind in kinds}
 
     def flex(self) -> Run:
-        """torch's flex_attention with the kept set as a block mask, compiled: for a GPU."""
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
+        """torch's flex_attention with the kept set as a block mask, compiled at the first call: for a GPU."""
         keep = self.kept.keep
+        made: list[Run] = []
 
         def seen(b, h, i, j):  # type: ignore[no-untyped-def]
             return (i >= j) & keep[b, i] & keep[b, j]
 
-        mask = create_block_mask(seen, self.batch, None, self.length, self.length, self.q.device)
-        compiled = torch.compile(flex_attention)
-        q, k, v = (x.contiguous() for x in (self.q, self.k, self.v))
-        return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True)
+        def build() -> Run:
+            from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def cases(self) -> list[Case]:
-        """The forward operations; the floor counts what must be computed and moved, whoever does it."""
-        s, length, n = self.shape, self.length, self.kept_count
-        size, rows = self.q.element_size(), self.batch
-        probes = self.probes.shape[1]
-        attention = Work(
-            2.0 * rows * s.q_heads * n * (n + 1) * s.dim,
-            rows * size * s.dim * (n * (s.q_heads + 2 * s.heads) + length * s.q_heads),
-        )
-        scoring = Work(
-            2.0 * rows * s.q_heads * probes * length * s.dim,
-            rows * (size * s.dim * (length * s.heads + probes * s.q_heads) + 4 * length),
-        )
-        selecting = Work(0.0, rows * (4 * length + length + 8 * n))
-        compacting = Work(0.0, rows * 4 * size * n * s.heads * s.dim)
-        decoding = Work(
-            4.0 * self.decode_batch * s.q_heads * n * s.dim,
-            self.decode_batch * 2 * size * n * s.heads * s.dim,
-        )
-        total = Work(*(sum(x) for x in zip(attention, scoring, selecting, strict=True)))
+            # Compiled, for otherwise it writes a mask of length x length: 17 GB at 131,072.
+            mask = create_block_mask(
+                seen, self.batch, None, self.length, self.length, self.q.device, _compile=True
+            )
+            compiled = torch.compile(flex_attention)
+            q, k, v = (x.contiguous() for x in (self.q, self.k, self.v))
+            return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True)
+
+        def run() -> object:
+            if not made:
+                made.append(build())
+            return made[0]()
+
+        return run
+
+    def works(self) -> dict[str, Work]:
+        """The least that must be computed and moved for each operation, whoever does it."""
+        s, length, rows = self.shape, self.length, self.batch
+        size, probes, kept = self.q.element_size(), self.probes.shape[1], sum(self.counts)
+        stepped = kept if self.ragged else self.counts[0] * self.decode_batch
+        pairs = sum(n * (n + 1) for n in self.counts)
+        return {
+            "sparse_prefill": Work(
+                2.0 * s.q_heads * pairs * s.dim,
+                size * s.dim * (kept * (s.q_heads + 2 * s.heads) + rows * length * s.q_heads),
+            ),
+            "probe_scores": Work(
+                2.0 * rows * s.q_heads * probes * length * s.dim,
+                rows * (size * s.dim * (length * s.heads + probes * s.q_heads) + 4 * length),
+            ),
+            "select_top_p": Work(0.0, rows * 5 * length + 8 * kept),
+            "kv_compact": Work(0.0, 4 * size * kept * s.heads * s.dim),
+            "sparse_decode": Work(
+                4.0 * stepped * s.q_heads * s.dim, 2 * size * stepped * s.heads * s.dim
+            ),
+        }
+
+    def runs(self) -> dict[str, dict[str, Run]]:
+        """What is timed: for each forward operation, its providers."""
         prefill: dict[str, Run] = {
             "ours": lambda: sparse_prefill(self.q, self.k, self.v, self.kept),
             "gather + sdpa": self.forced("torch", self.q, self.k, self.v),
@@ -206,36 +242,32 @@ class Problem:
         if self.q.device.type == "cuda":
             prefill["triton"] = self.forced("triton", self.q, self.k, self.v)
             prefill["flex_attention"] = self.flex()
-        wide = [x.repeat_interleave(s.q_heads // s.heads, 1) for x in self.cache]
-        return [
-            Case("probe_scores", "forward", scoring, {"ours": self.score}),
-            Case(
-                "select_top_p",
-                "forward",
-                selecting,
-                {
-                    "ours": lambda: pack_indices(self.choose()),
-                    "sort + cumsum": self.by_sort,
-                },
-            ),
-            Case("sparse_prefill", "forward", attention, prefill),
-            Case(
-                "kv_compact",
-                "forward",
-                compacting,
-                {"ours": lambda: kv_compact(self.k, self.v, self.kept)},
-            ),
-            Case(
-                "sparse_decode",
-                "forward",
-                decoding,
-                {
-                    "ours": lambda: sparse_decode(self.query, *self.cache),
-                    "sdpa": lambda: F.scaled_dot_product_attention(self.query, *wide),
-                },
-            ),
-            Case("total", "forward", total, {"ours": self.whole}),
-        ]
+        return {
+            "probe_scores": {"ours": self.score},
+            "select_top_p": {
+                "ours": lambda: pack_indices(self.choose()),
+                "sort + cumsum": self.by_sort,
+            },
+            "sparse_prefill": prefill,
+            "kv_compact": {"ours": lambda: kv_compact(self.k, self.v, self.kept)},
+            "sparse_decode": {"ours": self.decode, "sdpa": self.plain_decode},
+        }
+
+    def decode(self) -> torch.Tensor:
+        return sparse_decode(self.query, *self.cache)
+
+    def plain_decode(self) -> torch.Tensor:
+        """torch's fused attention, the query heads of a key head as its rows, so that the cache is read once."""
+        with use("torch"):
+            return self.decode()
+
+    def cases(self) -> list[Case]:
+        """The forward operations, and scoring, selection and attention as a whole."""
+        works, runs = self.works(), self.runs()
+        cases = [Case(op, "forward", works[op], runs[op]) for op in runs]
+        parts = [works[op] for op in ("sparse_prefill", "probe_scores", "select_top_p")]
+        total = Work(*(sum(x) for x in zip(*parts, strict=True)))
+        return [*cases, Case("total", "forward", total, {"ours": self.whole})]
 
     def forced(self, path: str, *tensors: torch.Tensor) -> Run:
         def run() -> object:
@@ -247,8 +279,8 @@ class Problem:
     def backward(self) -> tuple[Case, dict[str, Run]]:
         """Gradients of q, k and v alone (their forward pass is done beforehand), and the dense ways of getting them."""
         inputs = [x.detach().clone().requires_grad_() for x in (self.q, self.k, self.v)]
-        s, n = self.shape, self.kept_count
-        work = Work(5.0 * self.batch * s.q_heads * n * (n + 1) * s.dim, 0.0)
+        pairs = sum(n * (n + 1) for n in self.counts)
+        work = Work(5.0 * self.shape.q_heads * pairs * self.shape.dim, 0.0)
 
         def of(run: Run, leaves: list[torch.Tensor]) -> Run:
             with torch.enable_grad():

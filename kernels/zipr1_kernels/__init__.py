@@ -6,10 +6,12 @@ definition that any faster version is tested against, and the path taken on a CP
 head-first, `(B, H, L, D)`, as transformers hands them over. See kernels/README.md.
 """
 
+from zipr1_kernels.break_even import BREAK_EVEN
 from zipr1_kernels.dispatch import ran, unusable, use
 from zipr1_kernels.kept import Kept
 from zipr1_kernels.kv_compact import kv_compact
 from zipr1_kernels.kv_compact.reference import kv_compact as kv_compact_reference
+from zipr1_kernels.packed_attention import packed_attention
 from zipr1_kernels.probe_scores import probe_scores
 from zipr1_kernels.probe_scores.reference import probe_scores as probe_scores_reference
 from zipr1_kernels.select_top_p import (
@@ -26,11 +28,13 @@ from zipr1_kernels.sparse_prefill import sparse_prefill
 from zipr1_kernels.sparse_prefill.reference import sparse_prefill as sparse_prefill_reference
 
 __all__ = [
+    "BREAK_EVEN",
     "Kept",
     "cut_points",
     "kv_compact",
     "kv_compact_reference",
     "pack_indices",
+    "packed_attention",
     "probe_scores",
     "probe_scores_reference",
     "ran",

@@ -2,7 +2,8 @@
 
 `auto`, the default, takes Triton for tensors on a GPU and torch otherwise, and torch too where an operation says so (a
 head dimension without a shipped configuration, or torch's own fused attention being the faster). `use("torch")` and
-`use("triton")` force one for a block of code, the environment variable ZIPR1_KERNELS for a process.
+`use("triton")` force one for a block of code, the environment variable ZIPR1_KERNELS for a process. There, names of
+operations after the path are left to torch: `ZIPR1_KERNELS=auto,-select_top_p,-pack_indices`.
 
 Triton compiles for GPUs; on a CPU its kernels run in Triton's interpreter, slowly, if TRITON_INTERPRET=1 was set before
 they were imported. The interpreter shows that the logic is right, not what low precision does on a GPU.
@@ -14,6 +15,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 
@@ -21,14 +23,31 @@ import torch
 
 PATHS = ("auto", "torch", "triton")
 
+# Those that have a faster form than plain torch on a GPU, by the name under which they ask `plan`.
+OPS = (
+    "probe_scores", "select_top_p", "select_top_k", "select_threshold", "pack_indices", "sparse_prefill", "kv_compact",
+    "sparse_decode", "packed_attention",
+)  # fmt: skip
+
 # Head dimensions with a shipped configuration, up to the next power of two.
 MOST_DIM = 128
 
 
-class _State(threading.local):
+class _State:
+    """path and off hold for the process: autograd computes checkpointed layers again in threads of its own, which have
+    to take the path that the forward pass took. What `ran` tells is a thread's own."""
+
     def __init__(self) -> None:
-        self.path = os.environ.get("ZIPR1_KERNELS", "auto")
-        self.ran: dict[str, str] = {}
+        self.path, *switches = os.environ.get("ZIPR1_KERNELS", "auto").split(",")
+        self.off = tuple(switches)
+        self._own = threading.local()
+
+    @property
+    def ran(self) -> dict[str, str]:
+        if not hasattr(self._own, "ran"):
+            self._own.ran = {}
+        found: dict[str, str] = self._own.ran
+        return found
 
 
 _state = _State()
@@ -36,7 +55,7 @@ _state = _State()
 
 @contextlib.contextmanager
 def use(path: str) -> Iterator[None]:
-    """Force a path, one of `PATHS`, for this thread within the block."""
+    """Force a path, one of `PATHS`, within the block. It holds for all threads: force one at a time."""
     if path not in PATHS:
         raise ValueError(f"kernels path '{path}'; allowed: {', '.join(PATHS)}")
     before, _state.path = _state.path, path
@@ -68,8 +87,10 @@ def plan(
         reason = "forced"
     elif _state.path == "auto" and not on_gpu:
         reason = "not on a GPU"
-    elif _state.path == "auto" and not has_triton():
-        reason = "Triton is not installed"
+    elif f"-{op}" in _state.off:
+        reason = "switched off by ZIPR1_KERNELS"
+    elif _state.path == "auto" and absent():
+        reason = str(absent())
     elif _state.path == "auto" and slower:
         reason = slower
     else:  # forced, or the way things are on a GPU
@@ -81,14 +102,42 @@ def plan(
     return not reason
 
 
+def automatic(op: str) -> bool:
+    """Whether `op` may take what is fastest: no path is forced, and it is not switched off."""
+    return _state.path == "auto" and f"-{op}" not in _state.off
+
+
+def library(op: str, *tensors: torch.Tensor, cannot: str | None = None) -> bool:
+    """Whether `op`, which has no kernel of ours, is to run torch's special form of it on these tensors.
+
+    cannot: why there is none for them. The choice is remembered for `ran`.
+    """
+    reason = cannot
+    if _state.path == "torch":
+        reason = "forced"
+    elif f"-{op}" in _state.off:
+        reason = "switched off by ZIPR1_KERNELS"
+    elif tensors[0].device.type != "cuda":
+        reason = "not on a GPU"
+    _state.ran[op] = f"torch: {reason}" if reason else "torch: its variable-length attention"
+    return not reason
+
+
 def unusable(on_gpu: bool) -> str | None:
     """Why the path that was asked for cannot be taken on such a device, and the way out; None if it can."""
     if _state.path not in PATHS:
         return f"ZIPR1_KERNELS is '{_state.path}'; allowed: {', '.join(PATHS)}"
+    strange = [
+        switch for switch in _state.off if switch.removeprefix("-") not in OPS or switch[0] != "-"
+    ]
+    if strange:
+        return f"ZIPR1_KERNELS has '{strange[0]}' after the path; allowed: -NAME, a minus and one of {', '.join(OPS)}"
     if _state.path != "triton":
         return None
     if not has_triton():
         return "Triton was asked for and is not installed: pip install triton"
+    if on_gpu and absent():
+        return f"Triton was asked for and {absent()}: install gcc, or set CC"
     if not on_gpu and not interpreted():
         return "Triton was asked for on a CPU; use a GPU, or set TRITON_INTERPRET=1 before Python starts"
     return None
@@ -128,6 +177,19 @@ def slow(dtype: torch.dtype) -> str | None:
 @functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def absent() -> str | None:
+    """Why no kernel can be compiled on this machine; None if one can. Triton builds its launchers with a C compiler."""
+    if not has_triton():
+        return "Triton is not installed"
+    return None if has_compiler() else "Triton finds no C compiler"
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """As Triton looks for one."""
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 def interpreted() -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 
 from zipr1_kernels import checks
 
@@ -16,7 +17,7 @@ class Kept:
 
     index: `(B, n)` int64, n the largest count; entries from count[b] on are padding, which repeats the row's last
     kept slot. count: `(B,)` int64, at least 1 (0 for an empty row of a mask). least: the smallest count. length: slots
-    that were chosen among.
+    that were chosen among. total: the sum of the counts; None where the maker does not know it, and a GPU waits for it.
 
     Both makers vouch for what is inside, so that the operations need not look at values, for which a GPU would wait.
     """
@@ -25,6 +26,7 @@ class Kept:
     count: torch.Tensor
     least: int
     length: int
+    total: int | None = None
 
     @classmethod
     def of(cls, index: torch.Tensor, count: torch.Tensor, length: int) -> Kept:
@@ -51,8 +53,9 @@ class Kept:
         outside = (real & ((index < 0) | (index >= length))).any(1)
         unordered = (real[:, 1:] & (index[:, 1:] <= index[:, :-1])).any(1)
         miscounted = (count < 1) | (count > width)
-        bad, most, least = torch.stack(
-            [(outside | unordered | miscounted).any().long(), count.max(), count.min()]
+        flawed = (outside | unordered | miscounted).any().long()
+        bad, most, least, total = torch.stack(
+            [flawed, count.max(), count.min(), count.sum()]
         ).tolist()
         if bad:
             for flaw, rows in (
@@ -67,6 +70,7 @@ class Kept:
             count,
             least,
             length,
+            total,
         )
 
     @property
@@ -84,17 +88,32 @@ class Kept:
         return torch.arange(self.index.shape[1], device=self.index.device) < self.count[:, None]
 
     @cached_property
+    def starts(self) -> torch.Tensor:
+        """`(B + 1,)` int32: where each row's tokens start among the kept ones of all rows, and their number."""
+        return F.pad(self.count.cumsum(0, dtype=torch.int32), (1, 0))
+
+    @cached_property
     def flat(self) -> torch.Tensor:
         """`(sum of counts,)` int64: the kept slots of all rows among the `B * length` of the flattened batch."""
-        start = torch.arange(len(self.index), device=self.index.device)[:, None] * self.length
-        return (self.index + start)[self.real] if self.ragged else (self.index + start).flatten()
+        rows, width = self.index.shape
+        start = torch.arange(rows, device=self.index.device)[:, None] * self.length
+        if not self.ragged:
+            return (self.index + start).flatten()
+        if self.total is None:
+            return (self.index + start)[self.real]
+        # With their number known, no value has to be looked at.
+        row = torch.arange(rows, device=self.index.device).repeat_interleave(
+            self.count, output_size=self.total
+        )
+        place = torch.arange(self.total, device=self.index.device) - self.starts[row]
+        return (self.index + start).flatten().index_select(0, row * width + place)
 
     @cached_property
     def packed(self) -> Kept:
         """The same tokens where `kv_compact` puts them: the first count[b] of n slots."""
         n = self.index.shape[1]
         place = torch.arange(n, device=self.index.device)
-        return Kept(place.minimum(self.count[:, None] - 1), self.count, self.least, n)
+        return Kept(place.minimum(self.count[:, None] - 1), self.count, self.least, n, self.total)
 
     @cached_property
     def keep(self) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import contextlib
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +26,33 @@ class Config(NamedTuple):
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+# By compute capability (80, 90), then by padded head dimension.
+Tables = dict[int, dict[int, Config]]
+
+
+def table(tables: Tables, device: torch.device) -> dict[int, Config]:
+    """The configurations for a device: those of sm_90 on a Hopper, else those of sm_80, which fit everywhere."""
+    return tables[capability(device)]
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return 90 if hopper else 80
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Run a kernel on the device of its first argument, a tensor. Triton itself takes the current device, whose
+    address space is another than that of tensors on a second GPU."""
+    with on(args[0].device):
+        kernel[grid](*args, **options)
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Inside, that GPU is the current one; nothing for a CPU, where the interpreter runs."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def padded(dim: int) -> int:

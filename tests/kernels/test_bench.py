@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 BENCH = Path(__file__).resolve().parents[2] / "kernels" / "bench"
@@ -36,6 +37,52 @@ def test_nothing_is_timed_that_is_wrong(monkeypatch):
     wrong = run.gate("cpu")
     assert any(line.startswith("float32 output: off by") for line in wrong)
     assert any("float32 dq" in line for line in wrong)
+    monkeypatch.setattr(run, "sparse_prefill", lambda *x: right(*x) * (1 + 0.01 * x[-1].ragged))
+    wrong = run.gate("cpu")
+    assert wrong and all(line.endswith("(128, ragged rows)") for line in wrong)
+
+
+def test_what_does_not_run_is_left_out_whatever_it_raises(capsys):
+    import run
+
+    class OutOfResources(Exception):
+        """As Triton's, no RuntimeError."""
+
+    def fails():
+        raise OutOfResources("shared memory, Required: 300000")
+
+    found = run.working({"good": lambda: 1, "bad": fails})
+    assert set(found) == {"good"}
+    said = capsys.readouterr().out
+    assert said == "left out: bad: OutOfResources: shared memory, Required: 300000\n"
+
+
+def test_rows_are_kept_as_they_come_and_time_ends(monkeypatch, capsys):
+    """The second problem breaks: the rows of the first are kept. With no time left none is begun."""
+    import argparse
+
+    import run
+
+    def rows(arguments, clock, rates, dtype, shape, length, keep, batch):
+        if length == 200:
+            raise KeyboardInterrupt
+        row = {"op": "total", "mode": "forward", "dense_p50_ms": 2.0, "p50_ms": 1.0}
+        return [
+            {**row, "shape": shape, "dtype": dtype, "length": length, "keep": keep, "batch": batch}
+        ]
+
+    monkeypatch.setattr(run, "machine", lambda *x: (1.0, 1.0))
+    monkeypatch.setattr(run, "problem_rows", rows)
+    wish = argparse.Namespace(
+        device="cpu", dtype=["float32"], shape=["3b"], length=[100, 200], keep=[0.5], batch=[1], limit=60
+    )  # fmt: skip
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        run.measure(wish, kept.extend)
+    assert [row["length"] for row in kept] == [100]
+    wish.limit = -1
+    assert run.measure(wish, kept.extend) == []
+    assert "('3b', 200, 0.5, 1): --limit of -1 seconds is over" in capsys.readouterr().out
 
 
 def test_break_even_by_hand():
@@ -52,6 +99,24 @@ def test_break_even_by_hand():
     ]
 
 
+def test_the_break_even_of_a_cpu_is_the_measured_one():
+    import csv
+
+    import run
+    from zipr1_kernels import BREAK_EVEN
+
+    found = [row for row in csv.DictReader((BENCH / "results.csv").open()) if row["op"] == "total"]
+    rows = [
+        {**row, "length": int(row["length"]), "speedup": float(row["speedup"])}
+        for row in found
+        if row["device"] == "2 CPU threads" and row["keep"] == "0.25" and row["shape"] == "3b"
+    ]
+    said = run.break_even(rows)
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"} and len(said) == 2
+    for line in said:
+        assert line.endswith(f"sparsity pays from {BREAK_EVEN['cpu']} tokens on"), line
+
+
 def test_the_share_kept_is_the_one_asked_for():
     from cases import SHAPES, Problem
 
@@ -60,6 +125,13 @@ def test_the_share_kept_is_the_one_asked_for():
     gaps = problem.kept.index[0].diff()
     assert int(gaps.max()) > 5 and int(gaps.min()) == 1, "scattered, not a prefix"
     assert torch.equal(problem.by_sort()[:, 1], problem.kept.index[0])
+    ragged = Problem(SHAPES["3b"], 300, 0.25, torch.float32, "cpu", batch=3, ragged=True)
+    assert ragged.kept.count.tolist() == [30, 75, 120]
+    works = ragged.works()
+    assert works["sparse_prefill"].flops == 2 * 16 * 128 * (30 * 31 + 75 * 76 + 120 * 121)
+    assert works["sparse_decode"].bytes == 2 * 4 * 225 * 2 * 128
+    torch.testing.assert_close(ragged.decode(), ragged.plain_decode())
+    assert ragged.decode().shape == (3, 16, 1, 128)
 
 
 def test_budgets_in_one_pass_are_timed():

@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 
 from zipr1_kernels.kept import Kept
-from zipr1_kernels.launch import Config, padded, rows_of
+from zipr1_kernels.launch import Config, launch, padded, rows_of
 
 FORWARD = Config(1, 32, 4, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def compact_kernel(
     K, V, NewK, NewV, Index, H, n, skb, skh, skl, svb, svh, svl,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
@@ -38,7 +38,7 @@ def kv_compact(k: torch.Tensor, v: torch.Tensor, kept: Kept) -> tuple[torch.Tens
     n, values = kept.index.shape[1], v.shape[3]
     k, v = rows_of(k), rows_of(v)
     small_k, small_v = k.new_empty(batch, n, heads, dim), v.new_empty(batch, n, heads, values)
-    compact_kernel[(triton.cdiv(n, FORWARD.columns), heads, batch)](
+    launch(compact_kernel, (triton.cdiv(n, FORWARD.columns), heads, batch),
         k, v, small_k, small_v, kept.index, heads, n, *k.stride()[:3], *v.stride()[:3],
         D=dim, BD=padded(dim), DV=values, BV=padded(values), BN=FORWARD.columns, **FORWARD.options,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from zipr1_kernels.kept import Kept
-from zipr1_kernels.launch import Config
+from zipr1_kernels.launch import Config, launch
 
 SELECT = Config(1, 1024, 8, 1)
 PACK = Config(1, 4096, 8, 1)
@@ -31,7 +31,7 @@ def _load(Scores, Cand, Always, b, n0, L, BLOCK: tl.constexpr):
     return at, tl.maximum(score, 0.0) + 0.0, cand & (always == 0), cand & always
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def select_kernel(Scores, Cand, Always, Budget, Keep, L, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """Keep `(B, L)` uint8. Budget `(B,)` float32: p, the number of tokens, or the relative threshold."""
     b = tl.program_id(0)
@@ -62,12 +62,14 @@ def select_kernel(Scores, Cand, Always, Budget, Keep, L, MODE: tl.constexpr, BLO
             step = 1 << (28 - 4 * i)
             # In the first pass digits above 7 would overflow; no positive score has them.
             above = prefix + tl.where((i == 0) & (digits > 7), 7, digits) * step + (step - 1)
-            mass = tl.zeros([16], tl.float32)
+            # Summed over the block once, after the loop: within it that took a barrier for each block.
+            masses = tl.zeros([16, BLOCK], tl.float32)
             for n0 in range(0, L, BLOCK):
                 _, score, free, _ = _load(Scores, Cand, Always, b, n0, L, BLOCK)
                 weight = tl.where(free, tl.where(MODE == 1, 1.0, score), 0.0)
                 bits = score.to(tl.int32, bitcast=True)
-                mass += tl.sum(tl.where(bits[:, None] > above[None, :], weight[:, None], 0.0), 0)
+                masses += tl.where(bits[None, :] > above[:, None], weight[None, :], 0.0)
+            mass = tl.sum(masses, 1)
             # Masses fall with the digit: as many as are still enough is the first that is not.
             digit = tl.minimum(tl.sum((mass >= need).to(tl.int32), 0), 15)
             prefix += digit * step
@@ -97,10 +99,19 @@ def select_kernel(Scores, Cand, Always, Budget, Keep, L, MODE: tl.constexpr, BLO
             before += tl.sum(tie, 0)
 
 
-@triton.jit
-def pack_kernel(Keep, Index, L, n, BLOCK: tl.constexpr):
-    """Index `(B, n)` int64: the kept slots in order, then the last one again."""
+@triton.jit(do_not_specialize=["L", "n"])
+def pack_kernel(
+    Keep, Count, Index, Flat, Starts, L, n, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Index `(B, n)` int64: the kept slots in order, then the last one again. Flat and Starts as `Kept` has them."""
     b = tl.program_id(0)
+    begin = tl.zeros([], tl.int64)
+    for r0 in range(0, b, ROWS):
+        rows = r0 + tl.arange(0, ROWS)
+        begin += tl.sum(tl.load(Count + rows, mask=rows < b, other=0), 0)
+    if b == 0:
+        tl.store(Starts, begin.to(tl.int32))
+    tl.store(Starts + b + 1, (begin + tl.load(Count + b)).to(tl.int32))
     count = tl.zeros([], tl.int32)
     last = tl.zeros([], tl.int32)
     for n0 in range(0, L, BLOCK):
@@ -108,6 +119,7 @@ def pack_kernel(Keep, Index, L, n, BLOCK: tl.constexpr):
         kept = tl.load(Keep + b * L + at, mask=at < L, other=0).to(tl.int32)
         place = count + tl.cumsum(kept, 0) - 1
         tl.store(Index + b.to(tl.int64) * n + place, at.to(tl.int64), mask=kept != 0)
+        tl.store(Flat + begin + place, b.to(tl.int64) * L + at, mask=kept != 0)
         count += tl.sum(kept, 0)
         last = tl.maximum(last, tl.max(tl.where(kept != 0, at, 0), 0))
     for n0 in range(0, n, BLOCK):
@@ -121,17 +133,16 @@ def _mask(
 ) -> torch.Tensor:  # fmt: skip
     batch, length = scores.shape
     keep = torch.empty(batch, length, dtype=torch.bool, device=scores.device)
-    select_kernel[(batch,)](
+    launch(
+        select_kernel, (batch,),
         scores.detach().contiguous(),
         candidates.contiguous().view(torch.uint8),
         always.contiguous().view(torch.uint8),
         budget.to(torch.float32).contiguous(),
         keep.view(torch.uint8),
         length,
-        MODE=mode,
-        BLOCK=SELECT.columns,
-        **SELECT.options,
-    )
+        MODE=mode, BLOCK=SELECT.columns, **SELECT.options,
+    )  # fmt: skip
     return keep
 
 
@@ -161,9 +172,17 @@ def pack_indices(keep: torch.Tensor) -> Kept:
     keep = keep.contiguous()
     batch, length = keep.shape
     count = keep.sum(-1)
-    most, least = torch.stack([count.max(), count.min()]).tolist()
-    index = torch.empty(batch, max(most, 1), dtype=torch.int64, device=keep.device)
-    pack_kernel[(batch,)](
-        keep.view(torch.uint8), index, length, index.shape[1], BLOCK=PACK.columns, **PACK.options
+    most, least, total = torch.stack([count.max(), count.min(), count.sum()]).tolist()
+    index, flat = (
+        torch.empty(size, dtype=torch.int64, device=keep.device)
+        for size in ((batch, max(most, 1)), (total,))
     )
-    return Kept(index, count, least, length)
+    starts = torch.empty(batch + 1, dtype=torch.int32, device=keep.device)
+    launch(
+        pack_kernel, (batch,), keep.view(torch.uint8), count, index, flat, starts, length, index.shape[1],
+        BLOCK=PACK.columns, ROWS=64, **PACK.options,
+    )  # fmt: skip
+    kept = Kept(index, count, least, length, total)
+    # They cost this kernel two stores, and would cost the properties of that name ten launches.
+    vars(kept).update(flat=flat, starts=starts)
+    return kept

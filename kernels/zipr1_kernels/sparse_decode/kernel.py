@@ -10,21 +10,39 @@ import torch
 import triton
 import triton.language as tl
 
-from zipr1_kernels.launch import INTERPRETED, LOG2E, Config, padded, precision, rows_of
+from zipr1_kernels.launch import (
+    INTERPRETED,
+    LOG2E,
+    Config,
+    Tables,
+    launch,
+    padded,
+    precision,
+    rows_of,
+    table,
+)
 
 # By padded head dimension; rows are the least a tensor core takes, more where more are asked for at once.
-FORWARD = {
-    16: Config(16, 64, 4, 3),
-    32: Config(16, 64, 4, 3),
-    64: Config(16, 64, 4, 3),
-    128: Config(16, 64, 4, 3),
+FORWARD: Tables = {
+    80: {
+        16: Config(16, 64, 4, 3),
+        32: Config(16, 64, 4, 3),
+        64: Config(16, 64, 4, 3),
+        128: Config(16, 64, 4, 3),
+    },
+    90: {
+        16: Config(16, 64, 4, 3),
+        32: Config(16, 64, 4, 3),
+        64: Config(16, 64, 4, 3),
+        128: Config(16, 64, 4, 3),
+    },
 }
 
 # Programs to aim at, about two for each multiprocessor of an H100: fewer leave it idle, more have more to join.
 PROGRAMS = 264
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "span"])
 def split_kernel(
     Q, K, V, Valid, Part, Most, Total, H, G, queries, n, span, scale,
     sqb, sqh, sql, skb, skh, skl, svb, svh, svl, MASKED: tl.constexpr,
@@ -81,26 +99,22 @@ def split_kernel(
 @triton.jit
 def join_kernel(
     Part, Most, Total, Out, H, G, queries, shares, sob, soh, sol,
-    DV: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
+    DV: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
+    """Out: the shares of one query, all loaded at once, weighed by their sums."""
     pair, row = tl.program_id(0), tl.program_id(1)
     b, h = pair // H, pair % H
-    dims = tl.arange(0, BV)
-    most = tl.full([], -float("inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
-    acc = tl.zeros([BV], tl.float32)
-    for share in range(shares):
-        at = (pair * shares + share) * BM + row
-        its = tl.load(Most + at)
-        new = tl.maximum(most, its)
-        safe = tl.where(new == -float("inf"), 0.0, new)
-        old, more = tl.exp2(most - safe), tl.exp2(its - safe)
-        acc = acc * old + tl.load(Part + at * BV + dims) * more
-        total = total * old + tl.load(Total + at) * more
-        most = new
+    dims, share = tl.arange(0, BV), tl.arange(0, SHARES)
+    at = (pair * shares + share) * BM + row
+    most = tl.load(Most + at, mask=share < shares, other=-float("inf"))
+    total = tl.load(Total + at, mask=share < shares, other=0.0)
+    # A query sees at least one slot, so one of the shares is finite; a share that saw none weighs 0.
+    weight = tl.exp2(most - tl.max(most, 0))
+    part = tl.load(Part + at[:, None] * BV + dims, mask=(share < shares)[:, None], other=0.0)
+    acc = tl.sum(part * weight[:, None], 0) / tl.sum(total * weight, 0)
     hq, i = h * G + row // queries, row % queries
     out = Out + b.to(tl.int64) * sob + hq.to(tl.int64) * soh + i * sol
-    tl.store(out + dims, (acc / total).to(Out.dtype.element_ty), mask=dims < DV)
+    tl.store(out + dims, acc.to(Out.dtype.element_ty), mask=dims < DV)
 
 
 def sparse_decode(
@@ -117,7 +131,7 @@ def sparse_decode(
     groups, rows = q_heads // heads, q_heads // heads * queries
     scale = dim**-0.5 if scale is None else scale
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
-    config = FORWARD[max(padded(dim), padded(values))]
+    config = table(FORWARD, k.device)[max(padded(dim), padded(values))]
     n = k.shape[2]
     block = max(config.rows, triton.next_power_of_2(rows))
     wanted = triton.cdiv(PROGRAMS, batch * heads)
@@ -126,7 +140,7 @@ def sparse_decode(
     part = q.new_empty(batch * heads, shares, block, padded(values), dtype=torch.float32)
     most, total = (part.new_empty(batch * heads, shares, block) for _ in range(2))
     out = torch.empty(batch, queries, q_heads, values, dtype=q.dtype, device=q.device).transpose(1, 2)  # fmt: skip
-    split_kernel[(batch * heads, shares)](
+    launch(split_kernel, (batch * heads, shares),
         q, k, v,
         q if valid is None else valid.contiguous().view(torch.uint8),
         part, most, total, heads, groups, queries, n, span, scale * LOG2E,
@@ -135,8 +149,8 @@ def sparse_decode(
         D=dim, BD=padded(dim), DV=values, BV=padded(values), BM=block, BN=config.columns,
         PREC=precision(q.dtype), UP=INTERPRETED, **config.options,
     )  # fmt: skip
-    join_kernel[(batch * heads, rows)](
+    launch(join_kernel, (batch * heads, rows),
         part, most, total, out, heads, groups, queries, shares, *out.stride()[:3],
-        DV=values, BV=padded(values), BM=block, num_warps=1,
+        DV=values, BV=padded(values), BM=block, SHARES=triton.next_power_of_2(shares), num_warps=4,
     )  # fmt: skip
     return out

@@ -7,7 +7,8 @@ import torch
 from zipr1_kernels import checks, dispatch
 from zipr1_kernels.kept import Kept
 from zipr1_kernels.kept import check as check_kept
-from zipr1_kernels.sparse_prefill import blocked, reference
+from zipr1_kernels.packed_attention import library
+from zipr1_kernels.sparse_prefill import blocked, packed, reference
 
 
 def sparse_prefill(
@@ -40,16 +41,21 @@ def sparse_prefill(
     check_kept(kept, batch, length)
     checks.heads(q, k)
     checks.same_dtype(q=q, k=k, v=v)
-    # One sample, or samples of one length, leave nothing to skip: torch's fused attention on gathered rows is then hard
-    # to beat, and the gather is linear where attention is quadratic.
+    # No GPU has measured the kernel yet; until one does, torch's attention of packed rows is taken where it runs.
+    # Elsewhere rows of one length leave nothing to skip: gathering, then torch's fused attention is hard to beat.
+    packs = dispatch.automatic("packed_attention") and library.cannot(q, k, v) is None
     slower = dispatch.slow(q.dtype)
-    if not kept.ragged:
+    if packs:
+        slower = "torch's variable-length attention of gathered rows"
+    elif not kept.ragged:
         slower = "rows are equally long: gather, then torch's fused attention"
     cannot = dispatch.unfit(q.dtype, dim, v.shape[3])
     if dispatch.plan("sparse_prefill", q, k, v, kept.index, cannot=cannot, slower=slower):
         from zipr1_kernels.sparse_prefill import kernel
 
         return kernel.sparse_prefill(q, k, v, kept, scale=scale)
+    if packs and q.device.type == "cuda":
+        return packed.sparse_prefill(q, k, v, kept, scale=scale)
     pays = kept.index.shape[1] >= blocked.LEAST and not kept.everything
     if dispatch.blocked("sparse_prefill", q, k, v, pays=pays):
         return blocked.sparse_prefill(q, k, v, kept, scale=scale)

@@ -14,22 +14,42 @@ import triton
 import triton.language as tl
 
 from zipr1_kernels.kept import Kept
-from zipr1_kernels.launch import INTERPRETED, LOG2E, Config, padded, precision, rows_of
+from zipr1_kernels.launch import (
+    INTERPRETED,
+    LOG2E,
+    Config,
+    Tables,
+    launch,
+    padded,
+    precision,
+    rows_of,
+    table,
+)
 
-# By padded head dimension, the same for sm_80 and sm_90: of the sizes tried, the largest without a spilled register on
-# either (kernels/bench/resources.py); no GPU has chosen among them. Forward, rows are a multiple of columns: the
+# By padded head dimension. sm_80: of the sizes tried, the largest without a spilled register. sm_90: of those without
+# one, whose products are all by warp groups (wgmma) of 64 columns or more, those that leave room for the most warps
+# (kernels/bench/resources.py --candidates). No GPU has chosen among them. Forward, rows are a multiple of columns: the
 # causal mask then concerns the last blocks of a row only.
-FORWARD = {
-    16: Config(64, 64, 4, 2),
-    32: Config(64, 64, 4, 2),
-    64: Config(128, 64, 8, 3),
-    128: Config(128, 32, 8, 3),
+FORWARD: Tables = {
+    80: {
+        **dict.fromkeys((16, 32), Config(64, 64, 4, 2)),
+        64: Config(128, 64, 8, 3),
+        128: Config(128, 32, 8, 3),
+    },
+    90: {
+        **dict.fromkeys((16, 32), Config(64, 64, 4, 2)),
+        64: Config(64, 64, 4, 3),
+        128: Config(128, 64, 8, 3),
+    },
 }
-BACKWARD = {
-    16: Config(32, 64, 4, 2),
-    32: Config(32, 64, 4, 2),
-    64: Config(32, 64, 4, 2),
-    128: Config(32, 64, 8, 2),
+# Gradients of the queries, and of keys and values.
+QUERIES: Tables = {
+    80: {**dict.fromkeys((16, 32, 64), Config(32, 64, 4, 2)), 128: Config(32, 64, 8, 2)},
+    90: {**dict.fromkeys((16, 32, 64), Config(64, 64, 8, 2)), 128: Config(64, 64, 4, 2)},
+}
+KEYS: Tables = {
+    80: {**dict.fromkeys((16, 32, 64), Config(32, 64, 4, 2)), 128: Config(32, 64, 8, 2)},
+    90: {**dict.fromkeys((16, 32, 64), Config(64, 64, 8, 2)), 128: Config(64, 64, 8, 1)},
 }
 
 
@@ -73,7 +93,7 @@ def _attend(
     return acc, most, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def forward_kernel(
     Q, K, V, Out, Lse, Index, Count, HQ, G, n, scale, sqb, sqh, sql, skb, skh, skl, svb, svh, svl, sob, soh, sol,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
@@ -113,7 +133,7 @@ def forward_kernel(
         tl.store(Lse + at, most + tl.log2(total), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def queries_grad_kernel(
     Q, K, V, Out, Grad, DQ, Lse, Delta, Index, Count, HQ, G, n, scale, factor,
     sqb, sqh, sql, skb, skh, skl, svb, svh, svl, sob, soh, sol, sgb, sgh, sgl,
@@ -155,7 +175,7 @@ def queries_grad_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def keys_grad_kernel(
     Q, K, V, Grad, DK, DV_, Lse, Delta, Index, Count, HQ, G, n, scale, factor,
     sqb, sqh, sql, skb, skh, skl, svb, svh, svl, sgb, sgh, sgl,
@@ -229,8 +249,8 @@ class _SparsePrefill(torch.autograd.Function):
         q, k, v = rows_of(q), rows_of(k), rows_of(v)
         out = _token_first(q, v.shape[3])
         lse = torch.empty(batch, q_heads, n, dtype=torch.float32, device=q.device)
-        config = FORWARD[max(padded(q.shape[3]), padded(v.shape[3]))]
-        forward_kernel[(triton.cdiv(n, config.rows), q_heads, batch)](
+        config = table(FORWARD, k.device)[max(padded(q.shape[3]), padded(v.shape[3]))]
+        launch(forward_kernel, (triton.cdiv(n, config.rows), q_heads, batch),
             q, k, v, out, lse, index, count, q_heads, groups, n, scale * LOG2E,
             *_strides(q, k, v, out), **_shape(config, q, v),
         )  # fmt: skip
@@ -251,14 +271,19 @@ class _SparsePrefill(torch.autograd.Function):
             torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).zero_()
             for x in (q, k, v)
         )
-        config = BACKWARD[max(padded(q.shape[3]), padded(v.shape[3]))]
+        dim = max(padded(q.shape[3]), padded(v.shape[3]))
         sizes = (q_heads, q_heads // heads, n, ctx.scale * LOG2E, ctx.scale)
-        shape = _shape(config, q, v)
-        queries_grad_kernel[(triton.cdiv(n, config.rows), q_heads, batch)](
-            q, k, v, out, grad, dq, lse, delta, index, count, *sizes, *_strides(q, k, v, out, grad), **shape
+        config = table(QUERIES, k.device)[dim]
+        launch(
+            queries_grad_kernel, (triton.cdiv(n, config.rows), q_heads, batch),
+            q, k, v, out, grad, dq, lse, delta, index, count, *sizes, *_strides(q, k, v, out, grad),
+            **_shape(config, q, v),
         )  # fmt: skip
-        keys_grad_kernel[(triton.cdiv(n, config.columns), heads, batch)](
-            q, k, v, grad, dk, dv, lse, delta, index, count, *sizes, *_strides(q, k, v, grad), **shape
+        config = table(KEYS, k.device)[dim]
+        launch(
+            keys_grad_kernel, (triton.cdiv(n, config.columns), heads, batch),
+            q, k, v, grad, dk, dv, lse, delta, index, count, *sizes, *_strides(q, k, v, grad),
+            **_shape(config, q, v),
         )  # fmt: skip
         return dq, dk, dv, None, None, None
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from zipr1_kernels.causal import causal
 from zipr1_kernels.kept import Kept
 from zipr1_kernels.kv_compact.reference import gather_tokens
 
@@ -14,19 +14,14 @@ def sparse_prefill(
 ) -> torch.Tensor:
     """See the public function."""
     if kept.everything:
-        return _causal(q, k, v, scale)
+        return causal(q, k, v, scale)
     # Padding sits on the right, so the causal mask alone hides it from every kept token; what
     # padding itself computes is thrown away below.
     small_q, small_k, small_v = (gather_tokens(x, kept.index) for x in (q, k, v))
-    packed = _causal(small_q, small_k, small_v, scale).transpose(1, 2)  # (B, n, HQ, DV)
+    packed = causal(small_q, small_k, small_v, scale).transpose(1, 2)  # (B, n, HQ, DV)
     rows = packed.flatten(0, 1)  # (sum of counts, HQ, DV)
     if kept.ragged:
         rows = rows.index_select(0, kept.packed.flat)
     out = rows.new_zeros(len(q) * q.shape[2], q.shape[1], v.shape[3])
     out.index_copy_(0, kept.flat, rows)
     return out.view(len(q), q.shape[2], *out.shape[1:]).transpose(1, 2)
-
-
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
-    gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
