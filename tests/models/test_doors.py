@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import shutil
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -385,7 +386,9 @@ class Evil(Qwen2_5_VLConfig):
 def test_no_file_of_a_run_makes_its_code_run(paths, monkeypatch, tmp_path, door):
     """A run from somewhere else: its recipe trusts, its model folder brings a module."""
     run, mark = tmp_path / "theirs", tmp_path / "ran"
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", tmp_path / "modules")
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # transformers adds that folder to it
     shutil.copytree(paths("whole"), run, symlinks=True)
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["model"]["trust_remote_code"] = True
