@@ -20,6 +20,7 @@ def sparse_decode(
     valid: torch.Tensor | None = None,
     *,
     kept: Kept | None = None,
+    count: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
     """Attention of the last Lq appended tokens to the cache, causal among themselves.
@@ -31,6 +32,9 @@ def sparse_decode(
             all count. Each query must see at least one valid slot.
         kept: of a cache that was not pruned, the slots that are attended to, those of the new tokens last; the
             queries are then the last Lq of each row's list. Takes the place of `valid`.
+        count: `(B,)` int64, at least Lq: of a cache with room for more, how many slots of each row are filled; the
+            queries are then the last Lq of these, and what lies behind is of no effect if finite. Only n, which stays,
+            decides what is launched: a step can be captured as a CUDA graph. Takes the place of `valid`.
         scale: factor of the logits; default 1 / sqrt(D).
 
     Returns:
@@ -51,6 +55,11 @@ def sparse_decode(
         slots = kept.least
         if valid is not None:
             raise ValueError("valid and kept were both given; kept alone says what counts")
+    if count is not None:
+        checks.shape("count", count, (batch,), "(B,)")
+        checks.integer("count", count)
+        if valid is not None or kept is not None:
+            raise ValueError("count was given with valid or kept; count alone says what counts")
     if queries > slots:
         raise ValueError(
             f"{queries} queries but {slots} cache slots; append the queries' own k and v first"
@@ -59,7 +68,7 @@ def sparse_decode(
         checks.shape("valid", valid, (batch, k.shape[2]), "(B, n)")
         checks.boolean("valid", valid)
     index = None if kept is None else kept.index
-    tensors = [x for x in (q, k, v, valid, index) if x is not None]
+    tensors = [x for x in (q, k, v, valid, index, count) if x is not None]
     cannot = dispatch.unfit(q.dtype, dim, v.shape[3])
     rows = q.shape[1] // k.shape[1] * queries
     most = MOST_ROWS if q.element_size() == 2 else MOST_ROWS // 4  # what fits in shared memory
@@ -69,7 +78,7 @@ def sparse_decode(
         cannot = "a gradient is wanted"
     slower = dispatch.slow(q.dtype)
     if not dispatch.plan("sparse_decode", *tensors, cannot=cannot, slower=slower):
-        return reference.sparse_decode(q, k, v, valid, kept=kept, scale=scale)
+        return reference.sparse_decode(q, k, v, valid, kept=kept, count=count, scale=scale)
     from zipr1_kernels.sparse_decode import kernel
 
-    return kernel.sparse_decode(q, k, v, valid, kept=kept, scale=scale)
+    return kernel.sparse_decode(q, k, v, valid, kept=kept, count=count, scale=scale)

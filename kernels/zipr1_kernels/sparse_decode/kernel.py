@@ -46,7 +46,7 @@ PROGRAMS = 264
 @triton.jit(do_not_specialize=["n", "span"])
 def split_kernel(
     Q, K, V, Valid, Index, Count, Part, Most, Total, H, G, queries, n, span, scale,
-    sqb, sqh, sql, skb, skh, skl, svb, svh, svl, MASKED: tl.constexpr, INDEXED: tl.constexpr,
+    sqb, sqh, sql, skb, skh, skl, svb, svh, svl, MASKED: tl.constexpr, INDEXED: tl.constexpr, COUNTED: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def split_kernel(
     pair, share = tl.program_id(0), tl.program_id(1)
     b, h = pair // H, pair % H
     count = n
-    if INDEXED:
+    if COUNTED:
         count = tl.load(Count + b).to(tl.int32)
     dims, value_dims = tl.arange(0, BD), tl.arange(0, BV)
     row = tl.arange(0, BM)
@@ -130,6 +130,7 @@ def sparse_decode(
     valid: torch.Tensor | None = None,
     *,
     kept: Kept | None = None,
+    count: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
     """See the public function."""
@@ -140,6 +141,7 @@ def sparse_decode(
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
     config = table(FORWARD, k.device)[max(padded(dim), padded(values))]
     n = k.shape[2] if kept is None else kept.index.shape[1]
+    count = count if kept is None else kept.count
     block = max(config.rows, triton.next_power_of_2(rows))
     wanted = triton.cdiv(PROGRAMS, batch * heads)
     span = triton.cdiv(triton.cdiv(n, wanted), config.columns) * config.columns
@@ -151,10 +153,10 @@ def sparse_decode(
         q, k, v,
         q if valid is None else valid.contiguous().view(torch.uint8),
         q if kept is None else kept.index,
-        q if kept is None else kept.count,
+        q if count is None else count.long(),
         part, most, total, heads, groups, queries, n, span, scale * LOG2E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        MASKED=valid is not None, INDEXED=kept is not None,
+        MASKED=valid is not None, INDEXED=kept is not None, COUNTED=count is not None,
         D=dim, BD=padded(dim), DV=values, BV=padded(values), BM=block, BN=config.columns,
         PREC=precision(q.dtype), UP=INTERPRETED, **config.options,
     )  # fmt: skip

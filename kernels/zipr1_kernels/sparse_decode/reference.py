@@ -16,6 +16,7 @@ def sparse_decode(
     valid: torch.Tensor | None = None,
     *,
     kept: Kept | None = None,
+    count: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
     """See the public function."""
@@ -24,11 +25,14 @@ def sparse_decode(
     if kept is not None:
         k, v = gather_tokens(k, kept.index), gather_tokens(v, kept.index)
         valid = kept.real if kept.ragged else None
+        count = kept.count
     slots = k.shape[2]
+    if count is not None and kept is None:
+        valid = torch.arange(slots, device=q.device) < count[:, None]
     groups = q_heads // heads
     mask = None if valid is None else valid[:, None, None]  # (B, 1, 1, n)
     if queries > 1:
-        end = torch.full((1,), slots, device=q.device) if kept is None else kept.count
+        end = torch.full((1,), slots, device=q.device) if count is None else count
         last = end[:, None] - queries + torch.arange(queries, device=q.device)  # (B or 1, Lq)
         seen = torch.arange(slots, device=q.device) <= last[:, :, None]  # (B or 1, Lq, n)
         mask = seen[:, None] if mask is None else mask & seen[:, None]
