@@ -283,11 +283,19 @@ class Problem:
         work = Work(5.0 * self.shape.q_heads * pairs * self.shape.dim, 0.0)
 
         def of(run: Run, leaves: list[torch.Tensor]) -> Run:
-            with torch.enable_grad():
-                out = run()
-            assert isinstance(out, torch.Tensor)
-            grad = self.grad.to(out.dtype)
-            return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+            """The forward pass is done at the first call, where a provider that fails is left out."""
+            outs: list[torch.Tensor] = []
+
+            def gradients() -> object:
+                if not outs:
+                    with torch.enable_grad():
+                        out = run()
+                    assert isinstance(out, torch.Tensor)
+                    outs.append(out)
+                grad = self.grad.to(outs[0].dtype)
+                return torch.autograd.grad(outs[0], leaves, grad, retain_graph=True)
+
+            return gradients
 
         runs = {
             "ours": of(lambda: sparse_prefill(*inputs, self.kept), inputs),

@@ -55,9 +55,10 @@ KERNELS: list[tuple[str, str, str, bool, dict[str, str], dict[str, Any]]] = [
     ("sparse_prefill", "FORWARD", "forward_kernel", False, {}, {}),
     ("sparse_prefill", "QUERIES", "queries_grad_kernel", True, {}, {}),
     ("sparse_prefill", "KEYS", "keys_grad_kernel", True, {}, {}),
-    ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": True}),
-    ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": False}),
-    ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": True, "BM": 64}),
+    ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": True, "COUNTED": False}),
+    ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": False, "COUNTED": False}),
+    ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": False, "COUNTED": True}),
+    ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": True, "COUNTED": False, "BM": 64}),
     ("sparse_decode", "FORWARD", "join_kernel", False, {}, {"SHARES": 128}),
     ("kv_compact", "FORWARD", "compact_kernel", False, {}, {}),
 ]  # fmt: skip
@@ -163,6 +164,11 @@ def resources(binary: bytes) -> dict[str, int]:
     return {"registers": found["REG"], "spilled_bytes": found["STACK"] + found["LOCAL"]}
 
 
+def named(constants: dict[str, Any]) -> str:
+    """Switches that are on by their name, numbers with their value."""
+    return ", ".join(k if v is True else f"{k}={v}" for k, v in constants.items() if v is not False)
+
+
 def residents(registers: int, shared: int, warps: int, arch: int) -> int:
     """Blocks that a multiprocessor holds at once. Registers are given out to a warp in steps of 256."""
     of_a_warp = -(-registers * 32 // 256) * 256
@@ -202,7 +208,11 @@ def measure(
                         {
                             "op": op,
                             "kernel": name,
-                            "variant": ", ".join(f"{k}={v}" for k, v in more.items()),
+                            "variant": ", ".join(
+                                k if v is True else f"{k}={v}"
+                                for k, v in more.items()
+                                if v is not False
+                            ),
                             "backward": backward,
                             "dim": dim,
                             "arch": arch,
@@ -234,13 +244,13 @@ def main() -> None:
         arguments.arch, arguments.dims, arguments.dtype, arguments.candidates, arguments.ones
     )
     print(
-        f"{'op':15} {'kernel':20} {'variant':26} {'dim':>4} {'sm':>4} {'config':>16} {'regs':>5} "
+        f"{'op':15} {'kernel':20} {'variant':36} {'dim':>4} {'sm':>4} {'config':>16} {'regs':>5} "
         f"{'spilled B':>9} {'shared B':>9} {'blocks':>6}  products"
     )
     for r in rows:
         config = ",".join(map(str, r["config"])) + ("*" if r["shipped"] else " ")
         print(
-            f"{r['op']:15} {r['kernel']:20} {r['variant']:26} {r['dim'] or '':>4} {r['arch']:4} {config:>16} "
+            f"{r['op']:15} {r['kernel']:20} {r['variant']:36} {r['dim'] or '':>4} {r['arch']:4} {config:>16} "
             f"{r['registers']:5} {r['spilled_bytes']:9} {r['shared_bytes']:9} {r['blocks']:6}  {r['products']}"
         )
     if arguments.json:

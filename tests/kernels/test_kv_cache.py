@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from zipr1_kernels import Kept, kv_compact, pack_indices, sparse_decode, sparse_prefill
+from zipr1_kernels import Kept, kv_compact, pack_indices, ran, sparse_decode, sparse_prefill, use
 
 KEEP = torch.tensor([[0, 1, 0, 1, 1, 0], [0, 0, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
 
@@ -85,6 +85,42 @@ def test_decoding_token_by_token_equals_prefill_of_the_kept_and_the_new():
     first = [x[:, :, :-1] for x in both]
     got = sparse_decode(q[:, :, 6:7], *first, torch.cat([valid, new[:, :1]], -1))
     torch.testing.assert_close(got, want[:, :, :1], rtol=0, atol=1e-12)
+
+
+def room(n, counts, queries=2):
+    """A cache with room for more, garbage in what is not filled; and what it would be without the room."""
+    q = normal(len(counts), 4, queries, 8)
+    k, v = normal(len(counts), 2, n, 8, seed=1), normal(len(counts), 2, n, 6, seed=2)
+    for b, count in enumerate(counts):
+        k[b, :, count:], v[b, :, count:] = 1e6, -1e6
+    return q, k, v
+
+
+@pytest.mark.parametrize("queries", [1, 2])
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=pytest.mark.interpreted)])
+def test_a_cache_with_room_for_more_is_read_up_to_its_counts(path, queries):
+    """Each row as if it were alone, with just its own slots; several programs share the longest."""
+    counts = [2, 150, 65]
+    q, k, v = room(200, counts, queries)
+    q, k, v = (x.float() for x in (q, k, v)) if path == "triton" else (q, k, v)
+    with use(path):
+        got = sparse_decode(q, k, v, count=torch.tensor(counts), scale=0.3)
+    assert ran("sparse_decode").startswith(path)
+    for b, count in enumerate(counts):
+        row = slice(b, b + 1)
+        with use("torch"):
+            alone = sparse_decode(q[row], k[row, :, :count], v[row, :, :count], scale=0.3)
+        torch.testing.assert_close(got[row], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_counts_are_checked():
+    q, k, v = room(10, [4, 7])
+    with pytest.raises(ValueError, match="count alone says what counts"):
+        sparse_decode(q, k, v, torch.ones(2, 10, dtype=torch.bool), count=torch.tensor([4, 7]))
+    with pytest.raises(ValueError, match=r"count has shape \(1,\); expected \(B,\) = \(2,\)"):
+        sparse_decode(q, k, v, count=torch.tensor([4]))
+    with pytest.raises(ValueError, match=r"count has dtype torch\.float32"):
+        sparse_decode(q, k, v, count=torch.tensor([4.0, 7.0]))
 
 
 def test_more_queries_than_slots_is_refused():

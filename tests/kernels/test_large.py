@@ -121,6 +121,26 @@ def test_decoding(shape, queries):
     compare("sparse_decode", lambda *x: sparse_decode(*x, valid), [q, *cache])
 
 
+@pytest.mark.gpu
+def test_a_step_over_a_cache_with_room_is_captured_as_a_graph():
+    """Launched once, replayed with other counts and queries: what a growing cache asks for."""
+    rows, capacity, dtype = 3, 2048, torch.bfloat16
+    k, v = (normal(rows, 4, capacity, 128, seed=s, dtype=dtype) for s in (1, 2))
+    q = normal(rows, 28, 1, 128, seed=0, dtype=dtype)
+    count = torch.tensor([5, 700, 1500], device=DEVICE)
+    with use("triton"):
+        sparse_decode(q, k, v, count=count)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = sparse_decode(q, k, v, count=count)
+        for step in range(3):
+            count += step
+            q.copy_(normal(rows, 28, 1, 128, seed=step, dtype=dtype))
+            graph.replay()
+            assert torch.equal(out, sparse_decode(q, k, v, count=count))
+
+
 @pytest.mark.parametrize("rows", [1, pytest.param(8, marks=pytest.mark.gpu)])
 def test_shares_of_the_keys_are_joined(rows, monkeypatch):
     """One, some and many shares give what one program over all keys gives."""

@@ -17,6 +17,7 @@ def sparse_decode(
     v: torch.Tensor,
     valid: torch.Tensor | None = None,
     *,
+    count: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
     """Attention of the last Lq appended tokens to the cache, causal among themselves.
@@ -26,6 +27,9 @@ def sparse_decode(
         k: `(B, H, n, D)`; v: `(B, H, n, DV)`: pruned prompt, then response; HQ is a multiple of H.
         valid: `(B, n)` bool; False slots (padding of ragged prompts) get weight exactly 0. None:
             all count. Each query must see at least one valid slot.
+        count: `(B,)` int64, at least Lq: of a cache with room for more, how many slots of each row are filled; the
+            queries are then the last Lq of these, and what lies behind is of no effect if finite. Only n, which stays,
+            decides what is launched: a step can be captured as a CUDA graph. Takes the place of `valid`.
         scale: factor of the logits; default 1 / sqrt(D).
 
     Returns:
@@ -41,6 +45,11 @@ def sparse_decode(
     checks.heads(q, k)
     checks.same_dtype(q=q, k=k, v=v)
     slots = k.shape[2]
+    if count is not None:
+        checks.shape("count", count, (batch,), "(B,)")
+        checks.integer("count", count)
+        if valid is not None:
+            raise ValueError("count was given with valid; count alone says what counts")
     if queries > slots:
         raise ValueError(
             f"{queries} queries but {slots} cache slots; append the queries' own k and v first"
@@ -48,7 +57,7 @@ def sparse_decode(
     if valid is not None:
         checks.shape("valid", valid, (batch, slots), "(B, n)")
         checks.boolean("valid", valid)
-    tensors = [x for x in (q, k, v, valid) if x is not None]
+    tensors = [x for x in (q, k, v, valid, count) if x is not None]
     cannot = dispatch.unfit(q.dtype, dim, v.shape[3])
     rows = q.shape[1] // k.shape[1] * queries
     most = MOST_ROWS if q.element_size() == 2 else MOST_ROWS // 4  # what fits in shared memory
@@ -58,7 +67,7 @@ def sparse_decode(
         cannot = "a gradient is wanted"
     slower = dispatch.slow(q.dtype)
     if not dispatch.plan("sparse_decode", *tensors, cannot=cannot, slower=slower):
-        return reference.sparse_decode(q, k, v, valid, scale=scale)
+        return reference.sparse_decode(q, k, v, valid, count=count, scale=scale)
     from zipr1_kernels.sparse_decode import kernel
 
-    return kernel.sparse_decode(q, k, v, valid, scale=scale)
+    return kernel.sparse_decode(q, k, v, valid, count=count, scale=scale)

@@ -44,14 +44,17 @@ PROGRAMS = 264
 
 @triton.jit(do_not_specialize=["n", "span"])
 def split_kernel(
-    Q, K, V, Valid, Part, Most, Total, H, G, queries, n, span, scale,
-    sqb, sqh, sql, skb, skh, skl, svb, svh, svl, MASKED: tl.constexpr,
+    Q, K, V, Valid, Count, Part, Most, Total, H, G, queries, n, span, scale,
+    sqb, sqh, sql, skb, skh, skl, svb, svh, svl, MASKED: tl.constexpr, COUNTED: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """Of places span * i .. of one (row, key head): Part `(.., BM, BV)` not yet divided, its maximum and its sum."""
     pair, share = tl.program_id(0), tl.program_id(1)
     b, h = pair // H, pair % H
+    count = n
+    if COUNTED:
+        count = tl.load(Count + b).to(tl.int32)
     dims, value_dims = tl.arange(0, BD), tl.arange(0, BV)
     row = tl.arange(0, BM)
     live = row < G * queries
@@ -60,14 +63,14 @@ def split_kernel(
     q = tl.load(Q + at[:, None] + dims, mask=live[:, None] & (dims < D), other=0.0)
     if UP:
         q = q.to(tl.float32)
-    last = n - queries + i  # the place that each query may still see
+    last = count - queries + i  # the place that each query may still see
     acc = tl.zeros([BM, BV], tl.float32)
     most = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     begin = share * span
-    for n0 in range(begin, tl.minimum(begin + span, n), BN):
+    for n0 in range(begin, tl.minimum(begin + span, count), BN):
         place = n0 + tl.arange(0, BN)
-        real = (place < n) & (place < begin + span)
+        real = (place < count) & (place < begin + span)
         if MASKED:
             real = real & (tl.load(Valid + b * n + place, mask=real, other=0) != 0)
         slot = place.to(tl.int64)
@@ -123,6 +126,7 @@ def sparse_decode(
     v: torch.Tensor,
     valid: torch.Tensor | None = None,
     *,
+    count: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
     """See the public function."""
@@ -143,9 +147,10 @@ def sparse_decode(
     launch(split_kernel, (batch * heads, shares),
         q, k, v,
         q if valid is None else valid.contiguous().view(torch.uint8),
+        q if count is None else count.long(),
         part, most, total, heads, groups, queries, n, span, scale * LOG2E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        MASKED=valid is not None,
+        MASKED=valid is not None, COUNTED=count is not None,
         D=dim, BD=padded(dim), DV=values, BV=padded(values), BM=block, BN=config.columns,
         PREC=precision(q.dtype), UP=INTERPRETED, **config.options,
     )  # fmt: skip
