@@ -1,6 +1,5 @@
 """The same answers, kept tokens and log-probabilities as `zipr1.load(folder).generate`, whatever is in flight."""
 
-
 import engines
 import pytest
 

@@ -93,7 +93,8 @@ class Ledger:
         self.entries[blocks[0][0]] = Entry(name, self.prompt[name])
 
     def _close(self, name: str) -> None:
-        block = self.first.pop(name, None)
-        # After a preemption the block may be another request's.
-        if block is not None and self.entries[block].name == name:
+        block = self.first.pop(name, -1)
+        found = self.entries.get(block)
+        # After a preemption the block may be another request's, or nobody's.
+        if found is not None and found.name == name:
             del self.entries[block]
