@@ -162,7 +162,9 @@ class TestWithVllm:
         from zipr1.serving.vllm import plugin
 
         monkeypatch.setattr(plugin.logger, "info", lambda text, *rest: said.append(text % rest))
-        args = EngineArgs(model=str(folder), max_model_len=4000, **{"max_num_batched_tokens": 2048, **options})
+        args = EngineArgs(
+            model=str(folder), max_model_len=4000, **{"max_num_batched_tokens": 2048, **options}
+        )
         return args.create_engine_config()
 
     def test_a_folder_is_sparse_without_any_option(self, folder, monkeypatch):

@@ -15,8 +15,8 @@ from zipr1.core.errors import RunError
 
 @dataclass
 class Entry:
-    """A request. prompt: its tokens. length: tokens read by its prefill, 0 before it: the prompt, and after a preemption
-    the answer so far. kept: of them kept in each layer, as the layers run."""
+    """prompt: its tokens. length: tokens read by its prefill, the prompt and after a preemption the answer so far; 0
+    before it. kept: of them kept in each layer, as the layers run."""
 
     name: str
     prompt: int

@@ -16,7 +16,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm.platforms import current_platform
 
 from zipr1.core.recipe import Sparse
-from zipr1.serving.vllm import limits
+from zipr1.serving.vllm import clips, limits
 from zipr1.serving.vllm.settings import KEY, asked, marked, wanted
 
 logger = init_logger("vllm.zipr1")  # vLLM shows the lines of its own name alone
@@ -79,6 +79,8 @@ def prepare(config: VllmConfig, sparse: Sparse) -> None:
     # Were there no room for a picture, the scheduler would read the text in front of it alone.
     scheduler.max_num_encoder_input_tokens = tokens
     scheduler.encoder_cache_size = 2 * tokens
+    # Unless the server was told how to read clips.
+    model.get_multimodal_config().media_io_kwargs.setdefault("video", clips.options(model.model))
 
 
 def said(config: VllmConfig, sparse: Sparse) -> str:
