@@ -15,7 +15,7 @@ BLOCKS, SIZE = 22, 32
 @pytest.fixture(scope="module")
 def served(folder):
     with engines.engine(
-        folder, max_num_seqs=8, block_size=SIZE, num_gpu_blocks_override=BLOCKS, max_model_len=640
+        folder, max_num_seqs=16, block_size=SIZE, num_gpu_blocks_override=BLOCKS, max_model_len=640
     ) as made:
         yield made
 
@@ -52,7 +52,7 @@ def test_a_thousand_requests_are_answered_as_if_alone(served, asked, skip, monke
     from vllm.sampling_params import RequestOutputKind
 
     total = 1000 if skip == "layer" else 200
-    longest, rng = 40, random.Random(1)
+    longest, rng = 80, random.Random(1)
     engine = served.llm.llm_engine
     with served.settings(skip=skip, p=0.5):
         alone = served.ask(asked, tokens=longest, together=False, ignore_eos=True)
@@ -61,7 +61,7 @@ def test_a_thousand_requests_are_answered_as_if_alone(served, asked, skip, monke
         served.reads.clear()
         sent = 0
         while sent < total or waiting:
-            while sent < total and len(waiting) < rng.choice((1, 4, 12)):
+            while sent < total and len(waiting) < rng.choice((2, 12, 20)):
                 index, tokens = rng.randrange(len(asked)), 1 + int(longest * rng.random() ** 2)
                 name = f"r{sent}"
                 params = SamplingParams(
