@@ -4,8 +4,8 @@
 
 A Qwen2.5-VL with decoder layers of the 3B model's shape and random weights in float32; prompts are random words, so no
 vision tower is timed. Dense is vLLM as it comes, compiled; sparse is the plugin with rule top_k, by which each layer
-keeps the given share. First token: one request of one token. Decode: `--requests` at once, 33 tokens less one token.
-Prints every turn, the medians and their ratios.
+keeps the given share. First token: one request of one token. Decode: `--requests` at once, by the median of the
+engine's steps in which all of them answer. Prints every turn, the medians and their ratios.
 """
 
 from __future__ import annotations
@@ -89,13 +89,19 @@ def engines(folder: Path, length: int, requests: int) -> dict[str, Any]:
     }
 
 
-def seconds(llm: Any, prompts: list[Any], tokens: int) -> float:
+def steps(llm: Any, prompts: list[Any], tokens: int) -> list[float]:
+    """Seconds of each step of the engine until all prompts have their tokens."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    start = time.perf_counter()
-    llm.generate(prompts, params, use_tqdm=False)
-    return time.perf_counter() - start
+    for index, prompt in enumerate(llm._preprocess_cmpl(prompts)):
+        llm.llm_engine.add_request(str(index), prompt, params)
+    taken = []
+    while llm.llm_engine.has_unfinished_requests():
+        start = time.perf_counter()
+        llm.llm_engine.step()
+        taken.append(time.perf_counter() - start)
+    return taken
 
 
 def main() -> None:
@@ -116,14 +122,15 @@ def main() -> None:
         make(folder, given.layers, given.kept)
         sides = engines(folder, given.length, given.requests)
         for llm in sides.values():
-            seconds(llm, [{"prompt_token_ids": [10] * 64}], 2)
+            steps(llm, [{"prompt_token_ids": [10] * 64}], 2)
         turns: list[dict[str, float]] = []
         for _ in range(given.turns):
             turn = {}
             for name, llm in sides.items():
-                turn[f"{name} first"] = seconds(llm, prompts[:1], 1)
-                whole, first = seconds(llm, prompts, ANSWER), seconds(llm, prompts, 1)
-                turn[f"{name} decode"] = given.requests * (ANSWER - 1) / (whole - first)
+                turn[f"{name} first"] = sum(steps(llm, prompts[:1], 1))
+                # A prompt a step is read; then all answer together, until the first has all its tokens.
+                answering = steps(llm, prompts, ANSWER)[given.requests : ANSWER - 1]
+                turn[f"{name} decode"] = given.requests / statistics.median(answering)
             turns.append(turn)
             print(json.dumps({k: round(v, 3) for k, v in turn.items()}), flush=True)
         middle = {k: statistics.median(t[k] for t in turns) for k in turns[0]}

@@ -64,14 +64,17 @@ def others():
 
 
 @pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[2]], ids=str)
-def test_two_hundred_pictures_and_sixty_clips_with_sixteen_in_flight(served, loaded, settings):
+def test_two_hundred_pictures_and_sixty_clips(served, loaded, settings):
+    """One by one, and with sixteen in flight."""
     model, processor = loaded
     prompts = pictures(200) + clips(60)
     asked = engines.questions(processor, prompts)
     with zipr1.sparse(model, settings["p"], skip=settings["skip"]), served.settings(**settings):
         wanted = engines.reference(model, processor, prompts)
-        engines.agree(served.ask(asked), wanted)
-        print(settings, "apart", engines.apart(served.ask(asked[:16]), wanted[:16]))
+        for together in (True, False):
+            found = served.ask(asked, together=together)
+            engines.agree(found, wanted)
+            print(settings, f"together: {together}, apart: {engines.apart(found, wanted):.1e}")
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

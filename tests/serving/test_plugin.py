@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from zipr1.core.errors import InputError, RunError
@@ -142,7 +143,38 @@ def test_stock_transformers_carries_the_key_along(folder):
 
     known = json.loads((folder / "config.json").read_text())[KEY]
     assert known["sparse"]["p"] == 0.6
-    assert AutoConfig.from_pretrained(folder).zipr1 == known
+    config = AutoConfig.from_pretrained(folder)
+    assert config.zipr1 == known
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert set(generation["suppress_tokens"]) == {config.image_token_id, config.video_token_id}
+
+
+def test_clips_are_read_with_the_recipes_frames(folder, tmp_path, monkeypatch):
+    pytest.importorskip("vllm")
+    from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+
+    from zipr1.data import video
+    from zipr1.serving.vllm import clips
+
+    pixels = np.random.default_rng(0).integers(0, 256, (23, 32, 64, 3), dtype=np.uint8)
+    video.write(tmp_path / "clip.mp4", pixels, 10.0)
+    data = (tmp_path / "clip.mp4").read_bytes()
+    loader = VIDEO_LOADER_REGISTRY.load("zipr1")
+    for given, meant in (
+        ({"num_frames": 5}, (5, None)),
+        ({"fps": 4.0}, (None, 4.0)),
+        ({}, (None, None)),
+    ):
+        frames, about = loader.load_bytes(data, **given)
+        expected, rate = video.read(tmp_path / "clip.mp4", *meant)
+        assert np.array_equal(frames, expected)
+        assert len(frames) == about["total_num_frames"] == len(about["frames_indices"])
+        assert about["fps"] == pytest.approx(rate)
+        assert about["do_sample_frames"] is False
+    assert clips.options(str(folder)) == {"video_backend": "zipr1", "num_frames": 16, "fps": -1}
+    assert clips.options(str(tmp_path))["num_frames"] == 16
+    (tmp_path / "recipe.yaml").write_text("data: {max_frames: 7, fps: 1.5}\n")
+    assert clips.options(str(tmp_path)) == {"video_backend": "zipr1", "num_frames": 7, "fps": 1.5}
 
 
 class TestWithVllm:
@@ -181,6 +213,8 @@ class TestWithVllm:
         assert scheduler.max_num_batched_tokens >= 4000
         assert scheduler.max_num_encoder_input_tokens >= 4000
         assert scheduler.encoder_cache_size >= 8000
+        clips = config.model_config.get_multimodal_config().media_io_kwargs["video"]
+        assert clips == {"video_backend": "zipr1", "num_frames": 16, "fps": -1}
         (line,) = said
         for part in (
             "zipr1: sparse: rule top_p, p 0.6, in all 4 layers; dropped tokens skip the whole layer",
@@ -205,11 +239,18 @@ class TestWithVllm:
 
     def test_another_p(self, folder, monkeypatch):
         said = []
-        options = {"additional_config": {KEY: {"p": 0.25, "rule": "top_k"}}, "dtype": "float32"}
+        options = {
+            "additional_config": {KEY: {"p": 0.25, "rule": "top_k"}},
+            "dtype": "float32",
+            "media_io_kwargs": {"video": {"num_frames": 3}},
+        }
         config = self.make(folder, monkeypatch, said, **options)
         assert "rule top_k, p 0.25" in said[0]
         assert "--dtype" not in said[0]
         assert config.model_config.hf_config.zipr1["sparse"]["p"] == 0.25
+        assert config.model_config.get_multimodal_config().media_io_kwargs["video"] == {
+            "num_frames": 3
+        }
 
     def test_a_folder_without_the_key_is_not_touched(self, folder, monkeypatch, tmp_path):
         for path in folder.iterdir():

@@ -56,7 +56,7 @@ def test_a_thousand_requests_are_answered_as_if_alone(served, asked, skip, monke
     engine = served.llm.llm_engine
     with served.settings(skip=skip, p=0.5):
         alone = served.ask(asked, tokens=longest, together=False, ignore_eos=True)
-        again, aborted, finished = 0, 0, {}
+        aborted, finished = 0, {}
         waiting = {}
         served.reads.clear()
         sent = 0
