@@ -1,6 +1,9 @@
 """What is served how: sparse, dense with a reason, or refused in a line, before a model is loaded."""
 
 import json
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -282,3 +285,25 @@ class TestWithVllm:
         monkeypatch.setattr(vllm, "__version__", "0.99.0")
         with pytest.raises(RunError, match=r"vLLM 0\.99\.0 was not tested; install vllm>=0\.32"):
             self.make(folder, monkeypatch, [])
+
+    def test_without_the_plugin_the_key_is_ignored(self, folder):
+        """`VLLM_PLUGINS=` keeps the plugin out, as if zipr1 were not installed."""
+        code = (
+            "import sys; from vllm.engine.arg_utils import EngineArgs; "
+            "from vllm.plugins import load_general_plugins; load_general_plugins(); "
+            "made = EngineArgs(model=sys.argv[1], max_model_len=2048).create_engine_config(); "
+            "print('zipr1.serving' in ' '.join(sys.modules), made.model_config.hf_config.architectures)"
+        )
+        for plugins, meant in (
+            ("", "False ['Qwen2_5_VLForConditionalGeneration']"),
+            ("zipr1", "True ['Zipr1Qwen2_5_VLForConditionalGeneration']"),
+        ):
+            done = subprocess.run(
+                [sys.executable, "-c", code, str(folder)],
+                env={**os.environ, "VLLM_PLUGINS": plugins},
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert done.stdout.strip().splitlines()[-1] == meant
