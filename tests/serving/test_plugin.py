@@ -1,0 +1,309 @@
+"""What is served how: sparse, dense with a reason, or refused in a line, before a model is loaded."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from zipr1.core.errors import InputError, RunError
+from zipr1.core.recipe import Sparse
+from zipr1.serving.vllm import limits
+from zipr1.serving.vllm.settings import KEY, asked, marked, wanted
+
+ROOT = Path(__file__).parents[2]
+
+
+def plain(**changed):
+    """A configuration of vLLM's in which nothing is refused; changed: `part__field`."""
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            architecture=limits.ARCHITECTURES[1],
+            hf_text_config=SimpleNamespace(use_sliding_window=False),
+            model_impl="auto",
+            runner_type="generate",
+            quantization=None,
+            get_multimodal_config=lambda: SimpleNamespace(is_multimodal_pruning_enabled=bool),
+        ),
+        cache_config=SimpleNamespace(
+            cache_dtype="auto", kv_offloading_size=None, kv_sharing_fast_prefill=False
+        ),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+            data_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            use_ubatching=False,
+            worker_cls="auto",
+        ),
+        scheduler_config=SimpleNamespace(scheduler_cls=None),
+        kv_transfer_config=None,
+        ec_transfer_config=None,
+        speculative_config=None,
+        lora_config=None,
+    )
+    for path, value in changed.items():
+        part, _, name = path.rpartition("__")
+        setattr(getattr(config, part) if part else config, name, value)
+    return config
+
+
+REFUSED = {
+    "model_config__model_impl": ("transformers", "--model-impl"),
+    "model_config__runner_type": ("pooling", "--runner pooling"),
+    "model_config__quantization": ("fp8", "--quantization"),
+    "model_config__hf_text_config": (SimpleNamespace(use_sliding_window=True), "sliding windows"),
+    "cache_config__cache_dtype": ("fp8", "--kv-cache-dtype fp8"),
+    "cache_config__kv_offloading_size": (1.0, "--kv-offloading-size"),
+    "cache_config__kv_sharing_fast_prefill": (True, "--kv-sharing-fast-prefill"),
+    "kv_transfer_config": (object(), "--kv-transfer-config"),
+    "ec_transfer_config": (object(), "--ec-transfer-config"),
+    "speculative_config": (object(), "--speculative-config"),
+    "lora_config": (object(), "--enable-lora"),
+    "parallel_config__tensor_parallel_size": (2, "--tensor-parallel-size"),
+    "parallel_config__pipeline_parallel_size": (2, "--pipeline-parallel-size"),
+    "parallel_config__data_parallel_size": (2, "--data-parallel-size"),
+    "parallel_config__decode_context_parallel_size": (2, "--decode-context-parallel-size"),
+    "parallel_config__prefill_context_parallel_size": (2, "--prefill-context-parallel-size"),
+    "parallel_config__use_ubatching": (True, "--enable-dbo"),
+    "parallel_config__worker_cls": ("theirs.Worker", "--worker-cls"),
+    "scheduler_config__scheduler_cls": ("theirs.Scheduler", "--scheduler-cls"),
+}
+
+
+def test_nothing_is_refused_of_a_plain_start():
+    assert limits.refusal(plain(), "0.32.0", "cpu") is None
+    assert limits.refusal(plain(), "0.32.1+cpu", "cuda") is None
+    assert (
+        limits.refusal(plain(model_config__architecture=limits.ARCHITECTURES[0]), "0.32.0", "cpu")
+        is None
+    )
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_each_option_that_cannot_be_is_named(path):
+    value, name = REFUSED[path]
+    reason = limits.refusal(plain(**{path: value}), "0.32.0", "cpu")
+    assert reason.startswith("it cannot be joined with")
+    assert name in reason
+
+
+def test_other_versions_models_and_platforms_are_refused():
+    for version in ("0.31.9", "0.33.0", "0.33.0rc1", "1.0"):
+        assert f"vLLM {version} was not tested" in limits.refusal(plain(), version, "cpu")
+    other = plain(model_config__architecture="Qwen3VLForConditionalGeneration")
+    assert "Qwen3VLForConditionalGeneration is not known" in limits.refusal(other, "0.32.0", "cpu")
+    assert "the platform tpu" in limits.refusal(plain(), "0.32.0", "tpu")
+
+
+def test_the_tested_range_is_that_of_the_extra():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert extras["vllm"] == ["vllm" + limits.TESTED]
+
+
+def test_every_family_that_is_exported_is_known_or_refused():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    from zipr1.models.families import FAMILIES
+
+    names = {MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family] for family in FAMILIES}
+    assert names == {*limits.ARCHITECTURES, *limits.OTHERS}
+
+
+def test_what_a_folder_asks_for_and_what_the_server_makes_of_it(folder):
+    sparse = Sparse(p=0.6, skip="layer", dense_below=0)
+    config = SimpleNamespace(zipr1=marked(sparse))
+    assert asked(SimpleNamespace(), "a/b") is None
+    assert asked(config, "a/b") == sparse
+    assert wanted(sparse, {}) == (sparse, "")
+    assert wanted(sparse, {KEY: "dense"})[0] is None
+    assert wanted(sparse, {KEY: {"p": 1}}) == (None, "p is 1")
+    changed, _ = wanted(sparse, {KEY: {"p": 0.9, "skip": "attention"}})
+    assert (changed.p, changed.skip, changed.dense_below) == (0.9, "attention", 0)
+    for wrong, said in (
+        ({KEY: "Dense"}, 'allowed: "dense", or fields'),
+        ({KEY: {"q": 0.9}}, "q"),
+        ({KEY: {"p": 1.5}}, "p"),
+    ):
+        with pytest.raises(InputError, match=said):
+            wanted(sparse, wrong)
+    with pytest.raises(InputError, match="not written by zipr1 export"):
+        asked(SimpleNamespace(zipr1={"p": 0.6}), "a/b")
+    with pytest.raises(InputError, match=r"other settings than in zipr1\.json"):
+        asked(config, str(folder))
+
+
+def test_stock_transformers_carries_the_key_along(folder):
+    from transformers import AutoConfig
+
+    known = json.loads((folder / "config.json").read_text())[KEY]
+    assert known["sparse"]["p"] == 0.6
+    config = AutoConfig.from_pretrained(folder)
+    assert config.zipr1 == known
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert set(generation["suppress_tokens"]) == {config.image_token_id, config.video_token_id}
+
+
+def test_clips_are_read_with_the_recipes_frames(folder, tmp_path, monkeypatch):
+    pytest.importorskip("vllm")
+    from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+
+    from zipr1.data import video
+    from zipr1.serving.vllm import clips
+
+    pixels = np.random.default_rng(0).integers(0, 256, (23, 32, 64, 3), dtype=np.uint8)
+    video.write(tmp_path / "clip.mp4", pixels, 10.0)
+    data = (tmp_path / "clip.mp4").read_bytes()
+    loader = VIDEO_LOADER_REGISTRY.load("zipr1")
+    for given, meant in (
+        ({"num_frames": 5}, (5, None)),
+        ({"fps": 4.0}, (None, 4.0)),
+        ({}, (None, None)),
+    ):
+        frames, about = loader.load_bytes(data, **given)
+        expected, rate = video.read(tmp_path / "clip.mp4", *meant)
+        assert np.array_equal(frames, expected)
+        assert len(frames) == about["total_num_frames"] == len(about["frames_indices"])
+        assert about["fps"] == pytest.approx(rate)
+        assert about["do_sample_frames"] is False
+    assert clips.options(str(folder)) == {"video_backend": "zipr1", "num_frames": 16, "fps": -1}
+    assert clips.options(str(tmp_path))["num_frames"] == 16
+    (tmp_path / "recipe.yaml").write_text("data: {max_frames: 7, fps: 1.5}\n")
+    assert clips.options(str(tmp_path)) == {"video_backend": "zipr1", "num_frames": 7, "fps": 1.5}
+
+
+class TestWithVllm:
+    """The same through vLLM's own configuration."""
+
+    @pytest.fixture(autouse=True)
+    def vllm(self):
+        import engines  # noqa: F401  (the environment that vllm reads)
+
+        pytest.importorskip("vllm")
+
+    def make(self, folder, monkeypatch, said, **options):
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.plugins import load_general_plugins
+
+        load_general_plugins()
+        from zipr1.serving.vllm import plugin
+
+        monkeypatch.setattr(plugin.logger, "info", lambda text, *rest: said.append(text % rest))
+        args = EngineArgs(
+            model=str(folder), max_model_len=4000, **{"max_num_batched_tokens": 2048, **options}
+        )
+        return args.create_engine_config()
+
+    def test_a_folder_is_sparse_without_any_option(self, folder, monkeypatch):
+        said = []
+        config = self.make(folder, monkeypatch, said)
+        assert config.model_config.hf_config.architectures == [
+            "Zipr1Qwen2_5_VLForConditionalGeneration"
+        ]
+        assert config.model_config.enforce_eager
+        assert not config.cache_config.enable_prefix_caching
+        scheduler = config.scheduler_config
+        assert not scheduler.enable_chunked_prefill
+        assert not scheduler.async_scheduling
+        assert scheduler.max_num_batched_tokens >= 4000
+        assert scheduler.max_num_encoder_input_tokens >= 4000
+        assert scheduler.encoder_cache_size >= 8000
+        clips = config.model_config.get_multimodal_config().media_io_kwargs["video"]
+        assert clips == {"video_backend": "zipr1", "num_frames": 16, "fps": -1}
+        (line,) = said
+        for part in (
+            "zipr1: sparse: rule top_p, p 0.6, in all 4 layers; dropped tokens skip the whole layer",
+            "prefix caching, chunked prefill",
+            "the weights are float32 and run in bfloat16: --dtype float32",
+        ):
+            assert part in line
+        assert "\n" not in line
+
+    @pytest.mark.parametrize(
+        ("change", "why"),
+        [("dense", "--additional-config says so"), ({"p": 1.0}, "p is 1")],
+    )
+    def test_dense_leaves_everything_as_vllm_has_it(self, folder, monkeypatch, change, why):
+        said = []
+        config = self.make(folder, monkeypatch, said, additional_config={KEY: change})
+        assert said == [f"zipr1: dense: {why}"]
+        assert config.model_config.hf_config.architectures == ["Qwen2_5_VLForConditionalGeneration"]
+        assert config.cache_config.enable_prefix_caching
+        assert config.scheduler_config.scheduler_cls is None
+        assert "zipr1" not in config.parallel_config.worker_cls
+
+    def test_another_p(self, folder, monkeypatch):
+        said = []
+        options = {
+            "additional_config": {KEY: {"p": 0.25, "rule": "top_k"}},
+            "dtype": "float32",
+            "media_io_kwargs": {"video": {"num_frames": 3}},
+        }
+        config = self.make(folder, monkeypatch, said, **options)
+        assert "rule top_k, p 0.25" in said[0]
+        assert "--dtype" not in said[0]
+        assert config.model_config.hf_config.zipr1["sparse"]["p"] == 0.25
+        assert config.model_config.get_multimodal_config().media_io_kwargs["video"] == {
+            "num_frames": 3
+        }
+
+    def test_a_folder_without_the_key_is_not_touched(self, folder, monkeypatch, tmp_path):
+        for path in folder.iterdir():
+            if path.name not in ("config.json", "zipr1.json"):
+                (tmp_path / path.name).symlink_to(path)
+        known = json.loads((folder / "config.json").read_text())
+        del known[KEY]
+        (tmp_path / "config.json").write_text(json.dumps(known))
+        said = []
+        config = self.make(tmp_path, monkeypatch, said)
+        assert said == []
+        assert config.model_config.hf_config.architectures == known["architectures"]
+        assert config.cache_config.enable_prefix_caching
+
+    def test_what_cannot_be_is_one_line(self, folder, monkeypatch):
+        for options, name in (
+            ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+            ({"enable_lora": True}, "--enable-lora"),
+            ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ):
+            with pytest.raises(RunError, match=name) as error:
+                self.make(folder, monkeypatch, [], **options)
+            assert "\n" not in str(error.value)
+            assert "Dense: --additional-config" in str(error.value)
+
+    def test_an_untested_version_is_one_line(self, folder, monkeypatch):
+        import vllm
+
+        monkeypatch.setattr(vllm, "__version__", "0.99.0")
+        with pytest.raises(RunError, match=r"vLLM 0\.99\.0 was not tested; install vllm>=0\.32"):
+            self.make(folder, monkeypatch, [])
+
+    def test_without_the_plugin_the_key_is_ignored(self, folder):
+        """`VLLM_PLUGINS=` keeps the plugin out, as if zipr1 were not installed."""
+        code = (
+            "import sys; from vllm.engine.arg_utils import EngineArgs; "
+            "from vllm.plugins import load_general_plugins; load_general_plugins(); "
+            "made = EngineArgs(model=sys.argv[1], max_model_len=2048).create_engine_config(); "
+            "print('zipr1.serving' in ' '.join(sys.modules), made.model_config.hf_config.architectures)"
+        )
+        for plugins, meant in (
+            ("", "False ['Qwen2_5_VLForConditionalGeneration']"),
+            ("zipr1", "True ['Zipr1Qwen2_5_VLForConditionalGeneration']"),
+        ):
+            done = subprocess.run(
+                [sys.executable, "-c", code, str(folder)],
+                env={**os.environ, "VLLM_PLUGINS": plugins},
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert done.stdout.strip().splitlines()[-1] == meant

@@ -1,0 +1,55 @@
+"""Which tokens of a prompt a layer keeps: the scoring and selection of training, for one prompt at a time.
+
+The only file of this room that touches the kernels and zipr1/models/sparse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from zipr1_kernels import probe_scores
+
+from zipr1.core.recipe import Sparse
+from zipr1.models.sparse.probes import probe_slots
+from zipr1.models.sparse.rules import Draw, select
+
+SEED = 0  # of the probes, as `zipr1.load` has it
+
+
+def keep(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    layer: int,
+    settings: Sparse,
+    scale: float,
+    total: Callable[[torch.Tensor], torch.Tensor] = lambda scores: scores,
+) -> torch.Tensor:
+    """`(P,)` bool: the tokens of a prompt that `layer` keeps.
+
+    query `(P, HQ, D)` and key `(P, H, D)` of the whole prompt, after RoPE. total: scores of this process's heads ->
+    scores of all heads, where heads are shared out.
+    """
+    length, device = len(query), query.device
+    prompt = torch.ones(1, length, dtype=torch.bool, device=device)
+    if settings.p >= 1 or length < settings.dense_below:
+        return prompt[0]
+    if settings.rule == "random":
+        scores = torch.zeros(1, length, device=device)
+    else:
+        places, real = probe_slots([length], [0], layer, SEED, settings.probes, device)
+        scores = total(
+            probe_scores(
+                query[places[0]].transpose(0, 1)[None],
+                key.transpose(0, 1)[None],
+                places,
+                real,
+                prompt,
+                scale=scale,
+                normalise=settings.normalise,
+            )
+        )
+    always = torch.zeros_like(prompt)
+    always[:, -settings.keep_last :] = True
+    p = torch.tensor([settings.p], device=device)
+    return select(settings.rule, scores, p, prompt, always, Draw(SEED, layer))[0]

@@ -1,0 +1,57 @@
+"""Clips that come by URL are read as in training: the same reader, and the same frames spread evenly over the clip.
+
+vLLM would take two frames a second, an even number of them, by another reader.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoBackend
+
+from zipr1.core.recipe import Data
+from zipr1.core.recipe import load as load_recipe
+from zipr1.data.video import read
+
+NAME = "zipr1"
+
+
+@VIDEO_LOADER_REGISTRY.register(NAME)
+class Clips(VideoBackend):
+    """Named in `options`; called by vLLM for each clip."""
+
+    @classmethod
+    def load_bytes(
+        cls, data: bytes, num_frames: int = -1, fps: float = -1, **kwargs: Any
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """A clip's file -> frames uint8 `(F, H, W, 3)`, and what vLLM wants to know. -1: all frames, any fps."""
+        with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+            file.write(data)
+            file.flush()
+            frames, rate = read(
+                Path(file.name),
+                num_frames if num_frames > 0 else None,
+                fps if fps > 0 else None,
+            )
+        return frames, {
+            "total_num_frames": len(frames),
+            "fps": rate,
+            "duration": len(frames) / rate if rate else 0.0,
+            "video_backend": NAME,
+            "frames_indices": list(range(len(frames))),
+            "do_sample_frames": False,
+        }
+
+
+def options(folder: str) -> dict[str, Any]:
+    """What `--media-io-kwargs` would say of `video`, for a folder that was exported from a run."""
+    path = Path(folder) / "recipe.yaml"
+    data = load_recipe(path).data if path.is_file() else Data()
+    return {
+        "video_backend": NAME,
+        "num_frames": data.max_frames,
+        "fps": -1 if data.fps is None else data.fps,
+    }

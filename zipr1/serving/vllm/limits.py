@@ -1,0 +1,78 @@
+"""What the plugin cannot do is refused before a model is loaded. What was never tried is refused, too.
+
+Every check reads vLLM's own configuration; nothing of vllm is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from zipr1.core.errors import RunError
+
+# The extra `vllm` of pyproject.toml is held to it by a test.
+TESTED = ">=0.32,<0.33"
+ARCHITECTURES = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+# Of the other families that zipr1 exports.
+OTHERS = (
+    "Qwen3VLForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+    "SmolVLMForConditionalGeneration",
+)
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN")
+PLAIN_CACHE = ("auto", "float16", "bfloat16", "float32")
+DENSE = """--additional-config '{"zipr1": "dense"}'"""
+
+
+def refusal(config: Any, version: str, platform: str) -> str | None:
+    """Why a folder cannot be served sparse, or None if it can.
+
+    config: a VllmConfig. version: vLLM's own. platform: `cpu`, `cuda`, or another name.
+    """
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    if not tested(version):
+        return f"vLLM {version} was not tested; install vllm{TESTED}"
+    if model.architecture not in ARCHITECTURES:
+        return f"{model.architecture} is not known; {' and '.join(ARCHITECTURES)} are"
+    if platform not in ("cpu", "cuda"):
+        return f"the platform {platform} is not known; cpu and cuda are"
+    text = model.hf_text_config
+    found = {
+        "--model-impl": model.model_impl not in ("auto", "vllm"),
+        "--runner pooling": model.runner_type != "generate",
+        "--quantization": model.quantization is not None,
+        "sliding windows (use_sliding_window in config.json)": getattr(
+            text, "use_sliding_window", False
+        ),
+        f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype not in PLAIN_CACHE,
+        "--kv-offloading-size": cache.kv_offloading_size is not None,
+        "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
+        "--kv-transfer-config": config.kv_transfer_config is not None,
+        "--ec-transfer-config": config.ec_transfer_config is not None,
+        "--speculative-config": config.speculative_config is not None,
+        "--enable-lora": config.lora_config is not None,
+        "--tensor-parallel-size": parallel.tensor_parallel_size > 1,
+        "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
+        "--data-parallel-size": parallel.data_parallel_size > 1,
+        "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
+        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
+        "--enable-dbo": parallel.use_ubatching,
+        "--worker-cls": parallel.worker_cls != "auto",
+        "--scheduler-cls": config.scheduler_config.scheduler_cls is not None,
+        "--video-pruning-rate": model.get_multimodal_config().is_multimodal_pruning_enabled(),
+    }
+    cannot = [name for name, there in found.items() if there]
+    return f"it cannot be joined with {', '.join(cannot)}; leave that out" if cannot else None
+
+
+def tested(version: str) -> bool:
+    """Whether this version of vLLM is in the tested range; what follows a plus sign does not count."""
+    return Version(Version(version).public) in SpecifierSet(TESTED)
+
+
+def refuse(reason: str) -> RunError:
+    """No ValueError: pydantic would bury the line in a report of its own."""
+    return RunError(f"zipr1: this folder cannot be served sparse: {reason}. Dense: {DENSE}")
