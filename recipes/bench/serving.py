@@ -30,7 +30,8 @@ os.environ |= {
 
 from zipr1.core.recipe import Model, Sparse
 from zipr1.data.digits.tasks import vocabulary
-from zipr1.models.loading import load_parts, save_folder
+from zipr1.models.loading import save_folder
+from zipr1.models.open import open_model
 from zipr1.serving.vllm.settings import KEY, marked
 
 TEXT = {
@@ -57,7 +58,6 @@ ANSWER = 33
 
 
 def make(folder: Path, layers: int, kept: float) -> None:
-    import torch
 
     config = {
         "family": "qwen2_5_vl",
@@ -66,7 +66,8 @@ def make(folder: Path, layers: int, kept: float) -> None:
         "vision": VISION,
     }
     settings = Model(path="scratch", config=config, min_pixels=256)
-    model, processor = load_parts(settings, torch.device("cpu"), 0)
+    opened = open_model(settings, "cpu")
+    model, processor = opened.model, opened.processor
     sparse = Sparse(rule="top_k", p=kept, skip="layer", dense_below=0)
     setattr(model.config, KEY, marked(sparse))
     save_folder(model, processor.tokenizer, processor.settings, folder)

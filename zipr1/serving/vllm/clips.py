@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoBackend
 
+from zipr1.core.load import load_written
 from zipr1.core.recipe import Data
-from zipr1.core.recipe import load as load_recipe
 from zipr1.data.video import read
 
 NAME = "zipr1"
@@ -49,7 +49,7 @@ class Clips(VideoBackend):
 def options(folder: str) -> dict[str, Any]:
     """What `--media-io-kwargs` would say of `video`, for a folder that was exported from a run."""
     path = Path(folder) / "recipe.yaml"
-    data = load_recipe(path).data if path.is_file() else Data()
+    data = load_written(path).data if path.is_file() else Data()
     return {
         "video_backend": NAME,
         "num_frames": data.max_frames,

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Sparse, validate
+from zipr1.core.load import validate
+from zipr1.core.recipe import Sparse
 from zipr1.models import manifest
 
 KEY = "zipr1"
