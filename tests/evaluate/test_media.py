@@ -89,3 +89,21 @@ def test_frames_keep_the_bounds_of_the_model_and_of_the_benchmark(policy, own, b
         - 1
     )
     assert answered.answers[0].prompt_tokens == text + tokens
+
+
+def test_a_pass_has_as_many_tokens_as_the_memory_allows(policy, monkeypatch):
+    """The longest row of a pass times its rows, answers included, stays within the bound that training keeps."""
+    passes, generate = [], policy.generate
+
+    def noted(encoded, *arguments, **more):
+        passes.append(len(encoded) * (max(map(len, encoded)) + 2))
+        return generate(encoded, *arguments, **more)
+
+    monkeypatch.setattr(policy, "generate", noted)
+    monkeypatch.setattr("zipr1.evaluate.answers.token_budget", lambda *a, **k: 150)
+    asked = [lambda p=p: p for p in clips(12)]
+    answered = Answerer(policy, TINY, [1.0], batch=8, shown=0).answer(
+        asked, Conditions(2, 16, None)
+    )
+    assert len(answered) == 12
+    assert max(passes) <= 150 < 8 * min(passes)  # eight of them at once would be too many

@@ -26,6 +26,7 @@ from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
 from zipr1.models.sampling import Answers
 from zipr1.models.sparse.request import Request
+from zipr1.models.token_budget import token_budget
 
 # lmms-eval adds this stop where a task names none; answers may well have paragraphs.
 IMPLICIT_STOP = "\n\n"
@@ -91,8 +92,8 @@ class Conditions(NamedTuple):
 class Answerer:
     """A loaded policy and the variants in which it answers: a value of p each, then the base.
 
-    batch: most questions in one forward pass. base: the untouched model that the policy was trained from, dense.
-    shown: of how many questions pictures are drawn.
+    batch: most questions in one forward pass; fewer where the memory of a GPU holds fewer tokens. base: the untouched
+    model that the policy was trained from, dense. shown: of how many questions pictures are drawn.
     """
 
     def __init__(
@@ -196,7 +197,9 @@ class Answerer:
                 pixels[b], _ = load_media(prompt.media[0], conditions.frames, conditions.fps)
         kept: dict[int, Any] = {}  # of the first sparse variant
         done = 0
-        for batch in by_length([len(e) for e in encoded], self.batch):
+        lengths = [len(e) + conditions.max_new_tokens for e in encoded]
+        most = token_budget(self.policy, Recipe(), update=False)
+        for batch in by_length(lengths, self.batch, most):
             for variant in self.variants:
                 began = time.perf_counter()
                 output = self.policy.generate(

@@ -136,7 +136,7 @@ class PrunedCache(Cache):
             batch, _, length, _ = layer.keys.shape
             index = torch.arange(length, device=layer.keys.device).expand(batch, -1)
             count = torch.full((batch,), length, device=index.device)
-            out.put(i, layer.keys, layer.values, Kept(index, count, length, length))
+            out.put(i, layer.keys, layer.values, Kept(index, count, length, length, batch * length))
         return out
 
     @staticmethod
