@@ -35,7 +35,6 @@ def plain(**changed):
             cache_dtype="auto", kv_offloading_size=None, kv_sharing_fast_prefill=False
         ),
         parallel_config=SimpleNamespace(
-            tensor_parallel_size=1,
             pipeline_parallel_size=1,
             data_parallel_size=1,
             decode_context_parallel_size=1,
@@ -67,7 +66,6 @@ REFUSED = {
     "ec_transfer_config": (object(), "--ec-transfer-config"),
     "speculative_config": (object(), "--speculative-config"),
     "lora_config": (object(), "--enable-lora"),
-    "parallel_config__tensor_parallel_size": (2, "--tensor-parallel-size"),
     "parallel_config__pipeline_parallel_size": (2, "--pipeline-parallel-size"),
     "parallel_config__data_parallel_size": (2, "--data-parallel-size"),
     "parallel_config__decode_context_parallel_size": (2, "--decode-context-parallel-size"),
