@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What is drawn for a terminal is tested; a dumb one, such as a log, is shown plain lines.
+os.environ["TERM"] = "xterm-256color"
 
 import random
 import socket

@@ -210,7 +210,7 @@ def update(context: Context) -> None:
         "evaluation.before=false",
         "evaluation.after=false",
     ]
-    words += ["train.prompts=4", "--device", context.device]
+    words += ["train.prompts_per_step=4", "--device", context.device]
     places: collections.Counter[str] = collections.Counter()
     watching = watched(places) if context.device == "cuda" else contextlib.nullcontext()
     with tempfile.TemporaryDirectory() as folder, watching:
@@ -283,7 +283,7 @@ def tiny(context: Context) -> None:
         words[-2:] = [
             "data.prompts=32",
             "data.heldout_prompts=4",
-            "train.prompts=4",
+            "train.prompts_per_step=4",
             "evaluation.before=false",
         ]
     with tempfile.TemporaryDirectory() as text:
@@ -412,12 +412,12 @@ def big_recipe(context: Context, folder: Path) -> Path:
             "max_prompt_tokens": 2048,
         },
         "sparse": {"p": 0.9, "skip": "layer", "dense_below": 0},
-        "budgets": {"count": 4},
+        "budgets": {"num_generations": 4},
         "efficiency": {"method": "pathwise", "max_accuracy_drop": None},
-        "ppo": {"kl": 0.5, "kl_estimator": "full"},
+        "ppo": {"kl_coef": 0.5, "kl_estimator": "full"},
         "optim": {"lr": 1.0e-4},
         "train": {
-            "steps": 2 if context.small else 3, "prompts": 4, "micro_batch": 4,
+            "steps": 2 if context.small else 3, "prompts_per_step": 4, "micro_batch": 4,
             "max_new_tokens": 4 if context.small else 32, "save_every": 0,
         },
         "evaluation": {"before": False, "after": False, "batch": 4},

@@ -19,7 +19,7 @@ class Kept:
     kept slot. count: `(B,)` int64, at least 1 (0 for an empty row of a mask). least: the smallest count. length: slots
     that were chosen among. total: the sum of the counts; None where the maker does not know it, and a GPU waits for it.
 
-    Both makers vouch for what is inside, so that the operations need not look at values, for which a GPU would wait.
+    The constructors validate, so the operations never read values back, for which a GPU would wait.
     """
 
     index: torch.Tensor

@@ -100,10 +100,8 @@ def test_a_pass_has_as_many_tokens_as_the_memory_allows(policy, monkeypatch):
         return generate(encoded, *arguments, **more)
 
     monkeypatch.setattr(policy, "generate", noted)
-    monkeypatch.setattr("zipr1.evaluate.answers.token_budget", lambda *a, **k: 150)
     asked = [lambda p=p: p for p in clips(12)]
-    answered = Answerer(policy, TINY, [1.0], batch=8, shown=0).answer(
-        asked, Conditions(2, 16, None)
-    )
+    answerer = Answerer(policy, TINY, [1.0], batch=8, shown=0, micro_tokens=150)
+    answered = answerer.answer(asked, Conditions(2, 16, None))
     assert len(answered) == 12
     assert max(passes) <= 150 < 8 * min(passes)  # eight of them at once would be too many

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import zipr1
+from zipr1.core.errors import InputError
 from zipr1.models.open import resolve
 from zipr1.models.sparse.patch import our_attention, sparse_attention
 from zipr1.models.sparse.request import Request
@@ -312,3 +313,17 @@ def test_a_loaded_model_that_nobody_uses_is_freed():
     del model, processor
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("skip", ["layer", "attention"])
+@pytest.mark.parametrize("other", ["sdpa", "eager"])
+def test_a_sparse_model_whose_attention_was_changed_is_refused(skip, other):
+    """Another attention knows nothing of kept tokens: its answers would be wrong without a word."""
+    model, processor = zipr1.load("tiny", budget=0.5, device="cpu", dense_below=0, skip=skip)
+    ids = processor.tokenizer("which digit is red ?", return_tensors="pt")["input_ids"]
+    wanted = model(input_ids=ids).logits
+    model.set_attn_implementation(other)
+    with pytest.raises(InputError, match=f"attention was changed to '{other}' while it is sparse"):
+        model(input_ids=ids)
+    model.set_attn_implementation({"text_config": "zipr1"})
+    assert torch.equal(model(input_ids=ids).logits, wanted)

@@ -420,3 +420,16 @@ def test_load_names_a_wrong_setting():
     with pytest.raises(InputError, match=r"zipr1\.load: model\.max_pixels: got -1"):
         zipr1.load("tiny", device="cpu", max_pixels=-1)
     assert validate({}).model.trust_remote_code is False and Lora().rank
+
+
+def test_every_end_token_of_the_generation_config_ends_an_answer(paths, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(resolve(paths("whole")), folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    usual = settings["eos_token_id"]
+    settings["eos_token_id"] = [*([usual] if isinstance(usual, int) else usual), 300]
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    assert 300 in open_model(Model(path=str(folder)), "cpu").processor.end_ids
+    model, processor = zipr1.load(str(folder), device="cpu")
+    assert 300 in model.generation_config.eos_token_id
+    assert processor.inner.decode([40, 300, 41]) == processor.inner.decode([40])

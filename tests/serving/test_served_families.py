@@ -21,13 +21,13 @@ def qwen2(tmp_path_factory):
     text = {**tinymodels.TEXT, "hidden_size": 128, "rope_parameters": rope}
     config = {**wanted.config, "text": text}
     policy = tinymodels.load_policy(wanted.model_copy(update={"config": config}), "cpu", seed=0)
-    for name, parameter in policy.core.named_parameters():
+    for name, parameter in policy.model.named_parameters():
         if "language_model" in name and ("q_proj" in name or "k_proj" in name):
             parameter.data *= 8.0
     sparse = Sparse(
         p=0.5, skip="layer", keep_last=2, dense_below=0, probes={"recent": 6, "random": 6}
     )
-    setattr(policy.core.config, KEY, marked(sparse))
+    setattr(policy.model.config, KEY, marked(sparse))
     folder = tmp_path_factory.mktemp("qwen2")
     processor = policy.processor
     save_folder(policy.core, processor.tokenizer, processor.settings, folder)

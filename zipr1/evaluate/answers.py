@@ -16,7 +16,7 @@ import torch
 
 from zipr1.core import distributed
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Data, Recipe, Sparse
+from zipr1.core.recipe import Data, Recipe, Sparse, Train
 from zipr1.core.types import Prompt
 from zipr1.data.media import load_media
 from zipr1.evaluate import gallery
@@ -93,7 +93,8 @@ class Answerer:
     """A loaded policy and the variants in which it answers: a value of p each, then the base.
 
     batch: most questions in one forward pass; fewer where the memory of a GPU holds fewer tokens. base: the untouched
-    model that the policy was trained from, dense. shown: of how many questions pictures are drawn.
+    model that the policy was trained from, dense. shown: of how many questions pictures are drawn. micro_tokens: most
+    tokens in one pass, as a recipe has it; None: what the memory of a GPU holds.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Answerer:
         batch: int = 16,
         shown: int = 3,
         base: Policy | None = None,
+        micro_tokens: int | None = None,
     ) -> None:
         for p in p_values:
             if not 0 < p <= 1:
@@ -118,6 +120,7 @@ class Answerer:
         if base is not None:
             self.variants += (Variant(BASE, 1.0, model=base.model),)
         self.batch = batch
+        self.bound = Recipe(train=Train(micro_tokens=micro_tokens))
         self.shown = shown
         text = policy.model.config.get_text_config()
         heads = text.num_key_value_heads
@@ -198,7 +201,7 @@ class Answerer:
         kept: dict[int, Any] = {}  # of the first sparse variant
         done = 0
         lengths = [len(e) + conditions.max_new_tokens for e in encoded]
-        most = token_budget(self.policy, Recipe(), update=False)
+        most = token_budget(self.policy, self.bound, update=False)
         for batch in by_length(lengths, self.batch, most):
             for variant in self.variants:
                 began = time.perf_counter()

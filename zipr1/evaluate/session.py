@@ -120,7 +120,8 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
         from zipr1.evaluate.answers import Answerer
 
         batch = recipe.evaluation.batch if "evaluation.batch" in keys else BATCH
-        answerer = Answerer(policy, recipe.sparse, p_values, batch, base=base)
+        bound = source.recipe.train.micro_tokens if source.recipe is not None else None
+        answerer = Answerer(policy, recipe.sparse, p_values, batch, base=base, micro_tokens=bound)
         reported = [p for p in p_values if p in request.p_values or p < 1]
         _measure_all(request, suites, answerer, recipe, keys, reported, folder, quiet)
         # 5. everything together

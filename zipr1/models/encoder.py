@@ -1,8 +1,8 @@
 """Prompts made ready for the model: media decoded, prompts tokenised, pictures seen, each once.
 
-A frozen tower says the same about a picture in every step, so what it said is remembered. Pictures go through it one
-at a time: the numbers then do not depend on what else is in the step, so a resumed run, which remembers nothing, gets
-the same ones. On a CPU core that took three quarters of the time of a step's pictures in one pass.
+Features of a frozen vision tower are cached for each picture, since they are the same in every step. Pictures go
+through it one at a time: the numbers then do not depend on what else is in the step, so a resumed run, whose cache is
+empty, gets the same ones. On a CPU core that took three quarters of the time of a step's pictures in one pass.
 
 Threads decode and cut into patches, `ahead` of the step that asks for it: what they make depends on the medium alone,
 so their order does not matter.

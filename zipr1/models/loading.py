@@ -56,9 +56,9 @@ def find_device(device: str | torch.device | None) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"--device {device}: not usable here ({reason}); use cpu, or leave it out"
+            f"--device {device}: not usable here ({first}); use cpu, or leave it out"
         ) from None
     return chosen
 

@@ -214,6 +214,8 @@ def open_model(
     if source.adapter is not None and not merge_adapter:
         peft_model = with_adapter(model, source.adapter)
     processor = _processor(model, tokenizer, source, settings)
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    processor.stop_at([ends] if isinstance(ends, int) else ends or [])
     model.to(device=chosen, dtype=dtype).eval()
     return Opened(model, processor, settings, source, peft_model)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from zipr1.core.errors import InputError
 from zipr1.models.sparse import context
 from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.sparse.context import DecoderCall, SparseContext
@@ -81,6 +82,12 @@ def _passes(run: SparseRun, decoder: Any, begin: Begin) -> Callable[..., Any]:
         run.handover.clear()
         if "sparse_context" in kwargs:  # a block inside this one has started the pass
             return stock(*args, **kwargs)
+        attention = decoder.config._attn_implementation
+        if attention != ATTENTION:  # another one would read the mask below, and see every token
+            raise InputError(
+                f"the model's attention was changed to {attention!r} while it is sparse; change it outside of "
+                "zipr1.sparse, or load the model again"
+            )
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         if embeds is None:
             embeds = kwargs["input_ids"]
