@@ -30,7 +30,7 @@ def qwen2(tmp_path_factory):
     setattr(policy.model.config, KEY, marked(sparse))
     folder = tmp_path_factory.mktemp("qwen2")
     processor = policy.processor
-    save_folder(policy.core, processor.tokenizer, processor.settings, folder)
+    save_folder(policy.model, processor.tokenizer, processor.settings, folder)
     return folder, sparse
 
 
