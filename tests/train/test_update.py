@@ -55,7 +55,7 @@ def test_first_ratio_is_exactly_one_against_the_same_forward():
     rows = flatten(batch, settings, even(1.0, policy.layers))
     chosen = list(range(len(rows.tokens)))
     encoded = [batch.encoded[i] for i in rows.prompt]
-    replay = replay_masks(rows.kept, max(rows.lengths), policy.device)
+    replay = replay_masks(rows.kept, max(rows.lengths))
     request = Request(settings.sparse, seed=batch.probe_seed, replay=replay, scores=True)
     with sparse_attention(policy.model, request) as run:
         logits, mask = policy.answer_logits(encoded, batch.features, rows.tokens, run)

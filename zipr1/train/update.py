@@ -157,7 +157,7 @@ def replaying(
     return Request(
         recipe.sparse,
         seed=batch.probe_seed,
-        replay=replay_masks([rows.kept[b] for b in chosen], width, policy.device),
+        replay=replay_masks([rows.kept[b] for b in chosen], width),
         scores=bool(methods & {"pathwise", "cut", "through"}),
         through=(batch.low, recipe.budgets.high) if "through" in methods else None,
     )
