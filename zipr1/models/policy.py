@@ -262,7 +262,7 @@ class Policy:
         run: SparseRun | None = None,
         model: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states `(B, T, hidden)` that predict the answers' tokens, and their mask `(B, T)` bool.
+        """Hidden states `(B, T, hidden)` that predict the answers' tokens, and their mask `(B, T)` bool on the CPU.
 
         run: of `sparse_attention`, inside its block, whose `record` is filled; None: dense. model: the reference's, or
         None.
@@ -280,7 +280,7 @@ class Policy:
             read_at=torch.zeros_like(valid).scatter(1, where, True),
             cache=False,
         )
-        where, mask = send(self.device, where, mask)
+        (where,) = send(self.device, where)
         return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1])), mask
 
     def answer_logits(

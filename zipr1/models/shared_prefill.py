@@ -43,10 +43,10 @@ def shared_states(
     for row, answer in enumerate(answers):
         following_ids[row, : len(answer) - 1] = answer[:-1].cpu()
     positions = starts[:, None] + torch.arange(longest - 1)
-    index, mask, ids, positions = send(device, owners, answered, following_ids, positions)
+    index, ids, positions = send(device, owners, following_ids, positions)
     states = hidden[index, -1:]
     if longest == 1:
-        return states, mask
+        return states, answered
     cache.batch_select_indices(index)
     seen = torch.cat([valid[owners], torch.ones_like(answered[:, 1:])], dim=1)
     following = {
@@ -54,4 +54,4 @@ def shared_states(
         "position_ids": policy.places(positions.expand(3, -1, -1)),
     }
     more = sampling.decode_step(model, following, cache, seen)
-    return torch.cat([states, more], dim=1), mask
+    return torch.cat([states, more], dim=1), answered

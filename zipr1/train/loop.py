@@ -257,7 +257,9 @@ def supervised_step(
     policy.model.train()
     optimizer.zero_grad()
     value, right = supervised.backward(policy, recipe, portion)
-    norm = optim.clipped_step(optimizer, policy.trainable(), recipe.optim.max_grad_norm, value)
+    norm = optim.clipped_step(
+        optimizer, policy.trainable(), recipe.optim.max_grad_norm, torch.tensor(value)
+    )
     policy.model.eval()
     # 3. the next stage of the curriculum
     state["skill"] += 0.05 * (right - state["skill"])
