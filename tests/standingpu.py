@@ -30,7 +30,17 @@ OURS = (str(ROOT / "zipr1"), str(ROOT / "kernels"))
 # Operations whose result has a size that depends on values.
 SIZES = ("nonzero", "masked_select", "_unique2", "unique_dim", "bincount")
 # Those that only make memory, or nothing at all.
-FREE = ("empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like", "detach", "lift_fresh", "_unsafe_view", "_local_scalar_dense")
+FREE = (
+    "empty",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "empty_like",
+    "detach",
+    "lift_fresh",
+    "_unsafe_view",
+    "_local_scalar_dense",
+)
 
 # Kernels that each operation launches on a GPU, with what its wrapper does before (kernels/zipr1_kernels/*/kernel.py);
 # `packed_attention` is torch's own, which is one.
@@ -73,7 +83,11 @@ class Gpu(TorchDispatchMode):
     def wait(self, why: str) -> None:
         if not self.quiet:
             frames = [f for f in traceback.extract_stack() if f.filename.startswith(OURS)]
-            at = f"{Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}" if frames else "?"
+            at = (
+                f"{Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}"
+                if frames
+                else "?"
+            )
             self.waits[f"{at} {why}"] += 1
 
     @contextlib.contextmanager
@@ -97,10 +111,14 @@ class Gpu(TorchDispatchMode):
         if kwargs.get("device") is not None:
             target = torch.device(kwargs["device"]) == DEVICE
             kwargs["device"] = torch.device("cpu")
-        if there or target:
-            self.count(func, name, before, args, kwargs, there, target)
         plain = tree_map(lambda x: x.held if isinstance(x, OnGpu) else x, (args, kwargs))
         out = func(*plain[0], **plain[1])
+        if (there or target) and not self.quiet:
+            self.note(name, before, args, kwargs, there, target)
+            made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+            alias = [r.alias_info for r in func._schema.returns]
+            view = bool(alias) and all(a is not None and not a.is_write for a in alias)
+            self.launches += not view and name not in FREE and any(x.numel() for x in made)
         if not target:
             return out
         same = {id(x.held): x for x in before if isinstance(x, OnGpu)}
@@ -112,17 +130,16 @@ class Gpu(TorchDispatchMode):
 
         return tree_map(wrapped, out)
 
-    def count(
-        self, func: Any, name: str, before: list[Any], args: Any, kwargs: Any, there: bool, target: bool
+    def note(
+        self,
+        name: str,
+        before: list[Any],
+        args: Any,
+        kwargs: Any,
+        there: bool,
+        target: bool,
     ) -> None:
-        if self.quiet:
-            return
-        alias = [r.alias_info for r in func._schema.returns]
-        view = bool(alias) and all(a is not None and not a.is_write for a in alias)
-        if not view and name not in FREE and any(x.numel() for x in before if isinstance(x, OnGpu)):
-            self.launches += 1
-        elif not view and name not in FREE and not there:
-            self.launches += 1  # arange, zeros, a copy from the host
+        """Notes what makes the host wait."""
         if name == "_local_scalar_dense":
             self.wait("a value is read")
         elif name in SIZES:
@@ -134,7 +151,7 @@ class Gpu(TorchDispatchMode):
             self.wait("the size of repeat_interleave")
         elif name == "equal":
             self.wait("equal")
-        elif name in ("_to_copy", "copy_") and before and self.crosses(name, before, there, target):
+        elif name in ("_to_copy", "copy_") and self.crosses(name, before, there, target):
             if there and not target:
                 self.wait("a copy to the host")
             elif not kwargs.get("non_blocking"):
@@ -142,6 +159,9 @@ class Gpu(TorchDispatchMode):
 
     @staticmethod
     def crosses(name: str, before: list[Any], there: bool, target: bool) -> bool:
+        """Whether values go from one side to the other."""
+        if not before or not before[-1].numel():
+            return False
         if name == "copy_":
             return isinstance(before[0], OnGpu) != isinstance(before[1], OnGpu)
         return there != target
@@ -198,7 +218,9 @@ def gpu() -> Iterator[Gpu]:
         for module in (context, gate, retain, rules, selection):
             for name in KERNELS:
                 if hasattr(module, name):
-                    patch.setattr(module, name, _kernel(counting, name, getattr(zipr1_kernels, name)))
+                    patch.setattr(
+                        module, name, _kernel(counting, name, getattr(zipr1_kernels, name))
+                    )
         stock = torch.nn.functional.scaled_dot_product_attention
 
         def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -211,14 +233,17 @@ def gpu() -> Iterator[Gpu]:
 
 
 def moved(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with its weights on the stand-in; inside its block."""
+    """The model with its weights on the stand-in, tied ones still tied; inside its block."""
+    there: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                module._parameters[name] = torch.nn.Parameter(
-                    OnGpu(parameter.detach()), parameter.requires_grad
-                )
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not isinstance(parameter, OnGpu):
+                if id(parameter) not in there:
+                    there[id(parameter)] = torch.nn.Parameter(
+                        OnGpu(parameter.detach()), parameter.requires_grad
+                    )
+                module._parameters[name] = there[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not isinstance(buffer, OnGpu):
                 module._buffers[name] = OnGpu(buffer)
     return model

@@ -100,8 +100,8 @@ class Steps:
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:
     """The same step as one CUDA graph; as it is, with a warning, where something in it cannot be captured."""
-    graph = torch.cuda.CUDAGraph()
     try:
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
     except RuntimeError as error:

@@ -186,7 +186,7 @@ def _pass(
     """Cross-entropy summed over answer tokens, times `share`; the sum itself, and how many are predicted right."""
     lost, same = _scores(policy, *_predictions(policy, batch, features))
     loss = with_tower(policy, [lesson.encoded for lesson in batch], lost * share)
-    cost, right = fetch(lost, same)
+    cost, right = fetch(lost.detach(), same)
     return loss, (float(cost), float(right))
 
 
