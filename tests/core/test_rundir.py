@@ -19,7 +19,6 @@ from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe
 from zipr1.core.rundir import (
     RunDir,
-    find_model,
     is_complete,
     load_state,
     new_folder,

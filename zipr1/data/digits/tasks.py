@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from zipr1.core import activity
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.files import replacing
 from zipr1.core.types import Media, Prompt
@@ -42,7 +43,7 @@ def prompts(
         raise InputError(f"split {split!r}: unknown; allowed: {', '.join(glyphs.SPLITS)}")
     bank = glyphs.bank(split)
     made = []
-    for picture in range(pictures):
+    for picture in activity.counted(f"drawing {task}", range(pictures)):
         key = [seed, list(glyphs.SPLITS).index(split), TASKS.index(task), picture]
         rng = np.random.default_rng(key)
         turn = picture * questions_per_picture
