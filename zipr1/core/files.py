@@ -40,8 +40,12 @@ def check_folder(folder: Path, option: str) -> None:
     there = folder
     while not there.exists() and there != there.parent:
         there = there.parent
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: this is a file; give a folder to {option}")
     if not there.is_dir():
-        raise InputError(f"{option} {folder}: {there} is a file; give a folder")
+        raise InputError(
+            f"{option} {folder}: cannot be written ({there} is a file); give another folder"
+        )
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError(
             f"{option} {folder}: cannot be written (no right to write in {there}); give another folder"

@@ -90,7 +90,9 @@ def _run(
     )  # fmt: skip
     folder = distributed.first(lambda: RunDir.open(recipe, output, resume, info=about))
     folder.writes = distributed.is_first()
-    for line in [f"run: {folder.root}", *effective(first, policy)]:
+    start = folder.start_step
+    on = f", which goes on after step {start} of {recipe.train.steps}" if start else ""
+    for line in [f"run: {folder.root}{on}", *effective(first, policy)]:
         console.print(line, soft_wrap=True, highlight=False)
     writer = opened.enter_context(board(recipe, folder.root, folder.start_step))
     # 3. the reference, and how it answers
