@@ -16,7 +16,6 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from zipr1.core.errors import InputError
-from zipr1.core.load import load as load_recipe
 from zipr1.core.load import validate
 from zipr1.core.recipe import Data
 from zipr1.data import embedded
@@ -479,12 +478,6 @@ def test_letters_are_what_the_font_draws():
     # A printed word is as high as is said: from the top of "d" to the bottom of "p".
     heights = [np.flatnonzero(ink.word("dp", "DejaVuSans", s).max(1) > 40) for s in ink.SIZES]
     assert [9 <= rows.max() - rows.min() + 1 <= 14 for rows in heights] == [True] * 3
-
-
-def test_the_recipe_gives_each_word_a_token():
-    words = load_recipe("recipes/pages_base.yaml").model.config["words"]
-    assert set(tasks.vocabulary()) <= set(words)
-    assert all(w.isalpha() or len(w) == 1 for w in words)
 
 
 def test_the_family_is_a_source_with_a_mix_of_its_own():

@@ -16,7 +16,7 @@ from zipr1.data import video
 from zipr1.train import loop
 
 RECIPES = sorted(
-    p for p in Path(__file__).parents[2].glob("recipes/*.yaml") if not p.name.startswith(("tiny", "pages"))
+    p for p in Path(__file__).parents[2].glob("recipes/*.yaml") if not p.name.startswith("tiny")
 )
 
 
