@@ -104,6 +104,7 @@ def questions(folder: Path, task: str, count: int) -> list[dict[str, Any]]:
         if media.kind == "image":
             data: Any = Image.fromarray(pixels)
         else:
+            assert fps is not None
             about = {
                 "fps": fps,
                 "duration": len(pixels) / fps,
