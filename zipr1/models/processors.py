@@ -20,12 +20,10 @@ from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 
 from zipr1.core.errors import InputError
+from zipr1.models.visual import UNKNOWN_FPS, Visual, patch_times
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-# Frames a second of a clip that does not tell its rate, as transformers assumes.
-UNKNOWN_FPS = 24.0
 
 
 @dataclass(frozen=True)
@@ -203,27 +201,6 @@ def square(
         cells,
         cells,
     )
-
-
-@dataclass(frozen=True)
-class Visual:
-    """One picture or clip as the vision tower takes it. seconds: time one temporal patch spans (0 for images); times:
-    the second at which each temporal patch of a clip is shown, the mean of its first and last frame's."""
-
-    kind: str
-    patches: torch.Tensor
-    grid: tuple[int, int, int]
-    seconds: float
-    tokens: int
-    times: tuple[float, ...] = ()
-
-
-def patch_times(times: Sequence[float] | np.ndarray, temporal: int) -> tuple[float, ...]:
-    """Seconds of frames -> of temporal patches, the mean of the first and the last; the last frame may repeat."""
-    seconds = [float(t) for t in times]
-    seconds += seconds[-1:] * (-len(seconds) % temporal)
-    firsts, lasts = seconds[::temporal], seconds[temporal - 1 :: temporal]
-    return tuple((a + b) / 2 for a, b in zip(firsts, lasts, strict=True))
 
 
 @dataclass(frozen=True)
