@@ -7,21 +7,20 @@ pure functions of their arguments. Clips of `prompts` are real mp4 files in a ca
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from zipr1.core.errors import InputError, RunError
-from zipr1.core.files import replacing
+from zipr1.core.errors import InputError
 from zipr1.core.types import Media, Prompt
 from zipr1.data import video
+from zipr1.data.cache import kept_clip
 from zipr1.data.digits import glyphs
 from zipr1.data.digits.questions import KINDS, Question, catalogue, draw, draw_second, vocabulary
 from zipr1.data.digits.scenes import Scene, draw_image, draw_video
 
-__all__ = ["HELDOUT_SHARE", "TASKS", "cache_directory", "lesson", "prompts", "vocabulary"]
+__all__ = ["HELDOUT_SHARE", "TASKS", "lesson", "prompts", "vocabulary"]
 
 TASKS = tuple(KINDS)
 HELDOUT_SHARE = {"hard_digits": 0.25}
@@ -83,11 +82,6 @@ def lesson(
         scene = (draw_video if index < videos else draw_image)(rng, bank, count)
         made.append((scene, _many(scene, rng, questions, hard_share)))
     return made
-
-
-def cache_directory() -> Path:
-    """Where clips are kept: $ZIPR1_CACHE, or ~/.cache/zipr1."""
-    return Path(os.environ.get("ZIPR1_CACHE") or Path.home() / ".cache" / "zipr1")
 
 
 def _draw_with(
@@ -158,14 +152,8 @@ def _media(scene: Scene) -> Media:
         return Media("image", scene.pixels)
     # Named by content: a clip drawn differently by another version gets another file.
     name = hashlib.sha256(video.ENCODER.encode() + scene.pixels.tobytes()).hexdigest()[:24]
-    path = cache_directory() / f"{name}.mp4"
-    try:
-        if not path.exists() or path.stat().st_size == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                video.write(temporary, scene.pixels, scene.fps or 1.0)
-    except OSError as error:
-        raise RunError(
-            f"{path.parent}: clips cannot be stored there ({error}); set ZIPR1_CACHE to a folder"
-        ) from error
-    return Media("video", path)
+
+    def write(path: Path) -> None:
+        video.write(path, scene.pixels, scene.fps or 1.0)
+
+    return Media("video", kept_clip(f"{name}.mp4", write))
