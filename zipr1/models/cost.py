@@ -42,7 +42,8 @@ class Work(NamedTuple):
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a Qwen2-VL or Qwen2.5-VL model. size: bytes of a number. counted: parameters by part, of a loaded model
-    of another family (memory.py), which cannot be had from the sizes."""
+    of another family (memory.py), which cannot be had from the sizes; per_rank: likewise parameters of its adapters of
+    rank 1."""
 
     name: str
     hidden: int
@@ -65,6 +66,7 @@ class Shape:
     tied: bool = False
     size: int = 2
     counted: Mapping[str, int] | None = None
+    per_rank: int | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any], name: str = "model") -> Shape:

@@ -267,7 +267,7 @@ def _processor(model: Any, tokenizer: Any, source: ModelSource, settings: Model)
         clips=family.clips,
     )
     video = config.video_token_id if family.clips else None
-    return Processor(tokenizer, pixels, config.image_token_id, video, family.around)
+    return Processor(tokenizer, pixels, config.image_token_id, video, family.spell)
 
 
 def _reference(base: Model, settings: Model) -> dict[str, Any]:
