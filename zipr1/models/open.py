@@ -12,7 +12,6 @@ from the caller's settings alone.
 from __future__ import annotations
 
 import importlib.resources
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
 from zipr1.core.errors import InputError
+from zipr1.core.jsontext import loads
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Data, Model, Recipe, Sparse
 from zipr1.models import families, manifest
@@ -279,7 +279,7 @@ def _base_of(adapter: Path, recipe: Recipe | None) -> Model:
     """The base that an adapter was trained on: path and revision. recipe: of the run that trained it."""
     if recipe is not None and recipe.model.path == "tiny":
         return Model(path="tiny")  # in the package, wherever that is now
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = loads((adapter / "adapter_config.json").read_bytes())
     path, revision = str(config["base_model_name_or_path"]), config.get("revision")
     if recipe is not None and recipe.model.path == path:
         revision = revision or recipe.model.revision

@@ -6,7 +6,6 @@ PIL for resizing and numpy for the rest, and give the same patches as transforme
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 
 from zipr1.core.errors import InputError
+from zipr1.core.jsontext import loads
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -135,7 +135,7 @@ def _json(folder: str | Path, name: str, revision: str | None) -> dict[str, Any]
     if found is None or not found.is_file():
         return None
     try:
-        return dict(json.loads(found.read_text(encoding="utf-8")))
+        return dict(loads(found.read_bytes()))
     except (ValueError, TypeError):
         raise InputError(f"{found}: not a JSON object; copy the model folder again") from None
 
