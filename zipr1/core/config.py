@@ -29,9 +29,7 @@ def read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        found = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
-        there = f"recipes here: {', '.join(found)}" if found else "there is no recipe in ./recipes"
-        raise InputError(f"{path}: no such file; {there}; give the path of a recipe") from None
+        raise InputError(f"{path}: no such file; give the path of a recipe") from None
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: not UTF-8 text ({error.reason}); a recipe is a YAML file"
@@ -49,6 +47,8 @@ def parse(text: str, source: str) -> Any:
         line = f":{mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
         raise InputError(f"{source}{line}: not YAML: {one_line(what)}; mend this line") from None
+    except RecursionError:
+        raise InputError(f"{source}: not YAML: nested too deep; write fewer brackets") from None
     except ValueError as error:  # such as the date 2026-99-99
         raise InputError(
             f"{source}: not YAML: {one_line(error)}; put the value in quotes"

@@ -15,7 +15,6 @@ pickled: tensors are safetensors, the rest is JSON.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -26,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zipr1.core.errors import InputError, RunError
-from zipr1.core.files import sync, write_whole
-from zipr1.core.jsontext import dumps
+from zipr1.core.files import check_folder, replacing, sync, write_whole
+from zipr1.core.jsontext import dumps, lines, loads
 from zipr1.core.load import differences, load_written
 from zipr1.core.recipe import Recipe
 
@@ -46,17 +45,6 @@ def new_folder(name: str, base: Path = RUNS) -> Path:
         if not path.exists():
             return path
     raise RunError(f"{base}: a thousand runs called {stem} are there; clear some away")
-
-
-def find_model(given: str | None, runs: Path = RUNS) -> tuple[str, str]:
-    """The model to use and a line that says why: the one given, else the newest trained run, else `tiny`."""
-    if given is not None:
-        return given, f"model: {given}"
-    trained = [path for path in runs.glob("*") if (path / "last" / "model").is_dir()]
-    if not trained:
-        return "tiny", "model: tiny, the embedded one (no run in runs/; choose with --model)"
-    newest = max(trained, key=lambda path: (path / "last").stat().st_mtime)
-    return str(newest), f"model: {newest}, the last run (choose with --model)"
 
 
 class RunDir:
@@ -88,6 +76,17 @@ class RunDir:
         `output`, `never` insists on an empty folder, anything else is the run directory to go on with.
         info: what `run.json` is to hold; a resumed run adds it to the list `resumed`.
         """
+        run = cls(cls.check(recipe, output, resume) or new_folder(name), recipe)
+        if run._is_empty():
+            run._start(info or {})
+        else:
+            run._continue(resume, info or {})
+        return run
+
+    @classmethod
+    def check(cls, recipe: Recipe, output: Path | None, resume: str) -> Path | None:
+        """The folder that `open` would use, None for a new one; nothing is written. Raises InputError as `open` does,
+        and for a folder that cannot be written."""
         if resume not in ("auto", "never"):
             if output is not None and output.resolve() != Path(resume).resolve():
                 raise InputError(
@@ -98,13 +97,12 @@ class RunDir:
             if not (output / "recipe.yaml").is_file():
                 raise InputError(f"{output}: not a run directory (no recipe.yaml); check --resume")
         if output is None:
-            output = new_folder(name)
+            return None
+        check_folder(output, "--output")
         run = cls(output, recipe)
-        if run._is_empty():
-            run._start(info or {})
-        else:
-            run._continue(resume, info or {})
-        return run
+        if not run._is_empty():
+            run._refuse_another(resume)
+        return output
 
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint; half-written ones are passed over."""
@@ -191,24 +189,37 @@ class RunDir:
             ) from None
         self.write_json("run.json", info)
 
-    def _continue(self, resume: str, info: Mapping[str, Any]) -> None:
+    def _refuse_another(self, resume: str) -> None:
+        """Raises InputError unless what lies in the folder can be gone on with: a run of the same recipe, or of one
+        with fewer steps."""
         written = self.root / "recipe.yaml"
         if not written.is_file():
             if [p.name for p in self.root.iterdir()] == ["checkpoints"]:  # killed while starting
-                return self._start(info)
+                return
             raise InputError(
                 f"{self.root}: the folder is not empty and holds no run; give another --output"
-            )
-        changed = differences(load_written(written), self.recipe)
-        if changed:
-            raise InputError(
-                f"{self.root}: holds a run of another recipe ({', '.join(changed)}); "
-                "give another --output, or the recipe and overrides of that run"
             )
         if resume == "never":
             raise InputError(
                 f"{self.root}: holds a run of this recipe; go on with --resume auto, or give another --output"
             )
+        old = load_written(written)
+        changed = differences(old, self.recipe)
+        more = self.recipe.train.steps > old.train.steps
+        if changed and not (more and len(changed) == 1):
+            raise InputError(
+                f"{self.root}: holds a run of another recipe ({', '.join(changed)}); "
+                "give another --output, or the recipe and overrides of that run (train.steps may grow)"
+            )
+
+    def _continue(self, resume: str, info: Mapping[str, Any]) -> None:
+        self._refuse_another(resume)
+        written = self.root / "recipe.yaml"
+        if not written.is_file():
+            return self._start(info)
+        if differences(load_written(written), self.recipe):  # more steps
+            with _disk(written):
+                write_whole(written, self.recipe.dump())
         self.checkpoint = self.latest_checkpoint()
         for left in self.root.glob(".tmp-*"):  # of a write that a kill cut short
             left.unlink(missing_ok=True)
@@ -230,16 +241,10 @@ class RunDir:
         path = self.root / name
         if not path.is_file():
             return
-        with _disk(path):
-            kept = []
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(row, dict) and row.get("step", step) < step:
-                    kept.append(f"{line}\n")
-            write_whole(path, "".join(kept))
+        with _disk(path), replacing(path) as temporary, temporary.open("wb") as kept:
+            for line in lines(path):
+                if _step_in(line, step) < step:
+                    kept.write(line + b"\n")
 
     def _prune(self, newest: Path, keep: int) -> None:
         """Keeps the `keep` newest checkpoints up to the one just written, and the best; leftovers go."""
@@ -258,7 +263,7 @@ class RunDir:
 def is_complete(checkpoint: Path) -> bool:
     """Whether every file that complete.json names is there with its size."""
     try:
-        files = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["files"]
+        files = loads((checkpoint / COMPLETE).read_bytes())["files"]
         return all((checkpoint / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -301,7 +306,7 @@ def load_state(folder: Path, name: str = "state") -> tuple[dict[str, torch.Tenso
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: no readable JSON ({error}); the run directory is damaged"
@@ -313,18 +318,33 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file; a last line that was cut short is left out."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    bad = 0
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines(path), start=1):
+            if bad:
+                raise InputError(f"{path}:{bad}: not a JSON object; the file is damaged")
+            try:
+                row = loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            else:
+                bad = number
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise InputError(f"{path}:{number}: not JSON; the file is damaged") from None
     return rows
+
+
+def _step_in(line: bytes, default: int) -> int:
+    """The step that a line of metrics.jsonl or rollouts.jsonl is of; `default` where it does not say."""
+    try:
+        row = loads(line)
+    except ValueError:
+        return default
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else default
 
 
 def _step_of(path: Path) -> int:

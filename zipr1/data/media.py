@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from zipr1.core.errors import InputError
 from zipr1.core.types import Media
 from zipr1.data import video
+
+# All that PIL may open of data: it knows forty more, of which EPS starts Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 _ORIENTATION = 0x0112  # EXIF: how the camera was held
 
@@ -24,16 +29,30 @@ def load_media(
 
     fps: at which clips are read, at most their own; None takes all of a clip's frames up to `max_frames`.
     """
+    pixels, frame_fps, _ = load_timed(media, max_frames, fps)
+    return pixels, frame_fps
+
+
+def load_timed(
+    media: Media, max_frames: int, fps: float | None = None
+) -> tuple[np.ndarray, float | None, np.ndarray | None]:
+    """What `load_media` gives, and the second `(F,)` float64 at which each frame of a clip is shown; None for pictures
+    and where the rate is unknown."""
     if isinstance(media.source, np.ndarray):
         _check_array(media.kind, media.source)
         if media.kind == "image":
-            return media.source, None
+            return media.source, None, None
         clip_fps = media.fps or 0.0
         chosen = video.choose(len(media.source), clip_fps, max_frames, fps)
-        return media.source[chosen], clip_fps * len(chosen) / len(media.source) or None
+        frame_fps = clip_fps * len(chosen) / len(media.source) or None
+        return (
+            media.source[chosen],
+            frame_fps,
+            video.times(len(media.source), clip_fps, max_frames, fps),
+        )
     if media.kind == "video":
-        return video.read(as_path(media.source), max_frames, fps)
-    return read_image(_encoded(media.source)), None
+        return video.read_timed(as_path(media.source), max_frames, fps)
+    return read_image(_encoded(media.source)), None, None
 
 
 def check(media: Media) -> tuple[int, int, int, float]:
@@ -110,15 +129,29 @@ def _open(source: str | Path | io.BytesIO, name: str) -> Image.Image:
         with warnings.catch_warnings():
             # A picture too large to be safe is an error here, not a warning that nobody sees.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(source)
+            return Image.open(source, formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise InputError(
-            f"{name}: not an image that PIL can read; use PNG, JPEG or WebP"
-        ) from error
+        raise InputError(f"{name}: not an image; allowed: {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{name}: too many pixels ({error}); scale it down") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise _damaged(name, error) from error
+
+
+@contextlib.contextmanager
+def only_known_formats() -> Iterator[None]:
+    """Inside, PIL opens no format but those of `FORMATS`, whoever asks: around libraries that open the data's pictures
+    themselves. For the whole process."""
+    stock = Image.open
+
+    def known(fp: Any, mode: str = "r", formats: Any = None) -> Image.Image:
+        return stock(fp, mode, [f for f in FORMATS if formats is None or f in formats])  # type: ignore[arg-type]
+
+    Image.open = known  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        Image.open = stock
 
 
 def _damaged(name: str, error: Exception) -> InputError:

@@ -112,7 +112,8 @@ def add_lora(model: Any, lora: Lora, revision: str | None = None) -> Any:
     with warnings.catch_warnings():
         # peft asks transformers by an older name.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        return get_peft_model(model, settings)
+        # New modules begin in training mode: their dropout would part the update's answers from the sampled ones.
+        return get_peft_model(model, settings).eval()
 
 
 def frozen_copy(model: Any) -> Any:
@@ -175,7 +176,7 @@ def save_processor(tokenizer: Any, settings: PixelSettings, family: str, folder:
     parts: dict[str, Any] = {"image_processor": image}
     if known_as.clips:
         bounds = _pixel_values(settings.of("video"))
-        video = {"video_processor_type": "Qwen2VLVideoProcessor", **bounds}
+        video = {"video_processor_type": known_as.video, **bounds}
         parts["video_processor"] = video
         _write_json(folder / "video_preprocessor_config.json", {**processor, **video})
     _write_json(folder / "processor_config.json", {**processor, **parts})

@@ -7,6 +7,7 @@ and one line says what could not be checked.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from zipr1.rewards.registry import check_answers
 from zipr1.train import supervised
 from zipr1.train.metrics import question
 from zipr1.train.rollout import roll_out
+from zipr1.train.sampler_check import check_sampler
 from zipr1.train.validate import check, check_lengths, needs_prompts
 
 SAMPLED = 32  # prompts that are tokenised for the counts
@@ -108,7 +110,13 @@ def _shape(policy: Policy) -> Shape:
         "embeddings": embeddings,
     }
     merge = policy.processor.settings.merge
-    return memory.loaded_shape(policy.model.config.to_dict(), policy.name, merge, parts)
+    shape = memory.loaded_shape(policy.model.config.to_dict(), policy.name, merge, parts)
+    lora = policy.settings.lora
+    if lora is None:
+        return shape
+    # Experts have no adapters, so their number does not follow from the sizes.
+    adapters = sum(p.numel() for n, p in policy.model.named_parameters() if "lora_" in n)
+    return replace(shape, per_rank=adapters // lora.rank)
 
 
 def _counted(
@@ -165,6 +173,9 @@ def _tried(
         policy.keep_reference()
         seen = pictures.encode_vision(encoded[:2])
         batch = roll_out(policy, recipe, samples[:2], encoded[:2], seen.policy, 0, seen.reference)
+        console.print(
+            check_sampler(policy, recipe, batch), soft_wrap=not console.is_terminal, highlight=False
+        )
         result["sampled"] = [
             {
                 "question": question(g.prompt.messages),
