@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Model
+from zipr1.models import loading
 from zipr1.models.policy import load_policy
 from zipr1.models.processors import PixelSettings, patchify
 
@@ -174,3 +175,17 @@ def test_kernels_that_cannot_run_are_refused_before_anything_loads(monkeypatch):
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     with pytest.raises(InputError, match="Triton was asked for on a CPU"):
         load_policy(Model(path="tiny"), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"), [("cuda:1", "cuda:1"), (None, None), ("cuda", None), ("cpu", None)]
+)
+def test_the_gpu_that_is_chosen_is_the_current_one(asked, wanted, monkeypatch):
+    """With a stand-in for torch.cuda that records devices; `cuda` without a number is the current one already."""
+    chosen = []
+    monkeypatch.setattr(loading, "unusable", lambda on_gpu: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: None)
+    assert loading.choose_device(asked) == torch.device(asked or "cuda")
+    assert chosen == ([] if wanted is None else [wanted])

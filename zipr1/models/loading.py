@@ -38,7 +38,7 @@ WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, else CUDA where there is one, else the CPU.
+    """The device asked for, else CUDA where there is one, else the CPU; a numbered GPU becomes the current one.
 
     Raises InputError if it is not there, or if the kernels that ZIPR1_KERNELS asks for cannot run on it.
     """
@@ -46,6 +46,9 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     trouble = unusable(chosen.type == "cuda")
     if trouble:
         raise InputError(trouble)
+    if chosen.type == "cuda" and chosen.index is not None:
+        # Triton's kernels and whatever names no device run on the current GPU, which else is the first one.
+        torch.cuda.set_device(chosen)
     return chosen
 
 
