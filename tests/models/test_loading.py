@@ -14,8 +14,9 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Model
+from zipr1.models.pixels import PixelSettings
 from zipr1.models.policy import load_policy
-from zipr1.models.processors import PixelSettings, patchify
+from zipr1.models.processors import patchify
 
 
 def test_saved_folder_loads_in_stock_transformers(tmp_path):

@@ -39,10 +39,12 @@ def export(
     """
     from rich.console import Console
 
+    from zipr1.cli.log import show_log
     from zipr1.core.jsontext import dumps
     from zipr1.export import session as exports
 
     console = Console(stderr=as_json)
+    show_log(console)
     with console.status(f"exporting {run}"):
         result = exports.export(run, to, format, dtype, device)
     for line in export_text(result).splitlines():

@@ -118,6 +118,7 @@ def profile(
         for table in tables:
             console.print(table)
     else:
+        from zipr1.cli.log import show_log
         from zipr1.core.rundir import new_folder
         from zipr1.profiling import report
         from zipr1.profiling.session import ProfileRequest
@@ -129,6 +130,7 @@ def profile(
         )  # fmt: skip
         if output is not None and output.exists() and not output.is_dir():
             raise InputError(f"--output {output}: a file is there; give a folder")
+        show_log(console)
         with console.status("profile") as status:
             result = measure(request, lambda text: status.update(f"profile: {text}"))
         page = report.write(result, output or new_folder("profile"))

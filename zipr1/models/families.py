@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 
 from zipr1.core.errors import InputError
+from zipr1.models.pixels import PICTURE_DEFAULTS
 from zipr1.models.processors import Visual
 
 EncodeVision = Callable[[Any, str, Sequence[Visual], torch.device], list[torch.Tensor]]
@@ -28,7 +30,8 @@ class Family:
 
     inputs: visuals of each prompt of a batch -> the arguments for them of transformers' own forward and `generate`.
     tower: attributes of `model.model` that see. around: text before and after a picture's placeholders.
-    mrope: positions are `(3, l)` by the model's `get_rope_index`, else 0, 1, ... clips: videos are handled.
+    mrope: positions are `(3, l)` by the model's `get_rope_index`, else 0, 1, ... qwen_positions: it gets that method from
+    positions.py, in place of transformers'. clips: videos are handled.
     tile: config -> pixels on a side of the one tile, tokens on a side, and how many tokens come besides.
     pixels, processor: transformers' classes that read preprocessor_config.json and processor_config.json.
     """
@@ -40,6 +43,7 @@ class Family:
     processor: str
     around: tuple[str, str] = ("", "")
     mrope: bool = True
+    qwen_positions: bool = False
     clips: bool = True
     tile: Callable[[Any], tuple[int, int, int]] | None = None
 
@@ -139,8 +143,12 @@ def _square(config: Any, shrink: float, besides: int = 0) -> tuple[int, int, int
 
 QWEN = "Qwen2VLImageProcessor"
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family(_qwen2, _patches, ("visual",), QWEN, "Qwen2VLProcessor"),
-    "qwen2_5_vl": Family(_qwen2, _patches_in_time, ("visual",), QWEN, "Qwen2_5_VLProcessor"),
+    "qwen2_vl": Family(
+        _qwen2, _patches, ("visual",), QWEN, "Qwen2VLProcessor", qwen_positions=True
+    ),
+    "qwen2_5_vl": Family(
+        _qwen2, _patches_in_time, ("visual",), QWEN, "Qwen2_5_VLProcessor", qwen_positions=True
+    ),
     "qwen3_vl": Family(_qwen3, _patches, ("visual",), QWEN, "Qwen3VLProcessor", clips=False),
     "internvl": Family(
         _internvl,
@@ -197,6 +205,12 @@ def find(model_type: str, path: str) -> Family:
     raise InputError(
         f"model.path: {path} is a {model_type}, which {why}; this version handles {', '.join(FAMILIES)}"
     )
+
+
+def pixel_defaults(family: Family) -> dict[str, Any]:
+    """What transformers' class of the family takes for pixel settings that its files leave unsaid."""
+    known = getattr(transformers, f"{family.pixels}Pil")
+    return {name: getattr(known, name) for name in PICTURE_DEFAULTS}
 
 
 def towers(model: Any) -> list[torch.nn.Module]:
