@@ -29,7 +29,7 @@ import zipr1
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.recipe import Model
 from zipr1.data.digits.tasks import prompts
-from zipr1.data.sources import HELDOUT_SEED
+from zipr1.data.embedded import HELDOUT_SEED, draw
 from zipr1.evaluate import session
 from zipr1.evaluate.answers import Answerer, Conditions, cut
 from zipr1.evaluate.scores import Units, paired
@@ -394,6 +394,19 @@ def test_the_python_api_answers_as_the_evaluation(folder_evaluated, task):
             same(dense, processor, p)
     said = [tuple(s["said"][name] for name in ("1", "0.9", "0.4")) for s in samples]
     assert any(len(set(words)) > 1 for words in said)  # the budget matters here
+
+
+def test_pages_are_asked_through_lmms_eval(tmp_path, policy):
+    """The held-out questions of the second family, in the same words and with the same pictures and clips."""
+    names = ["pages", "page_clips", "page_totals"]
+    asked = request_for(tmp_path / "eval", tasks=names, p_values=[1.0], limit=3, base=False)
+    session.run(asked, [], QUIET)
+    for task in names:
+        direct = draw("test", task, 3, HELDOUT_SEED)
+        said = texts(ask(policy, direct, [1.0]), 0)
+        path = tmp_path / "eval" / "benchmarks" / f"{task}.json"
+        samples = json.loads(path.read_text())["samples"]
+        assert [s["said"]["1"] for s in samples] == said
 
 
 def test_lmms_eval_finds_the_model():

@@ -34,8 +34,8 @@ def evaluate(
         int | None,
         typer.Option(
             min=0,
-            help="First questions of each benchmark; 0 takes all. Default: 400 of digits, 200 of moving_digits, "
-            "all of the others.",
+            help="First questions of each benchmark; 0 takes all. Default: 400 of the embedded pictures, 200 of the "
+            "embedded clips and totals, all of the others.",
         ),
     ] = None,
     budget: Annotated[

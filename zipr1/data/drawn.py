@@ -1,0 +1,74 @@
+"""What families of embedded tasks share: the chat messages about a drawn scene, and its picture or clip as Media.
+
+Clips of prompts are real mp4 files in a cache, read through video.py as a user's own are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from zipr1.core.errors import RunError
+from zipr1.core.files import replacing
+from zipr1.core.types import Media
+from zipr1.data import video
+
+
+class Scene(Protocol):
+    """pixels: uint8 `(H, W, 3)` for an image, `(F, H, W, 3)` at `fps` for a video."""
+
+    @property
+    def kind(self) -> Literal["image", "video"]: ...
+
+    @property
+    def pixels(self) -> np.ndarray: ...
+
+    @property
+    def fps(self) -> float | None: ...
+
+
+class Question(Protocol):
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def answer(self) -> str: ...
+
+
+def cache_directory() -> Path:
+    """Where clips are kept: $ZIPR1_CACHE, or ~/.cache/zipr1."""
+    return Path(os.environ.get("ZIPR1_CACHE") or Path.home() / ".cache" / "zipr1")
+
+
+def media(scene: Scene) -> Media:
+    """A picture in memory, or a clip in an mp4 file, which is written unless it is there."""
+    if scene.kind == "image":
+        return Media("image", scene.pixels)
+    # Named by content: a clip drawn differently by another version gets another file.
+    name = hashlib.sha256(video.ENCODER.encode() + scene.pixels.tobytes()).hexdigest()[:24]
+    path = cache_directory() / f"{name}.mp4"
+    try:
+        if not path.exists() or path.stat().st_size == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                video.write(temporary, scene.pixels, scene.fps or 1.0)
+    except OSError as error:
+        raise RunError(
+            f"{path.parent}: clips cannot be stored there ({error}); set ZIPR1_CACHE to a folder"
+        ) from error
+    return Media("video", path)
+
+
+def messages(kind: str, turns: Sequence[Question]) -> list[dict[str, Any]]:
+    """Chat messages that end with the last question: the media goes before the first one, answers stand between."""
+    made: list[dict[str, Any]] = []
+    for question in turns:
+        made.append({"role": "user", "content": [{"type": "text", "text": question.text}]})
+        made.append({"role": "assistant", "content": [{"type": "text", "text": question.answer}]})
+    made[0]["content"].insert(0, {"type": kind})
+    return made[:-1]
