@@ -30,7 +30,7 @@ class Family:
 
     inputs: visuals of each prompt of a batch -> the arguments for them of transformers' own forward and `generate`.
     tower: attributes of `model.model` that see. around: text before and after a picture's placeholders.
-    mrope: positions are `(3, l)` by the model's `get_rope_index`, else 0, 1, ... qwen_positions: it gets that method from
+    mrope: positions are `(3, l)` by the model's `get_rope_index`, else 0, 1, ... qwen_positions: with that method from
     positions.py, in place of transformers'. clips: videos are handled.
     tile: config -> pixels on a side of the one tile, tokens on a side, and how many tokens come besides.
     pixels, processor: transformers' classes that read preprocessor_config.json and processor_config.json.

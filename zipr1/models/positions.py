@@ -42,7 +42,9 @@ def rope_index(
     rate = getattr(vision, "tokens_per_second", None)
     device = input_ids.device
     grids = {1: _rows(image_grid_thw), 2: _rows(video_grid_thw)}
-    seconds = iter([] if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts).tolist())
+    seconds = iter(
+        [] if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts).tolist()
+    )
     positions = torch.zeros(3, *input_ids.shape, dtype=torch.long, device=device)
     deltas = []
     for row, types in enumerate(mm_token_type_ids):
