@@ -19,7 +19,6 @@ from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe
 from zipr1.core.rundir import (
     RunDir,
-    find_model,
     is_complete,
     load_state,
     new_folder,
@@ -191,6 +190,24 @@ def test_resume_of_a_named_run(root):
     assert RunDir.open(Recipe(), root, resume=str(root)).start_step == 8
 
 
+def test_a_run_goes_on_with_more_steps_and_with_nothing_else_changed(root):
+    RunDir.open(validate({"train": {"steps": 8}}), root).save_checkpoint(8, write())
+    longer = validate({"train": {"steps": 12}})
+    assert RunDir.open(longer, root).start_step == 8
+    assert load(root / "recipe.yaml") == longer
+    for changed in ({"train": {"steps": 10}}, {"train": {"steps": 20}, "seed": 1}):
+        with pytest.raises(InputError, match=r"another recipe .*train\.steps may grow"):
+            RunDir.open(validate(changed), root)
+    assert load(root / "recipe.yaml") == longer
+
+
+def test_what_is_refused_is_known_without_writing(root, tmp_path):
+    assert RunDir.check(Recipe(), None, "auto") is None
+    assert RunDir.check(Recipe(), root, "auto") == root and not root.exists()
+    with pytest.raises(InputError, match="not a run directory"):
+        RunDir.check(Recipe(), None, "nosuch")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_one_line_with_the_path(root):
     run = RunDir.open(Recipe(), root)
@@ -296,15 +313,3 @@ def test_the_commit_is_that_of_our_checkout_and_no_other(tmp_path, monkeypatch):
     assert clean is not None and len(clean["commit"]) == 40 and not clean["changed"]
     code.write_text("one = 2\n")
     assert machine.git_commit() == {**clean, "changed": True}
-
-
-def test_which_model_is_meant(tmp_path):
-    assert find_model("x", tmp_path) == ("x", "model: x")
-    assert find_model(None, tmp_path)[0] == "tiny"
-    for name, age in (("old", 100), ("new", 200), ("unfinished", 300)):
-        (tmp_path / name).mkdir()
-        if name != "unfinished":
-            (tmp_path / name / "last" / "model").mkdir(parents=True)
-            os.utime(tmp_path / name / "last", (age, age))
-    model, said = find_model(None, tmp_path)
-    assert model == str(tmp_path / "new") and "last run" in said

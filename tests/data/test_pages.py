@@ -152,20 +152,27 @@ def _best_word(seen):
     return name
 
 
-def test_hands_do_not_leak_between_splits():
-    rows = glyphs.split_rows()
-    seen = {}
-    for split in glyphs.SPLITS:
-        own = glyphs.bank(split)
-        scenes = [drawing.draw_page(np.random.default_rng([3, i]), own) for i in range(6)]
-        scenes += [drawing.draw_clip(np.random.default_rng([4, i]), own) for i in range(2)]
+def test_hands_do_not_leak_between_splits(monkeypatch):
+    """Through what training and evaluation call: prompts of each split, and lessons."""
+    scenes: list[drawing.Scene] = []
+    monkeypatch.setattr(tasks, "media", scenes.append)
+
+    def sources():
         marks = [m for s in scenes for sheet in s.sheets for m in sheet.marks]
-        seen[split] = {m.source for m in marks if m.kind == "digit"}
-        assert len(seen[split]) > 80
-        assert seen[split] <= set(rows[split].tolist())
-    assert not seen["train"] & seen["test"]
-    assert not seen["train"] & seen["validation"]
-    assert not seen["validation"] & seen["test"]
+        scenes.clear()
+        return {m.source for m in marks if m.kind == "digit"}
+
+    rows = {split: set(found.tolist()) for split, found in glyphs.split_rows().items()}
+    for split in glyphs.SPLITS:
+        for task in tasks.TASKS:
+            tasks.prompts(split, task, 3, 1, 4)
+            seen = sources()
+            assert len(seen) > 20
+            assert seen <= rows[split]
+    scenes += [scene for scene, _ in tasks.lesson(0, 0, 4, 0.5, 20, 0.1)]
+    assert sources() <= rows["train"]
+    assert not rows["train"] & rows["test"] | rows["train"] & rows["validation"]
+    assert not rows["validation"] & rows["test"]
 
 
 def test_sizes_vary_within_their_bounds(bank):

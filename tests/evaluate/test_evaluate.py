@@ -26,6 +26,8 @@ from rich.console import Console
 pytest.importorskip("lmms_eval")
 
 import zipr1
+from zipr1.cli.log import console_of
+from zipr1.core import activity
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.recipe import Model
 from zipr1.data.digits.tasks import prompts
@@ -144,15 +146,15 @@ def test_progress_is_seen_while_lmms_eval_is_silenced(policy, questions):
     terminal = Terminal()
     with (
         contextlib.redirect_stdout(terminal),
-        session._bar(Console(), SUITES["digits"], 16) as tell,
+        activity.shown(console_of(False)),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        tell("digits", 12)
-        end = time.monotonic() + 20  # the bar draws itself ten times a second
-        while "12/16" not in terminal.getvalue() and time.monotonic() < end:
+        activity.tell("digits: question", 12, 16)
+        end = time.monotonic() + 20  # the line draws itself ten times a second
+        while "question 12 of 16" not in terminal.getvalue() and time.monotonic() < end:
             time.sleep(0.01)
         seen = terminal.getvalue()
-    assert "12/16" in seen
+    assert "question 12 of 16" in seen
 
 
 @pytest.mark.parametrize("p", [0.0, -1.0, 1.5])

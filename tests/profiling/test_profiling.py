@@ -340,11 +340,11 @@ def test_an_allocation_that_fails_is_a_row(monkeypatch):
     ("arguments", "said"),
     [
         (["--model", "qwen2.5-vl-8b"], "did you mean qwen2.5-vl-7b?"),
-        (["--lengths", "40", "--keep", "0"], "keep 0.0 is not in (0, 1]"),
-        (["--lengths", "40", "--keep", "1.01"], "keep 1.01 is not in (0, 1]"),
+        (["--lengths", "40", "--keep", "0"], "--keep 0: outside (0, 1]"),
+        (["--lengths", "40", "--keep", "1.01"], "--keep 1.01: outside (0, 1]"),
         (["--lengths", "400000"], "length 400000 is outside 1..4096, what tiny was made for"),
         (["--batch", "0"], "--batch 0: give 1 or more"),
-        (["--card", "--measure-tflops"], "--card counts and runs nothing; leave out --measure-tflops"),
+        (["--card", "--measure-tflops"], "--card counts, and runs and writes nothing; leave out --measure-tflops"),
         (["--visual", "0.5"], "--visual is for --card"),
         (["--dtype", "int8"], "--dtype int8: allowed: auto, float32"),
         (["--layers", "2"], "--layers is for a bundled config"),
@@ -353,7 +353,7 @@ def test_an_allocation_that_fails_is_a_row(monkeypatch):
         (["--image", "nowhere.png"], "nowhere.png: no such file"),
         (["--image", "a.png", "--video", "b.mp4"], "--image and --video were both given"),
         (["--lengths", "40", "--video", "b.mp4"], "--lengths makes random prompts"),
-        (["--lengths", "40", "--output", __file__], "a file is there; give a folder"),
+        (["--lengths", "40", "--output", __file__], "this is a file; give a folder"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_line(arguments, said, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from zipr1.core.errors import InputError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -31,6 +33,23 @@ def write_whole(path: Path, text: str) -> None:
     """A text file in UTF-8, replaced at once."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Raise InputError where `folder` cannot be made or written; nothing is made. option: named in the error."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: this is a file; give a folder to {option}")
+    if not there.is_dir():
+        raise InputError(
+            f"{option} {folder}: cannot be written ({there} is a file); give another folder"
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{option} {folder}: cannot be written (no right to write in {there}); give another folder"
+        )
 
 
 def sync(path: Path) -> None:

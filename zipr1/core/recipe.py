@@ -307,9 +307,9 @@ class Supervised(Section):
 
 
 class Log(Section):
-    """Where metrics go besides metrics.jsonl: any of `tensorboard`, `wandb`."""
+    """Where metrics go besides metrics.jsonl: any of `tensorboard`, `wandb`, `trackio`."""
 
-    to: list[Literal["tensorboard", "wandb"]] = []
+    to: list[Literal["tensorboard", "wandb", "trackio"]] = []
 
 
 class Evaluation(Section):

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zipr1.core.errors import InputError, RunError
-from zipr1.core.files import sync, write_whole
+from zipr1.core.files import check_folder, sync, write_whole
 from zipr1.core.jsontext import dumps
 from zipr1.core.load import differences, load_written
 from zipr1.core.recipe import Recipe
@@ -46,17 +46,6 @@ def new_folder(name: str, base: Path = RUNS) -> Path:
         if not path.exists():
             return path
     raise RunError(f"{base}: a thousand runs called {stem} are there; clear some away")
-
-
-def find_model(given: str | None, runs: Path = RUNS) -> tuple[str, str]:
-    """The model to use and a line that says why: the one given, else the newest trained run, else `tiny`."""
-    if given is not None:
-        return given, f"model: {given}"
-    trained = [path for path in runs.glob("*") if (path / "last" / "model").is_dir()]
-    if not trained:
-        return "tiny", "model: tiny, the embedded one (no run in runs/; choose with --model)"
-    newest = max(trained, key=lambda path: (path / "last").stat().st_mtime)
-    return str(newest), f"model: {newest}, the last run (choose with --model)"
 
 
 class RunDir:
@@ -88,6 +77,17 @@ class RunDir:
         `output`, `never` insists on an empty folder, anything else is the run directory to go on with.
         info: what `run.json` is to hold; a resumed run adds it to the list `resumed`.
         """
+        run = cls(cls.check(recipe, output, resume) or new_folder(name), recipe)
+        if run._is_empty():
+            run._start(info or {})
+        else:
+            run._continue(resume, info or {})
+        return run
+
+    @classmethod
+    def check(cls, recipe: Recipe, output: Path | None, resume: str) -> Path | None:
+        """The folder that `open` would use, None for a new one; nothing is written. Raises InputError as `open` does,
+        and for a folder that cannot be written."""
         if resume not in ("auto", "never"):
             if output is not None and output.resolve() != Path(resume).resolve():
                 raise InputError(
@@ -98,13 +98,12 @@ class RunDir:
             if not (output / "recipe.yaml").is_file():
                 raise InputError(f"{output}: not a run directory (no recipe.yaml); check --resume")
         if output is None:
-            output = new_folder(name)
+            return None
+        check_folder(output, "--output")
         run = cls(output, recipe)
-        if run._is_empty():
-            run._start(info or {})
-        else:
-            run._continue(resume, info or {})
-        return run
+        if not run._is_empty():
+            run._refuse_another(resume)
+        return output
 
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint; half-written ones are passed over."""
@@ -191,24 +190,37 @@ class RunDir:
             ) from None
         self.write_json("run.json", info)
 
-    def _continue(self, resume: str, info: Mapping[str, Any]) -> None:
+    def _refuse_another(self, resume: str) -> None:
+        """Raises InputError unless what lies in the folder can be gone on with: a run of the same recipe, or of one
+        with fewer steps."""
         written = self.root / "recipe.yaml"
         if not written.is_file():
             if [p.name for p in self.root.iterdir()] == ["checkpoints"]:  # killed while starting
-                return self._start(info)
+                return
             raise InputError(
                 f"{self.root}: the folder is not empty and holds no run; give another --output"
-            )
-        changed = differences(load_written(written), self.recipe)
-        if changed:
-            raise InputError(
-                f"{self.root}: holds a run of another recipe ({', '.join(changed)}); "
-                "give another --output, or the recipe and overrides of that run"
             )
         if resume == "never":
             raise InputError(
                 f"{self.root}: holds a run of this recipe; go on with --resume auto, or give another --output"
             )
+        old = load_written(written)
+        changed = differences(old, self.recipe)
+        more = self.recipe.train.steps > old.train.steps
+        if changed and not (more and len(changed) == 1):
+            raise InputError(
+                f"{self.root}: holds a run of another recipe ({', '.join(changed)}); "
+                "give another --output, or the recipe and overrides of that run (train.steps may grow)"
+            )
+
+    def _continue(self, resume: str, info: Mapping[str, Any]) -> None:
+        self._refuse_another(resume)
+        written = self.root / "recipe.yaml"
+        if not written.is_file():
+            return self._start(info)
+        if differences(load_written(written), self.recipe):  # more steps
+            with _disk(written):
+                write_whole(written, self.recipe.dump())
         self.checkpoint = self.latest_checkpoint()
         for left in self.root.glob(".tmp-*"):  # of a write that a kill cut short
             left.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from zipr1.core import activity
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Data
 from zipr1.core.types import Media, Prompt
@@ -36,6 +37,7 @@ def load(source: str | Path, data: Data) -> list[Prompt]:
     count = 0
     for number, get_row in rows:
         count += 1
+        activity.tell(f"reading {name}: row", count)
         try:
             row = _with_our_names(get_row(), data)
             row_format = detect(row)
@@ -114,6 +116,7 @@ def _check_media(
             faults[key] = error
 
     with ThreadPoolExecutor(data.workers, thread_name_prefix="check") as pool:
-        for _ in pool.map(check, distinct.items(), chunksize=64):
+        checked = pool.map(check, distinct.items(), chunksize=64)
+        for _ in activity.counted("checking media", checked, len(distinct)):
             pass
     return sizes, faults

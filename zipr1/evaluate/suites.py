@@ -164,3 +164,12 @@ def resolve(names: Sequence[str], others: Sequence[str] = ()) -> list[Suite]:
                     "or the name of a task of lmms-eval; zipr1 eval --tasks list shows them"
                 )
     return list(suites.values())
+
+
+def check_p_values(given: Sequence[float]) -> None:
+    """Raise InputError for a value of --budget that is no share of the score mass."""
+    for p in given:
+        if not 0 < p <= 1:
+            raise InputError(
+                f"--budget {p}: outside (0, 1]; give shares such as 0.975, or 1.0 for dense"
+            )

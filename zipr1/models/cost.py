@@ -132,7 +132,11 @@ def shape_of(model: str) -> Shape:
     folder = Path(model)
     if model == "tiny":
         folder = Path(str(importlib.resources.files("zipr1") / "assets" / "tiny"))
-    for path in (folder / "config.json", folder / "last" / "model" / "config.json"):
+    for path in (
+        folder / "config.json",
+        folder / "model" / "config.json",
+        folder / "last" / "model" / "config.json",
+    ):
         if path.is_file():
             try:
                 config = json.loads(path.read_text())

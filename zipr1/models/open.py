@@ -121,6 +121,8 @@ def resolve(path: str) -> str:
     folder = Path(path)
     if (folder / "last").exists():
         return str((folder / "last" / "model").resolve())
+    if (folder / "complete.json").is_file() and (folder / "model").is_dir():  # RUN/best
+        return str((folder / "model").resolve())
     if (folder / "run.json").exists():
         raise InputError(
             f"model.path: the run {path} has no complete checkpoint yet; resume it or name another"
@@ -297,9 +299,9 @@ def _written_recipe(path: str) -> Path | None:
     folder = Path(path)
     places = [(folder, "run.json"), (folder, manifest.NAME)]
     whole = folder.resolve()
-    if (
-        whole.name == "model"
-    ):  # RUN/checkpoints/step-N/model, or RUN/last/model where `last` is no link
+    if (whole / "complete.json").is_file():  # RUN/best, RUN/checkpoints/step-N
+        whole = whole / "model"
+    if whole.name == "model":  # RUN/checkpoints/step-N/model, or RUN/last/model without a link
         places += [(root, "run.json") for root in list(whole.parents)[1:3]]
     for root, mark in places:
         if (root / mark).is_file() and (root / "recipe.yaml").is_file():

@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 
-from zipr1.core import distributed
+from zipr1.core import activity, distributed
 from zipr1.core.errors import InputError
 from zipr1.core.plots import curves, kept_picture
 from zipr1.core.recipe import Recipe, Sparse
@@ -30,31 +28,24 @@ BEFORE = "before.json"
 
 def measure(
     policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], settings: Sequence[Sparse | None], title: str,
-    console: Console,
 ) -> list[Result]:  # fmt: skip
-    """`heldout.evaluate` with a bar; several ranks take every so-manieth question each."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+    """`heldout.evaluate`, telling how far it is; several ranks take every so-manieth question each."""
+    own = distributed.deal(len(prompts))
+    mine = [prompts[i] for i in own]
+    activity.tell(title, 0, len(own))
+    found = policy.parallel.run_unsharded(
+        lambda: evaluate(
+            policy, recipe, mine, settings, lambda done: activity.tell(title, done, len(own))
+        ),
+        policy=True,
+        reference=None in settings,
     )
-    with Bar(*columns, console=console, transient=True) as bar:
-        own = distributed.deal(len(prompts))
-        task = bar.add_task(title, total=len(own))
-        mine = [prompts[i] for i in own]
-        found = policy.parallel.run_unsharded(
-            lambda: evaluate(
-                policy, recipe, mine, settings, lambda done: bar.update(task, completed=done)
-            ),
-            policy=True,
-            reference=None in settings,
-        )
+    activity.tell("")
     return [joined(prompts, distributed.gather(result.plain())) for result in found]
 
 
 def measure_before(
-    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], folder: RunDir, console: Console
+    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], folder: RunDir
 ) -> dict[str, Result]:
     """The untouched model, dense and sparse, by name; read back from the run's folder when resuming.
 
@@ -66,9 +57,7 @@ def measure_before(
     saved = distributed.first(lambda: read_json(path) if path.is_file() else None)
     if saved is not None:
         return {name: _unpacked(prompts, values) for name, values in saved.items()}
-    dense, sparse = measure(
-        policy, recipe, prompts, [None, recipe.sparse], "held-out, before", console
-    )
+    dense, sparse = measure(policy, recipe, prompts, [None, recipe.sparse], "held-out, before")
     results = {"dense": dense, "before": sparse}
     folder.write_json(BEFORE, {name: _packed(result) for name, result in results.items()})
     return results
@@ -89,7 +78,7 @@ def finish(
         wanted: list[Sparse | None] = (
             [recipe.sparse] if "dense" in before else [None, recipe.sparse]
         )
-        found = measure(policy, recipe, prompts, wanted, "held-out, after", console)
+        found = measure(policy, recipe, prompts, wanted, "held-out, after")
         results |= dict(zip(("dense", "after")[-len(wanted) :], found, strict=True))
     rollouts = recipe.train.steps * recipe.train.prompts_per_step * recipe.budgets.num_generations
     summary: dict[str, Any] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from zipr1.core import activity
 from zipr1.core.errors import InputError
 from zipr1.core.types import Prompt
 from zipr1.data.digits import glyphs
@@ -37,7 +38,7 @@ def prompts(
         raise InputError(f"split {split!r}: unknown; allowed: {', '.join(glyphs.SPLITS)}")
     bank = glyphs.bank(split)
     made = []
-    for picture in range(pictures):
+    for picture in activity.counted(f"drawing {task}", range(pictures)):
         key = [seed, list(glyphs.SPLITS).index(split), TASKS.index(task), picture]
         rng = np.random.default_rng(key)
         turn = picture * questions_per_picture
