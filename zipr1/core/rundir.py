@@ -15,7 +15,6 @@ pickled: tensors are safetensors, the rest is JSON.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -26,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zipr1.core.errors import InputError, RunError
-from zipr1.core.files import check_folder, sync, write_whole
-from zipr1.core.jsontext import dumps
+from zipr1.core.files import check_folder, replacing, sync, write_whole
+from zipr1.core.jsontext import dumps, lines, loads
 from zipr1.core.load import differences, load_written
 from zipr1.core.recipe import Recipe
 
@@ -242,16 +241,10 @@ class RunDir:
         path = self.root / name
         if not path.is_file():
             return
-        with _disk(path):
-            kept = []
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(row, dict) and row.get("step", step) < step:
-                    kept.append(f"{line}\n")
-            write_whole(path, "".join(kept))
+        with _disk(path), replacing(path) as temporary, temporary.open("wb") as kept:
+            for line in lines(path):
+                if _step_in(line, step) < step:
+                    kept.write(line + b"\n")
 
     def _prune(self, newest: Path, keep: int) -> None:
         """Keeps the `keep` newest checkpoints up to the one just written, and the best; leftovers go."""
@@ -270,7 +263,7 @@ class RunDir:
 def is_complete(checkpoint: Path) -> bool:
     """Whether every file that complete.json names is there with its size."""
     try:
-        files = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["files"]
+        files = loads((checkpoint / COMPLETE).read_bytes())["files"]
         return all((checkpoint / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -313,7 +306,7 @@ def load_state(folder: Path, name: str = "state") -> tuple[dict[str, torch.Tenso
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: no readable JSON ({error}); the run directory is damaged"
@@ -325,18 +318,33 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file; a last line that was cut short is left out."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    bad = 0
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines(path), start=1):
+            if bad:
+                raise InputError(f"{path}:{bad}: not a JSON object; the file is damaged")
+            try:
+                row = loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            else:
+                bad = number
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise InputError(f"{path}:{number}: not JSON; the file is damaged") from None
     return rows
+
+
+def _step_in(line: bytes, default: int) -> int:
+    """The step that a line of metrics.jsonl or rollouts.jsonl is of; `default` where it does not say."""
+    try:
+        row = loads(line)
+    except ValueError:
+        return default
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else default
 
 
 def _step_of(path: Path) -> int:

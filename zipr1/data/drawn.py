@@ -6,17 +6,15 @@ Clips of prompts are real mp4 files in a cache, read through video.py as a user'
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from zipr1.core.errors import RunError
-from zipr1.core.files import replacing
 from zipr1.core.types import Media
 from zipr1.data import video
+from zipr1.data.cache import kept_clip
 
 
 class Scene(Protocol):
@@ -40,28 +38,17 @@ class Question(Protocol):
     def answer(self) -> str: ...
 
 
-def cache_directory() -> Path:
-    """Where clips are kept: $ZIPR1_CACHE, or ~/.cache/zipr1."""
-    return Path(os.environ.get("ZIPR1_CACHE") or Path.home() / ".cache" / "zipr1")
-
-
 def media(scene: Scene) -> Media:
     """A picture in memory, or a clip in an mp4 file, which is written unless it is there."""
     if scene.kind == "image":
         return Media("image", scene.pixels)
     # Named by content: a clip drawn differently by another version gets another file.
     name = hashlib.sha256(video.ENCODER.encode() + scene.pixels.tobytes()).hexdigest()[:24]
-    path = cache_directory() / f"{name}.mp4"
-    try:
-        if not path.exists() or path.stat().st_size == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                video.write(temporary, scene.pixels, scene.fps or 1.0)
-    except OSError as error:
-        raise RunError(
-            f"{path.parent}: clips cannot be stored there ({error}); set ZIPR1_CACHE to a folder"
-        ) from error
-    return Media("video", path)
+
+    def write(path: Path) -> None:
+        video.write(path, scene.pixels, scene.fps or 1.0)
+
+    return Media("video", kept_clip(f"{name}.mp4", write))
 
 
 def messages(kind: str, turns: Sequence[Question]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zipr1.core.errors import InputError
+from zipr1.core.jsontext import loads
 from zipr1.export.source import Source
 from zipr1.models.loading import save_processor, with_adapter
 from zipr1.models.open import open_model
@@ -34,7 +35,7 @@ def write(
     trained = source.weights / "adapter"
     tensors = {name: t.to(dtype).contiguous() for name, t in load_file(trained / WEIGHTS).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = json.loads((trained / "adapter_config.json").read_text())
+    config = loads((trained / "adapter_config.json").read_bytes())
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     save_processor(processor.tokenizer, processor.settings, model.config.model_type, folder)

@@ -188,7 +188,7 @@ def save_processor(tokenizer: Any, settings: PixelSettings, family: str, folder:
     parts: dict[str, Any] = {"image_processor": image}
     if known_as.clips:
         bounds = _pixel_values(settings.of("video"))
-        video = {"video_processor_type": "Qwen2VLVideoProcessor", **bounds}
+        video = {"video_processor_type": known_as.video, **bounds}
         if settings.clip_tokens is not None:
             video |= {"cap_pixels_per_frame": True, "max_video_tokens": settings.clip_tokens}
         parts["video_processor"] = video

@@ -12,7 +12,6 @@ from the caller's settings alone.
 from __future__ import annotations
 
 import importlib.resources
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
 from zipr1.core.errors import InputError
+from zipr1.core.jsontext import loads
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Data, Model, Recipe, Sparse
 from zipr1.models import families, manifest, positions
@@ -216,7 +216,7 @@ def open_model(
         model, tokenizer = _from_scratch(settings, seed)
     else:
         model, tokenizer = _load(source, settings, dtype, merge_adapter)
-    if families.FAMILIES[model.config.model_type].qwen_positions:
+    if families.find(str(model.config.model_type), settings.path).qwen_positions:  # type: ignore[union-attr]
         positions.correct(model)
     peft_model = None
     if source.adapter is not None and not merge_adapter:
@@ -275,7 +275,7 @@ def _processor(model: Any, tokenizer: Any, source: ModelSource, settings: Model)
         clips=family.clips,
     )
     video = config.video_token_id if family.clips else None
-    return Processor(tokenizer, pixels, config.image_token_id, video, family.around)
+    return Processor(tokenizer, pixels, config.image_token_id, video, family.spell)
 
 
 def _reference(base: Model, settings: Model) -> dict[str, Any]:
@@ -287,7 +287,7 @@ def _base_of(adapter: Path, recipe: Recipe | None) -> Model:
     """The base that an adapter was trained on: path and revision. recipe: of the run that trained it."""
     if recipe is not None and recipe.model.path == "tiny":
         return Model(path="tiny")  # in the package, wherever that is now
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = loads((adapter / "adapter_config.json").read_bytes())
     path, revision = str(config["base_model_name_or_path"]), config.get("revision")
     if recipe is not None and recipe.model.path == path:
         revision = revision or recipe.model.revision

@@ -6,7 +6,6 @@ preprocessor_config.json and video_preprocessor_config.json. Settings that are n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 from transformers.utils.hub import cached_file
 
 from zipr1.core.errors import InputError
+from zipr1.core.jsontext import loads
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -279,6 +279,6 @@ def read_json(folder: str | Path, name: str, revision: str | None) -> dict[str, 
     if path is None or not Path(path).is_file():
         return None
     try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return dict(loads(Path(path).read_bytes()))
     except (ValueError, TypeError):
         raise InputError(f"{path}: not a JSON object; copy the model folder again") from None

@@ -168,6 +168,24 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def constraint_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What the summary says of the accuracy constraint, a line for each task and one for all; none without one."""
+    blocks = [*(summary.get("by_task") or {}).items(), ("all, by their shares", summary)]
+    lines = []
+    for task, block in blocks:
+        said = block.get("constraint")
+        if not said:
+            continue
+        line = (
+            f"{task}: {said['verdict']}, {100 * said['lost']:.2f} points lost "
+            f"(standard error {100 * said['error']:.2f}), {100 * said['allowed']:g} allowed"
+        )
+        if said["verdict"] == "not shown" and said["questions"] is not None:
+            line += f"; {said['questions']:,} questions would show it"
+        lines.append(line)
+    return lines
+
+
 def _title(summary: Mapping[str, Any]) -> str:
     parts = [str(summary["model"])] if summary.get("model") else []
     if summary.get("steps") is not None:

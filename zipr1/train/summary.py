@@ -15,13 +15,13 @@ from zipr1.core.errors import InputError
 from zipr1.core.plots import curves, kept_picture
 from zipr1.core.recipe import Recipe, Sparse
 from zipr1.core.rundir import RunDir, read_json
-from zipr1.core.statistics import paired_difference
+from zipr1.core.statistics import Z, paired_difference, verdict
 from zipr1.core.types import Prompt
 from zipr1.data.media import load_media
 from zipr1.models.policy import Policy
 from zipr1.train.heldout import Result, evaluate, joined
 from zipr1.train.metrics import question
-from zipr1.train.progress import summary_table
+from zipr1.train.progress import constraint_lines, summary_table
 
 BEFORE = "before.json"
 
@@ -84,6 +84,7 @@ def finish(
     summary: dict[str, Any] = {
         **_block(results, range(len(prompts))),
         "by_task": _by(results, prompts, lambda p: p.task),
+        "constraint": {},
         "by_kind": _by(results, prompts, lambda p: p.task_kind),
         "p": recipe.sparse.p,
         "steps": recipe.train.steps,
@@ -94,6 +95,7 @@ def finish(
         "parameters": sum(p.numel() for p in policy.model.parameters()),
         "recipe_sha256": recipe.sha256(),
     }
+    judge(summary, recipe, prompts)
     for name, result in results.items():
         if name != "dense":
             summary[name]["heldout_mass"] = result.probe_audit_mass
@@ -106,6 +108,8 @@ def finish(
     if "after" in results:
         pictures(policy, recipe, prompts, results, folder.root)
         console.print(summary_table(summary))
+        for line in constraint_lines(summary):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"everything is in {folder.root}", soft_wrap=True, highlight=False)
     made = f"a plain Hugging Face folder of it: zipr1 export {folder.root} --to DIR"
     console.print(made, soft_wrap=True, highlight=False)
@@ -141,6 +145,29 @@ def pictures(
                 root / f"kept-{task}.png",
             )  # fmt: skip
             break
+
+
+def judge(summary: dict[str, Any], recipe: Recipe, prompts: Sequence[Prompt]) -> None:
+    """Say of each task, and of all with the shares of `data.mix` where the recipe has them, whether the constraint is
+    held on held-out questions, which nothing was steered by: `constraint` of the summary and of its `by_task`."""
+    allowed = recipe.efficiency.max_accuracy_drop
+    if recipe.train.stage != "rl" or allowed is None:
+        return
+    blocks = {task: b for task, b in summary["by_task"].items() if "difference" in b}
+    found: dict[str, tuple[float, float, int]] = {}
+    for task, block in blocks.items():
+        low, high = block["difference_ci"]
+        error = max(high - block["difference"], block["difference"] - low) / Z
+        found[task] = (-block["difference"], error, block["after"]["n"])
+        block["constraint"] = verdict(*found[task], allowed)
+    mix = recipe.data.mix if set(blocks) <= set(recipe.data.mix) else {}
+    shares = {task: mix.get(task, 1.0) if mix else float(found[task][2]) for task in found}
+    if total := sum(shares.values()):
+        shares = {task: share / total for task, share in shares.items()}
+        lost = sum(share * found[task][0] for task, share in shares.items())
+        variance = sum((share * found[task][1]) ** 2 for task, share in shares.items())
+        number = sum(found[task][2] for task in found)
+        summary["constraint"] = verdict(lost, float(np.sqrt(variance)), number, allowed)
 
 
 def _block(results: dict[str, Result], rows: Sequence[int]) -> dict[str, Any]:
