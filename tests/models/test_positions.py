@@ -17,7 +17,7 @@ from zipr1.core.types import Media, Prompt
 from zipr1.models.api import load
 from zipr1.models.policy import load_policy
 from zipr1.models.positions import rope_index
-from zipr1.models.processors import Visual
+from zipr1.models.visual import Visual
 
 
 def inner(merge: int = 2, rate: float | None = 2) -> SimpleNamespace:

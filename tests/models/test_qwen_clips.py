@@ -23,9 +23,9 @@ from zipr1.data import video
 from zipr1.models.batching import replay_masks
 from zipr1.models.inputs import model_inputs
 from zipr1.models.policy import Policy, load_policy
-from zipr1.models.processors import patch_times
 from zipr1.models.sparse.patch import sparse_attention
 from zipr1.models.sparse.request import Request
+from zipr1.models.visual import patch_times
 
 SMALL = Sparse(p=0.7, probes=Probes(recent=3, random=6), dense_below=0)
 TIMED = ("qwen3_vl", "qwen3_vl_moe")

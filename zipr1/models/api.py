@@ -20,8 +20,9 @@ from zipr1.data.media import load_timed
 from zipr1.models.inputs import model_inputs
 from zipr1.models.loading import WEIGHT_DTYPES, choose_device, save_processor
 from zipr1.models.open import BOUNDS, find_source, open_model, stored_dtype
-from zipr1.models.processors import Processor, Visual
+from zipr1.models.processors import Processor
 from zipr1.models.sparse.session import session_of
+from zipr1.models.visual import Visual
 
 KINDS = ("image", "video")
 # Keys of a recipe's `model` section that `load` takes beside those of `sparse`.

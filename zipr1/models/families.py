@@ -17,7 +17,7 @@ import transformers
 from zipr1.core.errors import InputError
 from zipr1.models import spelling
 from zipr1.models.pixels import PICTURE_DEFAULTS
-from zipr1.models.processors import Visual
+from zipr1.models.visual import Visual
 
 EncodeVision = Callable[[Any, str, Sequence[Visual], torch.device], list[torch.Tensor]]
 # What a prompt has: pictures and clips in order.

@@ -125,7 +125,8 @@ def add_lora(model: Any, lora: Lora, revision: str | None = None) -> Any:
     with warnings.catch_warnings():
         # peft asks transformers by an older name.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        return get_peft_model(model, settings)
+        # New modules begin in training mode: their dropout would part the update's answers from the sampled ones.
+        return get_peft_model(model, settings).eval()
 
 
 def frozen_copy(model: Any) -> Any:

@@ -33,11 +33,12 @@ from zipr1.models.loading import (
     save_folder,
 )
 from zipr1.models.open import open_model
-from zipr1.models.processors import Encoded, Processor, Visual
+from zipr1.models.processors import Encoded, Processor
 from zipr1.models.sampling import Answers
 from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.sparse.patch import SparseRun, sparse_attention
 from zipr1.models.sparse.request import Request
+from zipr1.models.visual import Visual
 
 # Placeholders are never sampled: an answer with one would ask for a picture that is not there. Finite, so that
 # a KL over the vocabulary has no inf - inf.

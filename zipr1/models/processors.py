@@ -20,9 +20,7 @@ from PIL import Image
 from zipr1.core.errors import InputError
 from zipr1.core.text import reason
 from zipr1.models.pixels import PixelSettings
-
-# Frames a second of a clip that does not tell its rate, as transformers assumes.
-UNKNOWN_FPS = 24.0
+from zipr1.models.visual import UNKNOWN_FPS, Visual, patch_times
 
 
 def fit_size(height: int, width: int, settings: PixelSettings) -> tuple[int, int]:
@@ -89,27 +87,6 @@ def square(
         cells,
         cells,
     )
-
-
-@dataclass(frozen=True)
-class Visual:
-    """One picture or clip as the vision tower takes it. seconds: time one temporal patch spans (0 for images); times:
-    the second at which each temporal patch of a clip is shown, the mean of its first and last frame's."""
-
-    kind: str
-    patches: torch.Tensor
-    grid: tuple[int, int, int]
-    seconds: float
-    tokens: int
-    times: tuple[float, ...] = ()
-
-
-def patch_times(times: Sequence[float] | np.ndarray, temporal: int) -> tuple[float, ...]:
-    """Seconds of frames -> of temporal patches, the mean of the first and the last; the last frame may repeat."""
-    seconds = [float(t) for t in times]
-    seconds += seconds[-1:] * (-len(seconds) % temporal)
-    firsts, lasts = seconds[::temporal], seconds[temporal - 1 :: temporal]
-    return tuple((a + b) / 2 for a, b in zip(firsts, lasts, strict=True))
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,7 @@ def train(
                 rehearse(policy, recipe, pictures, prompts)
             if distributed.size() > 1:
                 signals.hold()  # no rank may leave alone: the others would wait for it
+            progress.begin()
             for step in range(done, steps):
                 began = time.monotonic()
                 # 2. a step. Dropout alone uses the global generator; a resumed run must find it as an unbroken one does

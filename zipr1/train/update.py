@@ -90,8 +90,8 @@ def update(
 
 
 def dense_rows(recipe: Recipe, batch: Batch, mini: Sequence[int]) -> set[int]:
-    """Which rows of a minibatch also get a dense forward pass: the share `ppo.dense_kl_fraction` of them, evenly spaced,
-    others in each step."""
+    """Which rows of a minibatch also get a dense forward pass: `ppo.dense_kl_fraction` of them, evenly spaced, others
+    in each step."""
     if not recipe.ppo.dense_kl_fraction or not recipe.ppo.kl_coef:
         return set()
     share, first = recipe.ppo.dense_kl_fraction, batch.probe_seed % 2**20
