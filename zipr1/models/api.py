@@ -110,11 +110,8 @@ class ChatProcessor:
         several = not (len(conversation) and isinstance(conversation[0], Mapping))
         chats = [self._parted(chat) for chat in (conversation if several else [conversation])]
         texts = [
-            self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
+            self.inner.text(
+                messages, add_generation_prompt, continue_final_message=continue_final_message
             )
             for messages, _ in chats
         ]

@@ -23,7 +23,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.recipe import Lora, Model
 from zipr1.core.text import reason
 from zipr1.models import families
-from zipr1.models.processors import PixelSettings
+from zipr1.models.pixels import WHOLE, PixelSettings, read_json
 from zipr1.models.sparse.attention import ATTENTION
 
 # The run's own display shows what goes on; bars of loading and saving shards would break it.
@@ -84,6 +84,9 @@ def from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[A
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, **options
         )
+        template = _chat_template(folder, settings.revision)
+        if template is not None:
+            tokenizer.chat_template = template
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -98,6 +101,16 @@ def from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[A
             f"model.path: {settings.path} does not load ({reason(error, 300)}); {hint}"
         ) from None
     return model, tokenizer
+
+
+def _chat_template(folder: str, revision: str | None) -> str | dict[str, str] | None:
+    """The template in a file that transformers' processor classes read and tokenizers do not; None where there is none,
+    and the tokenizer's own holds."""
+    for name in (WHOLE, "chat_template.json"):
+        found = (read_json(folder, name, revision) or {}).get("chat_template")
+        if isinstance(found, str | dict):
+            return found
+    return None
 
 
 def add_lora(model: Any, lora: Lora, revision: str | None = None) -> Any:
@@ -180,6 +193,8 @@ def save_processor(tokenizer: Any, settings: PixelSettings, family: str, folder:
     if known_as.clips:
         bounds = _pixel_values(settings.of("video"))
         video = {"video_processor_type": known_as.video, **bounds}
+        if settings.clip_tokens is not None:
+            video |= {"cap_pixels_per_frame": True, "max_video_tokens": settings.clip_tokens}
         parts["video_processor"] = video
         _write_json(folder / "video_preprocessor_config.json", {**processor, **video})
     _write_json(folder / "processor_config.json", {**processor, **parts})
@@ -196,6 +211,7 @@ def _pixel_values(settings: PixelSettings) -> dict[str, Any]:
         "merge_size": settings.merge,
         "image_mean": list(settings.mean),
         "image_std": list(settings.std),
+        "resample": settings.resample,
     }
 
 
