@@ -1,5 +1,6 @@
 """A run directory survives kills, refuses strangers and holds nothing but safetensors, YAML and JSON."""
 
+import hashlib
 import json
 import os
 import signal
@@ -11,18 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from zipr1.core import machine
+from zipr1.core import checksums, machine
+from zipr1.core.checksums import is_complete
 from zipr1.core.errors import InputError, RunError
+from zipr1.core.folders import find_model, new_folder
 from zipr1.core.jsontext import dumps
 from zipr1.core.load import load, validate
 from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe
 from zipr1.core.rundir import (
     RunDir,
-    find_model,
-    is_complete,
     load_state,
-    new_folder,
     read_json,
     read_lines,
     save_state,
@@ -58,7 +58,7 @@ def test_without_output_a_new_folder_each_time(tmp_path, monkeypatch):
     roots = {RunDir.open(Recipe(), name="tiny").root for _ in range(3)}
     assert len(roots) == 3
     assert all(str(r).startswith("runs/tiny-") for r in roots)
-    assert not new_folder("tiny").exists()
+    assert not list(new_folder("tiny").iterdir())  # made for its caller alone
 
 
 def test_checkpoints_are_complete_linked_and_pruned(root):
@@ -68,7 +68,9 @@ def test_checkpoints_are_complete_linked_and_pruned(root):
     assert names(root / "checkpoints") == ["step-000002", "step-000010"]
     assert (root / "last").resolve() == path.resolve()
     assert os.readlink(root / "last") == "checkpoints/step-000010"
-    assert read_json(path / "complete.json") == {"step": 10, "files": {"adapter/a.bin": 7}}
+    block = hashlib.sha256(b"weights").digest()
+    about = {"bytes": 7, "digest": hashlib.sha256(block).hexdigest()}
+    assert read_json(path / "complete.json") == {"step": 10, "files": {"adapter/a.bin": about}}
     run.save_checkpoint(10, write("other"), keep=1)
     assert (root / "last" / "adapter" / "a.bin").read_text() == "other"
     assert names(root / "checkpoints") == ["step-000010"]

@@ -88,8 +88,8 @@ def evaluate(
         return
     p_values = numbers("--budget", budget, float)
 
+    from zipr1.core.folders import find_model
     from zipr1.core.jsontext import dumps
-    from zipr1.core.rundir import find_model
     from zipr1.evaluate import session
 
     path, why = find_model(model)

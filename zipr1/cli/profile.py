@@ -87,8 +87,8 @@ def profile(
     from rich.console import Console
 
     from zipr1.core.errors import InputError
+    from zipr1.core.folders import find_model
     from zipr1.core.jsontext import dumps
-    from zipr1.core.rundir import find_model
 
     console = Console(stderr=as_json)
     name, why = find_model(model)
@@ -118,7 +118,7 @@ def profile(
         for table in tables:
             console.print(table)
     else:
-        from zipr1.core.rundir import new_folder
+        from zipr1.core.folders import claimed
         from zipr1.profiling import report
         from zipr1.profiling.session import ProfileRequest
         from zipr1.profiling.session import profile as measure
@@ -127,11 +127,10 @@ def profile(
             name, sizes, shares, batches, layers, probes, image, video, device, dtype,
             measure_tflops, seconds,
         )  # fmt: skip
-        if output is not None and output.exists() and not output.is_dir():
-            raise InputError(f"--output {output}: a file is there; give a folder")
-        with console.status("profile") as status:
-            result = measure(request, lambda text: status.update(f"profile: {text}"))
-        page = report.write(result, output or new_folder("profile"))
+        with claimed(output, name="profile") as folder:
+            with console.status("profile") as status:
+                result = measure(request, lambda text: status.update(f"profile: {text}"))
+            page = report.write(result, folder)
         report.show(result, console)
         console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
     if as_json:

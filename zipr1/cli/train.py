@@ -59,7 +59,6 @@ def train(
 
     from zipr1.core import distributed
     from zipr1.core.jsontext import dumps
-    from zipr1.core.rundir import new_folder
 
     # With --json, stdout is for the machine; of several ranks the first one speaks.
     console = Console(stderr=as_json, quiet=not distributed.is_first())
@@ -69,10 +68,8 @@ def train(
 
         result = plan.dry_run(run, device, console)
     else:
-        if output is None and resume in ("auto", "never"):
-            output = new_folder(recipe.stem)
         from zipr1.train import loop
 
-        result = loop.run(run, output, resume, device, sys.argv, console)
+        result = loop.run(run, output, resume, device, sys.argv, console, recipe.stem)
     if as_json and distributed.is_first():
         print(dumps(result), flush=True)
