@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import zipr1
 import zipr1.train
 from zipr1.cli import main
+from zipr1.core import recipes
 from zipr1.core.errors import InputError, RunError
 
 
@@ -81,6 +83,7 @@ def failing(monkeypatch, error):
     [
         ["--help"],
         ["train", "--help"],
+        ["train"],
         ["eval", "--help"],
         ["eval", "--tasks", "list"],
         ["profile", "--help"],
@@ -130,6 +133,32 @@ def test_train_passes_everything_on(cli, calls, recipe):
     assert (got.seed, got.train.steps, got.optim.lr, got.model.dtype) == (4, 3, 1e-3, "float16")
     assert (str(output), resume, device) == ("o", "auto", "cpu")
     assert command[:2] == ["zipr1", "train"]
+
+
+def test_train_alone_lists_the_recipes_on_one_line_each(cli, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = cli("train")
+    assert (code, err) == (0, "") and "…" not in out
+    rows = [line for line in out.splitlines() if line.split(" ")[0] in recipes.names()]
+    assert len(rows) == len(recipes.names())
+    assert re.match(r"tiny +the embedded model.* 2 CPU cores +10 min *$", rows[0])
+    code, out, err = cli("train", "--json")
+    assert [one["name"] for one in json.loads(out)] == recipes.names()
+
+
+def test_a_recipe_to_edit(cli, tmp_path):
+    assert cli("train", "tiny", "--copy") == (
+        0, "tiny.yaml: edit it, then: zipr1 train tiny.yaml\n", ""
+    )  # fmt: skip
+    code, out, err = cli("train", "tiny", "--copy")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+def test_a_recipe_by_name_gives_the_run_its_name(cli, calls):
+    cli("train", "tiny", "seed=3")
+    ((recipe, output, *_),) = calls
+    assert str(output).startswith("runs/tiny-") and recipe.seed == 3
 
 
 def test_without_output_a_new_folder_is_named_after_the_recipe(cli, calls, recipe):
@@ -203,10 +232,9 @@ def test_a_bug_keeps_its_traceback(recipe, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["train", "none.yaml"], "none.yaml: no such file; there is no recipe in ./recipes"),
+        (["train", "none.yaml"], "none.yaml: no such file and no recipe of that name"),
         (["train", "small.yaml", "train.stepz=3"], "did you mean train.steps?"),
         (["train", "small.yaml", "--dtype", "int8"], "model.dtype: got 'int8'; allowed: 'auto', 'float32'"),
-        (["train"], "Missing argument"),
         (["train", "small.yaml", "--nope"], "No such option"),
         (["fly"], "No such command"),
     ],

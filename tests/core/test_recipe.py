@@ -7,16 +7,20 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zipr1.core import recipes
 from zipr1.core.errors import InputError
 from zipr1.core.load import OLD_NAMES, differences, load, load_written, validate
 from zipr1.core.recipe import METHODS, Optim, Recipe, parse
 from zipr1.train.optim import learning_rate
 from zipr1.train.validate import check
 
+ROOT = Path(__file__).parents[2]
+
 
 def write(tmp_path: Path, text: str) -> Path:
+    """A recipe file; without text one that holds no keys."""
     path = tmp_path / "r.yaml"
-    path.write_text(text)
+    path.write_text(text or "{}")
     return path
 
 
@@ -26,10 +30,6 @@ def fail(*args: object) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-def test_empty_file_is_the_default(tmp_path):
-    assert load(write(tmp_path, "")) == Recipe()
 
 
 def test_scientific_notation_without_a_dot(tmp_path):
@@ -121,15 +121,46 @@ def test_all_problems_are_listed_at_once(tmp_path):
     assert message.count("; ") == 5
 
 
-def test_missing_file_lists_the_recipes_here(tmp_path, monkeypatch):
+def test_recipes_come_by_name_and_a_file_of_that_name_is_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "there is no recipe in ./recipes" in fail("tiny.yaml")
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "tiny.yaml").touch()
-    assert fail("tiny.yaml") == (
-        "tiny.yaml: no such file; recipes here: recipes/tiny.yaml; give the path of a recipe"
+    shipped = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    assert set(recipes.names()) == shipped and recipes.names()[:2] == ["tiny", "tiny_base"]
+    for name in ("tiny", "tiny.yaml", "recipes/tiny.yaml"):
+        assert load(name).sha256() == load(ROOT / "recipes/tiny.yaml").sha256()
+    (tmp_path / "tiny").mkdir()  # such as an exported folder: not a recipe
+    assert load("tiny", ["seed=7"]).train.steps == 660
+    (tmp_path / "tiny.yaml").write_text("seed: 5")
+    assert load("tiny.yaml").seed == 5 and load("tiny").seed == 0
+    assert "this is a folder" in fail(tmp_path)
+
+
+def test_a_recipe_that_is_not_there_names_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fail("tinny") == (
+        "tinny: no such file and no recipe of that name; did you mean tiny? give the path of a YAML file, "
+        f"or one of: {', '.join(recipes.names())}"
     )
-    assert "this is a folder" in fail("recipes")
+    assert "elsewhere/tiny.yaml: no such file" in fail("elsewhere/tiny.yaml")
+    assert fail("seed=3").startswith(
+        "seed=3: the recipe comes first, then values: zipr1 train tiny"
+    )
+
+
+def test_a_recipe_is_copied_but_never_over_a_file(tmp_path):
+    copied = recipes.copy("recipes/tiny.yaml", tmp_path)
+    assert copied.read_bytes() == (ROOT / "recipes/tiny.yaml").read_bytes()
+    copied.write_text("mine")
+    with pytest.raises(InputError, match=r"tiny\.yaml: is there already and is never overwritten"):
+        recipes.copy("tiny", tmp_path)
+    assert copied.read_text() == "mine"
+
+
+def test_an_empty_file_is_no_recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    for text in ("", "# only a comment\n"):
+        path.write_text(text)
+        assert "the file holds nothing; a recipe is a mapping" in fail(path)
+    assert load(write(tmp_path, "{}")) == Recipe()
 
 
 def test_binary_file(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from zipr1.core import checksums, machine
+from zipr1.core import machine
 from zipr1.core.checksums import is_complete
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.folders import find_model, new_folder

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import types
 
+import pyarrow
 import pytest
 import torch
+from PIL import Image
+from pyarrow import parquet
 from standins import CHANCE, CONSTANT, STANDINS
 
 pytest.importorskip("lmms_eval")
@@ -237,6 +241,28 @@ def test_a_truncated_clip_is_one_line(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises((RunError, InputError), match=r"m0\.mp4"):
         measure(SUITES["mlvu"], Actor(oracle(gold), constant("")), Conditions(), None, tmp_path)
+
+
+def test_a_picture_of_another_format_is_one_line(tmp_path):
+    """lmms-eval's data sets decode pictures before we see them; EPS would start Ghostscript."""
+    STANDINS["mmstar"](tmp_path / "mmstar")
+    eps = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(eps, "EPS")
+    for file in (tmp_path / "mmstar").rglob("*.parquet"):
+        table = parquet.read_table(file)
+        cells = [{"bytes": eps.getvalue(), "path": "a.png"}] * len(table)
+        place = table.column_names.index("image")
+        changed = pyarrow.array(cells, type=table.schema.field("image").type)
+        parquet.write_table(table.set_column(place, table.schema.field(place), changed), file)
+    with pytest.raises(RunError, match=r"mmstar: .*cannot identify image file") as error:
+        measure(
+            SUITES["mmstar"],
+            Actor(constant("mmstar"), constant("mmstar")),
+            Conditions(),
+            None,
+            tmp_path,
+        )
+    assert "\n" not in str(error.value)
 
 
 def test_a_cut_off_picture_stays_an_error():

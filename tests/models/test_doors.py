@@ -23,6 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import zipr1
+from zipr1.core import checksums
 from zipr1.core.errors import InputError
 from zipr1.core.load import validate
 from zipr1.core.recipe import Lora, Model
@@ -165,9 +166,7 @@ def paths(root):
 def complete(run: Path) -> None:
     """A checkpoint whose files were changed is complete again."""
     last = run / "last"
-    values = tinyruns.read(last / "complete.json")
-    values["files"] = {name: (last / name).stat().st_size for name in values["files"]}
-    (last / "complete.json").write_text(json.dumps(values))
+    checksums.write(last.resolve(), tinyruns.read(last / "complete.json")["step"])
 
 
 KINDS = (

@@ -353,7 +353,7 @@ def test_an_allocation_that_fails_is_a_row(monkeypatch):
         (["--image", "nowhere.png"], "nowhere.png: no such file"),
         (["--image", "a.png", "--video", "b.mp4"], "--image and --video were both given"),
         (["--lengths", "40", "--video", "b.mp4"], "--lengths makes random prompts"),
-        (["--lengths", "40", "--output", __file__], "a file is there; give a folder"),
+        (["--lengths", "40", "--output", __file__], "this is a file; give a folder"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_line(arguments, said, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""`zipr1 train RECIPE`: reads the recipe, hands it to `zipr1/train`, prints the result."""
+"""`zipr1 train RECIPE`: reads the recipe, hands it to `zipr1/train`, prints the result. Without one it lists them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 
 def train(
     recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="A YAML file such as recipes/tiny.yaml.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A YAML file, or a recipe that comes with zipr1, by its name. Without one they are listed.",
+            show_default=False,
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Recipe values to change: train.steps=50"),
@@ -40,17 +46,28 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, roll out once, write nothing.")
     ] = False,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Only put RECIPE into this folder, to be edited.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="End stdout with the summary as one line of JSON.")
     ] = False,
 ) -> None:
     """Train a model to need fewer tokens, as RECIPE says.
 
+    For example: zipr1 train tiny train.steps=50
+
     Prints progress and a table of accuracy and tokens before and after; everything else is in the run's folder.
     """
-    from rich.console import Console
-
     from zipr1.cli.log import quiet_unless_first, show_log
+    from zipr1.core import recipes
+
+    if recipe is None:
+        _list(as_json)
+        return
+    if copy:
+        _copy(recipe, as_json)
+        return
     from zipr1.core.load import load
 
     changes = [*(overrides or []), *([f"model.dtype={dtype}"] if dtype is not None else [])]
@@ -70,6 +87,44 @@ def train(
     else:
         from zipr1.train import loop
 
-        result = loop.run(run, output, resume, device, sys.argv, console, recipe.stem)
+        name = recipes.find(recipe).stem
+        result = loop.run(run, output, resume, device, sys.argv, console, name)
     if as_json and distributed.is_first():
         print(dumps(result), flush=True)
+
+
+def _list(as_json: bool) -> None:
+    """The recipes that come with zipr1, a line each."""
+    from rich.table import Table
+
+    from zipr1.core import recipes
+    from zipr1.core.jsontext import dumps
+
+    found = recipes.in_short()
+    if as_json:
+        print(dumps([recipe._asdict() for recipe in found]))
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("recipe", "what is trained", "hardware", "time"):
+        table.add_column(name, no_wrap=True)
+    for recipe in found:
+        table.add_row(*recipe)
+    console = Console()
+    console.print(table)
+    console.print(
+        "\nHours are counted for A100s, not measured. Train one: zipr1 train tiny\n"
+        "Put one here to edit it: zipr1 train tiny --copy",
+        highlight=False,
+    )
+
+
+def _copy(recipe: str, as_json: bool) -> None:
+    from zipr1.core import recipes
+    from zipr1.core.jsontext import dumps
+
+    file = recipes.copy(recipe)
+    if as_json:
+        print(dumps({"file": str(file)}))
+    else:
+        line = f"{file}: edit it, then: zipr1 train {file}"
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)

@@ -29,9 +29,7 @@ def read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        found = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
-        there = f"recipes here: {', '.join(found)}" if found else "there is no recipe in ./recipes"
-        raise InputError(f"{path}: no such file; {there}; give the path of a recipe") from None
+        raise InputError(f"{path}: no such file; give the path of a recipe") from None
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: not UTF-8 text ({error.reason}); a recipe is a YAML file"

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from zipr1.core import recipes
 from zipr1.core.config import override, parse, problem, read, show
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe
@@ -39,12 +40,11 @@ OLD_SCHEDULES = {
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in the YAML file `path`, with `a.b=c` overrides on top (c is read as YAML).
+    """The recipe in the YAML file `path`, or the shipped one of that name, with `a.b=c` overrides on top (c is YAML).
 
     Old names of keys go on working; one warning tells them all, with the new ones.
     """
-    path = Path(path)
-    values, old = _read(path)
+    values, old = _read(recipes.find(path), str(path))
     keys = [text.partition("=")[0] for text in overrides]
     _refuse_both("command line", [key for key in keys if OLD_NAMES.get(key) in keys])
     overridden = []
@@ -64,7 +64,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_written(path: str | Path) -> Recipe:
     """A recipe.yaml that zipr1 itself wrote, such as a run's: old names of keys are read without a word."""
-    values, _ = _read(Path(path))
+    values, _ = _read(Path(path), str(path))
     return _validated(values, str(path), [])
 
 
@@ -90,16 +90,15 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     ]
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The values of a recipe file by today's names, and the old names that it has."""
-    values = parse(read(path), str(path))
-    if values is None:
-        values = {}
+def _read(path: Path, source: str) -> tuple[dict[str, Any], list[str]]:
+    """The values of a recipe file by today's names, and the old names that it has. source: named in errors."""
+    values = parse(read(path), source)
     if not isinstance(values, dict):
+        holds = "nothing" if values is None else show(values)
         raise InputError(
-            f"{path}: the file holds {show(values)}; a recipe is a mapping of keys such as `seed: 0`"
+            f"{source}: the file holds {holds}; a recipe is a mapping of keys such as `seed: 0`"
         )
-    return _renamed(values, str(path))
+    return _renamed(values, source)
 
 
 def _renamed(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from zipr1.core import extras
 from zipr1.core.errors import InputError, Missing
 from zipr1.core.recipe import Data
 from zipr1.core.text import reason
@@ -118,7 +119,7 @@ def _datasets(path: Path, split: str, data: Data) -> NumberedRows:
         import datasets
     except ImportError as error:
         raise Missing(
-            f"{path}: a dataset needs the datasets library ({error}); pip install 'zipr1[data]'"
+            f"{path}: a dataset needs the datasets library ({error}); {extras.install('data')}"
         ) from error
     try:
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -238,7 +239,7 @@ def _parquet(path: Path) -> NumberedRows:
         from pyarrow import parquet
     except ImportError as error:
         raise InputError(
-            f"{path}: parquet needs pyarrow ({error}); pip install 'zipr1[data]', or convert it to .jsonl"
+            f"{path}: parquet needs pyarrow ({error}); {extras.install('data')}, or convert it to .jsonl"
         ) from error
     try:
         number = 0

@@ -37,6 +37,7 @@ from tenacity import RetryError, stop_after_attempt
 from zipr1.core import distributed
 from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.text import reason
+from zipr1.data.media import only_known_formats
 from zipr1.evaluate import local
 from zipr1.evaluate.adapter import Adapter, AnswerStore
 from zipr1.evaluate.answers import Answered, Answerer, Conditions
@@ -332,7 +333,8 @@ def _few_tries() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _guarded() -> Iterator[None]:
-    """What lmms-eval prints is swallowed; filters of warnings, random states and bars are as before afterwards."""
+    """What lmms-eval prints is swallowed, and pictures are of the formats that we read; filters of warnings, random
+    states and bars are as before afterwards."""
     import datasets
     from loguru import logger
 
@@ -343,7 +345,11 @@ def _guarded() -> Iterator[None]:
         module.tqdm = _no_bar(bar)
     datasets.utils.logging.disable_progress_bar()
     logger.disable("lmms_eval")
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        only_known_formats(),
+    ):
         warnings.simplefilter("ignore")
         try:
             yield

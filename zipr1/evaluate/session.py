@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from zipr1.core import distributed
+from zipr1.core import distributed, extras
 from zipr1.core.config import override
 from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.folders import claimed
@@ -168,7 +168,7 @@ def write(folder: Folder, results: dict[str, Any], console: Console) -> None:
 
 def check_installed() -> None:
     """Raises InputError, with what to install, where lmms-eval or what it needs is missing."""
-    hint = f"pip install 'zipr1[eval]' and pip install --no-deps lmms-eval=={LMMS_EVAL} (make install does both)"
+    hint = f"{extras.install('eval')} and pip install --no-deps lmms-eval=={LMMS_EVAL} (make install does both)"
     if importlib.util.find_spec("lmms_eval") is None:
         raise InputError(f"zipr1 eval needs lmms-eval: {hint}")
     if importlib.util.find_spec("torchvision") is not None:

@@ -21,6 +21,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
+from zipr1.core import checksums, distributed
 from zipr1.core.errors import InputError
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Data, Model, Recipe, Sparse
@@ -224,6 +225,8 @@ def _load(
     source: ModelSource, settings: Model, dtype: torch.dtype, merge: bool
 ) -> tuple[torch.nn.Module, Any]:
     """Model and tokenizer of anything but `scratch`; of an adapter its base, with the adapter merged into it."""
+    if distributed.is_first():
+        _check_bytes(source)
     if source.base is None or source.adapter is None:
         return from_pretrained(source.place, settings, dtype)
     asked = settings.model_copy(update=_reference(source.base, settings))
@@ -235,6 +238,20 @@ def _load(
     # An adapter that is trained on it writes down what it was trained on: this one, not its base.
     merged.name_or_path = merged.config.name_or_path = source.place
     return merged, tokenizer
+
+
+def _check_bytes(source: ModelSource) -> None:
+    """Raises InputError, with the file, if a checkpoint or an exported folder is not as it was written."""
+    place = Path(source.place)
+    checkpoint = place.parent
+    if (Path(source.path) / "last").exists() or (checkpoint / checksums.COMPLETE).is_file():
+        problem = checksums.problem(checkpoint, f"{place.name}/")
+        if problem is not None:
+            raise InputError(
+                f"{checkpoint}: {problem}; bring it back from a copy, or name another checkpoint's model folder"
+            )
+    elif place.is_dir():
+        manifest.check_bytes(place)
 
 
 def _from_scratch(settings: Model, seed: int) -> tuple[torch.nn.Module, Any]:

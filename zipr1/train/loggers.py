@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from zipr1.core import distributed
+from zipr1.core import distributed, extras
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe
 from zipr1.core.rundir import read_json
@@ -34,9 +34,7 @@ def check(recipe: Recipe) -> None:
             library = None
         # A folder called wandb, such as runs of wandb leave in the working folder, can be imported too.
         if library is None or getattr(library, "__file__", "") is None:
-            raise InputError(
-                f"log.to has {name}, which is not installed; pip install 'zipr1[{name}]'"
-            )
+            raise InputError(f"log.to has {name}, which is not installed; {extras.install(name)}")
 
 
 @contextlib.contextmanager
