@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from zipr1.core import machine
+from zipr1.core import checksums, files, machine
 from zipr1.core.checksums import is_complete
 from zipr1.core.errors import InputError, RunError
+from zipr1.core.files import digest
 from zipr1.core.folders import find_model, new_folder
 from zipr1.core.jsontext import dumps
 from zipr1.core.load import load, validate
@@ -97,16 +99,62 @@ def test_of_several_ranks_one_writes(root):
     assert names(root) == ["checkpoints", "recipe.yaml", "run.json"]
 
 
-@pytest.mark.parametrize("harm", ["complete.json", "adapter/a.bin", "short"])
-def test_incomplete_checkpoints_are_passed_over(root, harm):
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        ("complete.json", "complete.json is missing"),
+        ("adapter/a.bin", "adapter/a.bin cannot be read (No such file or directory)"),
+        ("short", "adapter/a.bin has 3 bytes and was written with 7"),
+        ("bit", "adapter/a.bin is not as it was written: its hash is another"),
+        ("list", "complete.json is not as it was written (TypeError)"),
+        ("deep", "complete.json is not as it was written (RecursionError)"),
+    ],
+)
+def test_damaged_checkpoints_are_passed_over_and_named(root, harm, said, caplog):
     run = RunDir.open(Recipe(), root)
     run.save_checkpoint(5, write())
     newest = run.save_checkpoint(9, write())
-    (newest / "adapter/a.bin").write_text("wei") if harm == "short" else (newest / harm).unlink()
+    assert is_complete(newest)
+    if harm in ("short", "bit"):
+        (newest / "adapter/a.bin").write_text("wei" if harm == "short" else "weightr")
+    elif harm in ("list", "deep"):
+        text = "[1]" if harm == "list" else "[" * 100_000
+        (newest / "complete.json").write_text(text)
+    else:
+        (newest / harm).unlink()
     (root / "checkpoints" / ".tmp-step-000012").mkdir()
-    assert not is_complete(newest)
+    assert is_complete(newest) == (harm == "bit")  # sizes alone
     again = RunDir.open(Recipe(), root)
     assert (again.start_step, again.checkpoint.name) == (5, "step-000005")
+    assert caplog.messages == [f"{newest}: {said}: passed over; going on from step-000005"]
+    # With nothing to go on from, a start from the beginning would remove what is there.
+    shutil.rmtree(root / "checkpoints" / "step-000005")
+    with pytest.raises(InputError) as told:
+        RunDir.open(Recipe(), root)
+    assert str(told.value).startswith(f"{newest}: {said}; no other checkpoint is whole: bring it")
+
+
+def test_hashes_are_of_all_bytes_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "BLOCK", 4)
+    path = tmp_path / "x"
+    path.write_bytes(b"abcdefghij")
+    blocks = b"".join(hashlib.sha256(part).digest() for part in (b"abcd", b"efgh", b"ij"))
+    assert digest(path) == hashlib.sha256(blocks).hexdigest()
+    seen = {digest(path)}
+    for text in (b"", b"abcd", b"efghabcdij", b"abcdefghijk", *(
+        bytes([*b"abcdefghij"[:i], b"abcdefghij"[i] ^ 1, *b"abcdefghij"[i + 1 :]]) for i in range(10)
+    )):  # fmt: skip
+        path.write_bytes(text)
+        assert digest(path) not in seen
+        seen.add(digest(path))
+
+
+def test_a_checkpoint_of_the_first_version_has_sizes_alone(root):
+    newest = RunDir.open(Recipe(), root).save_checkpoint(5, write())
+    (newest / "complete.json").write_text('{"step": 5, "files": {"adapter/a.bin": 7}}')
+    assert checksums.problem(newest) is None and RunDir.open(Recipe(), root).start_step == 5
+    (newest / "adapter/a.bin").write_text("wei")
+    assert checksums.problem(newest) == "adapter/a.bin has 3 bytes and was written with 7"
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(root):

@@ -26,15 +26,16 @@ from zipr1.core.errors import InputError
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Data, Model, Recipe, Sparse
 from zipr1.models import families, manifest
+from zipr1.models.adapters import with_adapter
 from zipr1.models.loading import (
     WEIGHT_DTYPES,
     choose_device,
     choose_dtype,
     from_pretrained,
-    with_adapter,
 )
 from zipr1.models.processors import PixelSettings, Processor, has_pixel_settings
 from zipr1.models.random_weights import build_model, build_tokenizer
+from zipr1.models.tensors import check_finite
 
 # Keys of a recipe's `model` section that belong to a model, wherever it is opened.
 BOUNDS = ("min_pixels", "max_pixels", "max_frame_pixels")
@@ -200,7 +201,8 @@ def open_model(
 
     Of `settings`, what is not set (None) is taken from what belongs to the path. seed: of the weights of `scratch`.
     merge_adapter: False leaves the adapter of a run or a folder apart from its base, in `Opened.peft_model`. Raises
-    InputError where nothing loads.
+    InputError where nothing loads, where the files are not as they were written, and for weights that are missing, of
+    another shape, or not finite.
     """
     chosen = choose_device(device)
     dtype = choose_dtype(settings, chosen)
@@ -218,6 +220,7 @@ def open_model(
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     processor.stop_at([ends] if isinstance(ends, int) else ends or [])
     model.to(device=chosen, dtype=dtype).eval()
+    check_finite(settings.path, model.state_dict().items())
     return Opened(model, processor, settings, source, peft_model)
 
 

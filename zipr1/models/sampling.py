@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from zipr1.core.errors import RunError
 from zipr1.models.batching import choose
 from zipr1.models.sparse.cache import PrunedCache, kv_bytes
 from zipr1.models.sparse.last_layer import last_column
@@ -116,6 +117,8 @@ def sample(
         uniforms: `(B, >= max_new_tokens)` in [0, 1): row b samples its t-th token by inverse CDF of uniforms[b, t], so
             that what a row samples does not depend on its batch. None: all rows are greedy.
         greedy: `(B,)` bool, rows that take the likeliest token all the same.
+
+    Raises RunError where the model's output is not finite, which would pass for a wrong answer.
     """
     states, cache = prefill(model, inputs, valid, run, read_at=last_column(valid))
     dense = run.request is None
@@ -126,7 +129,10 @@ def sample(
     ends = torch.tensor(list(end_ids), device=valid.device)
     tokens, scores, masks = [], [], []
     for step in range(max_new_tokens):
-        logprobs = (head(hidden) / temperature).log_softmax(-1)
+        logits = head(hidden)
+        if step == 0:
+            _check_finite(logits)
+        logprobs = (logits / temperature).log_softmax(-1)
         choice = choose(logprobs, None if uniforms is None else uniforms[:, step], greedy)
         tokens.append(choice)
         scores.append(logprobs.gather(-1, choice[:, None])[:, 0])
@@ -143,6 +149,7 @@ def sample(
         hidden = decode_step(model, following, cache, valid if dense else None)[:, -1]
     lengths = torch.stack(masks, dim=1).sum(1).tolist()
     all_tokens, all_scores = torch.stack(tokens, dim=1).cpu(), torch.stack(scores, dim=1).cpu()
+    _check_finite(all_scores)  # NaN where any logit of its step was
     return Answers(
         tokens=[all_tokens[b, :n] for b, n in enumerate(lengths)],
         logprobs=[all_scores[b, :n] for b, n in enumerate(lengths)],
@@ -152,3 +159,11 @@ def sample(
         probe_audit_mass=None if run.record is None else run.record.probe_audit_mass(),
         kv_bytes=held,
     )
+
+
+def _check_finite(values: torch.Tensor) -> None:
+    if not bool(values.isfinite().all()):
+        raise RunError(
+            "the model's logits are NaN or infinite, though its weights are finite: numbers between its layers outgrow "
+            "its dtype; set model.dtype=float32, or bfloat16 in place of float16"
+        )

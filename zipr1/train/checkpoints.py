@@ -40,7 +40,7 @@ def start_or_resume(
     named = policy.trainable()
     optimizer = optim.build(named, recipe.optim)
     if tensors is not None:
-        optim.restore(optimizer, named, tensors)
+        optim.restore(optimizer, named, tensors, str(folder.checkpoint / "state.safetensors"))
     return state, optimizer
 
 
