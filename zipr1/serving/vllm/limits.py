@@ -11,6 +11,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from zipr1.core.errors import RunError
+from zipr1.core.text import reason
 
 # The extra `vllm` of pyproject.toml is held to it by a test.
 TESTED = ">=0.32,<0.33"
@@ -27,14 +28,24 @@ PLAIN_CACHE = ("auto", "float16", "bfloat16", "float32")
 DENSE = """--additional-config '{"zipr1": "dense"}'"""
 
 
-def refusal(config: Any, version: str, platform: str) -> str | None:
+def untested(version: str) -> str | None:
+    """Why this version of vLLM cannot serve sparse, or None. What follows a plus sign (`+cpu`) does not count."""
+    if Version(Version(version).public) in SpecifierSet(TESTED):
+        return None
+    return f"vLLM {version} was not tested; install vllm{TESTED}"
+
+
+def lacking(version: str, error: Exception) -> str:
+    """Why it cannot, where vLLM has no longer a name that the plugin stands on."""
+    return f"vLLM {version} is not as it was tested ({reason(error)})"
+
+
+def refusal(config: Any, platform: str) -> str | None:
     """Why a folder cannot be served sparse, or None if it can.
 
-    config: a VllmConfig. version: vLLM's own. platform: `cpu`, `cuda`, or another name.
+    config: a VllmConfig. platform: `cpu`, `cuda`, or another name.
     """
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
-    if not tested(version):
-        return f"vLLM {version} was not tested; install vllm{TESTED}"
     if model.architecture not in ARCHITECTURES:
         return f"{model.architecture} is not known; {' and '.join(ARCHITECTURES)} are"
     if platform not in ("cpu", "cuda"):
@@ -67,11 +78,6 @@ def refusal(config: Any, version: str, platform: str) -> str | None:
     return f"it cannot be joined with {', '.join(cannot)}; leave that out" if cannot else None
 
 
-def tested(version: str) -> bool:
-    """Whether this version of vLLM is in the tested range; what follows a plus sign does not count."""
-    return Version(Version(version).public) in SpecifierSet(TESTED)
-
-
-def refuse(reason: str) -> RunError:
+def refuse(why: str) -> RunError:
     """No ValueError: pydantic would bury the line in a report of its own."""
-    return RunError(f"zipr1: this folder cannot be served sparse: {reason}. Dense: {DENSE}")
+    return RunError(f"zipr1: this folder cannot be served sparse: {why}. Dense: {DENSE}")

@@ -1,99 +1,45 @@
 """What vLLM calls in each of its processes before a model is loaded (entry point `vllm.general_plugins`).
 
-It registers our model classes and puts a hook where vLLM lets an architecture change the configuration. The hook leaves
-folders without our key in config.json alone. A folder with it gets our model, worker and scheduler classes, or is
-refused, or runs dense; one line of the log says which.
+A tested vLLM gets our hook (hook.py). In any other, and in one that lacks a name that the plugin stands on, folders
+that zipr1 exported are refused in one line: served dense without a word, nobody would notice. Other folders are not
+touched. Nothing of vllm is imported before it is needed, or an ImportError of vLLM's log would be all that is said.
 """
 
 from __future__ import annotations
 
-import torch
-import vllm
-from vllm.config import VllmConfig
-from vllm.logger import init_logger
-from vllm.model_executor.models import ModelRegistry
-from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
-from vllm.platforms import current_platform
+from typing import Any
 
-from zipr1.core.recipe import Sparse
-from zipr1.serving.vllm import clips, limits
-from zipr1.serving.vllm.settings import KEY, asked, marked, wanted
-
-logger = init_logger("vllm.zipr1")  # vLLM shows the lines of its own name alone
-PREFIX = "Zipr1"
-HERE = "zipr1.serving.vllm"
+from zipr1.serving.vllm import limits
+from zipr1.serving.vllm.settings import asked, wanted
 
 
 def register() -> None:
-    """Called once or several times in every process of vLLM. Raises nothing, whatever is served."""
-    ModelRegistry.register_model(
-        f"{PREFIX}{limits.ARCHITECTURES[0]}", f"{HERE}.model:SparseQwen2VL"
-    )
-    ModelRegistry.register_model(
-        f"{PREFIX}{limits.ARCHITECTURES[1]}", f"{HERE}.model:SparseQwen25VL"
-    )
-    for name in (*limits.ARCHITECTURES, *limits.OTHERS):
-        stock = MODELS_CONFIG_MAP.get(name, VerifyAndUpdateConfig)
-        if not issubclass(stock, Hook):
-            MODELS_CONFIG_MAP[name] = type("Zipr1Hook", (Hook, stock), {})
+    """Called once or several times in every process of vLLM."""
+    import vllm
+
+    reason = limits.untested(vllm.__version__)
+    if reason is None:
+        try:
+            from zipr1.serving.vllm import hook
+
+            hook.install()
+        except (ImportError, AttributeError) as error:
+            reason = limits.lacking(vllm.__version__, error)
+    if reason is not None:
+        guard(reason)
 
 
-class Hook(VerifyAndUpdateConfig):
-    """Called by vLLM with the whole configuration, once, where an engine is set up."""
+def guard(reason: str) -> None:
+    """Refuse what zipr1 exported and is not asked to be dense; stands on nothing but a configuration's initialiser."""
+    from vllm.config import VllmConfig
 
-    @classmethod
-    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        super().verify_and_update_config(vllm_config)
-        model = vllm_config.model_config
-        sparse = asked(model.hf_config, model.model)
-        if sparse is None:
-            return
-        chosen, why = wanted(sparse, vllm_config.additional_config)
-        if chosen is None:
-            logger.info("zipr1: dense: %s", why)
-            return
-        platform = "cpu" if current_platform.is_cpu() else current_platform.device_name
-        reason = limits.refusal(vllm_config, vllm.__version__, platform)
-        if reason:
+    stock = VllmConfig.__post_init__
+
+    def checked(self: Any, *given: Any, **named: Any) -> None:
+        model = self.model_config
+        sparse = None if model is None else asked(model.hf_config, model.model)
+        if sparse is not None and wanted(sparse, self.additional_config)[0] is not None:
             raise limits.refuse(reason)
-        prepare(vllm_config, chosen)
-        logger.info("%s", said(vllm_config, chosen))
+        stock(self, *given, **named)
 
-
-def prepare(config: VllmConfig, sparse: Sparse) -> None:
-    """Our classes in the places of vLLM's, and off with what would split or share prompts."""
-    model, scheduler = config.model_config, config.scheduler_config
-    setattr(model.hf_config, KEY, marked(sparse))  # our model class reads it in the worker
-    model.hf_config.architectures = [PREFIX + model.architecture]
-    side = "cpu" if current_platform.is_cpu() else "gpu"
-    config.parallel_config.worker_cls = f"{HERE}.worker_{side}.Worker"
-    scheduler.scheduler_cls = f"{HERE}.scheduler.Scheduler"
-    scheduler.async_scheduling = False
-    model.enforce_eager = True
-    config.cache_config.enable_prefix_caching = False
-    scheduler.enable_chunked_prefill = False
-    scheduler.long_prefill_token_threshold = 0
-    # A prompt is read in one step, or its tokens could not be chosen before they run.
-    tokens = max(scheduler.max_num_batched_tokens, model.max_model_len)
-    scheduler.max_num_batched_tokens = tokens
-    # Were there no room for a picture, the scheduler would read the text in front of it alone.
-    scheduler.max_num_encoder_input_tokens = tokens
-    scheduler.encoder_cache_size = 2 * tokens
-    # Unless the server was told how to read clips.
-    model.get_multimodal_config().media_io_kwargs.setdefault("video", clips.options(model.model))
-
-
-def said(config: VllmConfig, sparse: Sparse) -> str:
-    """One line about what is served."""
-    model = config.model_config
-    depth = model.hf_text_config.num_hidden_layers
-    skipped = "the whole layer" if sparse.skip == "layer" else "attention"
-    line = (
-        f"zipr1: sparse: rule {sparse.rule}, p {sparse.p:g}, in all {depth} layers; dropped tokens skip {skipped}; "
-        f"prompts below {sparse.dense_below} tokens stay dense; prefix caching, chunked prefill, compilation, CUDA "
-        "graphs and asynchronous scheduling are off"
-    )
-    stored = getattr(model.hf_config, "dtype", None)
-    if stored == torch.float32 and model.dtype != stored:
-        line += f"; the weights are float32 and run in {str(model.dtype).removeprefix('torch.')}: --dtype float32"
-    return line
+    VllmConfig.__post_init__ = checked

@@ -9,6 +9,8 @@ from vllm.v1.core.sched.scheduler import Scheduler as Stock
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
+from zipr1.core.errors import RunError
+from zipr1.serving.vllm import limits
 from zipr1.serving.vllm.layout import gap
 from zipr1.serving.vllm.worker import KEPT
 
@@ -19,8 +21,16 @@ class Scheduler(Stock):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
+        kept = getattr(model_runner_output, KEPT, {})
+        resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        read = {new.req_id for new in scheduler_output.scheduled_new_reqs} | set(resumed)
+        if not read <= kept.keys():
+            raise RunError(
+                "zipr1: vLLM read a prompt dense, past the plugin; report it, and serve with "
+                + limits.DENSE
+            )
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        for name, (length, longest) in getattr(model_runner_output, KEPT, {}).items():
+        for name, (length, longest) in kept.items():
             request = self.requests.get(name)
             if request is not None and request.status == RequestStatus.RUNNING:
                 self._give_back(name, *gap(length, longest, self.block_size))

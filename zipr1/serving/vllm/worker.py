@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from zipr1.serving.vllm.ledger import Ledger
 
@@ -32,7 +32,10 @@ class Telling:
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         kept = self.ledger.report()
         if kept:
-            assert isinstance(output, ModelRunnerOutput), "asynchronous scheduling is off"
+            # vLLM's second model runner, the one of a GPU, copies its output on a stream of its own; waiting here
+            # costs nothing, since asynchronous scheduling is off and the engine would wait next.
+            if isinstance(output, AsyncModelRunnerOutput):
+                output = output.get_output()
             setattr(output, KEPT, kept)
         return output
 
