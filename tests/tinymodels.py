@@ -124,7 +124,9 @@ def encode(policy: Policy, prompts: list[Prompt]) -> list[Encoded]:
 
 # --- families beside Qwen2-VL and Qwen2.5-VL: transformers' own classes, in tiny
 
-OTHERS = ("qwen3_vl", "internvl", "llava_onevision", "smolvlm")
+# Those whose clips are handled.
+CLIPS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+OTHERS = ("qwen3_vl", "qwen3_vl_moe", "internvl", "llava_onevision", "smolvlm")
 OTHER_TEXT = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -142,9 +144,10 @@ OTHER_TOWER = {
 }
 
 
-def _config(family: str, text: dict[str, Any], token: int) -> Any:
+def _config(family: str, text: dict[str, Any], tokenizer: Any) -> Any:
     """A tiny config whose pictures make 16 to 65 tokens."""
-    if family == "qwen3_vl":
+    token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    if family.startswith("qwen3_vl"):
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
         vision = {
             "depth": 3,
@@ -157,8 +160,20 @@ def _config(family: str, text: dict[str, Any], token: int) -> Any:
             "deepstack_visual_indexes": [0, 1],
         }
         text = {**text, "rope_parameters": rope}
-        return transformers.Qwen3VLConfig(
-            text_config=text, vision_config=vision, image_token_id=token, tie_word_embeddings=True
+        names = ("image_pad", "video_pad", "vision_start", "vision_end")
+        image, clip, start, end = tokenizer.convert_tokens_to_ids([f"<|{n}|>" for n in names])
+        kind = transformers.Qwen3VLConfig
+        if family == "qwen3_vl_moe":
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+            kind, text = transformers.Qwen3VLMoeConfig, {**text, **experts}
+        return kind(
+            text_config=text,
+            vision_config=vision,
+            image_token_id=image,
+            video_token_id=clip,
+            vision_start_token_id=start,
+            vision_end_token_id=end,
+            tie_word_embeddings=True,
         )
     if family == "internvl":
         vision = {**OTHER_TOWER, "image_size": [128, 128], "patch_size": [8, 8]}
@@ -193,11 +208,10 @@ def folder(family: str, path: Path) -> Path:
         make(family).save(path)
         return path
     tokenizer = build_tokenizer(vocabulary())
-    token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     text = {**OTHER_TEXT, "vocab_size": len(tokenizer), "bos_token_id": None, **ends}
     torch.manual_seed(0)
-    model = transformers.AutoModelForImageTextToText.from_config(_config(family, text, token))
+    model = transformers.AutoModelForImageTextToText.from_config(_config(family, text, tokenizer))
     for name, parameter in model.named_parameters():
         # Attention is sharpened, or every token scores the same.
         if any(f"{part}_proj.weight" in name for part in "qk") and "vision" not in name:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,8 @@ import zipr1.train
 from zipr1.cli import main
 from zipr1.core import recipes
 from zipr1.core.errors import InputError, RunError
+from zipr1.core.load import load
+from zipr1.core.rundir import RunDir
 
 
 @pytest.fixture
@@ -167,8 +170,65 @@ def test_without_output_a_new_folder_is_named_after_the_recipe(cli, calls, recip
 
 
 def test_resume_of_a_folder_leaves_output_to_it(cli, calls, recipe):
+    RunDir.open(load(recipe), Path("runs/x"))
     cli("train", recipe, "--resume", "runs/x")
     assert calls[0][1:3] == (None, "runs/x")
+    cli("train", "--resume", "runs/x", "train.steps=5")  # the recipe is the run's
+    assert calls[1][1:3] == (None, "runs/x") and calls[1][0].train.steps == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "tiny", "--resume", "nosuch"], "nosuch: not a run directory"),
+        (["train", "tiny", "-o", "small.yaml"], "small.yaml: this is a file"),
+        (["eval", "--budget", "2.0"], "--budget 2.0: outside (0, 1]"),
+        (["eval", "-o", "small.yaml/x"], "small.yaml is a file"),
+        (["eval", "--checkpoint", "best"], "--checkpoint best: no run in runs/"),
+        (["profile", "--keep", "2"], "--keep 2: outside (0, 1]"),
+        (["profile", "--lengths", "0"], "--lengths 0: give 1 or more"),
+        (["profile", "--card", "-o", "x"], "leave out --output"),
+        (["profile", "-o", "small.yaml"], "small.yaml: this is a file"),
+        (["export", "nosuch", "-o", "x"], "nosuch: not a run directory"),
+        (["export", ".", "--to", "x", "--format", "gguf"], "--format gguf: unknown"),
+    ],
+)
+def test_arguments_are_judged_before_anything_heavy_is_loaded(recipe, arguments, expected):
+    code = (
+        "import sys; from zipr1.cli import main; sys.argv = ['zipr1', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "finally: assert 'torch' not in sys.modules, 'torch was loaded'"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--json"],
+        capture_output=True, text=True, timeout=60, cwd=recipe.parent,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert expected in done.stderr
+    told = json.loads(done.stdout)  # one line, on failure too
+    assert told == {"error": done.stderr.removeprefix("error: ").strip(), "exit_code": 2}
+    assert [p.name for p in recipe.parent.iterdir()] == ["small.yaml"]
+
+
+def test_every_command_has_an_example_and_output_as_o(cli):
+    for name in ("train", "eval", "profile", "export", "env"):
+        code, out, _ = cli(name, "--help")
+        assert code == 0 and f"For example: zipr1 {name}" in " ".join(out.split())
+        assert name == "env" or re.search(r"--output +-o ", out)
+
+
+def test_versions_for_a_bug_report(cli):
+    assert cli("-V") == cli("--version")
+    code, out, _ = cli("env", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["zipr1"] == zipr1.__version__
+    assert {"torch", "transformers", "cpu", "memory", "kernels"} <= set(found)
+
+
+def test_recipes_are_completed_by_the_shell():
+    from zipr1.cli.train import _names
+
+    assert _names("tiny") == ["tiny", "tiny_base"] and _names("x") == []
 
 
 def test_json_is_the_last_line_and_the_only_one(cli, calls, recipe):

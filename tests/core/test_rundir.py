@@ -1,5 +1,6 @@
 """A run directory survives kills, refuses strangers and holds nothing but safetensors, YAML and JSON."""
 
+import errno
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from zipr1.core import checksums, files, machine
 from zipr1.core.checksums import is_complete
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.files import digest
-from zipr1.core.folders import find_model, new_folder
+from zipr1.core.folders import claimed, new_folder
 from zipr1.core.jsontext import dumps
 from zipr1.core.load import load, validate
 from zipr1.core.machine import describe
@@ -107,7 +108,7 @@ def test_of_several_ranks_one_writes(root):
         ("short", "adapter/a.bin has 3 bytes and was written with 7"),
         ("bit", "adapter/a.bin is not as it was written: its hash is another"),
         ("list", "complete.json is not as it was written (TypeError)"),
-        ("deep", "complete.json is not as it was written (RecursionError)"),
+        ("deep", "complete.json is not as it was written (ValueError)"),
     ],
 )
 def test_damaged_checkpoints_are_passed_over_and_named(root, harm, said, caplog):
@@ -205,12 +206,96 @@ def test_what_a_killed_write_left_is_cleared_when_the_run_goes_on(root):
     assert names(root) == ["checkpoints", "recipe.yaml", "run.json"]
 
 
-@pytest.mark.parametrize("left", [".tmp-recipe.yaml", "checkpoints"])
-def test_a_run_killed_while_starting_starts_again(root, left):
-    root.mkdir()
-    (root / left).mkdir() if left == "checkpoints" else (root / left).touch()
-    assert RunDir.open(Recipe(), root).start_step == 0
-    assert (root / "recipe.yaml").is_file()
+def started_in(root, at):
+    """A start in another process that is killed before its `at`-th word to the file system; whether it was."""
+    pid = os.fork()
+    if not pid:
+        events = 0
+
+        def hook(name, arguments):
+            nonlocal events
+            if name in ("open", "os.mkdir", "os.rename", "os.remove", "os.truncate"):
+                if str(root) not in str(arguments):
+                    return
+                events += 1
+                if events == at:
+                    os._exit(9)
+
+        sys.addaudithook(hook)
+        with claimed(root) as folder:
+            RunDir.open(Recipe(), folder, info={"versions": {}, "command": ["x"]})
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+def test_any_prefix_of_a_start_is_a_fresh_start(tmp_path):
+    """Whatever a kill leaves, another run may take the folder, up to the last word: recipe.yaml has its name."""
+    other = validate({"seed": 7})
+    begun, at = [], 0
+    while True:
+        at += 1
+        root = tmp_path / f"run{at}"
+        if not started_in(root, at):
+            break
+        begun.append((root / "recipe.yaml").exists())
+        recipe = Recipe() if begun[-1] else other
+        with claimed(root) as folder:
+            run = RunDir.open(recipe, folder, info={"versions": {}})
+            assert (run.start_step, run.checkpoint) == (0, None)
+        assert load(root / "recipe.yaml").seed == recipe.seed
+        assert names(root) == ["checkpoints", "recipe.yaml", "run.json"]
+    # The kill came between all of them, and nearly all of it was before the run had begun.
+    assert at > 10 and begun == sorted(begun) and sum(begun) <= 3
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+def test_a_start_without_space_is_one_line_and_no_run(tmp_path, monkeypatch, error):
+    real, calls = {name: getattr(os, name) for name in ("replace", "fsync", "mkdir")}, []
+
+    def failing(name, at):
+        def call(*arguments, **options):
+            calls.append(name)
+            if len(calls) == at:
+                raise OSError(error, os.strerror(error))
+            return real[name](*arguments, **options)
+
+        return call
+
+    for at in range(1, 100):
+        root = tmp_path / f"run{at}"
+        calls.clear()
+        for name in real:
+            monkeypatch.setattr(os, name, failing(name, at))
+        try:
+            RunDir.open(Recipe(), root, info={"versions": {}})
+            said = ""
+        except InputError as told:
+            said = str(told)
+        for name, function in real.items():
+            monkeypatch.setattr(os, name, function)
+        if not said:
+            assert len(calls) < at
+            break
+        assert said.startswith(f"{root}: cannot be written ({os.strerror(error)})")
+        again = RunDir.open(validate({"seed": 7}), root, info={"versions": {}})
+        assert again.start_step == 0 and names(root) == ["checkpoints", "recipe.yaml", "run.json"]
+    assert at > 5
+
+
+def test_what_is_no_start_is_left_alone(root):
+    """A run.json of something else, a run that lost its recipe, a checkpoint: none is what a start leaves."""
+    for name, text in (
+        ("run.json", '{"mine": 1}'),
+        ("run.json", '{"versions": {}, "resumed": []}'),
+        ("run.json", "["),
+        ("checkpoints/step-000001", None),
+    ):
+        shutil.rmtree(root, ignore_errors=True)
+        (root / name).parent.mkdir(parents=True)
+        (root / name).mkdir() if text is None else (root / name).write_text(text)
+        with pytest.raises(InputError):
+            RunDir.open(Recipe(), root, info={"versions": {}})
+        assert (root / name).exists() and (text is None or (root / name).read_text() == text)
 
 
 def test_what_is_refused(root, tmp_path):
@@ -239,6 +324,24 @@ def test_resume_of_a_named_run(root):
     RunDir.open(Recipe(), root).save_checkpoint(8, write())
     assert RunDir.open(Recipe(), None, resume=str(root)).start_step == 8
     assert RunDir.open(Recipe(), root, resume=str(root)).start_step == 8
+
+
+def test_a_run_goes_on_with_more_steps_and_with_nothing_else_changed(root):
+    RunDir.open(validate({"train": {"steps": 8}}), root).save_checkpoint(8, write())
+    longer = validate({"train": {"steps": 12}})
+    assert RunDir.open(longer, root).start_step == 8
+    assert load(root / "recipe.yaml") == longer
+    for changed in ({"train": {"steps": 10}}, {"train": {"steps": 20}, "seed": 1}):
+        with pytest.raises(InputError, match=r"another recipe .*train\.steps may grow"):
+            RunDir.open(validate(changed), root)
+    assert load(root / "recipe.yaml") == longer
+
+
+def test_what_is_refused_is_known_without_writing(root, tmp_path):
+    assert RunDir.check(Recipe(), None, "auto") is None
+    assert RunDir.check(Recipe(), root, "auto") == root and not root.exists()
+    with pytest.raises(InputError, match="not a run directory"):
+        RunDir.check(Recipe(), None, "nosuch")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -346,15 +449,3 @@ def test_the_commit_is_that_of_our_checkout_and_no_other(tmp_path, monkeypatch):
     assert clean is not None and len(clean["commit"]) == 40 and not clean["changed"]
     code.write_text("one = 2\n")
     assert machine.git_commit() == {**clean, "changed": True}
-
-
-def test_which_model_is_meant(tmp_path):
-    assert find_model("x", tmp_path) == ("x", "model: x")
-    assert find_model(None, tmp_path)[0] == "tiny"
-    for name, age in (("old", 100), ("new", 200), ("unfinished", 300)):
-        (tmp_path / name).mkdir()
-        if name != "unfinished":
-            (tmp_path / name / "last" / "model").mkdir(parents=True)
-            os.utime(tmp_path / name / "last", (age, age))
-    model, said = find_model(None, tmp_path)
-    assert model == str(tmp_path / "new") and "last run" in said

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from zipr1.core.errors import InputError
-from zipr1.core.statistics import Z, confidence_interval, paired_difference
+from zipr1.core.statistics import Z, confidence_interval, paired_difference, verdict
 
 
 def test_independent_outcomes():
@@ -123,3 +123,18 @@ def test_the_interval_covers_the_truth():
 def test_wrong_input(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("lost", "error", "word", "questions"),
+    [
+        (0.001, 0.002, "held", 677),  # 1000 * (1.645 * 0.002 / 0.004)^2
+        (0.001, 0.003, "not shown", 1522),
+        (0.02, 0.003, "violated", None),
+        (0.006, 0.003, "not shown", None),
+        (-0.01, 0.0, "held", 1),
+    ],
+)
+def test_whether_a_loss_is_within_the_allowed(lost, error, word, questions):
+    said = verdict(lost, error, 1000, 0.005)
+    assert (said["verdict"], said["questions"]) == (word, questions)

@@ -201,7 +201,7 @@ def test_every_answer_follows_from_the_objects(bank, make):
 
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_kinds_and_answers_are_balanced(task, monkeypatch):
-    monkeypatch.setattr(tasks, "_media", lambda scene: None)  # no clip has to be encoded to count
+    monkeypatch.setattr(tasks, "media", lambda scene: None)  # no clip has to be encoded to count
     made = tasks.prompts("validation", task, 180, 4, 5)
     kinds = Counter(p.kind for p in made)
     assert set(kinds) == set(questions.KINDS[task])
@@ -343,7 +343,9 @@ def test_a_second_family_joins_by_one_line(monkeypatch):
     assert {p.id.split("/")[1] for p in load(alone, "train", 4)} == {"train"}
     with pytest.raises(InputError, match=r"unknown task 'circle'; did you mean 'circles'\?"):
         load(Data(mix={"circle": 1}), "train", 0)
-    with pytest.raises(InputError, match=r"data source 'shape': unknown; allowed: digits, shapes,"):
+    with pytest.raises(
+        InputError, match=r"data source 'shape': unknown; allowed: digits, pages, shapes,"
+    ):
         load(Data(source="shape"), "train", 0)
 
 

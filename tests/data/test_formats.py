@@ -343,7 +343,7 @@ def test_what_is_not_here_says_how_to_get_it():
     with pytest.raises(Missing, match=r"no such file or folder"):
         rows.load("./gone", Data())
     with pytest.raises(
-        InputError, match=r"data source 'digit': unknown; allowed: digits, a .jsonl"
+        InputError, match=r"data source 'digit': unknown; allowed: digits, pages, a .jsonl"
     ):
         rows.load("digit", Data())
 

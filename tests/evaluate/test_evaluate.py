@@ -26,10 +26,12 @@ from rich.console import Console
 pytest.importorskip("lmms_eval")
 
 import zipr1
+from zipr1.cli.log import console_of
+from zipr1.core import activity
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.recipe import Model
 from zipr1.data.digits.tasks import prompts
-from zipr1.data.sources import HELDOUT_SEED
+from zipr1.data.embedded import HELDOUT_SEED, draw
 from zipr1.evaluate import session
 from zipr1.evaluate.answers import Answerer, Conditions, cut
 from zipr1.evaluate.scores import Units, paired
@@ -144,15 +146,15 @@ def test_progress_is_seen_while_lmms_eval_is_silenced(policy, questions):
     terminal = Terminal()
     with (
         contextlib.redirect_stdout(terminal),
-        session._bar(Console(), SUITES["digits"], 16) as tell,
+        activity.shown(console_of(False)),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        tell("digits", 12)
-        end = time.monotonic() + 20  # the bar draws itself ten times a second
-        while "12/16" not in terminal.getvalue() and time.monotonic() < end:
+        activity.tell("digits: question", 12, 16)
+        end = time.monotonic() + 20  # the line draws itself ten times a second
+        while "question 12 of 16" not in terminal.getvalue() and time.monotonic() < end:
             time.sleep(0.01)
         seen = terminal.getvalue()
-    assert "12/16" in seen
+    assert "question 12 of 16" in seen
 
 
 @pytest.mark.parametrize("p", [0.0, -1.0, 1.5])
@@ -394,6 +396,19 @@ def test_the_python_api_answers_as_the_evaluation(folder_evaluated, task):
             same(dense, processor, p)
     said = [tuple(s["said"][name] for name in ("1", "0.9", "0.4")) for s in samples]
     assert any(len(set(words)) > 1 for words in said)  # the budget matters here
+
+
+def test_pages_are_asked_through_lmms_eval(tmp_path, policy):
+    """The held-out questions of the second family, in the same words and with the same pictures and clips."""
+    names = ["pages", "page_clips", "page_totals"]
+    asked = request_for(tmp_path / "eval", tasks=names, p_values=[1.0], limit=3, base=False)
+    session.run(asked, [], QUIET)
+    for task in names:
+        direct = draw("test", task, 3, HELDOUT_SEED)
+        said = texts(ask(policy, direct, [1.0]), 0)
+        path = tmp_path / "eval" / "benchmarks" / f"{task}.json"
+        samples = json.loads(path.read_text())["samples"]
+        assert [s["said"]["1"] for s in samples] == said
 
 
 def test_lmms_eval_finds_the_model():

@@ -40,7 +40,9 @@ def test_every_writer_is_a_name_of_the_recipe_and_says_when_it_is_missing(monkey
     assert settings(*WRITERS).log.to == list(WRITERS) == list(MODULES)
     for name in WRITERS:
         monkeypatch.setitem(sys.modules, MODULES[name], None)
-        with pytest.raises(InputError, match=rf"zipr1\[{name}\]"):
+        with pytest.raises(
+            InputError, match=rf"log.to has {name}, which is not installed; pip install"
+        ):
             check(settings(name))
     check(settings())
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -53,7 +55,7 @@ def test_a_folder_that_is_called_like_a_package_is_none(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     del sys.modules["wandb"]  # what is imported instead is forgotten afterwards
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(InputError, match=r"zipr1\[wandb\]"):
+    with pytest.raises(InputError, match=r"log.to has wandb, which is not installed; pip install"):
         check(settings("wandb"))
 
 
@@ -136,3 +138,25 @@ def test_wandb_itself_takes_what_it_is_given(root, monkeypatch):
         write(3, METRICS)
     (record,) = root.glob("wandb/offline-run-*/*.wandb")
     assert all(name.encode() in record.read_bytes() for name in SENT)
+
+
+def test_trackio_gets_every_step_and_a_resumed_run_goes_on(root, monkeypatch):
+    sent, opened, ended = [], [], []
+
+    # The names of trackio 0.43.
+    def init(*, project, name, config, resume):
+        opened.append((project, name, resume))
+        return types.SimpleNamespace(log=lambda data, step: sent.append((step, data)))
+
+    library = types.SimpleNamespace(init=init, finish=lambda: ended.append(True))
+    monkeypatch.setitem(sys.modules, "trackio", library)
+    for step in (3, 4):
+        with board(settings("trackio"), root, start=step) as write:
+            write(step, METRICS)
+    assert sent == [(3, SENT), (4, SENT)] and ended == [True, True]
+    assert opened[0] == opened[1] and opened[0][0] == "zipr1" and opened[0][2] == "allow"
+    monkeypatch.setenv("TRACKIO_PROJECT", "mine")
+    (root / "run.json").write_text('{"started": "2026-01-02"}')
+    with board(settings("trackio"), root):
+        pass
+    assert opened[2][0] == "mine" and opened[2][1] != opened[0][1]

@@ -198,6 +198,9 @@ def test_which_answers_are_read_at_p_1():
     assert dense_rows(settings, batch, range(16)) == {1, 5, 9, 13}
     assert dense_rows(settings, batch, [2, 5, 6, 13]) == {5, 13}
     assert dense_rows(settings, SimpleNamespace(probe_seed=8), range(16)) == {0, 4, 8, 12}
+    for share, rows in ((0.7, 7000), (0.4, 4000), (1.0, 10000)):
+        asked = recipe(ppo=Ppo(kl_coef=0.7, dense_kl_fraction=share))
+        assert len(dense_rows(asked, batch, range(10000))) == rows
     for off in (Ppo(kl_coef=0.7), Ppo(kl_coef=0.0, dense_kl_fraction=0.25)):
         assert dense_rows(recipe(ppo=off), batch, range(16)) == set()
 

@@ -7,6 +7,7 @@ one line on stderr; a traceback means a bug.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sys
@@ -15,8 +16,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.exceptions import TyperException
 
 import zipr1
+from zipr1.cli.env import env
 from zipr1.cli.eval import evaluate
 from zipr1.cli.export import export
 from zipr1.cli.profile import profile
@@ -29,7 +32,6 @@ app = typer.Typer(
     name="zipr1",
     help="Reinforcement learning that teaches a vision-language model to look at fewer tokens.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -38,6 +40,7 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(profile)
 app.command()(export)
+app.command()(env)
 
 # What a stopped command leaves behind.
 LEFT = {
@@ -67,7 +70,14 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version",
+            "-V",
+            callback=_version,
+            is_eager=True,
+            help="Print the version; zipr1 env tells more.",
+        ),
     ] = False,
 ) -> None:
     pass
@@ -81,7 +91,12 @@ def main() -> None:
 
 def _run() -> None:
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except TyperException as error:
+        if len(sys.argv) == 1:  # its message is the help
+            print(error.format_message())
+            sys.exit(error.exit_code)
+        _leave(_usage(error), error.exit_code)
     except ZipError as error:
         signals.hold()  # another signal, such as a launcher's, is not the reason
         _leave(str(error), error.exit_code)
@@ -113,8 +128,18 @@ def _is_device_memory(error: RuntimeError) -> bool:
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
+def _usage(error: TyperException) -> str:
+    """What is wrong with the command line, and which command tells more."""
+    command = " ".join(word for word in sys.argv[1:2] if word in LEFT)
+    said = error.format_message().rstrip(".")
+    return f"{said}; {' '.join(f'zipr1 {command}'.split())} --help lists all"
+
+
 def _leave(message: str, code: int) -> None:
-    console = Console(stderr=True, highlight=False)
+    """One line on stderr, and with --json one on stdout: `{"error": ..., "exit_code": ...}`."""
+    if "--json" in sys.argv:
+        print(json.dumps({"error": one_line(message), "exit_code": code}), flush=True)
+    console = Console(stderr=True, highlight=False, emoji=False)
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     who = f"rank {os.environ.get('RANK')}: " if several else ""
     console.print(f"[bold red]error:[/] {who}{escape(one_line(message))}", soft_wrap=True)

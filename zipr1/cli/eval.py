@@ -21,43 +21,63 @@ def evaluate(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A run, a model folder, a hub id, or tiny. Default: the newest run, else tiny."
+            help="A run or its checkpoint (RUN/best), a model folder, a hub id, or tiny. Default: the last finished "
+            "run, else tiny.",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="best|last|STEP", help="Of the run. Default: last.", show_default=False
         ),
     ] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            help="Benchmarks: mmbench,videomme, or image, video, paper13; list shows all."
+            help="Benchmarks: mmbench,videomme, or image, video, paper13; list shows all. Default: "
+            "digits,moving_digits.",
+            show_default=False,
         ),
     ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="First questions of each benchmark; 0 takes all. Default: 400 of digits, 200 of moving_digits, "
-            "all of the others.",
+            help="First questions of each benchmark; 0 takes all. Default: 400 of the embedded pictures, 200 of the "
+            "embedded clips and totals, all of the others.",
+            show_default=False,
         ),
     ] = None,
     budget: Annotated[
         list[str] | None,
-        typer.Option(help="Values of p: 0.975,0.94; 1.0 is dense. Default: the model's own."),
+        typer.Option(
+            help="Values of p: 0.975,0.94; 1.0 is dense. Default: the model's own.",
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="The folder (without it, one under runs/ named by what is measured).",
+            help="The folder. Default: one under runs/, named by what is measured.",
+            show_default=False,
         ),
     ] = None,
     data_root: Annotated[
         Path | None,
         typer.Option(
-            help="Local copies: a folder for each of the thirteen, with parquet and mp4 files."
+            help="Local copies: a folder for each of the thirteen, with parquet and mp4 files. Default: the hub's "
+            "cache.",
+            show_default=False,
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 (without it, cuda where there is one).")
+        str | None,
+        typer.Option(
+            help="cpu, cuda, cuda:1. Default: cuda where there is one.", show_default=False
+        ),
     ] = None,
     base: Annotated[
         bool, typer.Option(help="Measure the untouched model that a run was trained from, too.")
@@ -72,9 +92,8 @@ def evaluate(
 
     Finished benchmarks are kept: the same command goes on where it was stopped.
     """
-    from rich.console import Console
+    from zipr1.cli.log import busy, console_of
 
-    console = Console(stderr=as_json)
     names = [
         name.strip()
         for item in tasks or ["digits,moving_digits"]
@@ -84,20 +103,28 @@ def evaluate(
     if "list" in names:
         from zipr1.evaluate import listing
 
-        listing.show(console)
+        listing.show(console_of(as_json))
         return
     p_values = numbers("--budget", budget, float)
 
-    from zipr1.core.folders import find_model
-    from zipr1.core.jsontext import dumps
-    from zipr1.evaluate import session
+    from zipr1.core.files import check_folder
+    from zipr1.core.runs import find_model
+    from zipr1.evaluate.suites import check_p_values
 
-    path, why = find_model(model)
-    if model is None:
-        console.print(why, soft_wrap=True, highlight=False, markup=False)
-    request = session.EvalRequest(
-        path, names, p_values, limit, output, data_root, device, overrides or [], base
-    )
-    result = session.run(request, sys.argv, console)
+    check_p_values(p_values)
+    if output is not None:
+        check_folder(output, "--output")
+    path, why = find_model(model, checkpoint=checkpoint)
+    if model is None or ";" in why:
+        console_of(as_json).print(why, soft_wrap=True, highlight=False, markup=False)
+    with busy(as_json) as console:
+        from zipr1.evaluate import session
+
+        request = session.EvalRequest(
+            path, names, p_values, limit, output, data_root, device, overrides or [], base
+        )
+        result = session.run(request, sys.argv, console)
     if as_json:
+        from zipr1.core.jsontext import dumps
+
         print(dumps(result), flush=True)

@@ -10,8 +10,22 @@ import typer
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that zipr1 train wrote.")],
-    to: Annotated[Path, typer.Option(metavar="DIR", help="The new folder; never overwritten.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="A folder that zipr1 train wrote, or a checkpoint in it: RUN/best."
+        ),
+    ],
+    to: Annotated[
+        Path,
+        typer.Option(
+            "--to", "--output", "-o", metavar="DIR", help="The new folder; never overwritten."
+        ),
+    ],
+    checkpoint: Annotated[
+        str,
+        typer.Option(metavar="best|last|STEP", help="Of the run."),
+    ] = "last",
     format: Annotated[
         str,
         typer.Option(
@@ -27,7 +41,18 @@ def export(
         ),
     ] = "auto",
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 (without it, cuda where there is one).")
+        str | None,
+        typer.Option(
+            help="cpu, cuda, cuda:1. Default: cuda where there is one.", show_default=False
+        ),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Upload the folder to the hub, too, into a private repository. Default: nowhere.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="End stdout with the result as one line of JSON.")
@@ -35,19 +60,29 @@ def export(
 ) -> None:
     """Make a plain Hugging Face folder of a trained run, checked against it.
 
+    For example: zipr1 export runs/mine --to plain
+
     Any tool takes it for an ordinary dense model; zipr1.load runs it sparse.
     """
-    from rich.console import Console
+    from zipr1.cli.log import busy
+    from zipr1.export.request import check_request
 
-    from zipr1.core.jsontext import dumps
-    from zipr1.export import session as exports
+    check_request(run, to, format, dtype)
+    with busy(as_json) as console:
+        from zipr1.export import session as exports
+        from zipr1.export.hub import check as check_hub
+        from zipr1.export.hub import upload
 
-    console = Console(stderr=as_json)
-    with console.status(f"exporting {run}"):
-        result = exports.export(run, to, format, dtype, device)
+        if push is not None:
+            check_hub(push)
+        result = exports.export(run, to, format, dtype, device, checkpoint)
+        if push is not None:
+            result["pushed"] = upload(to, push)
     for line in export_text(result).splitlines():
         console.print(line, soft_wrap=line.startswith(" "), highlight=False)  # code is copied
     if as_json:
+        from zipr1.core.jsontext import dumps
+
         print(dumps(result), flush=True)
 
 
@@ -58,14 +93,21 @@ def export_text(result: Mapping[str, Any]) -> str:
     from zipr1.core.text import size
 
     check, to = result["check"], result["to"]
+    stopped = f", which {result['stopped']}" if result["stopped"] else ""
+    pushed = f"uploaded, private: {result['pushed']}\n" if result.get("pushed") else ""
+    whom = (
+        "peft takes it with its base"
+        if result["format"] == "adapter"
+        else "Everything else takes it"
+    )
     said = f"same answers on {check['same_text']} of {check['n']}"
     return (
         f"[bold green]{escape(to)}[/]: {result['format']}, {result['dtype']}, {size(result['bytes'])}, "
-        f"step {result['step']} of the run\n"
+        f"step {result['step']} of the run{stopped}\n"
         f"checked against the run on {check['n']} {check['questions']}: {said}, logits within "
         f"{check['logits_error']:.1e} (allowed: {check['limit']:g})\n\n"
         "Run it sparse:\n"
         "  import zipr1\n"
         f'  model, processor = zipr1.load("{escape(to)}")  # p = {result["p"]:g}\n'
-        "Everything else takes it for an ordinary dense model; its README.md tells what was measured."
+        f"{pushed}{whom} for an ordinary dense model; its README.md tells what was measured."
     )

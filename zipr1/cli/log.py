@@ -1,18 +1,47 @@
-"""Notes and warnings of the library, shown as plain lines between a command's own output."""
+"""What a command says: its console, the notes and warnings of the library between its own lines, what it is doing."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.logging import RichHandler
 
+from zipr1.core import activity
+
+
+def is_first() -> bool:
+    """Of several processes, as a launcher starts them, the first alone prints. Known before torch is loaded."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
 
 def quiet_unless_first() -> None:
     """Before `show_log`, warnings are plain lines on stderr: of several processes the first alone writes them."""
-    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+    if not is_first():
         logging.getLogger("zipr1").setLevel(logging.ERROR)
+
+
+def console_of(as_json: bool) -> Console:
+    """Where a command prints. With --json stdout is for the machine, and people read stderr.
+
+    Its file is fixed, so that it is heard while sys.stdout is swallowed. Text is data more often than not: nothing in
+    it is read as an emoji's name.
+    """
+    file = sys.stderr if as_json else sys.stdout
+    return Console(file=file, quiet=not is_first(), emoji=False)
+
+
+@contextmanager
+def busy(as_json: bool) -> Iterator[Console]:
+    """The console of a command that takes long: what it is doing is shown from the first moment on."""
+    console = console_of(as_json)
+    with activity.shown(console):
+        activity.tell("loading PyTorch")
+        yield console
 
 
 def show_log(console: Console) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from zipr1.core.errors import InputError
+
 N = TypeVar("N", int, float)
 
 
@@ -15,8 +17,14 @@ def profile(
         str | None,
         typer.Option(
             help="A bundled config such as qwen2.5-vl-7b (random weights), a run, a model folder, a hub id or tiny. "
-            "Default: the last run, else tiny.",
+            "Default: the last finished run, else tiny.",
             show_default=False,
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="best|last|STEP", help="Of the run. Default: last.", show_default=False
         ),
     ] = None,
     lengths: Annotated[
@@ -42,9 +50,11 @@ def profile(
         ),
     ] = None,
     image: Annotated[
-        Path | None, typer.Option(help="Profile a question about this picture.")
+        Path | None, typer.Option(help="Profile a question about this picture.", show_default=False)
     ] = None,
-    video: Annotated[Path | None, typer.Option(help="Profile a question about this clip.")] = None,
+    video: Annotated[
+        Path | None, typer.Option(help="Profile a question about this clip.", show_default=False)
+    ] = None,
     measure_tflops: Annotated[
         bool,
         typer.Option("--measure-tflops", help="Count operations too, and give rates in TFLOP/s."),
@@ -67,7 +77,12 @@ def profile(
     seconds: Annotated[
         float, typer.Option(min=0.0, help="Time for each row; at least 5 turns are taken.")
     ] = 3.0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda, cuda:1. Default: cuda where there is one.", show_default=False
+        ),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(help="auto (float32 on a CPU, else bfloat16), float32, bfloat16, float16."),
@@ -75,6 +90,8 @@ def profile(
     output: Annotated[
         Path | None,
         typer.Option(
+            "--output",
+            "-o",
             help="Folder for profile.json, report.html and figures. Default: a new one under runs/.",
             show_default=False,
         ),
@@ -83,64 +100,64 @@ def profile(
         bool, typer.Option("--json", help="End stdout with profile.json as one line.")
     ] = False,
 ) -> None:
-    """Prefill, decoding and memory, dense beside sparse: measured, with what could be gained at most."""
-    from rich.console import Console
+    """Prefill, decoding and memory, dense beside sparse: measured, with what could be gained at most.
 
-    from zipr1.core.errors import InputError
-    from zipr1.core.folders import find_model
-    from zipr1.core.jsontext import dumps
+    For example: zipr1 profile --model qwen2.5-vl-3b --lengths 1024 --keep 0.25
+    """
+    from zipr1.cli.log import busy, console_of
+    from zipr1.core.files import check_folder
+    from zipr1.core.runs import find_model
+    from zipr1.profiling.request import ProfileRequest, check
 
-    console = Console(stderr=as_json)
-    name, why = find_model(model)
-    if model is None:
-        console.print(why, highlight=False, markup=False)
     sizes, shares = numbers("--lengths", lengths, int), numbers("--keep", keep, float)
     batches = numbers("--batch", batch, int) or [1]
-    if min(batches) < 1:
-        raise InputError(f"--batch {min(batches)}: give 1 or more")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise InputError(f"--dtype {dtype}: allowed: auto, float32, bfloat16, float16")
     measured = {
         "--measure-tflops": measure_tflops,
         "--layers": layers,
         "--image": image,
         "--video": video,
+        "--output": output,
     }
     alone = [option for option, value in measured.items() if value]
     if card and alone:
-        raise InputError(f"--card counts and runs nothing; leave out {alone[0]}")
+        raise InputError(f"--card counts, and runs and writes nothing; leave out {alone[0]}")
     if visual and not card:
         raise InputError("--visual is for --card; to measure the tower give --image or --video")
-    if card:
-        from zipr1.profiling.card_table import count
+    name, why = find_model(model, checkpoint=checkpoint)
+    request = ProfileRequest(
+        name, sizes, shares, batches, layers, probes, image, video, device, dtype, measure_tflops,
+        seconds,
+    )  # fmt: skip
+    check(request)
+    if output is not None:
+        check_folder(output, "--output")
+    if model is None or ";" in why:
+        console_of(as_json).print(why, soft_wrap=True, highlight=False, markup=False)
+    with busy(as_json) as console:
+        if card:
+            from zipr1.profiling.card_table import count
 
-        result, tables = count(name, sizes, shares, batches, probes or 128, visual)
-        for table in tables:
-            console.print(table)
-    else:
-        from zipr1.core.folders import claimed
-        from zipr1.profiling import report
-        from zipr1.profiling.session import ProfileRequest
-        from zipr1.profiling.session import profile as measure
+            result, tables = count(name, sizes, shares, batches, probes or 128, visual)
+            for table in tables:
+                console.print(table)
+        else:
+            from zipr1.core.folders import claimed
+            from zipr1.profiling import report
+            from zipr1.profiling.session import profile as measure
 
-        request = ProfileRequest(
-            name, sizes, shares, batches, layers, probes, image, video, device, dtype,
-            measure_tflops, seconds,
-        )  # fmt: skip
-        with claimed(output, name="profile") as folder:
-            with console.status("profile") as status:
-                result = measure(request, lambda text: status.update(f"profile: {text}"))
-            page = report.write(result, folder)
-        report.show(result, console)
-        console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+            with claimed(output, name="profile") as folder:
+                result = measure(request)
+                page = report.write(result, folder)
+            report.show(result, console)
+            console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
     if as_json:
+        from zipr1.core.jsontext import dumps
+
         print(dumps(result), flush=True)
 
 
 def numbers(option: str, given: list[str] | None, kind: type[N]) -> list[N]:
     """The values of an option that may be repeated or given as a comma list."""
-    from zipr1.core.errors import InputError
-
     words = [word for item in given or [] for word in item.split(",") if word.strip()]
     try:
         return [kind(word) for word in words]

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from zipr1.cli.log import console_of
+from zipr1.core.errors import InputError
+
+
+def _names(incomplete: str) -> list[str]:
+    """For the completion of a shell."""
+    from zipr1.core import recipes
+
+    return [name for name in recipes.names() if name.startswith(incomplete)]
 
 
 def train(
@@ -17,31 +26,44 @@ def train(
             metavar="RECIPE",
             help="A YAML file, or a recipe that comes with zipr1, by its name. Without one they are listed.",
             show_default=False,
+            autocompletion=_names,
         ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Recipe values to change: train.steps=50"),
+        typer.Argument(
+            metavar="KEY=VALUE", help="Recipe values to change: train.steps=50", show_default=False
+        ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="The run's folder (without it, a new one under runs/)."
+            "--output",
+            "-o",
+            help="The run's folder. Default: a new one under runs/.",
+            show_default=False,
         ),
     ] = None,
     resume: Annotated[
         str,
         typer.Option(
             metavar="auto|never|DIR",
-            help="auto goes on with the run in --output if there is one; DIR goes on with that run.",
+            help="auto goes on with the run in --output if there is one; DIR goes on with that run, and RECIPE may be "
+            "left out then. train.steps may grow.",
         ),
     ] = "auto",
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda, cuda:1 (without it, cuda where there is one)."),
+        typer.Option(
+            help="cpu, cuda, cuda:1. Default: cuda where there is one.", show_default=False
+        ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Same as model.dtype=...: auto, float32, bfloat16, float16.")
+        str | None,
+        typer.Option(
+            help="model.dtype: auto, float32, bfloat16, float16. Default: the recipe's.",
+            show_default=False,
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, roll out once, write nothing.")
@@ -59,9 +81,15 @@ def train(
 
     Prints progress and a table of accuracy and tokens before and after; everything else is in the run's folder.
     """
-    from zipr1.cli.log import quiet_unless_first, show_log
+    from zipr1.cli.log import busy, is_first, quiet_unless_first, show_log
     from zipr1.core import recipes
 
+    given = list(overrides or [])
+    if resume not in ("auto", "never") and (recipe is None or _is_change(recipe)):
+        given = [*([recipe] if recipe is not None else []), *given]
+        recipe = str(Path(resume) / "recipe.yaml")
+        if not Path(recipe).is_file():
+            raise InputError(f"{resume}: not a run directory (no recipe.yaml); check --resume")
     if recipe is None:
         _list(as_json)
         return
@@ -69,28 +97,32 @@ def train(
         _copy(recipe, as_json)
         return
     from zipr1.core.load import load
+    from zipr1.core.rundir import RunDir
 
-    changes = [*(overrides or []), *([f"model.dtype={dtype}"] if dtype is not None else [])]
+    changes = [*given, *([f"model.dtype={dtype}"] if dtype is not None else [])]
     quiet_unless_first()
     run = load(recipe, changes)
+    if not dry_run and is_first():
+        RunDir.check(run, output, resume)
+    with busy(as_json) as console:
+        show_log(console)
+        if dry_run:
+            from zipr1.train import dry_run as plan
 
-    from zipr1.core import distributed
-    from zipr1.core.jsontext import dumps
+            result = plan.dry_run(run, device, console)
+        else:
+            from zipr1.train import loop
 
-    # With --json, stdout is for the machine; of several ranks the first one speaks.
-    console = Console(stderr=as_json, quiet=not distributed.is_first())
-    show_log(console)
-    if dry_run:
-        from zipr1.train import dry_run as plan
+            name = recipes.find(recipe).stem
+            result = loop.run(run, output, resume, device, sys.argv, console, name)
+    if as_json and is_first():
+        from zipr1.core.jsontext import dumps
 
-        result = plan.dry_run(run, device, console)
-    else:
-        from zipr1.train import loop
-
-        name = recipes.find(recipe).stem
-        result = loop.run(run, output, resume, device, sys.argv, console, name)
-    if as_json and distributed.is_first():
         print(dumps(result), flush=True)
+
+
+def _is_change(text: str) -> bool:
+    return "=" in text and not Path(text).is_file()
 
 
 def _list(as_json: bool) -> None:
@@ -109,7 +141,7 @@ def _list(as_json: bool) -> None:
         table.add_column(name, no_wrap=True)
     for recipe in found:
         table.add_row(*recipe)
-    console = Console()
+    console = console_of(as_json)
     console.print(table)
     console.print(
         "\nHours are counted for A100s, not measured. Train one: zipr1 train tiny\n"
@@ -127,4 +159,4 @@ def _copy(recipe: str, as_json: bool) -> None:
         print(dumps({"file": str(file)}))
     else:
         line = f"{file}: edit it, then: zipr1 train {file}"
-        Console().print(line, highlight=False, markup=False, soft_wrap=True)
+        console_of(as_json).print(line, highlight=False, markup=False, soft_wrap=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from zipr1.core.files import digest, sync, write_whole
-from zipr1.core.jsontext import dumps
+from zipr1.core.jsontext import dumps, loads
 
 COMPLETE = "complete.json"
 
@@ -37,7 +36,7 @@ def problem(folder: Path, part: str = "") -> str | None:
 
 def _problem(folder: Path, part: str, whole: bool) -> str | None:
     try:
-        files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
+        files = loads((folder / COMPLETE).read_bytes())["files"]
         expected = {str(name): _about(about) for name, about in files.items()}
     except FileNotFoundError:
         return f"{COMPLETE} is missing"

@@ -47,6 +47,8 @@ def parse(text: str, source: str) -> Any:
         line = f":{mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
         raise InputError(f"{source}{line}: not YAML: {one_line(what)}; mend this line") from None
+    except RecursionError:
+        raise InputError(f"{source}: not YAML: nested too deep; write fewer brackets") from None
     except ValueError as error:  # such as the date 2026-99-99
         raise InputError(
             f"{source}: not YAML: {one_line(error)}; put the value in quotes"

@@ -15,6 +15,8 @@ def install(extra: str) -> str:
         return f"pip install '.[{extra}]' in zipr1's own folder"
     marked = re.compile(rf"""extra == ["']{extra}["']""")
     wanted = [line.partition(";")[0].strip() for line in declared if marked.search(line)]
+    if not wanted:  # an extra that is newer than what was installed
+        return f"pip install '.[{extra}]' in zipr1's own folder"
     missing = [package for package in wanted if not _installed(package)]
     return f"pip install {shlex.join(missing or wanted)}"
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from zipr1.core.errors import RunError
+from zipr1.core.errors import InputError, RunError
 
 # Bytes of a file that one thread hashes at a time.
 BLOCK = 2**24
@@ -38,6 +38,23 @@ def write_whole(path: Path, text: str) -> None:
     """A text file in UTF-8, replaced at once."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Raise InputError where `folder` cannot be made or written; nothing is made. option: named in the error."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: this is a file; give a folder to {option}")
+    if not there.is_dir():
+        raise InputError(
+            f"{option} {folder}: cannot be written ({there} is a file); give another folder"
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{option} {folder}: cannot be written (no right to write in {there}); give another folder"
+        )
 
 
 def sync(path: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import logging
 import os
 import socket
@@ -19,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from zipr1.core.errors import InputError
+from zipr1.core.jsontext import dumps, loads
 
 NAME = ".lock"  # in a folder
 # What a file system without locks answers; EWOULDBLOCK alone means that another process has it.
@@ -56,7 +56,7 @@ def _acquire(path: Path, folder: Path) -> int:
                 about = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
                 os.ftruncate(descriptor, 0)
                 with contextlib.suppress(OSError):  # a full disk: it is locked all the same
-                    os.write(descriptor, json.dumps(about).encode())
+                    os.write(descriptor, dumps(about).encode())
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -92,7 +92,7 @@ def _is_still(descriptor: int, path: Path) -> bool:
 
 def _holder(descriptor: int) -> str:
     try:
-        about = json.loads(os.pread(descriptor, 4096, 0))
+        about = loads(os.pread(descriptor, 4096, 0))
         return f"process {int(about['pid'])} on {about['host']}, since {about['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "it has only just begun"

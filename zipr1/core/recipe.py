@@ -79,16 +79,17 @@ class Model(Section):
 
 
 class Data(Section):
-    """source: `digits` (embedded), a .jsonl / .json / .parquet file, a folder, or a dataset of the hub (`owner/name`);
-    the last two with `:split` at the end where it is not `train`; `SOURCE:[a:b]` takes a part of the rows. heldout: the
-    same for held-out questions.
+    """source: `digits` or `pages` (embedded), a .jsonl / .json / .parquet file, a folder, or a dataset of the hub
+    (`owner/name`); the last two with `:split` at the end where it is not `train`; `SOURCE:[a:b]` takes a part of the
+    rows. heldout: the same for held-out questions.
 
     subset: the configuration of a hub dataset. columns: our names for a dataset's, `{answer: label}` (data/formats.py).
     streaming: rows are read as they arrive, the first `prompts` of them; nothing else is downloaded.
     instruction: added to the end of each question. media_root: where relative paths of media start (None: at the file).
     check: `decode` opens every picture and clip before the run, `exists` only looks whether the files are there.
     workers: threads that read media, ahead of the step that needs them.
-    mix: shares of the embedded tasks among training prompts. prompts: how many training prompts are made.
+    mix: shares of the embedded tasks among training prompts (empty: those of the source's family).
+    prompts: how many training prompts are made.
     hard_kind_boost: hard kinds of question are drawn more often within their task: 1 + hard_kind_boost * g times, g the
         running share of answers that the kind loses at `sparse.p` against the dense reference (0: all alike). It needs
         a target or a constraint.
@@ -97,7 +98,7 @@ class Data(Section):
 
     source: str = "digits"
     heldout: str | None = None
-    mix: dict[str, Rate] = {"digits": 0.4, "moving_digits": 0.4, "hard_digits": 0.2}
+    mix: dict[str, Rate] = {}
     prompts: Positive = 2048
     hard_kind_boost: Rate = 0.0
     heldout_prompts: Positive = 500
@@ -292,8 +293,8 @@ class Train(Section):
 
 
 class Supervised(Section):
-    """The supervised stage on embedded lessons. curriculum: most digits in a scene, stage by stage; the next stage
-    comes when the running accuracy on answer tokens passes `advance_at`.
+    """The supervised stage on embedded lessons. curriculum: most digits in a scene, or rows on a page, stage by stage;
+    the next stage comes when the running accuracy on answer tokens passes `advance_at`.
 
     questions: most about each picture. video_share: of the pictures; hard_share: of an image's questions.
     """
@@ -306,9 +307,9 @@ class Supervised(Section):
 
 
 class Log(Section):
-    """Where metrics go besides metrics.jsonl: any of `tensorboard`, `wandb`."""
+    """Where metrics go besides metrics.jsonl: any of `tensorboard`, `wandb`, `trackio`."""
 
-    to: list[Literal["tensorboard", "wandb"]] = []
+    to: list[Literal["tensorboard", "wandb", "trackio"]] = []
 
 
 class Evaluation(Section):

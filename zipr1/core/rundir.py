@@ -16,7 +16,6 @@ start writes; what a start that was cut short has left is no run, and the next s
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -27,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 from zipr1.core import checksums, lock
 from zipr1.core.errors import InputError
-from zipr1.core.files import sync, write_whole, writing
+from zipr1.core.files import check_folder, replacing, sync, write_whole, writing
 from zipr1.core.folders import folder_of, new_folder
-from zipr1.core.jsontext import dumps
+from zipr1.core.jsontext import dumps, lines, loads
 from zipr1.core.load import differences, load_written
 from zipr1.core.recipe import Recipe
 
@@ -68,12 +67,25 @@ class RunDir:
         `output`, `never` insists on an empty folder, anything else is the run directory to go on with.
         info: what `run.json` is to hold; a resumed run adds it to the list `resumed`.
         """
-        run = cls(folder_of(output, resume) or new_folder(name), recipe)
-        if run._is_new(info or {}):
+        run = cls(cls.check(recipe, output, resume) or new_folder(name), recipe)
+        if run._is_new():
             run._start(info or {})
         else:
             run._continue(resume, info or {})
         return run
+
+    @classmethod
+    def check(cls, recipe: Recipe, output: Path | None, resume: str) -> Path | None:
+        """The folder that `open` would use, None for a new one; nothing is written. Raises InputError as `open` does,
+        and for a folder that cannot be written."""
+        folder = folder_of(output, resume)
+        if folder is None:
+            return None
+        check_folder(folder, "--output")
+        run = cls(folder, recipe)
+        if not run._is_new():
+            run._refuse_another(resume)
+        return folder
 
     def latest_checkpoint(self) -> Path | None:
         """The newest checkpoint that is as it was written. Newer ones that are not are named in a warning.
@@ -150,20 +162,19 @@ class RunDir:
         with writing(self.root / name):
             write_whole(self.root / name, dumps(values, indent=2) + "\n")
 
-    def _is_new(self, info: Mapping[str, Any]) -> bool:
-        """Whether the folder holds nothing but what a start that was cut short may have left: all that a start of
-        `info` writes before recipe.yaml."""
+    def _is_new(self) -> bool:
+        """Whether the folder holds nothing but what a start that was cut short may have left: what it writes before
+        recipe.yaml."""
         if not self.root.exists():
             return True
-        if not self.root.is_dir():
-            raise InputError(f"{self.root}: this is a file; give a folder to --output")
         with writing(self.root):
             for path in self.root.iterdir():
                 ours = path.name == lock.NAME or path.name.startswith(".tmp-")
                 if path.name == "checkpoints" and path.is_dir():
                     ours = not any(path.iterdir())
                 if path.name == "run.json" and path.is_file():
-                    ours = read_json(path).keys() <= info.keys()
+                    values = read_json(path)
+                    ours = not values or ("versions" in values and "resumed" not in values)
                 if not ours:
                     return False
         return True
@@ -180,22 +191,33 @@ class RunDir:
                 f"{self.root}: cannot be written ({error.strerror}); give another --output"
             ) from None
 
-    def _continue(self, resume: str, info: Mapping[str, Any]) -> None:
+    def _refuse_another(self, resume: str) -> None:
+        """Raises InputError unless what lies in the folder can be gone on with: a run of the same recipe, or of one
+        with fewer steps."""
         written = self.root / "recipe.yaml"
         if not written.is_file():
             raise InputError(
                 f"{self.root}: the folder is not empty and holds no run; give another --output"
             )
-        changed = differences(load_written(written), self.recipe)
-        if changed:
-            raise InputError(
-                f"{self.root}: holds a run of another recipe ({', '.join(changed)}); "
-                "give another --output, or the recipe and overrides of that run"
-            )
         if resume == "never":
             raise InputError(
                 f"{self.root}: holds a run of this recipe; go on with --resume auto, or give another --output"
             )
+        old = load_written(written)
+        changed = differences(old, self.recipe)
+        more = self.recipe.train.steps > old.train.steps
+        if changed and not (more and len(changed) == 1):
+            raise InputError(
+                f"{self.root}: holds a run of another recipe ({', '.join(changed)}); "
+                "give another --output, or the recipe and overrides of that run (train.steps may grow)"
+            )
+
+    def _continue(self, resume: str, info: Mapping[str, Any]) -> None:
+        self._refuse_another(resume)
+        written = self.root / "recipe.yaml"
+        if differences(load_written(written), self.recipe):  # more steps
+            with writing(written):
+                write_whole(written, self.recipe.dump())
         self.checkpoint = self.latest_checkpoint()
         self._clear()
         for name in ("metrics.jsonl", "rollouts.jsonl"):
@@ -228,16 +250,10 @@ class RunDir:
         path = self.root / name
         if not path.is_file():
             return
-        with writing(path):
-            kept = []
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(row, dict) and row.get("step", step) < step:
-                    kept.append(f"{line}\n")
-            write_whole(path, "".join(kept))
+        with writing(path), replacing(path) as temporary, temporary.open("wb") as kept:
+            for line in lines(path):
+                if _step_in(line, step) < step:
+                    kept.write(line + b"\n")
 
     def _prune(self, newest: Path, keep: int) -> None:
         """Keeps the `keep` newest checkpoints up to the one just written, and the best; leftovers go."""
@@ -290,7 +306,7 @@ def load_state(folder: Path, name: str = "state") -> tuple[dict[str, torch.Tenso
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: no readable JSON ({error}); the run directory is damaged"
@@ -302,18 +318,33 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file; a last line that was cut short is left out."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    bad = 0
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines(path), start=1):
+            if bad:
+                raise InputError(f"{path}:{bad}: not a JSON object; the file is damaged")
+            try:
+                row = loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            else:
+                bad = number
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise InputError(f"{path}:{number}: not JSON; the file is damaged") from None
     return rows
+
+
+def _step_in(line: bytes, default: int) -> int:
+    """The step that a line of metrics.jsonl or rollouts.jsonl is of; `default` where it does not say."""
+    try:
+        row = loads(line)
+    except ValueError:
+        return default
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else default
 
 
 def _step_of(path: Path) -> int:

@@ -27,6 +27,7 @@ import numpy as np
 from zipr1.core.errors import InputError
 
 Z = 1.959963984540054
+ONE_SIDED = 1.6448536269514722  # a normal value is below it with a chance of 95 %
 
 
 def confidence_interval(
@@ -59,6 +60,24 @@ def paired_difference(
     trials = groups if (x != y).any() else len(x)
     half = Z * error if error > 0 else Z * Z / (trials + Z * Z)
     return mean, max(-1.0, mean - half), min(1.0, mean + half)
+
+
+def verdict(lost: float, error: float, number: int, allowed: float) -> dict[str, Any]:
+    """Whether a loss is within what is allowed, said with 95 % certainty (one-sided).
+
+    lost: mean over `number` questions, with standard error `error`. Returns `verdict`: `held` if lost + 1.645 error is
+    at most `allowed`, `violated` if lost - 1.645 error is above it, else `not shown`; with the arguments, and
+    `questions`: how many would show that it is held, if the loss is what was found (None where it is not below).
+    """
+    margin = ONE_SIDED * error
+    word = "held" if lost + margin <= allowed else "violated" if lost - margin > allowed else ""
+    needed = None
+    if lost < allowed:
+        needed = max(1, int(np.ceil(number * (margin / (allowed - lost)) ** 2)))
+    return {
+        "verdict": word or "not shown", "lost": lost, "error": error, "n": number, "allowed": allowed,
+        "questions": needed,
+    }  # fmt: skip
 
 
 def _outcomes(name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -7,12 +7,15 @@ Its name is then a `data.source`, and its tasks can stand in `data.mix` beside t
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from zipr1.core.errors import InputError
 from zipr1.core.types import Prompt
 from zipr1.data.digits import tasks as digits
+from zipr1.data.drawn import Scene
+from zipr1.data.pages import tasks as pages
 
 PER_PICTURE = 4  # questions about each picture or clip
 # Held-out questions are drawn with this seed whatever the run's seed is, so that runs can be compared.
@@ -23,12 +26,15 @@ _FEWEST_HELDOUT = 40  # of a task that asks only a part of `data.heldout_prompts
 class EmbeddedTasks(Protocol):
     """What the module of a family offers.
 
-    TASKS: names, different from those of all other families. HELDOUT_SHARE: of `data.heldout_prompts`, for tasks that
-    ask fewer than all of them.
+    TASKS: names, different from those of all other families. MIX: their shares among training prompts where a recipe
+    says nothing. HELDOUT_SHARE: of `data.heldout_prompts`, for tasks that ask fewer than all of them.
     """
 
     @property
     def TASKS(self) -> tuple[str, ...]: ...
+
+    @property
+    def MIX(self) -> Mapping[str, float]: ...
 
     @property
     def HELDOUT_SHARE(self) -> Mapping[str, float]: ...
@@ -38,8 +44,22 @@ class EmbeddedTasks(Protocol):
     ) -> list[Prompt]:
         """`pictures` x `questions_per_picture` prompts of `train`, `validation` or `test`; a pure function."""
 
+    def lesson(
+        self,
+        seed: int,
+        step: int,
+        pictures: int,
+        video_share: float,
+        size: int,
+        hard_share: float,
+        questions: int,
+    ) -> Sequence[tuple[Scene, list[tuple[str, str]]]]:
+        """`pictures` fresh training scenes with at most `questions` (question, answer) pairs each; a pure function.
 
-SOURCES: dict[str, EmbeddedTasks] = {"digits": digits}
+        size: of the scenes, the family's own measure (`supervised.curriculum`)."""
+
+
+SOURCES: dict[str, EmbeddedTasks] = {"digits": digits, "pages": pages}
 
 
 def draw(split: str, task: str, number: int, seed: int) -> list[Prompt]:
@@ -48,8 +68,9 @@ def draw(split: str, task: str, number: int, seed: int) -> list[Prompt]:
     return _family(task).prompts(split, task, pictures, PER_PICTURE, seed)[:number]
 
 
-def draw_training(mix: Mapping[str, float], number: int, seed: int) -> list[Prompt]:
-    """`number` training questions in the proportions of `mix`, task by task."""
+def draw_training(source: str, mix: Mapping[str, float], number: int, seed: int) -> list[Prompt]:
+    """`number` training questions in the proportions of `mix` (empty: of the family `source`), task by task."""
+    mix = mix or SOURCES[source].MIX
     return [
         prompt
         for task, count in _counts(mix, number).items()
@@ -70,6 +91,17 @@ def draw_heldout(source: str, mix: Mapping[str, float], number: int, split: str)
     return prompts
 
 
+def check_mix(mix: Mapping[str, float]) -> None:
+    """Raises InputError for a task that no family has, or shares that leave nothing to ask."""
+    for task in mix:
+        _family(task)  # an unknown one is an error even where its share comes to nothing
+    total = sum(mix.values())
+    if mix and not 0 < total < math.inf:
+        raise InputError(
+            f"data.mix: the shares add up to {total:g}; give at least one task a positive, finite share"
+        )
+
+
 def _family(task: str) -> EmbeddedTasks:
     for family in SOURCES.values():
         if task in family.TASKS:
@@ -84,11 +116,8 @@ def _family(task: str) -> EmbeddedTasks:
 
 def _counts(mix: Mapping[str, float], number: int) -> dict[str, int]:
     """`number` split in the proportions of `mix`, largest remainders first."""
-    for task in mix:
-        _family(task)  # an unknown one is an error even where its share comes to nothing
+    check_mix(mix)
     total = sum(mix.values())
-    if total <= 0:
-        raise InputError("data.mix: all shares are 0; give at least one task a positive share")
     exact = {task: number * share / total for task, share in mix.items()}
     counts = {task: int(value) for task, value in exact.items()}
     by_remainder = sorted(exact, key=lambda task: counts[task] - exact[task])

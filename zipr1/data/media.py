@@ -29,16 +29,30 @@ def load_media(
 
     fps: at which clips are read, at most their own; None takes all of a clip's frames up to `max_frames`.
     """
+    pixels, frame_fps, _ = load_timed(media, max_frames, fps)
+    return pixels, frame_fps
+
+
+def load_timed(
+    media: Media, max_frames: int, fps: float | None = None
+) -> tuple[np.ndarray, float | None, np.ndarray | None]:
+    """What `load_media` gives, and the second `(F,)` float64 at which each frame of a clip is shown; None for pictures
+    and where the rate is unknown."""
     if isinstance(media.source, np.ndarray):
         _check_array(media.kind, media.source)
         if media.kind == "image":
-            return media.source, None
+            return media.source, None, None
         clip_fps = media.fps or 0.0
         chosen = video.choose(len(media.source), clip_fps, max_frames, fps)
-        return media.source[chosen], clip_fps * len(chosen) / len(media.source) or None
+        frame_fps = clip_fps * len(chosen) / len(media.source) or None
+        return (
+            media.source[chosen],
+            frame_fps,
+            video.times(len(media.source), clip_fps, max_frames, fps),
+        )
     if media.kind == "video":
-        return video.read(as_path(media.source), max_frames, fps)
-    return read_image(_encoded(media.source)), None
+        return video.read_timed(as_path(media.source), max_frames, fps)
+    return read_image(_encoded(media.source)), None, None
 
 
 def check(media: Media) -> tuple[int, int, int, float]:

@@ -7,7 +7,6 @@ bad file. .jsonl and .json need no library, .parquet needs pyarrow, the hub and 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -19,12 +18,15 @@ from urllib.parse import urlparse
 
 from zipr1.core import extras
 from zipr1.core.errors import InputError, Missing
+from zipr1.core.jsontext import lines, loads
 from zipr1.core.recipe import Data
 from zipr1.core.text import reason
+from zipr1.data import parquet
 from zipr1.data.embedded import SOURCES
 
 NumberedRows = Iterator[tuple[int, Callable[[], Any]]]
 
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
 _SLICE = re.compile(r"(.+):\[(-?\d*):(-?\d*)\]")
 
 
@@ -57,8 +59,10 @@ def read(source: str, data: Data) -> tuple[str, Path, NumberedRows]:
     """
     if match := _SLICE.fullmatch(source):
         bounds = [int(bound) if bound else None for bound in match.groups()[1:]]
+        total = sum(1 for _ in read(match[1], data)[2])  # none of them is parsed
+        start, stop, _ = slice(*bounds).indices(total)
         name, folder, rows = read(match[1], data)
-        return name, folder, iter(list(rows)[slice(*bounds)])
+        return name, folder, islice(rows, start, max(start, stop))
     path, split = _path_and_split(
         str(Path(source).expanduser()) if source.startswith("~") else source
     )
@@ -130,7 +134,13 @@ def _datasets(path: Path, split: str, data: Data) -> NumberedRows:
                 table = datasets.load_dataset(
                     str(path), data.subset, split=split, streaming=data.streaming
                 )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
         kind, hint = InputError, "check the folder, data.subset and the split after the colon"
         if not path.is_dir():
             kind = Missing
@@ -214,17 +224,25 @@ def _with_stored_pictures(table: Any, fingerprint: str, index: int) -> dict[str,
 
 
 def _jsonl(path: Path) -> NumberedRows:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, lambda line=line: _parse(line)  # type: ignore[misc]
+    for number, line in enumerate(lines(path), 1):
+        if line.strip():
+            yield number, lambda line=line: _parse(line)  # type: ignore[misc]
 
 
 def _json(path: Path) -> NumberedRows:
+    # Bytes that are not UTF-8 are faults of the rows that hold them.
+    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     try:
-        rows = _parse(path.read_bytes()) if path.stat().st_size else []
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        rows = loads(text) if text else []
+    except ValueError as error:
+        pieces = _elements(text)
+        if pieces is None:
+            raise InputError(
+                f"{path}: not JSON ({error}); check quotes, commas and UTF-8"
+            ) from error
+        for number, piece in enumerate(pieces, 1):
+            yield number, lambda piece=piece: _parse(piece)  # type: ignore[misc]
+        return
     if not isinstance(rows, list):
         raise InputError(
             f"{path}: {type(rows).__name__}; allowed: a list of rows; or name it .jsonl"
@@ -233,34 +251,35 @@ def _json(path: Path) -> NumberedRows:
         yield number, lambda row=row: row  # type: ignore[misc]
 
 
-def _parquet(path: Path) -> NumberedRows:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise InputError(
-            f"{path}: parquet needs pyarrow ({error}); {extras.install('data')}, or convert it to .jsonl"
-        ) from error
-    try:
-        number = 0
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, lambda row=row: row  # type: ignore[misc]
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a parquet file that can be read ({error})") from error
+def _elements(text: str) -> list[str] | None:
+    """The texts of the elements of a JSON list, whatever is wrong within them; None if it is not one whole list."""
+    start, depth, pieces = 0, 0, []
+    for token in _TOKEN.finditer(text):
+        mark = token[0]
+        if depth == 0 and (mark != "[" or text[: token.start()].strip()):
+            return None
+        if mark in "[{":
+            depth += 1
+            start = token.end() if depth == 1 else start
+        elif mark in "]}":
+            depth -= 1
+        if (mark == "," and depth == 1) or (depth == 0 and text[start : token.start()].strip()):
+            pieces.append(text[start : token.start()])
+            start = token.end()
+        if depth == 0:
+            return None if text[token.end() :].strip() else pieces
+    return None
 
 
-def _parse(text: bytes) -> Any:
+def _parse(text: str | bytes) -> Any:
     try:
-        return json.loads(text.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"not JSON ({error}); check quotes, commas and UTF-8") from error
+        return loads(text)
+    except ValueError as error:
+        raise InputError(f"not JSON ({reason(error)}); check quotes, commas and UTF-8") from error
 
 
 READERS: dict[str, Callable[[Path], NumberedRows]] = {
     ".jsonl": _jsonl,
     ".json": _json,
-    ".parquet": _parquet,
+    ".parquet": parquet.rows,
 }

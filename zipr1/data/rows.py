@@ -13,16 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from zipr1.core import activity
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Data
 from zipr1.core.types import Media, Prompt
 from zipr1.data import media
+from zipr1.data.cache import kept_picture
 from zipr1.data.formats import Format, detect, renamed
 from zipr1.data.prompts import to_prompt, without_nulls
 from zipr1.data.readers import read
 
 log = logging.getLogger("zipr1")
 
+SHARED = 1000  # characters of a text from which on it is looked for among the others
 Size = tuple[int, int, int, float]  # as Media.size
 
 
@@ -33,9 +36,11 @@ def load(source: str | Path, data: Data) -> list[Prompt]:
     bad_rows = _BadRows(name, data.on_bad_row)
     formats_seen: set[Format] = set()
     parsed: list[tuple[int, Prompt]] = []
+    texts: dict[str, str] = {}
     count = 0
     for number, get_row in rows:
         count += 1
+        activity.tell(f"reading {name}: row", count)
         try:
             row = _with_our_names(get_row(), data)
             row_format = detect(row)
@@ -45,6 +50,7 @@ def load(source: str | Path, data: Data) -> list[Prompt]:
             common_row = row_format.plain(without_nulls(row))
             default_id = f"{Path(name).stem}/{number}"
             prompt = to_prompt(common_row, default_id, root, data.instruction)
+            prompt = _light(prompt, texts)
             parsed.append((number, replace(prompt, row=f"{name}: row {number}")))
         except InputError as error:
             bad_rows.add(number, error)
@@ -64,6 +70,22 @@ def load(source: str | Path, data: Data) -> list[Prompt]:
             reason = f"all {len(bad_rows.messages)} rows are bad; the first: {bad_rows.first()}"
         raise InputError(f"{name}: {reason}; give at least one question with an answer")
     return good
+
+
+def _light(prompt: Prompt, texts: dict[str, str]) -> Prompt:
+    """The prompt without what would be held for nothing: encoded pictures go to files, and a long text that many rows
+    have is one object. texts: those so far; changed here."""
+    for message in prompt.messages:
+        for part in message["content"]:
+            if len(part.get("text", "")) > SHARED:
+                part["text"] = texts.setdefault(part["text"], part["text"])
+    if not any(isinstance(m.source, bytes) for m in prompt.media):
+        return prompt
+    media = tuple(
+        replace(m, source=kept_picture(m.source)) if isinstance(m.source, bytes) else m
+        for m in prompt.media
+    )
+    return replace(prompt, media=media)
 
 
 class _BadRows:
@@ -114,6 +136,7 @@ def _check_media(
             faults[key] = error
 
     with ThreadPoolExecutor(data.workers, thread_name_prefix="check") as pool:
-        for _ in pool.map(check, distinct.items(), chunksize=64):
+        checked = pool.map(check, distinct.items(), chunksize=64)
+        for _ in activity.counted("checking media", checked, len(distinct)):
             pass
     return sizes, faults

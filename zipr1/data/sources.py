@@ -40,7 +40,7 @@ def load(data: Data, split: Split, seed: int) -> list[Prompt]:
     if source not in SOURCES:
         prompts = rows.load(source, data)
     elif split == "train":
-        prompts = embedded.draw_training(data.mix, data.prompts, seed)
+        prompts = embedded.draw_training(source, data.mix, data.prompts, seed)
     else:
         prompts = embedded.draw_heldout(source, data.mix, data.heldout_prompts, part)
     if not prompts:

@@ -41,10 +41,19 @@ def read(
 
     fps: to read at, at most the clip's own; None takes all frames. max_frames: the most that come back.
     """
+    frames, frame_fps, _ = read_timed(path, max_frames, fps)
+    return frames, frame_fps
+
+
+def read_timed(
+    path: str | Path, max_frames: int | None = None, fps: float | None = None
+) -> tuple[np.ndarray, float, np.ndarray | None]:
+    """What `read` gives, and the second `(F,)` float64 of the clip at which each frame is shown; None where the file
+    does not tell its rate."""
     frames, clip_fps, total = _decode(
         path, lambda total, clip_fps: choose(total, clip_fps, max_frames, fps)
     )
-    return frames, clip_fps * len(frames) / total
+    return frames, clip_fps * len(frames) / total, times(total, clip_fps, max_frames, fps)
 
 
 def check(path: str | Path) -> tuple[int, int, int, float]:
@@ -88,6 +97,15 @@ def choose(total: int, clip_fps: float, max_frames: int | None, fps: float | Non
         number = min(number, max_frames)
     number = max(1, number)
     return ((np.arange(number) + 0.5) * total / number).astype(np.int64)
+
+
+def times(
+    total: int, clip_fps: float, max_frames: int | None, fps: float | None
+) -> np.ndarray | None:
+    """Seconds `(F,)` float64 of the frames that `choose` gives; None for an unknown rate."""
+    if clip_fps <= 0:
+        return None
+    return choose(total, clip_fps, max_frames, fps) / clip_fps
 
 
 # (number of a clip's frames, its frames per second) -> ascending indices of the frames to decode.

@@ -16,7 +16,7 @@ from typing import Any
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.files import write_whole
 from zipr1.core.folders import RUNS
-from zipr1.core.jsontext import dumps, plain
+from zipr1.core.jsontext import dumps, loads, plain
 
 
 def identity(path: str) -> str:
@@ -55,7 +55,7 @@ class Folder:
             raise InputError(f"{output}: this is a file; give a folder to --output")
         try:
             if written.is_file():
-                old = json.loads(written.read_text())
+                old = loads(written.read_bytes())
                 changed = sorted(k for k in {*old, *meta} if old.get(k) != meta.get(k))
                 if changed:
                     first = changed[0]
@@ -83,7 +83,7 @@ class Folder:
 
     def read(self, name: str) -> dict[str, Any] | None:
         try:
-            return dict(json.loads((self.root / "benchmarks" / f"{name}.json").read_text()))
+            return dict(loads((self.root / "benchmarks" / f"{name}.json").read_bytes()))
         except (OSError, ValueError):
             return None
 

@@ -40,9 +40,7 @@ def overlay(task: Task, yaml: Path, files: Sequence[Path], folder: Path) -> Path
 
 def embedded(suite: Suite, folder: Path, limit: int | None) -> None:
     """The overlay of an embedded benchmark: the held-out questions of training runs, the first `limit` of them."""
-    yaml = (
-        Path(str(importlib.resources.files("zipr1"))) / "evaluate" / "tasks" / f"{suite.name}.yaml"
-    )
+    yaml = Path(str(importlib.resources.files("zipr1"))) / "evaluate" / "tasks" / "embedded.yaml"
     data = folder / f"{suite.name}.parquet"
     _write_questions(suite.name, min(limit or EMBEDDED_QUESTIONS, EMBEDDED_QUESTIONS), data)
     overlay(suite.tasks[0], yaml, [data], folder)

@@ -18,6 +18,8 @@ from zipr1.core.text import size
 from zipr1.evaluate.folder import Folder
 from zipr1.evaluate.suites import SUITES, Suite
 
+WIDE = 100  # columns of a terminal that shows the whole table
+
 
 def collect(
     folder: Folder,
@@ -147,11 +149,11 @@ def table(results: dict[str, Any], width: int = 120) -> Table:
         padding=(0, 1, 0, 0),
         title=Text(f"{results['model']}: {machine(results)}", style="bold"),
         title_justify="left",
-        caption=Text(caption(results), style="table.caption"),
+        caption=Text(caption(results, width), style="table.caption"),
         caption_justify="left",
     )
     names = headings(results)
-    left_out = () if width >= 100 else ("KV", "time")
+    left_out = () if width >= WIDE else ("KV", "time")
     there = [k for k, name in enumerate(names) if name not in left_out]
     for k in there:
         shown.add_column(names[k], justify="right" if k else "left", no_wrap=True)
@@ -167,11 +169,15 @@ def machine(results: dict[str, Any]) -> str:
     return f"{results['conditions']['dtype']}, {name}"
 
 
-def caption(results: dict[str, Any]) -> str:
+def caption(results: dict[str, Any], width: int = 120) -> str:
+    """What the columns are that are shown at this width."""
     text = "dense: these weights with p = 1"
     if results["base"]:
         text = f"base: {results['base']}, untouched, dense; {text}"
-    return f"{text}; kept: tokens, mean over layers; KV: bytes after a prefill; time: in the language model, of dense's"
+    text += "; kept: tokens, mean over layers"
+    if width < WIDE:
+        return text
+    return f"{text}; KV: bytes after a prefill; time: in the language model, of dense's"
 
 
 def score(value: float | None, top: float) -> str:

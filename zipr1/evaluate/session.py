@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from zipr1.core import distributed, extras
+from zipr1.core import activity, distributed, extras
 from zipr1.core.config import override
 from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.folders import claimed
@@ -25,7 +25,7 @@ from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe
 from zipr1.core.text import one_line, reason
 from zipr1.evaluate.folder import Folder, default_root, identity
-from zipr1.evaluate.suites import GROUPS, LMMS_EVAL, SUITES, Suite, resolve
+from zipr1.evaluate.suites import GROUPS, LMMS_EVAL, SUITES, Suite, check_p_values, resolve
 from zipr1.models.loading import choose_device
 from zipr1.models.manifest import read
 from zipr1.models.open import ModelSource, find_source, inference_dtype
@@ -72,6 +72,7 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
     Raises RunError at the end if any failed, InputError before anything is measured for wrong input.
     """
     # 1. what is asked for, in full
+    activity.tell("loading lmms-eval")
     check_installed()
     suites = _suites(request.tasks)
     source = find_source(request.model)
@@ -84,6 +85,7 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
         # 2. the model, and the one it was trained from
         device = request.device or distributed.shared_device()
         recipe = _with_dtype(recipe, device)
+        activity.tell(f"opening {request.model}")
         policy = load_policy(recipe.model, device)
         base, base_name, base_note = _base(request, source, recipe, device)
         meta = {
@@ -248,11 +250,7 @@ def _with_dtype(recipe: Recipe, device: str | None) -> Recipe:
 
 def _p_values(given: Sequence[float], recipe: Recipe) -> list[float]:
     """All values of p, dense first; without any the model's own beside dense."""
-    for p in given:
-        if not 0 < p <= 1:
-            raise InputError(
-                f"--budget {p}: outside (0, 1]; give shares such as 0.975, or 1.0 for dense"
-            )
+    check_p_values(given)
     return sorted({1.0, *(given or [recipe.sparse.p])}, reverse=True)
 
 
@@ -305,11 +303,14 @@ def _measure_all(
         conditions = conditions_of(suite, recipe, keys)
         limit = suite.limit if request.limit is None else request.limit or None
         began = time.monotonic()
+        activity.tell(f"{suite.name}: preparing")
         try:
             from zipr1.evaluate.harness import measure
 
-            with _bar(console, suite, limit) as tell:
-                scored = measure(suite, answerer, conditions, limit, request.data_root, tell)
+            scored = measure(
+                suite, answerer, conditions, limit, request.data_root,
+                lambda task, done: activity.tell(f"{task}: question", done, limit),  # noqa: B023
+            )  # fmt: skip
             result = record(suite, scored, answerer, conditions, reported, time.monotonic() - began)
         except ZipError as error:
             result = {"task": suite.name, "error": one_line(error)}
@@ -330,20 +331,3 @@ def conditions_of(suite: Suite, recipe: Recipe, keys: set[str]) -> Conditions:
         recipe.data.fps if "data.fps" in keys else suite.fps,
         suite.frame_pixels,
     )
-
-
-@contextlib.contextmanager
-def _bar(console: Console, suite: Suite, limit: int | None) -> Iterator[Callable[[str, int], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    # A file of its own: `console` writes to sys.stdout, which is swallowed while lmms-eval works.
-    shown = Console(file=console.file)
-    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bar:
-        one = bar.add_task(suite.name, total=limit)
-        yield lambda task, done: bar.update(one, completed=done, description=task)

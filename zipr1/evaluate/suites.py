@@ -89,6 +89,10 @@ SUITES: dict[str, Suite] = {suite.name: suite for suite in (
     Suite("digits", "image", (Task("digits", ("exact_match",)),), scale=100, limit=400, max_new_tokens=6),
     Suite("moving_digits", "video", (Task("moving_digits", ("exact_match",)),), scale=100, limit=200,
           max_new_tokens=6, frames=16, fps=None),
+    Suite("pages", "image", (Task("pages", ("exact_match",)),), scale=100, limit=400, max_new_tokens=6),
+    Suite("page_clips", "video", (Task("page_clips", ("exact_match",)),), scale=100, limit=200,
+          max_new_tokens=6, frames=16, fps=None),
+    Suite("page_totals", "image", (Task("page_totals", ("exact_match",)),), scale=100, limit=200, max_new_tokens=6),
     Suite("mme", "image", (Task("mme", ("mme_perception_score", "mme_cognition_score"), "lmms-lab-encoder/MME"),),
           top=2800, average=28, units="mme", pairs=2),
     Suite("mmbench", "image",
@@ -126,7 +130,7 @@ SUITES: dict[str, Suite] = {suite.name: suite for suite in (
 )}
 # fmt: on
 
-EMBEDDED = ("digits", "moving_digits")
+EMBEDDED = ("digits", "moving_digits", "pages", "page_clips", "page_totals")
 GROUPS = {
     "image": ("mme", "mmbench", "mmstar", "chartqa", "textvqa", "ocrbench", "mmmu_pro"),
     "video": ("videomme", "mvbench", "longvideobench", "mlvu", "egoschema", "nextqa"),
@@ -160,3 +164,12 @@ def resolve(names: Sequence[str], others: Sequence[str] = ()) -> list[Suite]:
                     "or the name of a task of lmms-eval; zipr1 eval --tasks list shows them"
                 )
     return list(suites.values())
+
+
+def check_p_values(given: Sequence[float]) -> None:
+    """Raise InputError for a value of --budget that is no share of the score mass."""
+    for p in given:
+        if not 0 < p <= 1:
+            raise InputError(
+                f"--budget {p}: outside (0, 1]; give shares such as 0.975, or 1.0 for dense"
+            )

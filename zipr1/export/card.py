@@ -168,8 +168,9 @@ def _training(source: Source) -> str:
         or f"{hardware.get('cpus', '?')} CPU cores ({hardware.get('cpu', 'unknown')})"
     )
     data = recipe.data.source
-    if data == "digits":
-        data = "the questions about handwritten digits embedded in zipr1 (UCI digits, CC BY 4.0)"
+    embedded = {"digits": "handwritten digits", "pages": "forms filled in by hand"}
+    if data in embedded:
+        data = f"the questions about {embedded[data]} embedded in zipr1 (UCI digits, CC BY 4.0)"
     else:
         data = f"`{data.rsplit('/', 1)[-1]}`"
     lines = [

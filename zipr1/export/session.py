@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from zipr1.core import activity
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.files import sync, writing
 from zipr1.core.jsontext import dumps
@@ -23,6 +24,7 @@ from zipr1.core.lock import locked
 from zipr1.core.recipe import Model
 from zipr1.export import adapter, merged
 from zipr1.export.card import model_card, provenance, results
+from zipr1.export.request import check_request
 from zipr1.export.source import Source, open_run
 from zipr1.export.verify import compare, reference
 from zipr1.models import manifest
@@ -41,8 +43,10 @@ def export(
     format: str = "merged",
     dtype: str = "auto",
     device: str | None = None,
+    checkpoint: str = "last",
 ) -> dict[str, Any]:
-    """Write the newest checkpoint of `run` to the new folder `to`, and return what was written and checked.
+    """Write a checkpoint of `run` (`last`, `best`, or a step's number) to the new folder `to`, and return what was
+    written and checked.
 
     dtype: of the weights; `auto` is that of the trained weights, or of the base that an adapter belongs to. Loading
     and checking are done in float32 on `device` (None: CUDA where there is one).
@@ -50,18 +54,24 @@ def export(
     Raises InputError for wrong arguments and for a `to` that is there already, RunError if the folder does not say
     what the run says. Nothing stays behind then, nor when it is interrupted.
     """
-    source, folder = open_run(Path(run)), Path(to)
-    check(source, folder, format, dtype)
+    folder = Path(to)
+    check_request(Path(run), folder, format, dtype)
+    source = open_run(Path(run), checkpoint)
+    check(source, format)
     chosen = source.dtype() if dtype == "auto" else dtype
     place, kind = choose_device(device), FORMATS[format]
 
+    activity.tell(f"opening {run}")
     settings = Model(path=str(source.weights), dtype="float32")
     opened = open_model(settings, place, merge_adapter=False)
     model, processor, peft_model = opened.model, opened.processor, opened.peft_model
     policy = Policy(model, processor, str(run), opened.settings)
+    activity.tell("asking the run a few questions")
     wanted = reference(policy, source.recipe)
     with _new_folder(folder) as temporary:
+        activity.tell(f"writing {to}")
         written = kind.write(source, model, peft_model, processor, WEIGHT_DTYPES[chosen], temporary)
+        activity.tell("reading it back and asking it the same questions")
         checked = compare(
             wanted,
             kind.reload(source, temporary, written, place),
@@ -89,6 +99,7 @@ def export(
         "format": format,
         "dtype": chosen,
         "step": source.step,
+        "stopped": source.stopped or None,
         "p": source.recipe.sparse.p,
         "bytes": sum(files.values()),
         "files": files,
@@ -96,12 +107,8 @@ def export(
     }
 
 
-def check(source: Source, folder: Path, format: str, dtype: str) -> None:
-    """What can be known wrong before anything is loaded. Raises InputError."""
-    if format not in FORMATS:
-        raise InputError(f"--format {format}: unknown; allowed: {', '.join(FORMATS)}")
-    if dtype != "auto" and dtype not in WEIGHT_DTYPES:
-        raise InputError(f"--dtype {dtype}: unknown; allowed: auto, {', '.join(WEIGHT_DTYPES)}")
+def check(source: Source, format: str) -> None:
+    """Whether the run has what the format takes; nothing is loaded. Raises InputError."""
     if format == "adapter":
         if source.trained_on is None:
             raise InputError(
@@ -112,10 +119,6 @@ def check(source: Source, folder: Path, format: str, dtype: str) -> None:
                 f"{source.root}: its adapter was trained on another run's, and peft loads one on whole models alone; "
                 "use --format merged"
             )
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise InputError(
-            f"--to {folder}: is there already and is never overwritten; name a new folder, or remove that one"
-        )
 
 
 def describe(source: Source, format: str, dtype: str, folder: Path) -> dict[str, Any]:

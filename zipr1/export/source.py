@@ -13,6 +13,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Model, Recipe
 from zipr1.core.rundir import read_json
+from zipr1.core.runs import checkpoint_of, how_it_stopped, run_of
 from zipr1.models.open import find_source, origin, resolve, stored_dtype
 
 # Of the weights in this package; the digits they were trained on are CC BY 4.0.
@@ -22,8 +23,9 @@ TINY_LICENCE = "apache-2.0"
 @dataclass(frozen=True)
 class Source:
     """A run, ready to be exported. base, revision: what its recipe started from, followed back through runs of runs;
-    summary: empty if the run did not finish; weights: the checkpoint's model folder; trained_on: what the adapter was
-    trained on, None where the run trained all weights."""
+    summary: empty where it does not speak of these weights, for the run did not finish or another checkpoint was asked
+    for; stopped: where an unfinished run stopped, else empty; weights: the checkpoint's model folder; trained_on: what
+    the adapter was trained on, None where the run trained all weights."""
 
     root: Path
     recipe: Recipe
@@ -33,6 +35,7 @@ class Source:
     step: int
     base: str
     revision: str | None
+    stopped: str
     trained_on: Model | None
 
     @property
@@ -62,8 +65,16 @@ class Source:
         return "float32" if found == "auto" else found
 
 
-def open_run(path: Path) -> Source:
-    """Raises InputError if `path` is no run directory or has no complete checkpoint."""
+def open_run(path: Path, checkpoint: str = "last") -> Source:
+    """The run `path`, or the run that `path` is a checkpoint of (RUN/best). checkpoint: `best`, `last`, or a step.
+
+    Raises InputError if there is no such run or checkpoint.
+    """
+    last = path / "last"
+    if (path / "complete.json").is_file() and (root := run_of(path)) is not None:
+        last, path = path, root
+    elif checkpoint != "last":
+        last = checkpoint_of(path, checkpoint)
     if not (path / "recipe.yaml").is_file() or not (path / "run.json").is_file():
         what = (
             "there is no such folder" if not path.exists() else "it has no recipe.yaml and run.json"
@@ -71,23 +82,25 @@ def open_run(path: Path) -> Source:
         raise InputError(
             f"{path}: not a run directory ({what}); give a folder that zipr1 train wrote, such as runs/tiny-..."
         )
-    last = path / "last"
     if not last.exists() or not is_complete(last):
         raise InputError(
             f"{path}: the run has no complete checkpoint yet; resume it with zipr1 train RECIPE --resume {path}"
         )
     recipe = load_written(path / "recipe.yaml")
     weights = (last / "model").resolve()
-    summary, start = path / "summary.json", origin(recipe.model)
+    step = int(read_json(last / "complete.json")["step"])
+    written, start = path / "summary.json", origin(recipe.model)
+    summary = read_json(written) if written.is_file() else {}
     return Source(
         root=path,
         recipe=recipe,
         run=read_json(path / "run.json"),
-        summary=read_json(summary) if summary.is_file() else {},
+        summary=summary if summary.get("steps") == step else {},
         weights=weights,
-        step=int(read_json(last / "complete.json")["step"]),
+        step=step,
         base=start.path,
         revision=start.revision,
+        stopped=how_it_stopped(path),
         trained_on=find_source(str(weights)).base,
     )
 

@@ -16,7 +16,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.load import validate
 from zipr1.core.recipe import Sparse
 from zipr1.core.types import Media
-from zipr1.data.media import load_media
+from zipr1.data.media import load_timed
 from zipr1.models.inputs import model_inputs
 from zipr1.models.loading import WEIGHT_DTYPES, choose_device, save_processor
 from zipr1.models.open import BOUNDS, find_source, open_model, stored_dtype
@@ -224,7 +224,10 @@ class ChatProcessor:
             )
         rows: list[tuple[Any, list[Visual]]] = []
         for text, some in zip(texts, media, strict=True):
-            visuals = [self.inner.visual(m.kind, *load_media(m, most, fps)) for m in some]
+            visuals = []
+            for m in some:
+                pixels, frame_fps, times = load_timed(m, most, fps)
+                visuals.append(self.inner.visual(m.kind, pixels, frame_fps, times=times))
             rows.append((self.inner.ids(text, visuals), visuals))
         return model_inputs(rows, self.inner, self.family)
 

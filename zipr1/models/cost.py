@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from zipr1.core.errors import InputError
+from zipr1.core.jsontext import loads
 
 # The most visual tokens of one picture, by the default max_pixels of both families (12,845,056 of 28 x 28 each).
 PICTURE = 16384
@@ -42,7 +42,8 @@ class Work(NamedTuple):
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a Qwen2-VL or Qwen2.5-VL model. size: bytes of a number. counted: parameters by part, of a loaded model
-    of another family (memory.py), which cannot be had from the sizes."""
+    of another family (memory.py), which cannot be had from the sizes; per_rank: likewise parameters of its adapters of
+    rank 1."""
 
     name: str
     hidden: int
@@ -65,6 +66,7 @@ class Shape:
     tied: bool = False
     size: int = 2
     counted: Mapping[str, int] | None = None
+    per_rank: int | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any], name: str = "model") -> Shape:
@@ -118,7 +120,7 @@ def bundled() -> list[str]:
 def values_of(model: str) -> dict[str, Any]:
     """The config.json of a bundled model."""
     folder = importlib.resources.files("zipr1") / "assets" / "configs"
-    values: dict[str, Any] = json.loads((folder / f"{model}.json").read_text())
+    values: dict[str, Any] = loads((folder / f"{model}.json").read_bytes())
     return values
 
 
@@ -132,10 +134,14 @@ def shape_of(model: str) -> Shape:
     folder = Path(model)
     if model == "tiny":
         folder = Path(str(importlib.resources.files("zipr1") / "assets" / "tiny"))
-    for path in (folder / "config.json", folder / "last" / "model" / "config.json"):
+    for path in (
+        folder / "config.json",
+        folder / "model" / "config.json",
+        folder / "last" / "model" / "config.json",
+    ):
         if path.is_file():
             try:
-                config = json.loads(path.read_text())
+                config = loads(path.read_bytes())
             except ValueError:
                 raise InputError(f"{path} is not JSON; give a model folder") from None
             return Shape.of(config, model)

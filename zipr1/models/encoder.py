@@ -24,7 +24,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe
 from zipr1.core.types import Media, Prompt
 from zipr1.data import video
-from zipr1.data.media import load_media
+from zipr1.data.media import load_timed
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded, Visual
 
@@ -85,8 +85,8 @@ class MediaEncoder:
         }
 
     def _decode(self, media: Media) -> Visual:
-        pixels, fps = load_media(media, self.data.max_frames, self.data.fps)
-        return self.policy.processor.visual(media.kind, pixels, fps, self.frame_pixels)
+        pixels, fps, times = load_timed(media, self.data.max_frames, self.data.fps)
+        return self.policy.processor.visual(media.kind, pixels, fps, self.frame_pixels, times)
 
     def fitting(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Prompts with one placeholder for each medium and at most `data.max_prompt_tokens` tokens, found from the
@@ -118,10 +118,13 @@ class MediaEncoder:
                 assert media.size is not None
                 total, height, width, own = media.size
                 fps: float | None = None
+                times = None
                 if media.kind == "video":
-                    rows = len(video.choose(total, own, self.data.max_frames, self.data.fps))
+                    limits = self.data.max_frames, self.data.fps
+                    times = video.times(total, own, *limits)
+                    rows = len(video.choose(total, own, *limits))
                     total, fps = rows, own * rows / total
-                visuals.append(processor.planned(media.kind, total, height, width, fps))
+                visuals.append(processor.planned(media.kind, total, height, width, fps, times))
             length = processor.length(processor.text(prompt.messages), visuals)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None

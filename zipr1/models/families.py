@@ -1,7 +1,7 @@
 """Model families: where each has its tower, how its pictures become features, how its tokens get their places.
 
 All that is particular to a family is a row of FAMILIES. Families with `tile` look at one square tile a picture, where
-their own processors cut large pictures into several; clips are Qwen2-VL's and Qwen2.5-VL's alone.
+their own processors cut large pictures into several; clips are handled for the families of Qwen alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from zipr1.core.errors import InputError
+from zipr1.models import spelling
 from zipr1.models.processors import Visual
 
 EncodeVision = Callable[[Any, str, Sequence[Visual], torch.device], list[torch.Tensor]]
@@ -27,10 +28,11 @@ class Family:
     deepstack, `(tokens, hidden * (1 + depth))`: what the first decoder layers are given besides. Model: `model.model`.
 
     inputs: visuals of each prompt of a batch -> the arguments for them of transformers' own forward and `generate`.
-    tower: attributes of `model.model` that see. around: text before and after a picture's placeholders.
+    tower: attributes of `model.model` that see. spell: how a picture or clip is written in a prompt (spelling.py).
     mrope: positions are `(3, l)` by the model's `get_rope_index`, else 0, 1, ... clips: videos are handled.
     tile: config -> pixels on a side of the one tile, tokens on a side, and how many tokens come besides.
-    pixels, processor: transformers' classes that read preprocessor_config.json and processor_config.json.
+    pixels, video, processor: transformers' classes that read preprocessor_config.json,
+    video_preprocessor_config.json and processor_config.json.
     """
 
     encode_vision: EncodeVision
@@ -38,7 +40,8 @@ class Family:
     tower: tuple[str, ...]
     pixels: str
     processor: str
-    around: tuple[str, str] = ("", "")
+    video: str = "Qwen2VLVideoProcessor"
+    spell: spelling.Spell = spelling.plain
     mrope: bool = True
     clips: bool = True
     tile: Callable[[Any], tuple[int, int, int]] | None = None
@@ -141,14 +144,31 @@ QWEN = "Qwen2VLImageProcessor"
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": Family(_qwen2, _patches, ("visual",), QWEN, "Qwen2VLProcessor"),
     "qwen2_5_vl": Family(_qwen2, _patches_in_time, ("visual",), QWEN, "Qwen2_5_VLProcessor"),
-    "qwen3_vl": Family(_qwen3, _patches, ("visual",), QWEN, "Qwen3VLProcessor", clips=False),
+    "qwen3_vl": Family(
+        _qwen3,
+        _patches,
+        ("visual",),
+        QWEN,
+        "Qwen3VLProcessor",
+        "Qwen3VLVideoProcessor",
+        spelling.timed,
+    ),
+    "qwen3_vl_moe": Family(
+        _qwen3,
+        _patches,
+        ("visual",),
+        QWEN,
+        "Qwen3VLProcessor",
+        "Qwen3VLVideoProcessor",
+        spelling.timed,
+    ),
     "internvl": Family(
         _internvl,
         _tiles,
         ("vision_tower", "multi_modal_projector"),
         "GotOcr2ImageProcessor",
         "InternVLProcessor",
-        around=("<img>", "</img>"),
+        spell=spelling.between("<img>", "</img>"),
         mrope=False,
         clips=False,
         tile=lambda config: _square(config, config.downsample_ratio),
@@ -169,7 +189,9 @@ FAMILIES: dict[str, Family] = {
         ("vision_model", "connector"),
         "SmolVLMImageProcessor",
         "SmolVLMProcessor",
-        around=("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
+        spell=spelling.between(
+            "<fake_token_around_image><global-img>", "<fake_token_around_image>"
+        ),
         mrope=False,
         clips=False,
         tile=lambda config: _square(config, 1 / config.scale_factor),
@@ -183,7 +205,6 @@ CANNOT = {
     "gemma3": "its pictures attend in both directions and its layers through sliding windows",
     "gemma4": "its pictures attend in both directions and its layers through sliding windows",
     "kosmos-2": "its decoder has no layers with the projections that sparsity hooks into",
-    "qwen3_vl_moe": "its expert layers have not been tried with dropped tokens",
     "blip-2": "its pictures are a few query tokens, with nothing to drop",
 }
 

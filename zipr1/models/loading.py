@@ -212,7 +212,7 @@ def save_processor(tokenizer: Any, settings: PixelSettings, family: str, folder:
     parts: dict[str, Any] = {"image_processor": image}
     if known_as.clips:
         bounds = _pixel_values(settings.of("video"))
-        video = {"video_processor_type": "Qwen2VLVideoProcessor", **bounds}
+        video = {"video_processor_type": known_as.video, **bounds}
         parts["video_processor"] = video
         _write_json(folder / "video_preprocessor_config.json", {**processor, **video})
     _write_json(folder / "processor_config.json", {**processor, **parts})

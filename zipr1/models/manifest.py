@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from zipr1.core.errors import InputError
+from zipr1.core.jsontext import loads
 from zipr1.core.recipe import Probes, Sparse
 from zipr1.core.text import reason
 
@@ -30,7 +30,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = loads(path.read_bytes())
         version, weights = values["zipr1"], values["weights"]
         Sparse.model_validate(values["sparse"])
         expected = {str(name): (int(w["bytes"]), str(w["header"])) for name, w in weights.items()}

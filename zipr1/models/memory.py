@@ -49,6 +49,8 @@ def parameters(s: Shape) -> dict[str, int]:
 
 def adapters(s: Shape, rank: int) -> int:
     """Parameters of low-rank adapters on the seven projections of every decoder layer."""
+    if s.per_rank is not None:
+        return s.per_rank * rank
     q, kv = s.q_heads * s.dim, s.heads * s.dim
     ends = (s.hidden + q) * 2 + (s.hidden + kv) * 2 + (s.hidden + s.mlp) * 3
     return s.layers * rank * ends

@@ -12,7 +12,6 @@ from the caller's settings alone.
 from __future__ import annotations
 
 import importlib.resources
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from transformers import AutoConfig
 
 from zipr1.core import checksums, distributed
 from zipr1.core.errors import InputError
+from zipr1.core.jsontext import loads
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Data, Model, Recipe, Sparse
 from zipr1.models import families, manifest
@@ -119,6 +119,8 @@ def resolve(path: str) -> str:
     folder = Path(path)
     if (folder / "last").exists():
         return str((folder / "last" / "model").resolve())
+    if (folder / "complete.json").is_file() and (folder / "model").is_dir():  # RUN/best
+        return str((folder / "model").resolve())
     if (folder / "run.json").exists():
         raise InputError(
             f"model.path: the run {path} has no complete checkpoint yet; resume it or name another"
@@ -285,7 +287,7 @@ def _processor(model: Any, tokenizer: Any, source: ModelSource, settings: Model)
         clips=family.clips,
     )
     video = config.video_token_id if family.clips else None
-    return Processor(tokenizer, pixels, config.image_token_id, video, family.around)
+    return Processor(tokenizer, pixels, config.image_token_id, video, family.spell)
 
 
 def _reference(base: Model, settings: Model) -> dict[str, Any]:
@@ -297,7 +299,7 @@ def _base_of(adapter: Path, recipe: Recipe | None) -> Model:
     """The base that an adapter was trained on: path and revision. recipe: of the run that trained it."""
     if recipe is not None and recipe.model.path == "tiny":
         return Model(path="tiny")  # in the package, wherever that is now
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = loads((adapter / "adapter_config.json").read_bytes())
     path, revision = str(config["base_model_name_or_path"]), config.get("revision")
     if recipe is not None and recipe.model.path == path:
         revision = revision or recipe.model.revision
@@ -309,9 +311,9 @@ def _written_recipe(path: str) -> Path | None:
     folder = Path(path)
     places = [(folder, "run.json"), (folder, manifest.NAME)]
     whole = folder.resolve()
-    if (
-        whole.name == "model"
-    ):  # RUN/checkpoints/step-N/model, or RUN/last/model where `last` is no link
+    if (whole / "complete.json").is_file():  # RUN/best, RUN/checkpoints/step-N
+        whole = whole / "model"
+    if whole.name == "model":  # RUN/checkpoints/step-N/model, or RUN/last/model without a link
         places += [(root, "run.json") for root in list(whole.parents)[1:3]]
     for root, mark in places:
         if (root / mark).is_file() and (root / "recipe.yaml").is_file():

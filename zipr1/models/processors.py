@@ -6,9 +6,9 @@ PIL for resizing and numpy for the rest, and give the same patches as transforme
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,13 @@ from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 
 from zipr1.core.errors import InputError
+from zipr1.core.jsontext import loads
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Frames a second of a clip that does not tell its rate, as transformers assumes.
+UNKNOWN_FPS = 24.0
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def _json(folder: str | Path, name: str, revision: str | None) -> dict[str, Any]
     if found is None or not found.is_file():
         return None
     try:
-        return dict(json.loads(found.read_text(encoding="utf-8")))
+        return dict(loads(found.read_bytes()))
     except (ValueError, TypeError):
         raise InputError(f"{found}: not a JSON object; copy the model folder again") from None
 
@@ -203,13 +207,23 @@ def square(
 
 @dataclass(frozen=True)
 class Visual:
-    """One picture or clip as the vision tower takes it. seconds: time one temporal patch spans (0 for images)."""
+    """One picture or clip as the vision tower takes it. seconds: time one temporal patch spans (0 for images); times:
+    the second at which each temporal patch of a clip is shown, the mean of its first and last frame's."""
 
     kind: str
     patches: torch.Tensor
     grid: tuple[int, int, int]
     seconds: float
     tokens: int
+    times: tuple[float, ...] = ()
+
+
+def patch_times(times: Sequence[float] | np.ndarray, temporal: int) -> tuple[float, ...]:
+    """Seconds of frames -> of temporal patches, the mean of the first and the last; the last frame may repeat."""
+    seconds = [float(t) for t in times]
+    seconds += seconds[-1:] * (-len(seconds) % temporal)
+    firsts, lasts = seconds[::temporal], seconds[temporal - 1 :: temporal]
+    return tuple((a + b) / 2 for a, b in zip(firsts, lasts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -236,14 +250,16 @@ class Processor:
         settings: PixelSettings,
         image_token: int,
         video_token: int | None,
-        around: tuple[str, str] = ("", ""),
+        spell: Callable[[Visual], list[str | int]] = lambda visual: [visual.tokens],
     ) -> None:
+        """spell: how a picture or clip is written, as in spelling.py."""
         self.tokenizer = tokenizer
         self.settings = settings
         self.placeholder = {"image": image_token}
         if video_token is not None:
             self.placeholder["video"] = video_token
-        self.around = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in around]
+        self.spell = spell
+        self.marks = {k: tokenizer.convert_ids_to_tokens(i) for k, i in self.placeholder.items()}
         ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
         self.end_ids = sorted(i for i in ends if i is not None and i != tokenizer.unk_token_id)
         self.end_id: int = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -255,10 +271,15 @@ class Processor:
         self.end_ids = sorted({*self.end_ids, *tokens})
 
     def visual(
-        self, kind: str, pixels: np.ndarray, fps: float | None, frame_pixels: int | None = None
+        self,
+        kind: str,
+        pixels: np.ndarray,
+        fps: float | None,
+        frame_pixels: int | None = None,
+        times: Sequence[float] | np.ndarray | None = None,
     ) -> Visual:
         """pixels: uint8 `(H, W, 3)` or `(F, H, W, 3)`; fps of the frames given. frame_pixels: as in
-        `PixelSettings.of`.
+        `PixelSettings.of`. times: the second at which each frame is shown; None: one after the other at `fps`.
 
         Raises InputError for a clip where the family's are not handled."""
         self._handled(kind)
@@ -268,9 +289,17 @@ class Processor:
             return Visual(kind, patches, grid, 0.0, tokens)
         frames = pixels[None] if pixels.ndim == 3 else pixels
         patches, grid = patchify(frames, self.settings.of(kind, frame_pixels))
-        return self._visual(kind, patches, grid, fps)
+        return self._visual(kind, patches, grid, fps, len(frames), times)
 
-    def planned(self, kind: str, frames: int, height: int, width: int, fps: float | None) -> Visual:
+    def planned(
+        self,
+        kind: str,
+        frames: int,
+        height: int,
+        width: int,
+        fps: float | None,
+        times: Sequence[float] | np.ndarray | None = None,
+    ) -> Visual:
         """What `visual` gives for frames of this size, without patches."""
         self._handled(kind)
         settings = self.settings.of(kind)
@@ -279,20 +308,34 @@ class Processor:
             tokens = side**2 // settings.merge**2 + settings.besides
             return Visual(kind, torch.empty(0), (1, side, side), 0.0, tokens)
         h, w = (side // settings.patch for side in fit_size(height, width, settings))
-        return self._visual(kind, torch.empty(0), (-(-frames // settings.temporal), h, w), fps)
+        grid = (-(-frames // settings.temporal), h, w)
+        return self._visual(kind, torch.empty(0), grid, fps, frames, times)
 
     def _handled(self, kind: str) -> None:
         if kind == "video" and not self.settings.clips:
             raise InputError(
-                "clips are handled for qwen2_vl and qwen2_5_vl alone; give this model pictures"
+                "clips are handled for the models of Qwen alone; give this model pictures"
             )
 
     def _visual(
-        self, kind: str, patches: torch.Tensor, grid: tuple[int, int, int], fps: float | None
+        self,
+        kind: str,
+        patches: torch.Tensor,
+        grid: tuple[int, int, int],
+        fps: float | None,
+        frames: int,
+        times: Sequence[float] | np.ndarray | None,
     ) -> Visual:
+        tokens = math.prod(grid) // self.settings.merge**2
+        if kind == "image":
+            return Visual(kind, patches, grid, 0.0, tokens)
         # One second where the frames' rate is unknown, as transformers assumes.
-        seconds = (self.settings.temporal / fps if fps else 1.0) if kind == "video" else 0.0
-        return Visual(kind, patches, grid, seconds, math.prod(grid) // self.settings.merge**2)
+        seconds = self.settings.temporal / fps if fps else 1.0
+        if times is None:
+            times = np.arange(frames) / (fps or UNKNOWN_FPS)
+        return Visual(
+            kind, patches, grid, seconds, tokens, patch_times(times, self.settings.temporal)
+        )
 
     def text(self, messages: Sequence[Mapping[str, Any]], generation: bool = True) -> str:
         """The chat as the model's template writes it, placeholders not yet expanded."""
@@ -307,33 +350,42 @@ class Processor:
 
         Raises InputError if the placeholders in the text are not those of the media.
         """
-        special, waiting = set(self.placeholder.values()), iter(visuals)
+        raw, runs = self._raw(text, visuals)
+        special, waiting = set(self.placeholder.values()), iter(runs)
         out: list[int] = []
-        for token in self._raw(text, visuals):
-            if token in special:
-                before, after = self.around
-                out.extend([*before, *[token] * next(waiting).tokens, *after])
-            else:
-                out.append(token)
+        for token in raw:
+            out.extend([token] * next(waiting) if token in special else [token])
         return torch.tensor(out, dtype=torch.long)
 
     def length(self, text: str, visuals: Sequence[Visual]) -> int:
         """How many ids `ids` gives. Raises what it raises."""
-        around = sum(len(part) for part in self.around)
-        return len(self._raw(text, visuals)) + sum(v.tokens - 1 + around for v in visuals)
+        raw, runs = self._raw(text, visuals)
+        return len(raw) - len(runs) + sum(runs)
 
-    def _raw(self, text: str, visuals: Sequence[Visual]) -> list[int]:
-        """Ids with one placeholder for each visual, or an InputError."""
-        raw: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        wanted = [self.placeholder[v.kind] for v in visuals]
-        found = [i for i in raw if i in self.placeholder.values()]
+    def _raw(self, text: str, visuals: Sequence[Visual]) -> tuple[list[int], list[int]]:
+        """Ids with one placeholder for each run of them, and the lengths of the runs; or an InputError."""
+        found = [str(m.lastgroup) for m in self._pattern().finditer(text)]
+        wanted = [v.kind for v in visuals]
         if found != wanted:
-            name = {i: kind for kind, i in self.placeholder.items()}
             raise InputError(
-                f"the text has placeholders {[name[i] for i in found]} and the media are "
-                f"{[v.kind for v in visuals]}: give one placeholder per image or video, in the same order"
+                f"the text has placeholders {found} and the media are "
+                f"{wanted}: give one placeholder per image or video, in the same order"
             )
-        return raw
+        runs: list[int] = []
+        waiting = iter(visuals)
+
+        def spelled(match: re.Match[str]) -> str:
+            parts = self.spell(next(waiting))
+            runs.extend(part for part in parts if isinstance(part, int))
+            return "".join(part if isinstance(part, str) else match[0] for part in parts)
+
+        written = self._pattern().sub(spelled, text)
+        raw: list[int] = self.tokenizer(written, add_special_tokens=False)["input_ids"]
+        return raw, runs
+
+    def _pattern(self) -> re.Pattern[str]:
+        """Finds placeholders in a text; the name of the group that matched is the kind of medium."""
+        return re.compile("|".join(f"(?P<{k}>{re.escape(mark)})" for k, mark in self.marks.items()))
 
     def answer_ids(self, answer: str) -> torch.Tensor:
         """`(T,)` ids of an answer with its end token."""

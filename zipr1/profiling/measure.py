@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from zipr1.core import activity
 from zipr1.core.errors import RunError
 from zipr1.core.phases import Stopwatch
 from zipr1.models import sampling
@@ -134,16 +135,19 @@ def prefill(subject: Subject, inputs: Inputs, variant: Variant) -> tuple[dict[st
 
 
 def turns(
-    runs: Sequence[Callable[[], dict[str, float]]], seconds: float
+    runs: Sequence[Callable[[], dict[str, float]]], seconds: float, what: str = "timing: turn"
 ) -> list[dict[str, Spread]]:
-    """Each run's parts in milliseconds: one round to warm up, then by turns for about `seconds` a run."""
+    """Each run's parts in milliseconds: one round to warm up, then by turns for about `seconds` a run.
+
+    what: told to who waits, between the turns.
+    """
     first = time.perf_counter()
     for run in runs:
         run()
     round_s = time.perf_counter() - first
     rounds = max(LEAST, min(MOST, int(seconds * len(runs) / max(round_s, 1e-6))))
     found: list[dict[str, Spread]] = [{} for _ in runs]
-    for _ in range(rounds):
+    for _ in activity.counted(what, range(rounds)):
         for run, parts in zip(runs, found, strict=True):
             for name, took in run().items():
                 parts.setdefault(name, Spread()).ms.append(took * 1000)
@@ -210,7 +214,7 @@ def by_phase(
 
 @torch.no_grad()
 def decoding(
-    subject: Subject, inputs: Inputs, variants: Sequence[Variant], seconds: float
+    subject: Subject, inputs: Inputs, variants: Sequence[Variant], seconds: float, what: str
 ) -> list[tuple[Spread, int]]:
     """Milliseconds of a decoding step and bytes of the cache before it, for each variant.
 
@@ -226,7 +230,7 @@ def decoding(
             caches.append((variant, cache))
     sizes = [kv_bytes(cache) for _, cache in caches]
     runs = [stepper(subject, inputs, variant, cache) for variant, cache in caches]
-    spreads = [parts["step"] for parts in turns(runs, seconds)]
+    spreads = [parts["step"] for parts in turns(runs, seconds, what)]
     out = []
     i = 0
     for variant in variants:

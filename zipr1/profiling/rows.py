@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from zipr1_kernels import use
 
+from zipr1.core import activity
 from zipr1.models import cost
 from zipr1.profiling import measure
 from zipr1.profiling.counting import memory, operations
@@ -44,9 +45,17 @@ class Measurement:
 
 
 def take(
-    subject: Subject, inputs: Inputs, keeps: Sequence[float | None], seconds: float, count: bool
+    subject: Subject,
+    inputs: Inputs,
+    keeps: Sequence[float | None],
+    seconds: float,
+    count: bool,
+    what: str = "timing",
 ) -> list[Measurement]:
-    """Dense first, then each keep ratio with each way to skip. count: operations too. Each `seconds` a variant."""
+    """Dense first, then each keep ratio with each way to skip. count: operations too. Each `seconds` a variant.
+
+    what: told to who waits.
+    """
     variants = [measure.fastest_dense(subject, inputs)]
     for keep in keeps:
         for skip in ("attention", "layer"):
@@ -54,9 +63,11 @@ def take(
     times = measure.turns(
         [lambda v=v: measure.prefill(subject, inputs, v)[0] for v in variants],  # type: ignore[misc]
         seconds,
+        f"{what}: prefill, turn",
     )
+    activity.tell(f"{what}: prefill by phase")
     phases = measure.by_phase(subject, inputs, variants)
-    steps = measure.decoding(subject, inputs, variants, seconds)
+    steps = measure.decoding(subject, inputs, variants, seconds, f"{what}: decoding, turn")
     out = []
     for variant, parts, by_phase, (step, size) in zip(variants, times, phases, steps, strict=True):
         with memory(subject.device) as used:
@@ -98,7 +109,7 @@ def vision(subject: Subject, inputs: Inputs, seconds: float) -> Spread | None:
         wait(subject.device)
         return {"vision": time.perf_counter() - start}
 
-    return measure.turns([run], seconds)[0]["vision"]
+    return measure.turns([run], seconds, "timing the vision tower: turn")[0]["vision"]
 
 
 def rows_of(

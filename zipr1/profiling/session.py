@@ -7,47 +7,25 @@ p keeps. Dense and sparse take turns in one process; every row has its spread an
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from zipr1.core import machine
-from zipr1.core.errors import InputError
+from zipr1.core import activity, machine
 from zipr1.core.text import reason
 from zipr1.models import cost, memory
 from zipr1.profiling import measure, rates, rows, subject
+from zipr1.profiling.request import ProfileRequest, check
 from zipr1.profiling.subject import Inputs, Subject
 
 __all__ = ["ProfileRequest", "profile"]
 
 
-@dataclass(frozen=True)
-class ProfileRequest:
-    """What to profile. lengths, keeps: empty for defaults. seconds: of timing for each variant, at least 5 turns."""
-
-    model: str
-    lengths: Sequence[int] = ()
-    keeps: Sequence[float] = ()
-    batches: Sequence[int] = (1,)
-    layers: int | None = None
-    probes: int | None = None
-    image: Path | None = None
-    video: Path | None = None
-    device: str | None = None
-    dtype: str = "auto"
-    count: bool = False
-    seconds: float = 3.0
-
-
-def profile(
-    request: ProfileRequest, tell: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
-    """profile.json. tell: is told what runs. Raises InputError for what cannot be profiled."""
+def profile(request: ProfileRequest) -> dict[str, Any]:
+    """profile.json. Raises InputError for what cannot be profiled."""
     check(request)
-    tell(f"loading {request.model}")
+    activity.tell(f"opening {request.model}")
     built = subject.load(
         request.model, layers_of(request), request.device, request.dtype, request.probes
     )
@@ -65,18 +43,19 @@ def profile(
             if synthetic:
                 cost.layer(s, length, 1.0, "none", 1)  # is the length one that the model knows?
             cases.append((f"{length:,} tokens" if synthetic else "a real prompt", length, batch))
-    tell("the machine's own rates")
+    activity.tell("measuring the machine's own rates")
     tokens = max(lengths) if synthetic else 4096
     known = rates.measure(s, tokens, built.device, built.dtype, min(0.5, request.seconds))
     python = {batch: measure.overhead_ms(built, batch) for batch in request.batches}
     found: list[rows.Row] = []
-    for name, length, batch in cases:
-        tell(f"{name}, batch {batch}")
+    for number, (name, length, batch) in enumerate(cases, start=1):
+        what = f"{number} of {len(cases)}: {name}, batch {batch}"
+        activity.tell(what)
         try:
             if synthetic:
                 _check_memory(built, length, batch)
             inputs = built.random(length, batch) if synthetic else _real(request, built, batch)
-            found += _case(built, inputs, keeps, known, python[batch], request)
+            found += _case(built, inputs, keeps, known, python[batch], request, what)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
@@ -102,19 +81,6 @@ def profile(
         },
         "rows": found,
     }
-
-
-def check(request: ProfileRequest) -> None:
-    """Raise InputError for requests that contradict themselves."""
-    if request.image is not None and request.video is not None:
-        raise InputError("--image and --video were both given; profile one after the other")
-    if request.lengths and (request.image is not None or request.video is not None):
-        raise InputError(
-            "--lengths makes random prompts and --image or --video real ones; give one"
-        )
-    for path in (request.image, request.video):
-        if path is not None and not path.is_file():
-            raise InputError(f"{path}: no such file; check the path")
 
 
 def layers_of(request: ProfileRequest) -> int | None:
@@ -154,8 +120,9 @@ def _case(
     known: rates.Rates,
     python_ms: float,
     request: ProfileRequest,
+    what: str,
 ) -> list[rows.Row]:
-    taken = rows.take(built, inputs, keeps, request.seconds, request.count)
+    taken = rows.take(built, inputs, keeps, request.seconds, request.count, what)
     seen = rows.vision(built, inputs, request.seconds)
     return rows.rows_of(built, inputs, taken, seen, known, python_ms)
 

@@ -7,6 +7,7 @@ and one line says what could not be checked.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,13 @@ def _shape(policy: Policy) -> Shape:
         "embeddings": embeddings,
     }
     merge = policy.processor.settings.merge
-    return memory.loaded_shape(policy.model.config.to_dict(), policy.name, merge, parts)
+    shape = memory.loaded_shape(policy.model.config.to_dict(), policy.name, merge, parts)
+    lora = policy.settings.lora
+    if lora is None:
+        return shape
+    # Experts have no adapters, so their number does not follow from the sizes.
+    adapters = sum(p.numel() for n, p in policy.model.named_parameters() if "lora_" in n)
+    return replace(shape, per_rank=adapters // lora.rank)
 
 
 def _counted(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from zipr1.core.text import reason
 Writer = Callable[[int, Mapping[str, float]], None]
 Opened = contextlib.AbstractContextManager[Writer]
 
-MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 def check(recipe: Recipe) -> None:
@@ -79,9 +80,29 @@ def wandb(recipe: Recipe, root: Path, start: int) -> Iterator[Writer]:
     run.finish()
 
 
+@contextlib.contextmanager
+def trackio(recipe: Recipe, root: Path, start: int) -> Iterator[Writer]:
+    """A run called like the folder, in the project TRACKIO_PROJECT or `zipr1`; a resumed one goes on with it."""
+    import trackio as library
+
+    known = f"{root.resolve()} {read_json(root / 'run.json').get('started')}"
+    run = library.init(
+        project=os.environ.get("TRACKIO_PROJECT", "zipr1"),
+        # Another run in a folder of the same name is another one; `resume` goes by the name.
+        name=f"{root.name}-{hashlib.sha256(known.encode()).hexdigest()[:6]}",
+        config=recipe.model_dump(mode="json"),
+        resume="allow",
+    )
+    try:
+        yield lambda step, scalars: run.log(dict(scalars), step=step)
+    finally:
+        library.finish()
+
+
 WRITERS: dict[str, Callable[[Recipe, Path, int], Opened]] = {
     "tensorboard": tensorboard,
     "wandb": wandb,
+    "trackio": trackio,
 }
 
 

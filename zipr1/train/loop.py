@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from zipr1.core import distributed, signals
+from zipr1.core import activity, distributed, signals
 from zipr1.core.folders import claimed
 from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe
@@ -66,6 +66,7 @@ def run(
     with signals.scope(), contextlib.ExitStack() as owned:
         if distributed.is_first():  # before minutes of loading, and to the very end
             output = owned.enter_context(claimed(output, resume, name))
+        activity.tell(f"opening {recipe.model.path}")
         policy = load_policy(recipe.model, distributed.device(device), recipe.seed)
         with distributed.joined(policy.device), contextlib.ExitStack() as opened:
             try:
@@ -87,6 +88,7 @@ def _run(
     # 1. the questions: those to train on, and those to be judged by
     pictures = MediaEncoder(policy, recipe)
     prompts, questions, first = load_questions(recipe, pictures)
+    activity.tell("preparing the run")
     # 2. a folder for the run, and where else its numbers go
     about = describe(
         command, str(policy.device), recipe.seed, ranks=distributed.size(), recipe_sha256=recipe.sha256(),
@@ -94,13 +96,15 @@ def _run(
     )  # fmt: skip
     folder = distributed.first(lambda: RunDir.open(recipe, output, resume, info=about))
     folder.writes = distributed.is_first()
-    for line in [f"run: {folder.root}", *effective(first, policy)]:
+    start = folder.start_step
+    on = f", which goes on after step {start} of {recipe.train.steps}" if start else ""
+    for line in [f"run: {folder.root}{on}", *effective(first, policy)]:
         console.print(line, soft_wrap=True, highlight=False)
     writer = opened.enter_context(board(recipe, folder.root, folder.start_step))
     # 3. the reference, and how it answers
     if recipe.train.stage == "rl":
         policy.keep_reference()
-    before = measure_before(policy, recipe, questions, folder, console)
+    before = measure_before(policy, recipe, questions, folder)
     # 4. the weights to go on from, on all devices, and the optimizer
     state, optimizer = start_or_resume(policy, recipe, folder)
     # 5. train; what is loaded stays, and Python need not walk through it again to find out, 0.2 s each time

@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from zipr1.core import activity
 from zipr1.core.text import duration
 
 # Key in metrics.jsonl (dots go into sections), label, how it is written.
@@ -38,7 +39,8 @@ BRIEF = {"loss", "accuracy", "token_ratio", "kl"}  # of these a plain line tells
 
 
 class Progress:
-    """A live bar and a small table of the newest step; plain lines, about ten in all, where nobody watches.
+    """A live bar and a small table of the newest step; plain lines where nobody watches, one for each tenth of the
+    steps and one a minute at least.
 
     with Progress(console, total=300) as progress:
         progress.update(step, metrics)      # step counts from 0, after it is done
@@ -50,7 +52,7 @@ class Progress:
         self.title = title
         self.done = start
         self._start = start
-        self._began = time.monotonic()
+        self._began = self._told = time.monotonic()
         self._metrics: Mapping[str, Any] = {}
         self._live = (
             Live(self._view(), console=console, refresh_per_second=4, transient=False)
@@ -59,6 +61,7 @@ class Progress:
         )
 
     def __enter__(self) -> Progress:
+        activity.tell("")
         self._began = time.monotonic()
         if self._live:
             self._live.start()
@@ -81,7 +84,10 @@ class Progress:
             return
         every = max(1, round(self.total / 10))
         first = before == self._start
-        if first or self.done == self.total or self.done // every > before // every:
+        now = time.monotonic()
+        tenth = self.done // every > before // every
+        if first or tenth or self.done == self.total or now - self._told >= activity.EVERY:
+            self._told = now
             self.console.print(self._line(), soft_wrap=True, highlight=False)
 
     @property
@@ -160,6 +166,24 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
             Text(_written(after.get("token_ratio"), "share"), style="bold green"),
         )
     return table
+
+
+def constraint_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What the summary says of the accuracy constraint, a line for each task and one for all; none without one."""
+    blocks = [*(summary.get("by_task") or {}).items(), ("all, by their shares", summary)]
+    lines = []
+    for task, block in blocks:
+        said = block.get("constraint")
+        if not said:
+            continue
+        line = (
+            f"{task}: {said['verdict']}, {100 * said['lost']:.2f} points lost "
+            f"(standard error {100 * said['error']:.2f}), {100 * said['allowed']:g} allowed"
+        )
+        if said["verdict"] == "not shown" and said["questions"] is not None:
+            line += f"; {said['questions']:,} questions would show it"
+        lines.append(line)
+    return lines
 
 
 def _title(summary: Mapping[str, Any]) -> str:

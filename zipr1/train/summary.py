@@ -9,52 +9,43 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 
-from zipr1.core import distributed
+from zipr1.core import activity, distributed
 from zipr1.core.errors import InputError
 from zipr1.core.plots import curves, kept_picture
 from zipr1.core.recipe import Recipe, Sparse
 from zipr1.core.rundir import RunDir, read_json
-from zipr1.core.statistics import paired_difference
+from zipr1.core.statistics import Z, paired_difference, verdict
 from zipr1.core.types import Prompt
 from zipr1.data.media import load_media
 from zipr1.models.policy import Policy
 from zipr1.train.heldout import Result, evaluate, joined
 from zipr1.train.metrics import question
-from zipr1.train.progress import summary_table
+from zipr1.train.progress import constraint_lines, summary_table
 
 BEFORE = "before.json"
 
 
 def measure(
     policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], settings: Sequence[Sparse | None], title: str,
-    console: Console,
 ) -> list[Result]:  # fmt: skip
-    """`heldout.evaluate` with a bar; several ranks take every so-manieth question each."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+    """`heldout.evaluate`, telling how far it is; several ranks take every so-manieth question each."""
+    own = distributed.deal(len(prompts))
+    mine = [prompts[i] for i in own]
+    activity.tell(title, 0, len(own))
+    found = policy.parallel.run_unsharded(
+        lambda: evaluate(
+            policy, recipe, mine, settings, lambda done: activity.tell(title, done, len(own))
+        ),
+        policy=True,
+        reference=None in settings,
     )
-    with Bar(*columns, console=console, transient=True) as bar:
-        own = distributed.deal(len(prompts))
-        task = bar.add_task(title, total=len(own))
-        mine = [prompts[i] for i in own]
-        found = policy.parallel.run_unsharded(
-            lambda: evaluate(
-                policy, recipe, mine, settings, lambda done: bar.update(task, completed=done)
-            ),
-            policy=True,
-            reference=None in settings,
-        )
+    activity.tell("")
     return [joined(prompts, distributed.gather(result.plain())) for result in found]
 
 
 def measure_before(
-    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], folder: RunDir, console: Console
+    policy: Policy, recipe: Recipe, prompts: Sequence[Prompt], folder: RunDir
 ) -> dict[str, Result]:
     """The untouched model, dense and sparse, by name; read back from the run's folder when resuming.
 
@@ -66,9 +57,7 @@ def measure_before(
     saved = distributed.first(lambda: read_json(path) if path.is_file() else None)
     if saved is not None:
         return {name: _unpacked(prompts, values) for name, values in saved.items()}
-    dense, sparse = measure(
-        policy, recipe, prompts, [None, recipe.sparse], "held-out, before", console
-    )
+    dense, sparse = measure(policy, recipe, prompts, [None, recipe.sparse], "held-out, before")
     results = {"dense": dense, "before": sparse}
     folder.write_json(BEFORE, {name: _packed(result) for name, result in results.items()})
     return results
@@ -89,12 +78,13 @@ def finish(
         wanted: list[Sparse | None] = (
             [recipe.sparse] if "dense" in before else [None, recipe.sparse]
         )
-        found = measure(policy, recipe, prompts, wanted, "held-out, after", console)
+        found = measure(policy, recipe, prompts, wanted, "held-out, after")
         results |= dict(zip(("dense", "after")[-len(wanted) :], found, strict=True))
     rollouts = recipe.train.steps * recipe.train.prompts_per_step * recipe.budgets.num_generations
     summary: dict[str, Any] = {
         **_block(results, range(len(prompts))),
         "by_task": _by(results, prompts, lambda p: p.task),
+        "constraint": {},
         "by_kind": _by(results, prompts, lambda p: p.task_kind),
         "p": recipe.sparse.p,
         "steps": recipe.train.steps,
@@ -105,6 +95,7 @@ def finish(
         "parameters": sum(p.numel() for p in policy.model.parameters()),
         "recipe_sha256": recipe.sha256(),
     }
+    judge(summary, recipe, prompts)
     for name, result in results.items():
         if name != "dense":
             summary[name]["heldout_mass"] = result.probe_audit_mass
@@ -117,6 +108,8 @@ def finish(
     if "after" in results:
         pictures(policy, recipe, prompts, results, folder.root)
         console.print(summary_table(summary))
+        for line in constraint_lines(summary):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"everything is in {folder.root}", soft_wrap=True, highlight=False)
     made = f"a plain Hugging Face folder of it: zipr1 export {folder.root} --to DIR"
     console.print(made, soft_wrap=True, highlight=False)
@@ -152,6 +145,29 @@ def pictures(
                 root / f"kept-{task}.png",
             )  # fmt: skip
             break
+
+
+def judge(summary: dict[str, Any], recipe: Recipe, prompts: Sequence[Prompt]) -> None:
+    """Say of each task, and of all with the shares of `data.mix` where the recipe has them, whether the constraint is
+    held on held-out questions, which nothing was steered by: `constraint` of the summary and of its `by_task`."""
+    allowed = recipe.efficiency.max_accuracy_drop
+    if recipe.train.stage != "rl" or allowed is None:
+        return
+    blocks = {task: b for task, b in summary["by_task"].items() if "difference" in b}
+    found: dict[str, tuple[float, float, int]] = {}
+    for task, block in blocks.items():
+        low, high = block["difference_ci"]
+        error = max(high - block["difference"], block["difference"] - low) / Z
+        found[task] = (-block["difference"], error, block["after"]["n"])
+        block["constraint"] = verdict(*found[task], allowed)
+    mix = recipe.data.mix if set(blocks) <= set(recipe.data.mix) else {}
+    shares = {task: mix.get(task, 1.0) if mix else float(found[task][2]) for task in found}
+    if total := sum(shares.values()):
+        shares = {task: share / total for task, share in shares.items()}
+        lost = sum(share * found[task][0] for task, share in shares.items())
+        variance = sum((share * found[task][1]) ** 2 for task, share in shares.items())
+        number = sum(found[task][2] for task in found)
+        summary["constraint"] = verdict(lost, float(np.sqrt(variance)), number, allowed)
 
 
 def _block(results: dict[str, Result], rows: Sequence[int]) -> dict[str, Any]:

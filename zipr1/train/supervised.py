@@ -20,7 +20,7 @@ from zipr1.core import distributed
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe
 from zipr1.core.types import Prompt
-from zipr1.data.digits import tasks
+from zipr1.data.embedded import SOURCES
 from zipr1.models.batching import by_length
 from zipr1.models.encoder import MediaEncoder
 from zipr1.models.policy import Features, Policy
@@ -58,7 +58,7 @@ def lesson(policy: Policy, recipe: Recipe, step: int, stage: int) -> list[Lesson
     """Embedded scenes for one step, a pure function of the arguments. stage: index into the curriculum. One question
     in four has a second turn."""
     plan = recipe.supervised
-    scenes = tasks.lesson(
+    scenes = SOURCES[recipe.data.source].lesson(
         recipe.seed,
         step,
         recipe.train.prompts_per_step,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from math import floor
 from typing import Any
 
 import torch
@@ -89,12 +90,13 @@ def update(
 
 
 def dense_rows(recipe: Recipe, batch: Batch, mini: Sequence[int]) -> set[int]:
-    """Which rows of a minibatch also get a dense forward pass: one in `1 / ppo.dense_kl_fraction`, others in each
-    step."""
+    """Which rows of a minibatch also get a dense forward pass: the share `ppo.dense_kl_fraction` of them, evenly spaced,
+    others in each step."""
     if not recipe.ppo.dense_kl_fraction or not recipe.ppo.kl_coef:
         return set()
-    every = round(1 / recipe.ppo.dense_kl_fraction)
-    return {b for b in mini if (b + batch.probe_seed) % every == 0}
+    share, first = recipe.ppo.dense_kl_fraction, batch.probe_seed % 2**20
+    # Where the count of rows that the share asks for goes up by one: exact for any share, not for 1 / n alone.
+    return {b for b in mini if floor((first + b) * share) > floor((first + b - 1) * share)}
 
 
 def over_ranks(means: Mapping[str, float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from zipr1.core import distributed
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe, parse
+from zipr1.data.embedded import SOURCES, check_mix
 from zipr1.rewards.registry import find
 from zipr1.train import loggers
 
@@ -17,6 +18,7 @@ def check(recipe: Recipe) -> None:
     methods = parse(recipe.efficiency.method)
     find(recipe.rewards.check)
     loggers.check(recipe)
+    check_mix(recipe.data.mix)
     if recipe.model.lora and recipe.model.train_vision:
         raise InputError(
             "model.lora trains adapters alone; set model.train_vision false, or leave lora out"
@@ -89,4 +91,4 @@ def check_lengths(recipe: Recipe, lengths: Sequence[int]) -> None:
 
 def needs_prompts(recipe: Recipe) -> bool:
     """Embedded lessons of the supervised stage are made step by step."""
-    return recipe.train.stage == "rl" or recipe.data.source != "digits"
+    return recipe.train.stage == "rl" or recipe.data.source not in SOURCES

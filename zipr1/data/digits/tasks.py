@@ -6,24 +6,20 @@ pure functions of their arguments. Clips of `prompts` are real mp4 files in a ca
 
 from __future__ import annotations
 
-import hashlib
-import os
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 
-from zipr1.core.errors import InputError, RunError
-from zipr1.core.files import replacing
-from zipr1.core.types import Media, Prompt
-from zipr1.data import video
+from zipr1.core import activity
+from zipr1.core.errors import InputError
+from zipr1.core.types import Prompt
 from zipr1.data.digits import glyphs
 from zipr1.data.digits.questions import KINDS, Question, catalogue, draw, draw_second, vocabulary
 from zipr1.data.digits.scenes import Scene, draw_image, draw_video
+from zipr1.data.drawn import media, messages
 
-__all__ = ["HELDOUT_SHARE", "TASKS", "cache_directory", "lesson", "prompts", "vocabulary"]
+__all__ = ["HELDOUT_SHARE", "MIX", "TASKS", "lesson", "prompts", "vocabulary"]
 
 TASKS = tuple(KINDS)
+MIX = {"digits": 0.4, "moving_digits": 0.4, "hard_digits": 0.2}
 HELDOUT_SHARE = {"hard_digits": 0.25}
 _LESSON = 100  # keeps the random streams of lessons apart from those of prompts
 _TRIES = 1000
@@ -42,20 +38,18 @@ def prompts(
         raise InputError(f"split {split!r}: unknown; allowed: {', '.join(glyphs.SPLITS)}")
     bank = glyphs.bank(split)
     made = []
-    for picture in range(pictures):
+    for picture in activity.counted(f"drawing {task}", range(pictures)):
         key = [seed, list(glyphs.SPLITS).index(split), TASKS.index(task), picture]
         rng = np.random.default_rng(key)
         turn = picture * questions_per_picture
         kinds = [KINDS[task][(turn + j) % len(KINDS[task])] for j in range(questions_per_picture)]
         scene, asked = _draw_with(rng, bank, task, kinds)
-        media = _media(scene)
+        shown = media(scene)
         name = f"{task}/{split}/{picture}"
         for index, (kind, questions) in enumerate(zip(kinds, asked, strict=True)):
-            messages = _messages(scene.kind, questions)
+            said = messages(scene.kind, questions)
             answer = questions[-1].answer
-            made.append(
-                Prompt(f"{name}/{index}", messages, (media,), answer, task, kind, picture=name)
-            )
+            made.append(Prompt(f"{name}/{index}", said, (shown,), answer, task, kind, picture=name))
     return made
 
 
@@ -64,14 +58,14 @@ def lesson(
     step: int,
     pictures: int,
     video_share: float,
-    max_digits: int,
+    size: int,
     hard_share: float,
     questions: int = 8,
 ) -> list[tuple[Scene, list[tuple[str, str]]]]:
     """`pictures` fresh scenes of training digits with `questions` (question, answer) pairs each.
 
-    video_share: of the scenes, 0 to 1. hard_share: of an image's questions that are sums. max_digits: most digits in a
-    scene, 1 to 6 (clips show at most 3). A scene with few digits has fewer questions.
+    video_share: of the scenes, 0 to 1. hard_share: of an image's questions that are sums. size: most digits in a scene,
+    1 to 6 (clips show at most 3). A scene with few digits has fewer questions.
     """
     rng = np.random.default_rng([seed, 0, _LESSON, step])
     bank = glyphs.bank("train")
@@ -79,15 +73,10 @@ def lesson(
     made = []
     for index in range(pictures):
         low, high = (2, 3) if index < videos else (2, 6)
-        count = int(rng.integers(min(low, max_digits), min(high, max_digits) + 1))
+        count = int(rng.integers(min(low, size), min(high, size) + 1))
         scene = (draw_video if index < videos else draw_image)(rng, bank, count)
         made.append((scene, _many(scene, rng, questions, hard_share)))
     return made
-
-
-def cache_directory() -> Path:
-    """Where clips are kept: $ZIPR1_CACHE, or ~/.cache/zipr1."""
-    return Path(os.environ.get("ZIPR1_CACHE") or Path.home() / ".cache" / "zipr1")
 
 
 def _draw_with(
@@ -139,33 +128,3 @@ def _many(
         if kind != "sum":
             left[kind] = left[kind] - 1 if question is not None else 0
     return pairs
-
-
-def _messages(kind: str, turns: tuple[Question, ...]) -> list[dict[str, Any]]:
-    """Chat messages: the media goes before the first question, answers stand between."""
-    messages: list[dict[str, Any]] = []
-    for question in turns:
-        messages.append({"role": "user", "content": [{"type": "text", "text": question.text}]})
-        messages.append(
-            {"role": "assistant", "content": [{"type": "text", "text": question.answer}]}
-        )
-    messages[0]["content"].insert(0, {"type": kind})
-    return messages[:-1]
-
-
-def _media(scene: Scene) -> Media:
-    if scene.kind == "image":
-        return Media("image", scene.pixels)
-    # Named by content: a clip drawn differently by another version gets another file.
-    name = hashlib.sha256(video.ENCODER.encode() + scene.pixels.tobytes()).hexdigest()[:24]
-    path = cache_directory() / f"{name}.mp4"
-    try:
-        if not path.exists() or path.stat().st_size == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                video.write(temporary, scene.pixels, scene.fps or 1.0)
-    except OSError as error:
-        raise RunError(
-            f"{path.parent}: clips cannot be stored there ({error}); set ZIPR1_CACHE to a folder"
-        ) from error
-    return Media("video", path)

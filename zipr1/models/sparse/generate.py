@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Sparse
+from zipr1.models.families import FAMILIES
 
 # Arguments of generate(), and of generation configs, that a pruned cache cannot serve.
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -51,6 +52,7 @@ def refused_batch(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
 # What a first turn brings along and a later one, whose cache knows it already, must not bring again.
 PIXELS = ("pixel_values", "pixel_values_videos")
 GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+SIZES = ("image_sizes", "batch_num_images", "pixel_attention_mask")
 
 
 def _go_on(model: Any, given: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -64,6 +66,9 @@ def _go_on(model: Any, given: dict[str, Any], kwargs: dict[str, Any]) -> dict[st
     if not past or not any(given.get(name) is not None for name in PIXELS):
         return kwargs
     ids, types = given.get("input_ids", given.get("inputs")), given.get("mm_token_type_ids")
+    mrope = FAMILIES[model.config.model_type].mrope
+    if ids is not None and not mrope:
+        types = ids == model.config.image_token_id
     trouble = None
     if ids is None or types is None:
         trouble = "input_ids or mm_token_type_ids are missing; make the inputs with the processor"
@@ -75,11 +80,12 @@ def _go_on(model: Any, given: dict[str, Any], kwargs: dict[str, Any]) -> dict[st
         trouble = "a later turn brings a picture, and a cache in use takes text alone; leave past_key_values out"
     if trouble:
         raise InputError(f"generate: {trouble}")
-    grids = {name: given[name] for name in GRIDS if given.get(name) is not None}
-    _, model.model.rope_deltas = model.model.get_rope_index(
-        ids, mm_token_type_ids=types, attention_mask=given.get("attention_mask"), **grids
-    )
-    return {name: value for name, value in kwargs.items() if name not in (*PIXELS, *GRIDS)}
+    if mrope:
+        grids = {name: given[name] for name in GRIDS if given.get(name) is not None}
+        _, model.model.rope_deltas = model.model.get_rope_index(
+            ids, mm_token_type_ids=types, attention_mask=given.get("attention_mask"), **grids
+        )
+    return {k: value for k, value in kwargs.items() if k not in (*PIXELS, *GRIDS, *SIZES)}
 
 
 def _trouble(model: Any, asked: Callable[[str], Any]) -> str | None:

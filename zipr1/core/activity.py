@@ -1,0 +1,121 @@
+"""What a command is doing at this moment, for who waits: any room tells, the command line shows.
+
+    activity.tell("reading questions", 120, 2000)      where something takes long; the numbers where they are known
+    with activity.shown(console):                      around a command: a spinner in a terminal, else a line a minute
+
+Outside of `shown`, telling does nothing: a program that uses zipr1 as a library stays silent.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+T = TypeVar("T")
+
+EVERY = 60.0  # seconds between two lines where nobody watches
+
+
+class _Shown(Protocol):
+    def show(self, what: str, count: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+_open: list[_Shown] = []
+
+
+def tell(what: str, done: int | None = None, total: int | None = None) -> None:
+    """Show `what`, and `done` of `total`; an empty `what` shows nothing until the next call."""
+    if _open:
+        count = "" if done is None else f" {done:,}" if total is None else f" {done:,} of {total:,}"
+        _open[-1].show(what, count)
+
+
+def counted(what: str, items: Sequence[T] | Iterable[T], total: int | None = None) -> Iterator[T]:
+    """The items one by one, telling before each how many are done."""
+    if total is None and isinstance(items, Sequence):
+        total = len(items)
+    for number, item in enumerate(items):
+        tell(what, number, total)
+        yield item
+
+
+@contextmanager
+def shown(console: Console) -> Iterator[None]:
+    """While the block runs, what is told is shown through `console`, and nothing where that is quiet.
+
+    The console should have a file of its own (`Console(file=sys.stdout)`): sys.stdout may be swallowed for a while.
+    """
+    if console.quiet:
+        yield
+        return
+    watched = console.is_terminal and not console.is_dumb_terminal
+    shown: _Shown = _Spinner(console) if watched else _Lines(console)
+    _open.append(shown)
+    try:
+        yield
+    finally:
+        _open.remove(shown)
+        shown.close()
+
+
+class _Spinner:
+    """One line that is gone at the end. It starts and stops with what is told, for other displays come between."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._what = ""
+
+    def show(self, what: str, count: str) -> None:
+        if not what:
+            return self.close()
+        if self._progress is None:
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._progress.add_task(what, total=None)
+            self._progress.start()
+        if what != self._what:  # another thing: its own time
+            self._progress.reset(self._progress.task_ids[0], total=None)
+        self._what = what
+        self._progress.update(self._progress.task_ids[0], description=what + count)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class _Lines:
+    """What is under way, as a line each EVERY seconds."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._text, self._began = "", time.monotonic()
+        self._end = threading.Event()
+        threading.Thread(target=self._tick, name="activity", daemon=True).start()
+
+    def show(self, what: str, count: str) -> None:
+        self._text = what and what + count
+
+    def close(self) -> None:
+        self._end.set()
+
+    def _tick(self) -> None:
+        while not self._end.wait(EVERY):
+            if text := self._text:
+                minutes = round((time.monotonic() - self._began) / 60)
+                line = f"{text} ({minutes} min since the start)"
+                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
