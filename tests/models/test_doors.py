@@ -303,8 +303,9 @@ def hub(monkeypatch):
             trust = options.get("trust_remote_code", "not said")
             asked.append((kind.__name__, options.get("revision"), trust))
             found = real(resolve("tiny"), *arguments, **options)
-            if hasattr(found, "name_or_path") and hasattr(found, "config"):
-                found.name_or_path = found.config.name_or_path = "owner/name"
+            model = found[0] if isinstance(found, tuple) else found  # with what it found
+            if hasattr(model, "name_or_path") and hasattr(model, "config"):
+                model.name_or_path = model.config.name_or_path = "owner/name"
             return found
 
         return recorded
