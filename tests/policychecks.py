@@ -87,7 +87,7 @@ def cached_decoding_is_the_teacher_forced_sparse_forward(family, skip):
     answers = policy.generate(encoded, features, Request(settings), 6)
     assert (answers.counts < torch.tensor([[len(e)] for e in encoded])).all()
     width = max(len(e) + len(t) for e, t in zip(encoded, answers.tokens, strict=True))
-    for replay in (None, replay_masks(answers.kept, width, policy.device)):
+    for replay in (None, replay_masks(answers.kept, width)):
         request = Request(settings, replay=replay)
         with sparse_attention(policy.model, request) as run:
             logits, mask = policy.answer_logits(encoded, features, answers.tokens, run)

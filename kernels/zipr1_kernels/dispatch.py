@@ -107,6 +107,11 @@ def automatic(op: str) -> bool:
     return _state.path == "auto" and f"-{op}" not in _state.off
 
 
+def forced(path: str) -> bool:
+    """Whether that path, one of `PATHS`, was asked for."""
+    return _state.path == path
+
+
 def library(op: str, *tensors: torch.Tensor, cannot: str | None = None) -> bool:
     """Whether `op`, which has no kernel of ours, is to run torch's special form of it on these tensors.
 
@@ -115,6 +120,8 @@ def library(op: str, *tensors: torch.Tensor, cannot: str | None = None) -> bool:
     reason = cannot
     if _state.path == "torch":
         reason = "forced"
+    elif _state.path == "triton":
+        reason = "a kernel was asked for"
     elif f"-{op}" in _state.off:
         reason = "switched off by ZIPR1_KERNELS"
     elif tensors[0].device.type != "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,6 +74,26 @@ class Kept:
             total,
         )
 
+    @classmethod
+    def from_mask(cls, keep: torch.Tensor) -> Kept:
+        """Of a mask `(B, L)` bool, in plain torch: for one that lies on the CPU, whatever runs the operations."""
+        count = keep.sum(-1)
+        most, least, total = torch.stack([count.max(), count.min(), count.sum()]).tolist()
+        rows, slots = keep.nonzero(as_tuple=True)
+        rank = keep.cumsum(-1)[rows, slots] - 1
+        index = torch.zeros(len(keep), max(most, 1), dtype=torch.int64, device=keep.device)
+        index[rows, rank] = slots
+        # Slots ascend and padding is 0, so a running maximum repeats the last kept slot.
+        return cls(index.cummax(-1).values, count, least, keep.shape[1], total)
+
+    def moved(self, move: Callable[..., tuple[torch.Tensor, ...]]) -> Kept:
+        """The same on another device. move: tensors -> the same ones there; what a device would have to compute of
+        `index` and `count` goes along."""
+        index, count, flat, starts = move(self.index, self.count, self.flat, self.starts)
+        there = Kept(index, count, self.least, self.length, self.total)
+        vars(there).update(flat=flat, starts=starts)
+        return there
+
     @property
     def everything(self) -> bool:
         """Whether every slot of every row is kept."""
@@ -114,6 +135,11 @@ class Kept:
         n = self.index.shape[1]
         place = torch.arange(n, device=self.index.device)
         return Kept(place.minimum(self.count[:, None] - 1), self.count, self.least, n, self.total)
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """`(B, n)` int64: where the tokens of `index` stand among the kept ones of all rows."""
+        return self.starts[:-1, None] + self.packed.index
 
     @cached_property
     def keep(self) -> torch.Tensor:

@@ -298,3 +298,30 @@ def test_lengths_of_dense_prompts_by_hand():
     ):
         assert prompt_lengths({"input_ids": ids, "attention_mask": mask}).tolist() == wanted
     assert prompt_lengths({"inputs_embeds": torch.zeros(2, 4, 8)}).tolist() == [4, 4]
+
+
+@families
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "num_beams": 2},
+        {"num_beams": 3},
+        {"use_cache": False},
+        {"prefill_chunk_size": 8},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@torch.no_grad()
+def test_at_one_generate_is_the_stock_model_s(family, options):
+    """Rows of 24 and 19 tokens; `generate` makes dicts of masks for caches of a fixed size."""
+    model, given = plain(family), text(2)
+    mask = torch.ones_like(given["input_ids"])
+    mask[1, :5] = 0
+    call = {**given, "attention_mask": mask, "max_new_tokens": 5, "do_sample": False, **options}
+    wanted = copy.deepcopy(model).generate(**call)
+    with zipr1.sparse(model, 1.0):
+        assert torch.equal(model.generate(**call), wanted)
+        if options.get("cache_implementation"):
+            beams = options.get("num_beams", 1)
+            assert zipr1.stats(model).lengths.tolist() == [24] * beams + [19] * beams

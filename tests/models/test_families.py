@@ -102,7 +102,7 @@ def test_below_one_it_prunes_and_replays(family, skip):
     answers = policy.generate(encoded, features, Request(settings), 5)
     assert (answers.counts < torch.tensor([[len(e)] for e in encoded])).all()
     width = max(len(e) + len(a) for e, a in zip(encoded, answers.tokens, strict=True))
-    request = Request(settings, replay=replay_masks(answers.kept, width, policy.device))
+    request = Request(settings, replay=replay_masks(answers.kept, width))
     with sparse_attention(policy.model, request) as run:
         logits, _ = policy.answer_logits(encoded, features, answers.tokens, run)
     for b, tokens in enumerate(answers.tokens):

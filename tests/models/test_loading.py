@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,8 +15,12 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Model
+from zipr1.models import loading
+from zipr1.models.api import load
+from zipr1.models.open import resolve
+from zipr1.models.pixels import PixelSettings
 from zipr1.models.policy import load_policy
-from zipr1.models.processors import PixelSettings, patchify
+from zipr1.models.processors import patchify
 
 
 def test_saved_folder_loads_in_stock_transformers(tmp_path):
@@ -174,3 +179,51 @@ def test_kernels_that_cannot_run_are_refused_before_anything_loads(monkeypatch):
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     with pytest.raises(InputError, match="Triton was asked for on a CPU"):
         load_policy(Model(path="tiny"), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"), [("cuda:1", "cuda:1"), (None, None), ("cuda", None), ("cpu", None)]
+)
+def test_the_gpu_that_is_chosen_is_the_current_one(asked, wanted, monkeypatch):
+    """With a stand-in for torch.cuda that records devices; `cuda` without a number is the current one already."""
+    chosen = []
+    monkeypatch.setattr(loading, "unusable", lambda on_gpu: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: None)
+    assert loading.choose_device(asked) == torch.device(asked or "cuda")
+    assert chosen == ([] if wanted is None else [wanted])
+
+
+@pytest.mark.parametrize("place", ["chat_template.json", "processor_config.json", "tokenizer"])
+def test_a_chat_template_is_found_wherever_it_lies(tmp_path, place):
+    folder = shutil.copytree(resolve("tiny"), tmp_path / "model")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    name = "tokenizer_config.json" if place == "tokenizer" else place
+    values = json.loads((folder / name).read_text()) if place == "tokenizer" else {}
+    (folder / name).write_text(json.dumps({**values, "chat_template": template}))
+    chat = [{"role": "user", "content": [{"type": "text", "text": "which digit is red?"}]}]
+    asked = {"add_generation_prompt": True}
+    wanted = load("tiny", None, "cpu", None, {})[1].apply_chat_template(chat, **asked)
+    assert load(str(folder), None, "cpu", None, {})[1].apply_chat_template(chat, **asked) == wanted
+    policy = load_policy(Model(path=str(folder)), "cpu")
+    assert policy.processor.text(chat) == wanted
+    # What is saved has it where every tool looks.
+    policy.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text() == template
+
+
+def test_no_chat_template_is_one_line(tmp_path):
+    folder = shutil.copytree(resolve("tiny"), tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()
+    chat = [{"role": "user", "content": "which digit is red?"}]
+    with pytest.raises(InputError, match=r"the model has no chat template .*copy one of these"):
+        load(str(folder), None, "cpu", None, {})[1].apply_chat_template(chat)
+    policy = load_policy(Model(path=str(folder)), "cpu")
+    prompt = tinymodels.prompt(0, "image")
+    with pytest.raises(InputError, match="image/0: the model has no chat template"):
+        policy.encode(prompt, [(np.asarray(m.source), m.fps) for m in prompt.media], 1000)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('system first') }}")
+    with pytest.raises(InputError, match=r"template refuses the chat .system first"):
+        load_policy(Model(path=str(folder)), "cpu").processor.text(chat)

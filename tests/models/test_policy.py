@@ -12,7 +12,9 @@ from policychecks import PROBES, sparse, stock, stock_inputs
 from transformers import DynamicCache, StaticCache
 
 from zipr1.core.errors import InputError
+from zipr1.core.recipe import Lora
 from zipr1.core.types import Prompt
+from zipr1.models.policy import load_policy
 from zipr1.models.sparse import context
 from zipr1.models.sparse.cache import PrunedCache
 from zipr1.models.sparse.patch import sparse_attention
@@ -380,3 +382,10 @@ def test_a_row_is_audited_alone_as_with_the_others(skip):
     assert len(alone.unique()) > 1 and bool((alone < 1).any())
     torch.testing.assert_close(mass(range(4), [2, 0]), alone[[2, 0]])
     assert mass(range(4), []) is None
+
+
+def test_dropout_of_adapters_waits_for_supervised_steps():
+    adapters = Lora(rank=2, alpha=4, dropout=0.5)
+    wanted = tinymodels.settings("qwen2_5_vl").model_copy(update={"lora": adapters})
+    policy = load_policy(wanted, "cpu", seed=0)
+    assert not any(module.training for module in policy.peft_model.modules())

@@ -23,9 +23,9 @@ from zipr1.data import video
 from zipr1.models.batching import replay_masks
 from zipr1.models.inputs import model_inputs
 from zipr1.models.policy import Policy, load_policy
-from zipr1.models.processors import patch_times
 from zipr1.models.sparse.patch import sparse_attention
 from zipr1.models.sparse.request import Request
+from zipr1.models.visual import patch_times
 
 SMALL = Sparse(p=0.7, probes=Probes(recent=3, random=6), dense_below=0)
 TIMED = ("qwen3_vl", "qwen3_vl_moe")
@@ -180,7 +180,7 @@ def test_below_one_it_prunes_and_replays(family, skip):
     answers = policy.generate(encoded, features, Request(settings), 5)
     assert (answers.counts < torch.tensor([[len(e)] for e in encoded])).all()
     width = max(len(e) + len(a) for e, a in zip(encoded, answers.tokens, strict=True))
-    request = Request(settings, replay=replay_masks(answers.kept, width, policy.device))
+    request = Request(settings, replay=replay_masks(answers.kept, width))
     with sparse_attention(policy.model, request) as run:
         logits, _ = policy.answer_logits(encoded, features, answers.tokens, run)
     for b, tokens in enumerate(answers.tokens):

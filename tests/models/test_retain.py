@@ -140,7 +140,7 @@ def test_attention_of_a_turn_against_loops(past, monkeypatch):
     cache = RetainedCache(1)
     settings = Sparse(skip="layer", dense_below=0)
     valid = torch.ones(rows, past + new, dtype=torch.bool)
-    one = Turn(Request(settings), cache, valid, past, Handover())
+    one = Turn(Request(settings), cache, valid, past, Handover(), torch.device("cpu"))
     monkeypatch.setattr(Selector, "choose", lambda *a: LayerRecord(keep))
     wanted = reference(query, key, value, keep, past, 0.3)
     gone = ~keep[:, None, :, None]
@@ -162,7 +162,7 @@ def test_a_turns_probes_are_its_own_tokens(monkeypatch):
     probes = Probes(recent=3, random=0)
     settings = Sparse(p=0.7, keep_last=1, dense_below=0, normalise=False, probes=probes)
     valid = torch.ones(1, past + new, dtype=torch.bool)
-    one = Turn(Request(settings), RetainedCache(1), valid, past, Handover())
+    one = Turn(Request(settings), RetainedCache(1), valid, past, Handover(), torch.device("cpu"))
     keep = one.selector.choose(0, Heads.given(query, key, scale)).keep
     scores = torch.zeros(past + new)
     for i in range(new - 3, new):

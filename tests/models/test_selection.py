@@ -32,13 +32,13 @@ def test_uniforms_are_spread_and_differ_by_key():
 
 def test_probes_are_recent_and_one_per_stratum():
     for seed in range(20):
-        got = probe_positions(103, layer=2, seed=seed, recent=3, random=10).tolist()
+        got = probe_positions(103, (2,), seed=seed, recent=3, random=10)[0].tolist()
         assert got[-3:] == [100, 101, 102]
         assert [x // 10 for x in got[:-3]] == list(range(10))
 
 
 def test_probes_pinned_so_that_a_recorded_rollout_replays_on_any_machine():
-    assert probe_positions(50, layer=1, seed=7, recent=2, random=4).tolist() == [
+    assert probe_positions(50, (1,), seed=7, recent=2, random=4)[0].tolist() == [
         1,
         21,
         34,
@@ -49,7 +49,7 @@ def test_probes_pinned_so_that_a_recorded_rollout_replays_on_any_machine():
 
 
 def test_probes_reach_every_position_and_change_with_layer_and_seed():
-    drawn = [tuple(probe_positions(40, layer, seed, 2, 4).tolist())
+    drawn = [tuple(probe_positions(40, (layer,), seed, 2, 4)[0].tolist())
              for layer in range(4) for seed in range(40)]  # fmt: skip
     assert {x for row in drawn for x in row} == set(range(40))
     assert len(set(drawn)) > 150
@@ -57,22 +57,23 @@ def test_probes_reach_every_position_and_change_with_layer_and_seed():
 
 @pytest.mark.parametrize(("length", "recent", "random"), [(5, 3, 8), (11, 3, 8), (1, 1, 0)])
 def test_short_prompts_probe_everything(length, recent, random):
-    assert probe_positions(length, 0, 0, recent, random).tolist() == list(range(length))
+    assert probe_positions(length, (0,), 0, recent, random)[0].tolist() == list(range(length))
 
 
 @pytest.mark.parametrize(("recent", "random"), [(4, 0), (0, 4)])
 def test_one_kind_of_probe_may_be_absent(recent, random):
-    assert len(probe_positions(30, 0, 0, recent, random)) == 4
+    assert probe_positions(30, (0,), 0, recent, random).shape[1] == 4
 
 
 def test_probe_slots_do_not_depend_on_padding_or_batch():
     probes = Probes(recent=2, random=3)
     lengths, offsets = [20, 3, 12], [0, 17, 8]
-    slots, valid = probe_slots(lengths, offsets, 1, 5, probes)
-    assert slots.shape == valid.shape == (3, 5)
+    both, valid = probe_slots(lengths, offsets, [0, 1], 5, probes)
+    slots = both[1]
+    assert slots.shape == valid.shape == (3, 5) and not torch.equal(both[0], slots)
     for b, (length, offset) in enumerate(zip(lengths, offsets)):
-        alone = probe_positions(length, 1, 5, 2, 3)
-        assert torch.equal(slots[b][valid[b]] - offset, alone)
+        alone = probe_positions(length, (1,), 5, 2, 3)[0]
+        assert (slots[b][valid[b]] - offset).tolist() == alone.tolist()
     assert valid.sum(-1).tolist() == [5, 3, 5]
     assert slots[1].tolist() == [17, 18, 19, 19, 19]
 

@@ -65,6 +65,15 @@ def test_resumed_progress_counts_its_own_steps():
     assert "24 s left" in text(c)
 
 
+def test_what_came_before_the_first_step_is_not_its_time():
+    with Progress(console(), 20) as progress:
+        progress._began -= 100  # the rehearsal
+        progress.begin()
+        progress._began -= 2
+        progress.update(0, METRICS)
+        assert progress.seconds_per_step == pytest.approx(2, abs=0.5)
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_live_view_fits_and_shows_everything(width):
     c = console(width, terminal=True)

@@ -64,11 +64,12 @@ def export(
 
     Any tool takes it for an ordinary dense model; zipr1.load runs it sparse.
     """
-    from zipr1.cli.log import busy
+    from zipr1.cli.log import busy, show_log
     from zipr1.export.request import check_request
 
     check_request(run, to, format, dtype)
     with busy(as_json) as console:
+        show_log(console)
         from zipr1.export import session as exports
         from zipr1.export.hub import check as check_hub
         from zipr1.export.hub import upload

@@ -104,7 +104,7 @@ def profile(
 
     For example: zipr1 profile --model qwen2.5-vl-3b --lengths 1024 --keep 0.25
     """
-    from zipr1.cli.log import busy, console_of
+    from zipr1.cli.log import busy, console_of, show_log
     from zipr1.core.files import check_folder
     from zipr1.core.runs import find_model
     from zipr1.profiling.request import ProfileRequest, check
@@ -134,6 +134,7 @@ def profile(
     if model is None or ";" in why:
         console_of(as_json).print(why, soft_wrap=True, highlight=False, markup=False)
     with busy(as_json) as console:
+        show_log(console)
         if card:
             from zipr1.profiling.card_table import count
 

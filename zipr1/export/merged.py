@@ -10,6 +10,8 @@ from transformers import AutoModelForImageTextToText
 
 from zipr1.core.errors import RunError
 from zipr1.export.source import Source
+from zipr1.models import positions
+from zipr1.models.families import FAMILIES
 from zipr1.models.loading import save_folder
 from zipr1.models.processors import Processor
 
@@ -45,4 +47,7 @@ def reload(source: Source, folder: Path, written: Any, device: torch.device) -> 
             raise RunError(
                 f"{folder}: {name} did not come back as it was written; check the disk and export again"
             )
+    # Where words after a clip stand is no part of the weights, and the run has it from Qwen.
+    if FAMILIES[found.config.model_type].qwen_positions:
+        positions.correct(found)
     return found.float().to(device).eval()

@@ -20,8 +20,9 @@ from zipr1.data.media import load_timed
 from zipr1.models.inputs import model_inputs
 from zipr1.models.loading import WEIGHT_DTYPES, choose_device, save_processor
 from zipr1.models.open import BOUNDS, find_source, open_model, stored_dtype
-from zipr1.models.processors import Processor, Visual
+from zipr1.models.processors import Processor
 from zipr1.models.sparse.session import session_of
+from zipr1.models.visual import Visual
 
 KINDS = ("image", "video")
 # Keys of a recipe's `model` section that `load` takes beside those of `sparse`.
@@ -109,11 +110,8 @@ class ChatProcessor:
         several = not (len(conversation) and isinstance(conversation[0], Mapping))
         chats = [self._parted(chat) for chat in (conversation if several else [conversation])]
         texts = [
-            self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
+            self.inner.text(
+                messages, add_generation_prompt, continue_final_message=continue_final_message
             )
             for messages, _ in chats
         ]

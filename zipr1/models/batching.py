@@ -73,15 +73,13 @@ def groups(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
     return groups
 
 
-def replay_masks(
-    kept: Sequence[list[torch.Tensor]], length: int, device: torch.device
-) -> list[torch.Tensor]:
-    """Kept positions by row and layer, of right-padded prompts -> per layer a `(B, length)` bool mask."""
+def replay_masks(kept: Sequence[list[torch.Tensor]], length: int) -> list[torch.Tensor]:
+    """Kept positions by row and layer, of right-padded prompts -> per layer a `(B, length)` bool mask on the CPU."""
     masks = np.zeros((len(kept[0]), len(kept), length), bool)
     for b, layers in enumerate(kept):
         for d, positions in enumerate(layers):
             masks[d, b, positions.numpy()] = True
-    return list(torch.from_numpy(masks).to(device))
+    return list(torch.from_numpy(masks))
 
 
 def by_length(lengths: Sequence[int], most: int, tokens: int | None = None) -> list[list[int]]:

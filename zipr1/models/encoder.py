@@ -26,7 +26,8 @@ from zipr1.core.types import Media, Prompt
 from zipr1.data import video
 from zipr1.data.media import load_timed
 from zipr1.models.policy import Features, Policy
-from zipr1.models.processors import Encoded, Visual
+from zipr1.models.processors import Encoded
+from zipr1.models.visual import Visual
 
 log = logging.getLogger("zipr1")
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 
 from zipr1.core.errors import InputError
 from zipr1.models import spelling
-from zipr1.models.processors import Visual
+from zipr1.models.pixels import PICTURE_DEFAULTS
+from zipr1.models.visual import Visual
 
 EncodeVision = Callable[[Any, str, Sequence[Visual], torch.device], list[torch.Tensor]]
 # What a prompt has: pictures and clips in order.
@@ -29,7 +31,8 @@ class Family:
 
     inputs: visuals of each prompt of a batch -> the arguments for them of transformers' own forward and `generate`.
     tower: attributes of `model.model` that see. spell: how a picture or clip is written in a prompt (spelling.py).
-    mrope: positions are `(3, l)` by the model's `get_rope_index`, else 0, 1, ... clips: videos are handled.
+    mrope: positions are `(3, l)` by the model's `get_rope_index`, else 0, 1, ... qwen_positions: with that method from
+    positions.py, in place of transformers'. clips: videos are handled.
     tile: config -> pixels on a side of the one tile, tokens on a side, and how many tokens come besides.
     pixels, video, processor: transformers' classes that read preprocessor_config.json,
     video_preprocessor_config.json and processor_config.json.
@@ -43,6 +46,7 @@ class Family:
     video: str = "Qwen2VLVideoProcessor"
     spell: spelling.Spell = spelling.plain
     mrope: bool = True
+    qwen_positions: bool = False
     clips: bool = True
     tile: Callable[[Any], tuple[int, int, int]] | None = None
 
@@ -142,8 +146,12 @@ def _square(config: Any, shrink: float, besides: int = 0) -> tuple[int, int, int
 
 QWEN = "Qwen2VLImageProcessor"
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family(_qwen2, _patches, ("visual",), QWEN, "Qwen2VLProcessor"),
-    "qwen2_5_vl": Family(_qwen2, _patches_in_time, ("visual",), QWEN, "Qwen2_5_VLProcessor"),
+    "qwen2_vl": Family(
+        _qwen2, _patches, ("visual",), QWEN, "Qwen2VLProcessor", qwen_positions=True
+    ),
+    "qwen2_5_vl": Family(
+        _qwen2, _patches_in_time, ("visual",), QWEN, "Qwen2_5_VLProcessor", qwen_positions=True
+    ),
     "qwen3_vl": Family(
         _qwen3,
         _patches,
@@ -218,6 +226,12 @@ def find(model_type: str, path: str) -> Family:
     raise InputError(
         f"model.path: {path} is a {model_type}, which {why}; this version handles {', '.join(FAMILIES)}"
     )
+
+
+def pixel_defaults(family: Family) -> dict[str, Any]:
+    """What transformers' class of the family takes for pixel settings that its files leave unsaid."""
+    known = getattr(transformers, f"{family.pixels}Pil")
+    return {name: getattr(known, name) for name in PICTURE_DEFAULTS}
 
 
 def towers(model: Any) -> list[torch.nn.Module]:

@@ -8,7 +8,8 @@ import torch
 from transformers import BatchFeature
 
 from zipr1.models.families import FAMILIES
-from zipr1.models.processors import Processor, Visual
+from zipr1.models.processors import Processor
+from zipr1.models.visual import Visual
 
 
 def model_inputs(

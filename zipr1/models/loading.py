@@ -25,7 +25,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.recipe import Lora, Model
 from zipr1.core.text import reason
 from zipr1.models import adapters, families
-from zipr1.models.processors import PixelSettings
+from zipr1.models.pixels import WHOLE, PixelSettings, read_json
 from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.tensors import check_finite, check_names, refuse, shapes
 
@@ -41,7 +41,7 @@ WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, else CUDA where there is one, else the CPU.
+    """The device asked for, else CUDA where there is one, else the CPU; a numbered GPU becomes the current one.
 
     Raises InputError if it is not there, or if the kernels that ZIPR1_KERNELS asks for cannot run on it.
     """
@@ -49,6 +49,9 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     trouble = unusable(chosen.type == "cuda")
     if trouble:
         raise InputError(trouble)
+    if chosen.type == "cuda" and chosen.index is not None:
+        # Triton's kernels and whatever names no device run on the current GPU, which else is the first one.
+        torch.cuda.set_device(chosen)
     return chosen
 
 
@@ -82,6 +85,9 @@ def from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[A
         families.find(config.model_type, settings.path)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = whole_model(AutoModelForImageTextToText, folder, dtype=dtype, **options)
+        template = _chat_template(folder, settings.revision)
+        if template is not None:
+            tokenizer.chat_template = template
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -134,6 +140,16 @@ def quiet_report() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(before)
 
 
+def _chat_template(folder: str, revision: str | None) -> str | dict[str, str] | None:
+    """The template in a file that transformers' processor classes read and tokenizers do not; None where there is none,
+    and the tokenizer's own holds."""
+    for name in (WHOLE, "chat_template.json"):
+        found = (read_json(folder, name, revision) or {}).get("chat_template")
+        if isinstance(found, str | dict):
+            return found
+    return None
+
+
 def add_lora(model: Any, lora: Lora, revision: str | None = None) -> Any:
     """Adapters on the language model's projections; everything else frozen. revision: of the model, written beside the
     adapters for whoever loads them."""
@@ -149,7 +165,8 @@ def add_lora(model: Any, lora: Lora, revision: str | None = None) -> Any:
     with warnings.catch_warnings():
         # peft asks transformers by an older name.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        return get_peft_model(model, settings)
+        # New modules begin in training mode: their dropout would part the update's answers from the sampled ones.
+        return get_peft_model(model, settings).eval()
 
 
 def frozen_copy(model: Any) -> Any:
@@ -213,6 +230,8 @@ def save_processor(tokenizer: Any, settings: PixelSettings, family: str, folder:
     if known_as.clips:
         bounds = _pixel_values(settings.of("video"))
         video = {"video_processor_type": known_as.video, **bounds}
+        if settings.clip_tokens is not None:
+            video |= {"cap_pixels_per_frame": True, "max_video_tokens": settings.clip_tokens}
         parts["video_processor"] = video
         _write_json(folder / "video_preprocessor_config.json", {**processor, **video})
     _write_json(folder / "processor_config.json", {**processor, **parts})
@@ -229,6 +248,7 @@ def _pixel_values(settings: PixelSettings) -> dict[str, Any]:
         "merge_size": settings.merge,
         "image_mean": list(settings.mean),
         "image_std": list(settings.std),
+        "resample": settings.resample,
     }
 
 

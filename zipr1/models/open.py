@@ -12,6 +12,7 @@ from the caller's settings alone.
 from __future__ import annotations
 
 import importlib.resources
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.jsontext import loads
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Data, Model, Recipe, Sparse
-from zipr1.models import families, manifest
+from zipr1.models import families, manifest, positions
 from zipr1.models.adapters import with_adapter
 from zipr1.models.loading import (
     WEIGHT_DTYPES,
@@ -33,9 +34,12 @@ from zipr1.models.loading import (
     choose_dtype,
     from_pretrained,
 )
-from zipr1.models.processors import PixelSettings, Processor, has_pixel_settings
+from zipr1.models.pixels import PixelSettings, has_pixel_settings
+from zipr1.models.processors import Processor
 from zipr1.models.random_weights import build_model, build_tokenizer
 from zipr1.models.tensors import check_finite
+
+log = logging.getLogger("zipr1")
 
 # Keys of a recipe's `model` section that belong to a model, wherever it is opened.
 BOUNDS = ("min_pixels", "max_pixels", "max_frame_pixels")
@@ -215,10 +219,13 @@ def open_model(
         model, tokenizer = _from_scratch(settings, seed)
     else:
         model, tokenizer = _load(source, settings, dtype, merge_adapter)
+    if families.find(str(model.config.model_type), settings.path).qwen_positions:  # type: ignore[union-attr]
+        positions.correct(model)
     peft_model = None
     if source.adapter is not None and not merge_adapter:
         peft_model = with_adapter(model, source.adapter)
     processor = _processor(model, tokenizer, source, settings)
+    log.info("%s: %s", settings.path, processor.settings)
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     processor.stop_at([ends] if isinstance(ends, int) else ends or [])
     model.to(device=chosen, dtype=dtype).eval()
@@ -282,6 +289,7 @@ def _processor(model: Any, tokenizer: Any, source: ModelSource, settings: Model)
         {name: getattr(settings, name) for name in BOUNDS},
         (settings.config or {}).get("pixels"),
         revision,
+        families.pixel_defaults(family),
         tile=side,
         besides=besides,
         clips=family.clips,

@@ -22,6 +22,7 @@ from zipr1.core.distributed import Parallel, whole_state
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Model, Train
 from zipr1.core.text import reason
+from zipr1.core.transfer import send
 from zipr1.core.types import Prompt
 from zipr1.models import sampling
 from zipr1.models.batching import answer_slots, groups, padded
@@ -33,11 +34,12 @@ from zipr1.models.loading import (
     save_folder,
 )
 from zipr1.models.open import open_model
-from zipr1.models.processors import Encoded, Processor, Visual
+from zipr1.models.processors import Encoded, Processor
 from zipr1.models.sampling import Answers
 from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.sparse.patch import SparseRun, sparse_attention
 from zipr1.models.sparse.request import Request
+from zipr1.models.visual import Visual
 
 # Placeholders are never sampled: an answer with one would ask for a picture that is not there. Finite, so that
 # a KL over the vocabulary has no inf - inf.
@@ -64,6 +66,7 @@ class Policy:
         self.decoder = model.get_decoder()
         self.layers = len(self.decoder.layers)
         self.vision_calls = 0
+        self._blocked: torch.Tensor | None = None  # placeholders, where logits are
         self.parallel = Parallel()
         if settings.gradient_checkpointing:
             # The older name is deprecated where the newer one exists.
@@ -219,20 +222,20 @@ class Policy:
         model: Any = None,
     ) -> tuple[dict[str, Any], torch.Tensor]:
         """Padded inputs: the decoder's arguments (embeddings `(B, L, hidden)`, positions `(3, B, L)` or `(B, L)`, what
-        the family gives besides), and valid `(B, L)` bool."""
+        the family gives besides), and valid `(B, L)` bool on the CPU."""
         ids, positions, valid = padded(encoded, answers, left)
         visual = torch.isin(ids, torch.tensor(list(self.processor.placeholder.values())))
-        embeds = (model or self.model).get_input_embeddings()(ids.to(self.device))
-        found = [features[e.picture] for e in encoded if e.visuals]
+        # By index, a seventh of the time of masked_scatter on a CPU; found there, so that no GPU waits.
+        found = visual.flatten().nonzero()[:, 0]
+        ids, positions, visual, slots = send(self.device, ids, positions, visual, found)
+        embeds = (model or self.model).get_input_embeddings()(ids)
+        pictures = [features[e.picture] for e in encoded if e.visuals]
         besides: dict[str, Any] = {}
-        if found:
-            shown = torch.cat(found).to(embeds.dtype)
-            shown, besides = deepstack(shown, embeds.shape[-1], visual.to(self.device))
-            # By index, a seventh of the time of masked_scatter on a CPU; found there, so that no GPU waits.
-            slots = visual.flatten().nonzero()[:, 0].to(self.device)
+        if pictures:
+            shown = torch.cat(pictures).to(embeds.dtype)
+            shown, besides = deepstack(shown, embeds.shape[-1], visual)
             embeds = embeds.flatten(0, 1).index_copy(0, slots, shown).view_as(embeds)
-        places = self.places(positions.to(self.device))
-        return {"inputs_embeds": embeds, "position_ids": places, **besides}, valid.to(self.device)
+        return {"inputs_embeds": embeds, "position_ids": self.places(positions), **besides}, valid
 
     def places(self, positions: torch.Tensor) -> torch.Tensor:
         """Positions `(3, B, L)` as the family's decoder takes them."""
@@ -246,8 +249,11 @@ class Policy:
     def head(self, hidden: torch.Tensor, model: Any = None) -> torch.Tensor:
         """Hidden states `(..., hidden)` -> float32 logits `(..., V)`, placeholders out of reach."""
         logits = (model or self.model).lm_head(hidden).float()
-        blocked = torch.tensor(list(self.processor.placeholder.values()), device=logits.device)
-        return logits.index_fill(-1, blocked, NEVER)
+        if self._blocked is None or self._blocked.device != logits.device:
+            (self._blocked,) = send(
+                logits.device, torch.tensor(list(self.processor.placeholder.values()))
+            )
+        return logits.index_fill(-1, self._blocked, NEVER)
 
     def answer_states(
         self,
@@ -257,24 +263,25 @@ class Policy:
         run: SparseRun | None = None,
         model: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states `(B, T, hidden)` that predict the answers' tokens, and their mask `(B, T)` bool.
+        """Hidden states `(B, T, hidden)` that predict the answers' tokens, and their mask `(B, T)` bool on the CPU.
 
         run: of `sparse_attention`, inside its block, whose `record` is filled; None: dense. model: the reference's, or
         None.
         """
         model = model or self.model
         inputs, valid = self.rows(encoded, features, answers, False, model)
-        lengths = torch.tensor([len(e) for e in encoded], device=self.device)
+        lengths = torch.tensor([len(e) for e in encoded])
         where, mask = answer_slots(lengths, [len(a) for a in answers])
         hidden, _ = sampling.prefill(
             model,
             inputs,
             valid,
             run,
-            prompt=torch.arange(valid.shape[1], device=self.device) < lengths[:, None],
+            prompt=torch.arange(valid.shape[1]) < lengths[:, None],
             read_at=torch.zeros_like(valid).scatter(1, where, True),
             cache=False,
         )
+        (where,) = send(self.device, where)
         return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1])), mask
 
     def answer_logits(
@@ -307,7 +314,7 @@ class Policy:
         """
         model = model or self.model
         inputs, valid = self.rows(encoded, features, None, True, model)
-        following = torch.tensor([e.next_position for e in encoded], device=self.device)
+        (following,) = send(self.device, torch.tensor([e.next_position for e in encoded]))
         with sparse_attention(model, request) as run:
             return sampling.sample(
                 model,

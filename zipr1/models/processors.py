@@ -9,135 +9,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import try_to_load_from_cache
+from jinja2 import TemplateError
 from PIL import Image
 
 from zipr1.core.errors import InputError
-from zipr1.core.jsontext import loads
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-# Frames a second of a clip that does not tell its rate, as transformers assumes.
-UNKNOWN_FPS = 24.0
-
-
-@dataclass(frozen=True)
-class PixelSettings:
-    """How pictures become patches. min_pixels, max_pixels: bounds of height x width after resizing; min_frame_pixels,
-    max_frame_pixels: of a clip's frame, None where they are a picture's.
-
-    tile: pixels on a side of the one square that a picture is made, 0 for any size; besides: its tokens that show no
-    part of it. clips: whether videos are handled."""
-
-    patch: int = 14
-    merge: int = 2
-    temporal: int = 2
-    min_pixels: int = 56 * 56
-    max_pixels: int = 28 * 28 * 1280
-    mean: tuple[float, ...] = CLIP_MEAN
-    std: tuple[float, ...] = CLIP_STD
-    tile: int = 0
-    besides: int = 0
-    clips: bool = True
-    max_frame_pixels: int | None = None
-    min_frame_pixels: int | None = None
-
-    def of(self, kind: str, frame_pixels: int | None = None) -> PixelSettings:
-        """Those of an `image` or a `video`. frame_pixels: a lower upper bound of a clip's frame, if it is one."""
-        if kind == "image":
-            return self
-        high = self.max_frame_pixels or self.max_pixels
-        if frame_pixels is not None:
-            high = min(high, frame_pixels)
-        low = min(self.min_frame_pixels or self.min_pixels, high)
-        return replace(self, min_pixels=low, max_pixels=high)
-
-    @property
-    def factor(self) -> int:
-        """Pixels on a side of one token of the language model."""
-        return self.patch * self.merge
-
-    @classmethod
-    def read(
-        cls,
-        folder: str | Path,
-        sizes: tuple[int, int, int],
-        asked: Mapping[str, int | None],
-        given: Mapping[str, Any] | None = None,
-        revision: str | None = None,
-        **fixed: Any,
-    ) -> PixelSettings:
-        """Settings saved beside the weights in `folder` (a hub id: what was downloaded of `revision`), else `given`.
-
-        sizes: patch, merge and temporal. asked: min_pixels, max_pixels and max_frame_pixels; those that are set win.
-        fixed: the family's other fields.
-        """
-        picture = _saved(folder, "image_processor", "preprocessor_config.json", revision)
-        picture = dict(given or {}) if picture is None else picture
-        clip = _saved(folder, "video_processor", "video_preprocessor_config.json", revision) or {}
-        default = cls()
-        low, high = _bounds(picture)
-        low, high = low or default.min_pixels, high or default.max_pixels
-        least, most = _bounds(clip)
-        # None where it follows from the picture's, so that whoever asks for other pictures gets clips like them.
-        least = None if least == min(low, most or high) else least
-        most = None if most == high else most
-        return cls(
-            patch=sizes[0],
-            merge=sizes[1],
-            temporal=sizes[2],
-            min_pixels=asked.get("min_pixels") or low,
-            max_pixels=asked.get("max_pixels") or high,
-            mean=tuple(picture.get("image_mean") or CLIP_MEAN),
-            std=tuple(picture.get("image_std") or CLIP_STD),
-            max_frame_pixels=asked.get("max_frame_pixels") or most,
-            min_frame_pixels=least,
-            **fixed,
-        )
-
-
-def has_pixel_settings(folder: str | Path) -> bool:
-    """Whether a folder holds pixel settings of its own."""
-    return _saved(folder, "image_processor", "preprocessor_config.json", None) is not None
-
-
-def _saved(folder: str | Path, part: str, file: str, revision: str | None) -> dict[str, Any] | None:
-    """What transformers 5 writes as a part of processor_config.json, and version 4 as a file of its own."""
-    whole = _json(folder, "processor_config.json", revision) or {}
-    found = whole.get(part)
-    return dict(found) if isinstance(found, dict) else _json(folder, file, revision)
-
-
-def _bounds(saved: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Least and most pixels, as either version of transformers writes them."""
-    size = saved.get("size") or {}
-    return (
-        size.get("shortest_edge") or saved.get("min_pixels"),
-        size.get("longest_edge") or saved.get("max_pixels"),
-    )
-
-
-def _json(folder: str | Path, name: str, revision: str | None) -> dict[str, Any] | None:
-    """A file of a model folder, or of what was downloaded of a hub id; None where there is none."""
-    if not folder:
-        return None
-    found: Any = Path(folder) / name
-    if not Path(folder).is_dir():
-        found = try_to_load_from_cache(str(folder), name, revision=revision)
-        found = Path(found) if isinstance(found, str) else None
-    if found is None or not found.is_file():
-        return None
-    try:
-        return dict(loads(found.read_bytes()))
-    except (ValueError, TypeError):
-        raise InputError(f"{found}: not a JSON object; copy the model folder again") from None
+from zipr1.core.text import reason
+from zipr1.models.pixels import PixelSettings
+from zipr1.models.visual import UNKNOWN_FPS, Visual, patch_times
 
 
 def fit_size(height: int, width: int, settings: PixelSettings) -> tuple[int, int]:
@@ -150,7 +33,7 @@ def fit_size(height: int, width: int, settings: PixelSettings) -> tuple[int, int
         raise InputError(
             f"a picture of {width} x {height} pixels: the longer side may be at most 200 times the other"
         )
-    h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
+    h, w = (round(side / factor) * factor for side in (height, width))
     if h * w > high:
         shrink = math.sqrt(height * width / high)
         h, w = (
@@ -173,7 +56,8 @@ def patchify(
     height, width = fit_size(frames.shape[1], frames.shape[2], settings)
     if (height, width) != frames.shape[1:3]:
         resized = [
-            Image.fromarray(f).resize((width, height), Image.Resampling.BICUBIC) for f in frames
+            Image.fromarray(f).resize((width, height), Image.Resampling(settings.resample))
+            for f in frames
         ]
         frames = np.stack([np.asarray(f) for f in resized])
     if short := -len(frames) % settings.temporal:
@@ -194,7 +78,7 @@ def square(
 ) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """uint8 `(H, W, 3)` -> the one tile `(1, 3, S, S)` float32 and its grid of patches `(1, h, w)`."""
     side = settings.tile
-    picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
+    picture = Image.fromarray(pixels).resize((side, side), Image.Resampling(settings.resample))
     scaled = np.asarray(picture).astype(np.float32) / 255
     scaled = (scaled - np.array(settings.mean, np.float32)) / np.array(settings.std, np.float32)
     cells = side // settings.patch
@@ -203,27 +87,6 @@ def square(
         cells,
         cells,
     )
-
-
-@dataclass(frozen=True)
-class Visual:
-    """One picture or clip as the vision tower takes it. seconds: time one temporal patch spans (0 for images); times:
-    the second at which each temporal patch of a clip is shown, the mean of its first and last frame's."""
-
-    kind: str
-    patches: torch.Tensor
-    grid: tuple[int, int, int]
-    seconds: float
-    tokens: int
-    times: tuple[float, ...] = ()
-
-
-def patch_times(times: Sequence[float] | np.ndarray, temporal: int) -> tuple[float, ...]:
-    """Seconds of frames -> of temporal patches, the mean of the first and the last; the last frame may repeat."""
-    seconds = [float(t) for t in times]
-    seconds += seconds[-1:] * (-len(seconds) % temporal)
-    firsts, lasts = seconds[::temporal], seconds[temporal - 1 :: temporal]
-    return tuple((a + b) / 2 for a, b in zip(firsts, lasts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -288,7 +151,7 @@ class Processor:
             tokens = math.prod(grid) // self.settings.merge**2 + self.settings.besides
             return Visual(kind, patches, grid, 0.0, tokens)
         frames = pixels[None] if pixels.ndim == 3 else pixels
-        patches, grid = patchify(frames, self.settings.of(kind, frame_pixels))
+        patches, grid = patchify(frames, self.settings.of(kind, frame_pixels, len(frames)))
         return self._visual(kind, patches, grid, fps, len(frames), times)
 
     def planned(
@@ -302,7 +165,7 @@ class Processor:
     ) -> Visual:
         """What `visual` gives for frames of this size, without patches."""
         self._handled(kind)
-        settings = self.settings.of(kind)
+        settings = self.settings.of(kind, frames=frames)
         if settings.tile:
             side = settings.tile // settings.patch
             tokens = side**2 // settings.merge**2 + settings.besides
@@ -337,13 +200,30 @@ class Processor:
             kind, patches, grid, seconds, tokens, patch_times(times, self.settings.temporal)
         )
 
-    def text(self, messages: Sequence[Mapping[str, Any]], generation: bool = True) -> str:
-        """The chat as the model's template writes it, placeholders not yet expanded."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation
+    def text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        generation: bool = True,
+        **options: Any,
+    ) -> str:
+        """The chat as the model's template writes it, placeholders not yet expanded. options: of transformers'
+        `apply_chat_template`, and variables of the template.
+
+        Raises InputError where the model has no template, or its template refuses the chat.
+        """
+        if not self.tokenizer.chat_template:
+            raise InputError(
+                "the model has no chat template (chat_template.jinja, chat_template.json, or a key of "
+                "tokenizer_config.json); copy one of these files from a model that answers chats"
             )
-        )
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=generation, **options
+                )
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise InputError(f"the chat template refuses the chat ({reason(error)})") from None
 
     def ids(self, text: str, visuals: Sequence[Visual]) -> torch.Tensor:
         """Token ids `(l,)` of a rendered chat, each placeholder repeated for its visual's tokens.

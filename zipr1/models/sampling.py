@@ -17,12 +17,16 @@ from typing import Any
 import torch
 
 from zipr1.core.errors import RunError
-from zipr1.models.batching import choose
+from zipr1.core.transfer import fetch, send
+from zipr1.models.decoding import Steps
 from zipr1.models.sparse.cache import PrunedCache, kv_bytes
-from zipr1.models.sparse.last_layer import last_column
+from zipr1.models.sparse.last_layer import last_column, slots_of
 from zipr1.models.sparse.patch import SparseRun, finished_at
 from zipr1.models.sparse.record import Record
 from zipr1.models.sparse.request import PromptBatch
+
+# Where a pruned cache gets room for all tokens before the first step. It costs a CPU the reading of empty slots.
+FIXED = {"cuda": True}
 
 
 @dataclass
@@ -30,7 +34,8 @@ class Answers:
     """What `Policy.generate` gives, a list entry per row. tokens `(T,)` with the end token if one came; logprobs `(T,)`
     float32. counts `(B, D)`: prompt tokens in the physical cache (None when dense). kept[b][d]: ascending int32
     positions in the unpadded prompt. record: what `kept` is made of, on the device. probe_audit_mass: `(b,)` score mass
-    that held-out probes give to kept tokens, of audited rows. kv_bytes: of the prompts' keys and values."""
+    that held-out probes give to kept tokens, of audited rows, on the device. kv_bytes: of the prompts' keys and
+    values."""
 
     tokens: list[torch.Tensor]
     logprobs: list[torch.Tensor]
@@ -55,8 +60,9 @@ def prefill(
 
     Args:
         inputs: of the text decoder, `inputs_embeds` `(B, L, hidden)` among them.
-        valid: `(B, L)` bool, False for padding. With a cache padding is on the left, and is masked; without one it is
-            on the right, where causality alone hides it from every real token and no mask is built.
+        valid: `(B, L)` bool, False for padding; on the CPU, as all masks here. With a cache padding is on the left, and
+            is masked; without one it is on the right, where causality alone hides it from every real token and no mask
+            is built.
         run: sparse inside its block; only tokens of `prompt` `(B, L)` bool (None: all real ones) may be dropped.
         read_at: `(B, L)` bool, where the output is read; the last layer is finished there alone, unless a dense pass
             keeps a gradient. What is returned elsewhere means nothing. None: everywhere.
@@ -71,10 +77,11 @@ def prefill(
         held = PrunedCache() if cache else None
         out = decoder(**inputs, sparse_batch=batch, past_key_values=held, use_cache=cache)
         return out.last_hidden_state, held
+    device = inputs["inputs_embeds"].device
     narrow = contextlib.nullcontext()
     if read_at is not None and not torch.is_grad_enabled():
-        narrow = finished_at(model, read_at)  # type: ignore[assignment]
-    mask = None if not cache or bool(valid.all()) else valid.long()
+        narrow = finished_at(model, slots_of(read_at, device))  # type: ignore[assignment]
+    mask = None if not cache or bool(valid.all()) else send(device, valid.long())[0]
     with narrow:
         out = decoder(**inputs, attention_mask=mask, use_cache=cache)
     return out.last_hidden_state, out.past_key_values if cache else None
@@ -86,9 +93,11 @@ def decode_step(
     """Hidden states `(B, n, hidden)` of n more tokens of each row, whose keys and values join the cache.
 
     Inside the run's block, if the cache is a pruned one. inputs: of the text decoder. valid: `(B, past + n)` bool of a
-    dense cache; None: nothing is padding, or the cache is a pruned one, which knows.
+    dense cache, on the CPU; None: nothing is padding, or the cache is a pruned one, which knows.
     """
-    mask = None if valid is None or bool(valid.all()) else valid.long()
+    mask = None
+    if valid is not None and not bool(valid.all()):
+        (mask,) = send(inputs["inputs_embeds"].device, valid.long())
     out = model.get_decoder()(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True)
     hidden: torch.Tensor = out.last_hidden_state
     return hidden
@@ -102,7 +111,7 @@ def sample(
     run: SparseRun,
     *,
     head: Callable[[torch.Tensor], torch.Tensor],
-    positions: Callable[[int], torch.Tensor],
+    positions: Callable[[torch.Tensor], torch.Tensor],
     end_ids: Sequence[int],
     max_new_tokens: int,
     uniforms: torch.Tensor | None = None,
@@ -113,7 +122,7 @@ def sample(
 
     Args:
         head: hidden states `(B, hidden)` -> float32 logits `(B, V)`.
-        positions: number of a decoding step, from 0 -> `position_ids` of its tokens.
+        positions: number of a decoding step `(1,)`, from 0 -> `position_ids` of its tokens.
         uniforms: `(B, >= max_new_tokens)` in [0, 1): row b samples its t-th token by inverse CDF of uniforms[b, t], so
             that what a row samples does not depend on its batch. None: all rows are greedy.
         greedy: `(B,)` bool, rows that take the likeliest token all the same.
@@ -121,39 +130,41 @@ def sample(
     Raises RunError where the model's output is not finite, which would pass for a wrong answer.
     """
     states, cache = prefill(model, inputs, valid, run, read_at=last_column(valid))
+    hidden, rows = states[:, -1], len(valid)
     dense = run.request is None
     counts = None if dense else cache.prompt_counts()
     held = kv_bytes(cache)
-    hidden, rows = states[:, -1], len(valid)
-    alive = torch.ones(rows, dtype=torch.bool, device=valid.device)
-    ends = torch.tensor(list(end_ids), device=valid.device)
-    tokens, scores, masks = [], [], []
-    for step in range(max_new_tokens):
-        logits = head(hidden)
-        if step == 0:
-            _check_finite(logits)
-        logprobs = (logits / temperature).log_softmax(-1)
-        choice = choose(logprobs, None if uniforms is None else uniforms[:, step], greedy)
-        tokens.append(choice)
-        scores.append(logprobs.gather(-1, choice[:, None])[:, 0])
-        masks.append(alive)
-        alive = alive & ~torch.isin(choice, ends)
-        if step + 1 == max_new_tokens or not bool(alive.any()):
-            break
+    fixed = not dense and FIXED.get(hidden.device.type, False)
+    if fixed:
+        cache.reserve(max_new_tokens)
+
+    def advance(choice: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        nonlocal valid
         if dense:
             valid = torch.cat([valid, valid.new_ones(rows, 1)], dim=1)
         following = {
             "inputs_embeds": model.get_input_embeddings()(choice[:, None]),
             "position_ids": positions(step),
         }
-        hidden = decode_step(model, following, cache, valid if dense else None)[:, -1]
-    lengths = torch.stack(masks, dim=1).sum(1).tolist()
-    all_tokens, all_scores = torch.stack(tokens, dim=1).cpu(), torch.stack(scores, dim=1).cpu()
-    _check_finite(all_scores)  # NaN where any logit of its step was
+        return decode_step(model, following, cache, valid if dense else None)[:, -1]
+
+    steps = Steps(
+        rows, max_new_tokens, hidden.device, head=head, advance=advance, end_ids=end_ids,
+        uniforms=uniforms, temperature=temperature, greedy=greedy,
+    )  # fmt: skip
+    made = steps.run(hidden, fixed)
+    tokens, logprobs, real, *besides = fetch(
+        steps.tokens[:, :made],
+        steps.logprobs[:, :made],
+        steps.real[:, :made],
+        *([] if counts is None else [counts]),
+    )
+    _check_finite(logprobs[real])
+    lengths = real.sum(1).tolist()
     return Answers(
-        tokens=[all_tokens[b, :n] for b, n in enumerate(lengths)],
-        logprobs=[all_scores[b, :n] for b, n in enumerate(lengths)],
-        counts=None if counts is None else counts.cpu(),
+        tokens=[tokens[b, :n] for b, n in enumerate(lengths)],
+        logprobs=[logprobs[b, :n] for b, n in enumerate(lengths)],
+        counts=besides[0] if besides else None,
         kept=None if run.record is None else run.record.kept_positions(),
         record=run.record,
         probe_audit_mass=None if run.record is None else run.record.probe_audit_mass(),

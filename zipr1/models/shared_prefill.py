@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from zipr1.core.transfer import send
 from zipr1.models import sampling
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
@@ -33,23 +34,24 @@ def shared_states(
     device = policy.device
     inputs, valid = policy.rows(encoded, features, None, True, model)
     hidden, cache = sampling.prefill(model, inputs, valid, read_at=last_column(valid))
-    index = torch.tensor(list(owner), device=device)
+    owners = torch.tensor(list(owner))
     longest = max(len(a) for a in answers)
-    counts = torch.tensor([len(a) for a in answers], device=device)
-    mask = torch.arange(longest, device=device)[None] < counts[:, None]
+    counts = torch.tensor([len(a) for a in answers])
+    answered = torch.arange(longest)[None] < counts[:, None]
+    starts = torch.tensor([encoded[i].next_position for i in owner])
+    following_ids = torch.zeros(len(answers), longest - 1, dtype=torch.long)
+    for row, answer in enumerate(answers):
+        following_ids[row, : len(answer) - 1] = answer[:-1].cpu()
+    positions = starts[:, None] + torch.arange(longest - 1)
+    index, ids, positions = send(device, owners, following_ids, positions)
     states = hidden[index, -1:]
     if longest == 1:
-        return states, mask
+        return states, answered
     cache.batch_select_indices(index)
-    ids = torch.zeros(len(answers), longest - 1, dtype=torch.long)
-    for row, answer in enumerate(answers):
-        ids[row, : len(answer) - 1] = answer[:-1].cpu()
-    starts = torch.tensor([encoded[i].next_position for i in owner], device=device)
-    positions = starts[:, None] + torch.arange(longest - 1, device=device)
-    seen = torch.cat([valid[index], torch.ones_like(mask[:, 1:])], dim=1)
+    seen = torch.cat([valid[owners], torch.ones_like(answered[:, 1:])], dim=1)
     following = {
-        "inputs_embeds": model.get_input_embeddings()(ids.to(device)),
+        "inputs_embeds": model.get_input_embeddings()(ids),
         "position_ids": policy.places(positions.expand(3, -1, -1)),
     }
     more = sampling.decode_step(model, following, cache, seen)
-    return torch.cat([states, more], dim=1), mask
+    return torch.cat([states, more], dim=1), answered

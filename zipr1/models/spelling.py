@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from zipr1.models.processors import Visual
+from zipr1.models.visual import Visual
 
 Spelling = list[str | int]
 Spell = Callable[[Visual], Spelling]

@@ -25,7 +25,7 @@ QUESTION = "Describe this."
 
 @dataclass
 class Inputs:
-    """A batch of prompts as a decoder takes them, and valid `(B, L)` bool.
+    """A batch of prompts as a decoder takes them, and valid `(B, L)` bool on the CPU.
 
     arguments: inputs_embeds `(B, L, hidden)`, position_ids `(3, B, L)` or `(B, L)`, and what a family gives besides.
     visual: visual tokens of a prompt. see: runs the vision tower for one prompt; None without one.
@@ -80,7 +80,7 @@ class Subject:
         seeded = torch.Generator(self.device).manual_seed(0)
         ids = torch.randint(len(table), (batch, length), generator=seeded, device=self.device)
         positions = torch.arange(length, device=self.device).expand(3, batch, -1)
-        valid = torch.ones(batch, length, dtype=torch.bool, device=self.device)
+        valid = torch.ones(batch, length, dtype=torch.bool)
         arguments = {"inputs_embeds": table[ids].detach(), "position_ids": positions}
         return Inputs(arguments, valid, "random tokens")
 

@@ -153,6 +153,7 @@ def train(
                 rehearse(policy, recipe, pictures, prompts)
             if distributed.size() > 1:
                 signals.hold()  # no rank may leave alone: the others would wait for it
+            progress.begin()
             for step in range(done, steps):
                 began = time.monotonic()
                 # 2. a step. Dropout alone uses the global generator; a resumed run must find it as an unbroken one does
@@ -267,7 +268,9 @@ def supervised_step(
     policy.model.train()
     optimizer.zero_grad()
     value, right = supervised.backward(policy, recipe, portion)
-    norm = optim.clipped_step(optimizer, policy.trainable(), recipe.optim.max_grad_norm, value)
+    norm = optim.clipped_step(
+        optimizer, policy.trainable(), recipe.optim.max_grad_norm, torch.tensor(value)
+    )
     policy.model.eval()
     # 3. the next stage of the curriculum
     state["skill"] += 0.05 * (right - state["skill"])

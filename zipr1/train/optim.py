@@ -11,6 +11,7 @@ import torch
 from zipr1.core import distributed, signals
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.recipe import Optim
+from zipr1.core.transfer import fetch
 from zipr1.models.tensors import check_finite, check_names, shapes
 
 
@@ -97,16 +98,18 @@ def clipped_step(
     optimizer: Optimizers,
     named: Sequence[tuple[str, torch.nn.Parameter]],
     max_norm: float,
-    loss: float,
+    loss: torch.Tensor,
 ) -> float:
     """Clip the gradient, step, and return its norm before clipping.
 
-    Raises RunError if it or `loss` is not finite; the weights are then as they were.
+    Raises RunError if it or `loss`, a scalar, is not finite; the weights are then as they were. A GPU is waited for
+    once.
     """
-    norm = float(distributed.whole(torch.nn.utils.clip_grad_norm_([p for _, p in named], max_norm)))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    length = distributed.whole(torch.nn.utils.clip_grad_norm_([p for _, p in named], max_norm))
+    norm, value = (float(x) for x in fetch(length, loss))
+    if not (math.isfinite(value) and math.isfinite(norm)):
         raise RunError(
-            f"the loss is {loss} and its gradient's norm {norm}; start again with a lower optim.lr in another "
+            f"the loss is {value} and its gradient's norm {norm}; start again with a lower optim.lr in another "
             "--output (model.path=RUN goes on from a run's last checkpoint)"
         )
     # From here on the weights are no longer those of before the step.

@@ -76,6 +76,10 @@ class Progress:
         if self._live:
             self._live.stop()
 
+    def begin(self) -> None:
+        """The first step begins now: seconds before it, such as those of the rehearsal, are not a step's."""
+        self._began = time.monotonic()
+
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Shows `metrics`, those of the step that just ended."""
         before, self.done, self._metrics = self.done, step + 1, metrics

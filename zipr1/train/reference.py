@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from zipr1.core.recipe import Recipe
+from zipr1.core.transfer import send
 from zipr1.models.policy import Policy
 from zipr1.models.shared_prefill import ANSWERS, shared_states
 from zipr1.train import losses
@@ -22,7 +23,7 @@ from zipr1.train.rollout import Batch
 @dataclass(frozen=True)
 class Reference:
     """The dense reference's view of some rows. states `(U * T, hidden)` of U distinct (prompt, answer) pairs;
-    place `(B * T,)` int64: which of them each token of each row is."""
+    place `(B * T,)` int64 on the CPU: which of them each token of each row is."""
 
     states: torch.Tensor
     place: torch.Tensor
@@ -31,7 +32,7 @@ class Reference:
     @torch.no_grad()
     def logits(self, policy: Policy, part: slice) -> torch.Tensor:
         """`(n, V)` of these tokens of the flattened rows; tokens that rows share go through the head once."""
-        distinct, back = self.place[part].unique(return_inverse=True)
+        distinct, back = send(policy.device, *self.place[part].unique(return_inverse=True))
         return policy.head(self.states[distinct], self.model)[back]
 
 
@@ -55,8 +56,8 @@ def look_up(policy: Policy, batch: Batch, rows: Rows, chosen: Sequence[int]) -> 
             states, mask = policy.answer_states(encoded, batch.reference, answers, None, model)
     row = {key: place for place, key in enumerate(distinct)}
     width = mask.shape[1]
-    back = torch.tensor([row[key] for key in keys], device=states.device)
-    place = back[:, None] * width + torch.arange(width, device=states.device)
+    back = torch.tensor([row[key] for key in keys])
+    place = back[:, None] * width + torch.arange(width)
     return Reference(states.flatten(0, 1), place.flatten(), model)
 
 
@@ -70,16 +71,17 @@ def token_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the answers' tokens and the divergence from the reference there, both `(B, T)` float32.
 
-    states `(B, T, hidden)` with gradient; tokens `(B, T)` int64; mask `(B, T)` bool. The divergence is 0 where the
-    mask is False, and everywhere without a reference. Logits exist a chunk at a time, forward and backward.
+    states `(B, T, hidden)` with gradient; tokens `(B, T)` int64; mask `(B, T)` bool on the CPU. The divergence is 0
+    where the mask is False, and everywhere without a reference. Logits exist a chunk at a time, forward and backward.
     """
+    (tokens,) = send(states.device, tokens)
     flat, said, real = states.flatten(0, 1), tokens.flatten(), mask.flatten()
     scale, estimator = recipe.train.temperature, recipe.ppo.kl_estimator
 
     def work(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        wanted = real[part]
-        if not bool(wanted.any()):
-            nothing = flat.new_zeros(len(wanted), dtype=torch.float32)
+        wanted = real[part].nonzero()[:, 0]
+        if not len(wanted):
+            nothing = flat.new_zeros(len(real[part]), dtype=torch.float32)
             return nothing, nothing
         logits = policy.head(flat[part])
         new = losses.token_logprobs(logits, said[part], scale)
@@ -87,13 +89,13 @@ def token_scores(
         if reference is None:
             return new, each
         dense = reference.logits(policy, part)
+        (at,) = send(flat.device, wanted)
         if estimator in losses.FORWARD:
             forward = losses.FORWARD[estimator]
-            each[wanted] = losses.kl_full(logits[wanted] / scale, dense[wanted] / scale, forward)
+            kl = losses.kl_full(logits[at] / scale, dense[at] / scale, forward)
         else:
-            old = losses.token_logprobs(dense, said[part], scale)
-            each = losses.kl_k2(new, old).masked_fill(~wanted, 0)
-        return new, each
+            kl = losses.kl_k2(new, losses.token_logprobs(dense, said[part], scale))[at]
+        return new, each.index_copy(0, at, kl)
 
     new, each = losses.in_chunks(work, len(said), policy.words)
     return new.view(mask.shape), each.view(mask.shape)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from zipr1.core import distributed
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe
+from zipr1.core.transfer import fetch, send
 from zipr1.core.types import Prompt
 from zipr1.data.embedded import SOURCES
 from zipr1.models.batching import by_length
@@ -185,7 +186,8 @@ def _pass(
     """Cross-entropy summed over answer tokens, times `share`; the sum itself, and how many are predicted right."""
     lost, same = _scores(policy, *_predictions(policy, batch, features))
     loss = with_tower(policy, [lesson.encoded for lesson in batch], lost * share)
-    return loss, (float(lost.detach()), float(same))
+    cost, right = fetch(lost.detach(), same)
+    return loss, (float(cost), float(right))
 
 
 def _predictions(
@@ -206,8 +208,10 @@ def _predictions(
     for b, e in enumerate(encoded):
         target[b, : len(e)] = e.ids
         said[b, : len(e)] = policy.processor.answer_mask(e.ids)
-    states = hidden[:, :-1][said[:, 1:].to(hidden.device)]
-    return states, target[:, 1:][said[:, 1:]].to(states.device)
+    said, target = said[:, 1:].flatten(), target[:, 1:].flatten()
+    places = said.nonzero()[:, 0]
+    places, wanted = send(hidden.device, places, target[places])
+    return hidden[:, :-1].flatten(0, 1)[places], wanted
 
 
 def _scores(
@@ -233,4 +237,6 @@ def _mask(batch: Sequence[Lesson], width: int, device: torch.device) -> torch.Te
         if lesson.segments is not None:
             segments[b, : len(lesson)] = lesson.segments
     shared = (segments == 0)[:, None, :] | (segments[:, :, None] == segments[:, None, :])
-    return (shared & torch.ones(width, width, dtype=torch.bool).tril())[:, None].to(device)
+    mask = (shared & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
+    (there,) = send(device, mask)
+    return there

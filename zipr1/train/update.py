@@ -15,6 +15,7 @@ import torch
 
 from zipr1.core import distributed
 from zipr1.core.recipe import Recipe, parse
+from zipr1.core.transfer import send
 from zipr1.models.batching import by_length, replay_masks
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
@@ -30,8 +31,10 @@ from zipr1.train.optim import Optimizers, clipped_step
 from zipr1.train.reference import Reference, look_up, token_scores
 from zipr1.train.rollout import Batch
 
-# A loss, and numbers about it for metrics.jsonl.
-Loss = tuple[torch.Tensor, dict[str, float]]
+# A loss, and scalars about it for metrics.jsonl. They stay on the device until the step has ended: a GPU that had to
+# tell them after each pass would be waited for.
+Stats = dict[str, torch.Tensor]
+Loss = tuple[torch.Tensor, Stats]
 
 
 def update(
@@ -51,7 +54,10 @@ def update(
     passes, the missing ones with weight 0, for the passes are where ranks wait for each other.
     """
     rows = flatten(batch, recipe, controller)
-    means: dict[str, float] = defaultdict(float)
+    noted: list[
+        tuple[Stats, int, int]
+    ] = []  # of each pass, with its rows and those of its minibatch
+    dense_kl: list[tuple[torch.Tensor, float]] = []  # with its share of the minibatch's
     norms = 0.0
     here = [b for b, i in enumerate(rows.prompt) if batch.encoded[i] is not None]
     room = token_budget(policy, recipe, update=True)
@@ -63,6 +69,7 @@ def update(
             # In order, so that rollouts of one prompt meet in a micro-batch and share their reference.
             mini = sorted(part.tolist())
             optimizer.zero_grad()
+            lost = torch.zeros((), device=policy.device)
             dense = dense_rows(recipe, batch, mini)
             own = [b for b in mini if batch.encoded[rows.prompt[b]] is not None]
             places = by_length([rows.lengths[b] for b in own], recipe.train.micro_batch, room)
@@ -75,23 +82,42 @@ def update(
                 if some or (dense and policy.parallel.sharded):
                     part_of = len(some) / len(dense)
                     kl = backward_dense(policy, recipe, batch, rows, some or chosen[:1], part_of)
-                    means["kl_dense"] += kl * part_of / steps
+                    dense_kl.append((kl, part_of))
                 stats = backward(policy, recipe, batch, rows, chosen, share, turn + 1 == passes)
-                for name, value in stats.items() if share else ():
-                    if name == "ratio_max":
-                        means[name] = max(means[name], value)
-                    else:
-                        means[name] += value * len(chosen) / len(mini) / steps
-            norm = clipped_step(
-                optimizer, policy.trainable(), recipe.optim.max_grad_norm, means["loss"]
+                if share:
+                    noted.append((stats, len(chosen), len(mini)))
+                    lost += stats["loss"]
+            norms += (
+                clipped_step(optimizer, policy.trainable(), recipe.optim.max_grad_norm, lost)
+                / steps
             )
-            norms += norm / steps
-    return {**over_ranks(means), "grad_norm": norms}
+    return {**over_ranks(means_of(noted, dense_kl, steps)), "grad_norm": norms}
+
+
+def means_of(
+    noted: Sequence[tuple[Stats, int, int]],
+    dense_kl: Sequence[tuple[torch.Tensor, float]],
+    steps: int,
+) -> dict[str, float]:
+    """Means over a step's rows of what its passes noted, and the largest ratio; a GPU is waited for once."""
+    scalars = [kl for kl, _ in dense_kl] + [x for stats, _, _ in noted for x in stats.values()]
+    values = torch.stack(scalars).tolist() if scalars else []
+    told = iter(values)
+    means: dict[str, float] = defaultdict(float)
+    for _, share in dense_kl:
+        means["kl_dense"] += next(told) * share / steps
+    for stats, own, all_rows in noted:
+        for name in stats:
+            if name == "ratio_max":
+                means[name] = max(means[name], next(told))
+            else:
+                means[name] += next(told) * own / all_rows / steps
+    return means
 
 
 def dense_rows(recipe: Recipe, batch: Batch, mini: Sequence[int]) -> set[int]:
-    """Which rows of a minibatch also get a dense forward pass: the share `ppo.dense_kl_fraction` of them, evenly spaced,
-    others in each step."""
+    """Which rows of a minibatch also get a dense forward pass: `ppo.dense_kl_fraction` of them, evenly spaced, others
+    in each step."""
     if not recipe.ppo.dense_kl_fraction or not recipe.ppo.kl_coef:
         return set()
     share, first = recipe.ppo.dense_kl_fraction, batch.probe_seed % 2**20
@@ -117,7 +143,7 @@ def backward(
     chosen: Sequence[int],
     share: float,
     last: bool = True,
-) -> dict[str, float]:
+) -> Stats:
     """The gradient of the sparse loss of some rows, times `share`, added to the parameters'. Returns its stats.
 
     last: whether the ranks' gradients are summed after it."""
@@ -140,7 +166,7 @@ def backward_dense(
     rows: Rows,
     chosen: Sequence[int],
     share: float,
-) -> float:
+) -> torch.Tensor:
     """The mean divergence from the reference of some rows, run dense. Its gradient times `ppo.kl_coef` and `share` is
     added to the parameters'; the ranks' are not yet summed."""
     reference = policy.parallel.reference_forward(lambda: look_up(policy, batch, rows, chosen))
@@ -159,7 +185,7 @@ def replaying(
     return Request(
         recipe.sparse,
         seed=batch.probe_seed,
-        replay=replay_masks([rows.kept[b] for b in chosen], width, policy.device),
+        replay=replay_masks([rows.kept[b] for b in chosen], width),
         scores=bool(methods & {"pathwise", "cut", "through"}),
         through=(batch.low, recipe.budgets.high) if "through" in methods else None,
     )
@@ -181,7 +207,7 @@ def sparse_loss(
     answers, stats = answer_loss(policy, recipe, rows, chosen, states, mask, reference)
     tokens_kept, more = efficiency_loss(policy, recipe, batch, rows, chosen, run.record)
     loss = answers + tokens_kept
-    stats = stats | more | {"loss": float(loss.detach())}
+    stats = stats | more | {"loss": loss.detach()}
     return with_tower(policy, encoded, loss * share), stats
 
 
@@ -193,15 +219,15 @@ def dense_loss(
     chosen: Sequence[int],
     reference: Reference,
     share: float,
-) -> tuple[torch.Tensor, float]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`ppo.kl_coef` times `share` times the mean divergence of some rows from the reference, run dense, and the mean
     itself."""
     encoded, tokens = _of(batch, rows, chosen)
     states, mask = policy.answer_states(encoded, vision(policy, batch, encoded), tokens)
-    padded = pad(tokens, mask.shape[1]).to(policy.device)
+    padded, lengths = send(policy.device, pad(tokens, mask.shape[1]), mask.sum(1))
     _, each = token_scores(policy, recipe, states, padded, mask, reference)
-    kl = (each.sum(1) / mask.sum(1)).mean()
-    return with_tower(policy, encoded, recipe.ppo.kl_coef * kl * share), float(kl.detach())
+    kl = (each.sum(1) / lengths).mean()
+    return with_tower(policy, encoded, recipe.ppo.kl_coef * kl * share), kl.detach()
 
 
 def answer_loss(
@@ -214,21 +240,17 @@ def answer_loss(
     reference: Reference | None,
 ) -> Loss:
     """The clipped surrogate of the answers' tokens, and the divergence from the reference. states `(B, T, hidden)`;
-    mask `(B, T)` bool."""
-    settings, device = recipe.ppo, policy.device
-    tokens, old = ([part[b] for b in chosen] for part in (rows.tokens, rows.old))
-    padded = pad(tokens, mask.shape[1]).to(device)
-    new, each = token_scores(policy, recipe, states, padded, mask, reference)
-    surrogate, stats = losses.clipped_surrogate(
-        new,
-        pad(old, mask.shape[1]).to(device),
-        rows.advantage[chosen].to(device),
-        mask,
-        settings.clip,
+    mask `(B, T)` bool on the CPU."""
+    settings = recipe.ppo
+    tokens, old = (
+        pad([part[b] for b in chosen], mask.shape[1]) for part in (rows.tokens, rows.old)
     )
-    kl = (each.sum(1) / mask.sum(1)).mean()
+    tokens, old, advantage, real = send(policy.device, tokens, old, rows.advantage[chosen], mask)
+    new, each = token_scores(policy, recipe, states, tokens, mask, reference)
+    surrogate, stats = losses.clipped_surrogate(new, old, advantage, real, settings.clip)
+    kl = (each.sum(1) / real.sum(1)).mean()
     loss = settings.policy_gradient * surrogate + settings.kl_coef * kl
-    return loss, {name: float(v) for name, v in stats.items()} | {"kl": float(kl.detach())}
+    return loss, stats | {"kl": kl.detach()}
 
 
 def efficiency_loss(
@@ -241,34 +263,35 @@ def efficiency_loss(
 ) -> Loss:
     """What lowers the token ratio: `pathwise` and `cut`, from the record of the sparse forward pass; 0 without them."""
     methods, budgets, device = parse(recipe.efficiency.method), recipe.budgets, policy.device
-    loss, stats = torch.zeros((), device=device), {}
+    loss, stats = torch.zeros((), device=device), Stats()
     layers = record.layers if record is not None else []
     cuts = [layer.cut for layer in layers if layer.cut is not None]
     # Prompts too short to be pruned have no choice to learn.
     lengths = [len(batch.encoded[rows.prompt[b]]) for b in chosen]
-    short = torch.tensor([length < recipe.sparse.dense_below for length in lengths]).to(device)
+    # An all-wrong group is not paid for saving, here as in the reward.
+    short, weights = send(
+        device,
+        torch.tensor([length < recipe.sparse.dense_below for length in lengths]),
+        rows.weights[:, chosen] * rows.opened[chosen],
+    )
     if "pathwise" in methods:
         assert record is not None
         expected = torch.stack(
             [thresholds.expected_ratio(c, batch.low, budgets.high, record.candidates) for c in cuts]
         ).masked_fill(short, 1.0)
-        # An all-wrong group is not paid for saving, here as in the reward.
-        weights = rows.weights[:, chosen] * rows.opened[chosen]
-        loss = loss + (expected * weights.to(device)).mean()
-        stats["expected_ratio"] = float(expected.detach().mean())
+        loss = loss + (expected * weights).mean()
+        stats["expected_ratio"] = expected.detach().mean()
     if "cut" in methods:
         assert rows.cut_old is not None
         kept = [layer.keep for layer in layers]
         logp = thresholds.cut_log_prob(cuts, kept, batch.low, budgets.high, budgets.per)
+        old, advantage = send(device, rows.cut_old[chosen], rows.cut_advantage[chosen])
         surrogate, found = losses.clipped_action(
-            logp.masked_fill(short, 0.0),
-            rows.cut_old[chosen].to(device),
-            rows.cut_advantage[chosen].to(device),
-            recipe.ppo.clip,
+            logp.masked_fill(short, 0.0), old, advantage, recipe.ppo.clip
         )
         loss = loss + surrogate
-        stats["cut_clip_fraction"] = float(found["clip_fraction"])
-        stats["cut_ratio_mean"] = float(found["ratio_mean"])
+        stats["cut_clip_fraction"] = found["clip_fraction"]
+        stats["cut_ratio_mean"] = found["ratio_mean"]
     return loss, stats
 
 

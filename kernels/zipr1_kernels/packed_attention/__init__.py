@@ -15,7 +15,7 @@ def packed_attention(
     """Each token attends to those of its own row up to itself: `sparse_prefill` of tokens that were gathered before.
 
     On a GPU torch's own variable-length attention runs where it can: unlike its padded attention on cuDNN it plans
-    nothing for a new length, and needs no padding.
+    nothing for a new length, and needs no padding. Elsewhere rows are padded to the longest and `sparse_prefill` runs.
 
     Args:
         q: `(T, HQ, D)`; k: `(T, H, D)`; v: `(T, H, DV)`; HQ is a multiple of H. The kept tokens of all rows in the
@@ -36,4 +36,12 @@ def packed_attention(
         raise ValueError(f"{tokens} tokens and kept has {kept.total}; give those of kept.flat")
     if dispatch.library("packed_attention", q, k, v, kept.index, cannot=library.cannot(q, k, v)):
         return library.packed_attention(q, k, v, kept, scale=scale)
-    return reference.packed_attention(q, k, v, kept, scale=scale)
+    # Which uses this operation, so it is not imported above.
+    from zipr1_kernels.sparse_prefill import blocked, sparse_prefill
+
+    short = not kept.ragged or kept.index.shape[1] < blocked.LEAST
+    if short and q.device.type == "cpu" and not dispatch.forced("triton"):
+        return reference.packed_attention(q, k, v, kept, scale=scale)
+    return reference.by_rows(
+        q, k, v, kept, lambda q, k, v: sparse_prefill(q, k, v, kept.packed, scale=scale)
+    )

@@ -59,14 +59,7 @@ def select_threshold(
 
 def pack_indices(keep: torch.Tensor) -> Kept:
     """See the public function."""
-    count = keep.sum(-1)
-    most, least, total = torch.stack([count.max(), count.min(), count.sum()]).tolist()
-    rows, slots = keep.nonzero(as_tuple=True)
-    rank = keep.cumsum(-1)[rows, slots] - 1
-    index = torch.zeros(len(keep), max(most, 1), dtype=torch.int64, device=keep.device)
-    index[rows, rank] = slots
-    # Slots ascend and padding is 0, so a running maximum repeats the last kept slot.
-    return Kept(index.cummax(-1).values, count, least, keep.shape[1], total)
+    return Kept.from_mask(keep)
 
 
 def _shares(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:

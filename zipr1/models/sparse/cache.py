@@ -34,6 +34,9 @@ class PrunedLayer(DynamicLayer):
         self.prompt_counts: torch.Tensor | None = None
         self.capacity: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    # `(B,)` int64 on the device, of a layer whose slots are counted there: how many of each row are filled.
+    filled: torch.Tensor | None = None
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
@@ -122,11 +125,46 @@ class PrunedLayer(DynamicLayer):
         self.pruned = False
 
 
+class FixedLayer(PrunedLayer):
+    """A pruned layer with room for all tokens to come: keys and values `(B, H, capacity, D)` stay where they are, and
+    each row's next token goes behind its last one, at a place that the device knows.
+
+    filled: `(B,)` int64, slots of each row that count, the next token's among them; behind them is nothing that counts.
+    """
+
+    filled: torch.Tensor
+
+    def __init__(
+        self, layer: PrunedLayer, new: int, filled: torch.Tensor, place: torch.Tensor
+    ) -> None:
+        super().__init__()
+        batch, heads, held, _ = layer.keys.shape
+        shapes = [(batch, heads, held + new, x.shape[3]) for x in (layer.keys, layer.values)]
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values = layer.keys.new_zeros(shapes[0]), layer.values.new_zeros(shapes[1])
+        self.keys[:, :, :held], self.values[:, :, :held] = layer.keys, layer.values
+        self.filled, self.place = filled, place
+        self.rows = torch.arange(batch, device=place.device)
+        self.prompt_counts, self.pruned = layer.prompt_counts, True
+        self.cumulative_length = layer.cumulative_length
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Write `(B, H, 1, D)` to each row's place; all slots are returned."""
+        for held, new in ((self.keys, key_states), (self.values, value_states)):
+            held.transpose(1, 2)[self.rows, self.place] = new[:, :, 0]
+        self.cumulative_length += 1
+        return self.keys, self.values
+
+
 class PrunedCache(Cache):
-    """One `PrunedLayer` per decoder layer, made as layers are met."""
+    """One `PrunedLayer` per decoder layer, made as layers are met; or `FixedLayer`s, after `reserve`."""
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=PrunedLayer)
+        # `(2, D, B)` int64 of fixed layers: each row's next place, and how many slots are filled with it.
+        self._places: torch.Tensor | None = None
 
     @classmethod
     def whole(cls, cache: Any) -> PrunedCache:
@@ -152,8 +190,20 @@ class PrunedCache(Cache):
             self.layers[layer].lazy_initialization(keys, values)
         self.layers[layer].prune(keys, values, kept)
 
+    def reserve(self, new: int) -> None:
+        """Make room for `new` tokens of each row, which then come one by one, none of them padding. From then on a step
+        has the same tensors at the same places as the one before, and can be captured as a CUDA graph."""
+        counts = torch.stack([layer.prompt_counts for layer in self.layers])
+        self._places = torch.stack([counts - 1, counts])
+        for i, layer in enumerate(self.layers):
+            place, filled = self._places[:, i]
+            self.layers[i] = FixedLayer(layer, new, filled, place)
+
     def expect(self, incoming: torch.Tensor | None) -> None:
-        """Say which of the next tokens are padding: `(B, q)` bool, True for real ones."""
+        """A pass begins; which of its tokens are padding: `(B, q)` bool, True for real ones."""
+        if self._places is not None:
+            self._places += 1
+            return
         for layer in self.layers:
             layer.incoming = incoming
 

@@ -16,13 +16,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from zipr1_kernels import Kept, kv_compact, pack_indices, sparse_decode, sparse_prefill
+from zipr1_kernels import (
+    Kept,
+    kv_compact,
+    pack_indices,
+    packed_attention,
+    sparse_decode,
+    sparse_prefill,
+)
 
 from zipr1.core.errors import InputError
 from zipr1.core.phases import phase
+from zipr1.core.transfer import send
 from zipr1.models.sparse.cache import PrunedCache
-from zipr1.models.sparse.gate import gated_prefill, straight_through
-from zipr1.models.sparse.last_layer import finished
+from zipr1.models.sparse.gate import gated_attention, gated_prefill, straight_through
+from zipr1.models.sparse.last_layer import finished, slots_of
 from zipr1.models.sparse.packing import Handover, OutputRows, PackedRows
 from zipr1.models.sparse.record import LayerRecord, Record
 from zipr1.models.sparse.request import PromptBatch, Request
@@ -43,10 +51,10 @@ class DecoderCall:
 
     @property
     def valid(self) -> torch.Tensor:
-        """`(B, q)` bool, real tokens among the new ones."""
+        """`(B, q)` bool, real tokens among the new ones; on the CPU where there was no mask."""
         if self.real is not None:
             return self.real
-        return torch.ones(self.embeds.shape[:2], dtype=torch.bool, device=self.embeds.device)
+        return torch.ones(self.embeds.shape[:2], dtype=torch.bool)
 
 
 class SparseContext(ABC):
@@ -74,7 +82,7 @@ class SparseContext(ABC):
 
 class Prefill(SparseContext):
     """A prompt, of which each layer keeps a part. cache: takes the kept keys and values; None: they are not cached.
-    last: number of the last layer, which is finished where `batch.read_at` says."""
+    layers: of the decoder, of which the last one is finished where `batch.read_at` says."""
 
     def __init__(
         self,
@@ -82,16 +90,26 @@ class Prefill(SparseContext):
         batch: PromptBatch,
         cache: PrunedCache | None,
         handover: Handover,
-        last: int,
+        layers: int,
+        device: torch.device,
     ) -> None:
         super().__init__(handover)
-        prompt = batch.valid if batch.prompt is None else batch.prompt
+        valid = batch.valid.cpu()
+        prompt = valid if batch.prompt is None else batch.prompt.cpu()
         self.request = request
-        self.batch = batch
-        self.selector = Selector(request, prompt, ProbeRange.of(prompt))
-        self.answers = batch.valid & ~prompt
+        self.selector = Selector(request, prompt, ProbeRange.of(prompt), layers, device)
         self.cache = cache
-        self.last = last
+        self.last = layers - 1
+        self.slots = None if batch.read_at is None else slots_of(batch.read_at, device)
+        # A choice that was recorded is known here already, counts and all: no GPU waits for them.
+        self.known: list[Kept] | None = None
+        answers = valid & ~prompt
+        if request.replay is not None:
+            packed = (Kept.from_mask(keep.cpu() | answers) for keep in request.replay)
+            if device.type != "cpu":
+                packed = (kept.moved(lambda *parts: send(device, *parts)) for kept in packed)
+            self.known = list(packed)
+        self.answers = send(device, answers)[0] if bool(answers.any()) else None
 
     @property
     def record(self) -> Record:
@@ -100,8 +118,11 @@ class Prefill(SparseContext):
     def choose(self, layer: int, heads: Heads) -> tuple[Kept, LayerRecord]:
         """Tokens that take part in `layer`: what it keeps of the prompt, and the answers, which are never dropped."""
         choice = self.selector.choose(layer, heads)
+        if self.known is not None:
+            return self.known[layer], choice
         with phase("selection"):
-            return pack_indices(choice.keep | self.answers), choice
+            keep = choice.keep if self.answers is None else choice.keep | self.answers
+            return pack_indices(keep), choice
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -111,9 +132,9 @@ class Prefill(SparseContext):
         if self.cache is not None:
             with phase("gathers"):
                 self.cache.put(layer, *kv_compact(key, value, kept), kept)
-        read_at = self.read_in(layer)
+        slots = self.read_in(layer)
         self.handover.leave(
-            layer, OutputRows(o_proj=kept.flat) if read_at is None else finished(read_at)
+            layer, OutputRows(o_proj=kept.flat) if slots is None else finished(slots)
         )
         return out.transpose(1, 2)
 
@@ -125,8 +146,8 @@ class Prefill(SparseContext):
         return PackedPrefill(self, PackedRows(kept), choice)
 
     def read_in(self, layer: int) -> torch.Tensor | None:
-        """`(B, L)` bool, where the output of this layer is read; None: everywhere."""
-        return self.batch.read_at if layer == self.last else None
+        """Slots of the flattened batch where the output of this layer is read; None: everywhere."""
+        return self.slots if layer == self.last else None
 
     def gate_of(self, choice: LayerRecord) -> torch.Tensor | None:
         """`(B, L)` of `Request.through`; None without it."""
@@ -164,17 +185,20 @@ class PackedPrefill(SparseContext):
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         prefill, rows, kept = self.prefill, self.rows, self.rows.kept
-        query, key, value = (rows.heads_by_row(x) for x in (query, key, value))
         gate = prefill.gate_of(self.choice)
-        if gate is not None:
-            gate = gate.gather(1, kept.index)
-        out = prefill.among(kept.packed, query, key, value, scale, gate)
+        heads = [x[0].transpose(0, 1) for x in (query, key, value)]  # (n, heads, D)
+        with phase("attention"):
+            if gate is None:
+                out = packed_attention(heads[0], heads[1], heads[2], kept, scale=scale)
+            else:
+                gate = gate.flatten().index_select(0, kept.flat)
+                out = gated_attention(heads[0], heads[1], heads[2], kept, gate, scale)
         if prefill.cache is not None:
             with phase("gathers"):
-                prefill.cache.put(layer, key, value, kept)
-        read_at = prefill.read_in(layer)
-        self.handover.leave(layer, OutputRows() if read_at is None else finished(read_at, kept))
-        return rows.packed_heads(out)
+                prefill.cache.put(layer, rows.by_row(key), rows.by_row(value), kept)
+        slots = prefill.read_in(layer)
+        self.handover.leave(layer, OutputRows() if slots is None else finished(slots, kept))
+        return out[None]
 
 
 class Decode(SparseContext):
@@ -189,8 +213,9 @@ class Decode(SparseContext):
     ) -> torch.Tensor:
         self.handover.leave(layer, OutputRows())
         with phase("attention"):
-            valid = self.cache.layers[layer].valid
-            return sparse_decode(query, key, value, valid, scale=scale).transpose(1, 2)
+            held = self.cache.layers[layer]
+            out = sparse_decode(query, key, value, held.valid, count=held.filled, scale=scale)
+            return out.transpose(1, 2)
 
 
 def begin(
@@ -212,4 +237,4 @@ def begin(
             "leave past_key_values and cache_implementation out"
         )
     batch = call.batch or PromptBatch(call.valid)
-    return Prefill(request, batch, cache, handover, layers - 1), cache
+    return Prefill(request, batch, cache, handover, layers, call.embeds.device), cache

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from zipr1_kernels import Kept, sparse_prefill
+from zipr1_kernels import Kept, packed_attention, sparse_prefill
 
 from zipr1.models.sparse.thresholds import chance
 
@@ -31,17 +31,39 @@ def gated_prefill(
 ) -> torch.Tensor:
     """`sparse_prefill` whose kept tokens weigh exp(gate) as keys and 1 + gate as outputs; gate `(B, L)` is 0.
 
-    query `(B, HQ, L, D)`, key `(B, H, L, D)`, value `(B, H, L, DV)` -> `(B, HQ, L, DV)`. One more head dimension adds
-    the gate to the logits, so that the attention itself need not know of it; zeros fill all three up to one width that
-    is a multiple of 8, for torch has no fused attention for others and its plain one holds L x L weights.
+    query `(B, HQ, L, D)`, key `(B, H, L, D)`, value `(B, H, L, DV)` -> `(B, HQ, L, DV)`.
     """
-    bias = (gate / scale).to(key.dtype)[:, None, :, None].expand(-1, key.shape[1], -1, 1)
+    gate = gate[:, None, :, None]
+    out = sparse_prefill(*_carrying(query, key, value, gate / scale), kept, scale=scale)
+    return out[..., : value.shape[-1]] * (1 + gate).to(out.dtype)
+
+
+def gated_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kept: Kept,
+    gate: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """The same by `packed_attention`, of the kept tokens alone: query `(n, HQ, D)`, key `(n, H, D)`, value `(n, H, DV)`
+    and gate `(n,)` -> `(n, HQ, DV)`."""
+    gate = gate[:, None, None]
+    out = packed_attention(*_carrying(query, key, value, gate / scale), kept, scale=scale)
+    return out[..., : value.shape[-1]] * (1 + gate).to(out.dtype)
+
+
+def _carrying(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One more head dimension adds the bias of each key to the logits, so that the attention itself need not know of
+    it; zeros fill all three up to one width that is a multiple of 8, for torch has no fused attention for others and
+    its plain one holds L x L weights."""
+    bias = bias.to(key.dtype).expand(*key.shape[:-1], 1)
     widest = max(query.shape[-1] + 1, value.shape[-1])
     width = -(-widest // ALIGNMENT) * ALIGNMENT
     query = _filled(torch.cat([query, torch.ones_like(query[..., :1])], -1), width)
-    key = _filled(torch.cat([key, bias], -1), width)
-    out = sparse_prefill(query, key, _filled(value, width), kept, scale=scale)
-    return out[..., : value.shape[-1]] * (1 + gate).to(out.dtype)[:, None, :, None]
+    return query, _filled(torch.cat([key, bias], -1), width), _filled(value, width)
 
 
 def _filled(x: torch.Tensor, width: int) -> torch.Tensor:

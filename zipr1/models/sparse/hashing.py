@@ -5,6 +5,7 @@ torch's generators promise no such thing across devices and releases; replaying 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 MASK = 2**64 - 1
@@ -24,6 +25,15 @@ def mix(*keys: int) -> int:
     for key in keys:
         state = splitmix64(state ^ (key & MASK))
     return state
+
+
+def mix_each(key: int, places: np.ndarray) -> np.ndarray:
+    """`mix(..., place)` for each of many places, int64 -> uint64; key: `mix` of the keys before it."""
+    x = np.uint64(key) ^ places.astype(np.uint64)
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def uniforms(key: int, positions: torch.Tensor) -> torch.Tensor:

@@ -13,18 +13,26 @@ from __future__ import annotations
 import torch
 from zipr1_kernels import Kept
 
+from zipr1.core.transfer import send
 from zipr1.models.sparse.packing import OutputRows
 
 
 def last_column(valid: torch.Tensor) -> torch.Tensor:
-    """`(B, L)` bool, True in the last slot: where left-padded prompts are read."""
-    read_at = torch.zeros_like(valid)
+    """`(B, L)` bool on the CPU, True in the last slot: where left-padded prompts are read."""
+    read_at = torch.zeros(valid.shape, dtype=torch.bool)
     read_at[:, -1] = True
     return read_at
 
 
-def finished(read_at: torch.Tensor, packed: Kept | None = None) -> OutputRows:
-    """What is left to do where the output is read; read_at `(B, L)` bool. packed: the layer has these tokens alone."""
-    flat = read_at.flatten()
-    at = (flat if packed is None else flat[packed.flat]).nonzero()[:, 0]
+def slots_of(read_at: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`(n,)` int64 on `device`, ascending: where `read_at` `(B, L)` bool is True, among the flattened batch. `read_at`
+    should lie on the CPU, where their number is known."""
+    (slots,) = send(device, read_at.flatten().nonzero()[:, 0])
+    return slots
+
+
+def finished(slots: torch.Tensor, packed: Kept | None = None) -> OutputRows:
+    """What is left to do where the output is read. packed: the layer has these tokens alone, the read ones among
+    them."""
+    at = slots if packed is None else torch.searchsorted(packed.flat, slots)
     return OutputRows(o_proj=at, mlp=at)

@@ -32,22 +32,12 @@ class PackedRows:
         with phase("gathers"):
             return over.flatten(0, 1).index_copy(0, self.kept.flat, packed[0]).view_as(over)
 
-    def heads_by_row(self, x: torch.Tensor) -> torch.Tensor:
+    def by_row(self, x: torch.Tensor) -> torch.Tensor:
         """Heads of packed tokens `(1, H, n, D)` -> `(B, H, longest, D)`; padding repeats a row's last token."""
         if not self.kept.ragged:
             return x[0].unflatten(1, (len(self.kept.count), -1)).transpose(0, 1)
-        with phase("gathers"):
-            start = self.kept.count.cumsum(0) - self.kept.count
-            places = start[:, None] + self.kept.packed.index
-            rows = x[0].transpose(0, 1).index_select(0, places.flatten())
-            return rows.unflatten(0, places.shape).transpose(1, 2)
-
-    def packed_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """`(B, H, longest, D)` -> `(1, n, H, D)`, without the padding."""
-        x = x.transpose(1, 2)
-        with phase("gathers"):
-            x = x.flatten(0, 1)
-            return (x.index_select(0, self.kept.packed.flat) if self.kept.ragged else x)[None]
+        rows = x[0].transpose(0, 1).index_select(0, self.kept.places.flatten())
+        return rows.unflatten(0, self.kept.index.shape).transpose(1, 2)
 
 
 @dataclass(frozen=True)

@@ -131,10 +131,11 @@ def _rows_of(run: SparseRun, layer: int, name: str) -> Callable[[], torch.Tensor
 
 
 @contextlib.contextmanager
-def finished_at(model: Any, read_at: torch.Tensor) -> Iterator[None]:
-    """Inside, a dense prefill finishes the last layer at `read_at` `(B, L)` bool alone (last_layer.py); what it returns
-    elsewhere means nothing. Without gradient: layers could be computed again in backward, when the patch is gone."""
-    layer, rows = model.get_decoder().layers[-1], finished(read_at)
+def finished_at(model: Any, slots: torch.Tensor) -> Iterator[None]:
+    """Inside, a dense prefill finishes the last layer at `slots` of the flattened batch alone (last_layer.py); what it
+    returns elsewhere means nothing. Without gradient: layers could be computed again in backward, when the patch is
+    gone."""
+    layer, rows = model.get_decoder().layers[-1], finished(slots)
     with (
         attributes(
             layer.self_attn.o_proj,

@@ -10,58 +10,61 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from zipr1.core.recipe import Probes
-from zipr1.models.sparse.hashing import mix
+from zipr1.models.sparse.hashing import mix, mix_each
 
 
-@lru_cache(maxsize=4096)
-def _positions(length: int, layer: int, seed: int, recent: int, random: int) -> tuple[int, ...]:
-    if length <= recent + random:
-        return tuple(range(length))
-    rest = length - recent
-    drawn = []
-    for i in range(random):
-        low, high = i * rest // random, (i + 1) * rest // random
-        # The modulo's bias is below 2**-40 for any prompt that fits a machine.
-        drawn.append(low + mix(seed, layer, length, i) % (high - low))
-    return (*drawn, *range(rest, length))
-
-
-def probe_positions(length: int, layer: int, seed: int, recent: int, random: int) -> torch.Tensor:
-    """Ascending int64 positions in the unpadded prompt: min(length, recent + random) of them.
+# Of a batch of one prompt's rollouts all rows are alike, and so are all passes of a step.
+@lru_cache(maxsize=256)
+def probe_positions(
+    length: int, layers: tuple[int, ...], seed: int, recent: int, random: int
+) -> np.ndarray:
+    """Ascending int64 positions in the unpadded prompt, `(layers, n)`, n = min(length, recent + random). Not to be
+    written to.
 
     The last `recent` positions, and one position from each of `random` equal strata of the rest
     [0, length - recent). A prompt no longer than recent + random: all positions.
     """
-    return torch.tensor(_positions(length, layer, seed, recent, random), dtype=torch.int64)
+    if length <= recent + random:
+        return np.tile(np.arange(length), (len(layers), 1))
+    rest = length - recent
+    strata = np.arange(random)
+    low, high = strata * rest // random if random else strata, (strata + 1) * rest // max(random, 1)
+    out = np.empty((len(layers), recent + random), np.int64)
+    out[:, random:] = np.arange(rest, length)
+    for row, layer in zip(out, layers, strict=True):
+        # The modulo's bias is below 2**-40 for any prompt that fits a machine.
+        drawn = mix_each(mix(seed, layer, length), strata) % (high - low).astype(np.uint64)
+        row[:random] = low + drawn.astype(np.int64)
+    return out
 
 
 def probe_slots(
     lengths: Sequence[int],
     offsets: Sequence[int],
-    layer: int,
+    layers: Sequence[int],
     seed: int,
     probes: Probes,
-    device: torch.device | str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probes of a padded batch, as slots.
+    """Probes of a padded batch, as slots, for each of the `layers`; on the CPU.
 
     Args:
         lengths: unpadded prompt lengths, >= 1. offsets: slot of each prompt's first token (0 where
             padding is on the right).
 
     Returns:
-        slots `(B, R)` int64 and valid `(B, R)` bool, R the most probes of any sample. Invalid
+        slots `(layers, B, R)` int64 and valid `(B, R)` bool, R the most probes of any sample. Invalid
         entries repeat the sample's last probe, so they may be gathered.
     """
-    rows = [_positions(n, layer, seed, probes.recent, probes.random) for n in lengths]
-    width = max(map(len, rows))
-    slots = [
-        [o + x for x in row] + [o + row[-1]] * (width - len(row))
-        for row, o in zip(rows, offsets, strict=True)
-    ]
-    counts = torch.tensor([len(row) for row in rows])
-    valid = torch.arange(width) < counts[:, None]
-    return torch.tensor(slots, dtype=torch.int64, device=device), valid.to(device)
+    which = tuple(layers)
+    rows = [probe_positions(n, which, seed, probes.recent, probes.random) for n in lengths]
+    counts = np.array([row.shape[1] for row in rows])
+    slots = np.empty((len(which), len(rows), counts.max()), np.int64)
+    for b, (row, offset) in enumerate(zip(rows, offsets, strict=True)):
+        slots[:, b, : row.shape[1]] = row + offset
+        slots[:, b, row.shape[1] :] = row[:, -1:] + offset
+    valid = np.arange(slots.shape[2]) < counts[:, None]
+    return torch.from_numpy(slots), torch.from_numpy(valid)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from zipr1.core.transfer import fetch
+
 
 @dataclass
 class LayerRecord:
@@ -59,15 +61,16 @@ class Record:
         """[sample][layer] -> ascending int32 positions in the unpadded prompt, on the CPU: the form of `Rollout.kept`.
 
         Padding must lie on one side of the prompt."""
-        starts = self.candidates.int().argmax(1).tolist()
-        keeps = [layer.keep.cpu().numpy() for layer in self.layers]
+        here = fetch(self.candidates, *(layer.keep for layer in self.layers))
+        starts = here[0].int().argmax(1).tolist()
+        keeps = [keep.numpy() for keep in here[1:]]
         return [
             [torch.from_numpy((np.flatnonzero(keep[b]) - start).astype(np.int32)) for keep in keeps]
             for b, start in enumerate(starts)
         ]
 
     def probe_audit_mass(self) -> torch.Tensor | None:
-        """`(b,)` float32 in [0, 1] on the CPU, of audited rows: mean over layers; None without any."""
+        """`(b,)` float32 in [0, 1], of audited rows: mean over layers; None without any."""
         masses = [layer.probe_audit_mass for layer in self.layers]
         known = [mass for mass in masses if mass is not None]
-        return torch.stack(known).mean(0).cpu() if known else None
+        return torch.stack(known).mean(0) if known else None

@@ -20,10 +20,11 @@ class Request:
 
     thresholds: `(B, D)` or `(B, 1)` float in (0, 1], a p for each row and layer; None: `settings.p`. seed: of the
     random probes and of the random rule. replay: kept prompt slots of each layer, `(B, L)` bool, taken instead of
-    choosing. scores: record scores and cut points, with their gradient. audit: rows of which the score mass is recorded
-    that other probes give to kept tokens. through: the range (low, high) of p that rollouts were drawn from; the kept
-    tokens' keys and outputs then carry their chance of being kept as a factor of value 1, so that losses have a
-    gradient in the scores; needs `scores`. force: take the sparse path even where it keeps everything.
+    choosing; on the CPU, where their counts are known. scores: record scores and cut points, with their gradient.
+    audit: rows of which the score mass is recorded that other probes give to kept tokens. through: the range (low,
+    high) of p that rollouts were drawn from; the kept tokens' keys and outputs then carry their chance of being kept as
+    a factor of value 1, so that losses have a gradient in the scores; needs `scores`. force: take the sparse path even
+    where it keeps everything.
     """
 
     settings: Sparse
@@ -47,7 +48,8 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class PromptBatch:
-    """What a prefill must know of its batch beside the embeddings; masks are `(B, L)` bool.
+    """What a prefill must know of its batch beside the embeddings; masks are `(B, L)` bool and best on the CPU: lengths
+    are read from them, and elsewhere a GPU is waited for.
 
     valid: real tokens, False for padding. prompt: those of the prompt, which may be dropped; None: all real ones.
     read_at: slots whose output is read (the last layer is finished there alone), all of them kept; None: everywhere.

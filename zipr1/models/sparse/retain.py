@@ -111,12 +111,15 @@ class Turn(SparseContext):
         valid: torch.Tensor,
         past: int,
         handover: Handover,
+        device: torch.device,
     ) -> None:
         super().__init__(handover)
         self.request = request
         self.cache = cache
         self.past = past
-        self.selector = Selector(request, valid, ProbeRange.of(valid[:, past:], past))
+        valid = valid.cpu()
+        asking = ProbeRange.of(valid[:, past:], past)
+        self.selector = Selector(request, valid, asking, len(cache.layers), device)
 
     @property
     def record(self) -> Record:
@@ -132,7 +135,9 @@ class Turn(SparseContext):
         few = kv_compact(key, value, kept)
         self.cache.layers[layer].choose(*few, kept)
         mine = keep[:, self.past :]
-        rows = mine.flatten().nonzero()[:, 0] if self.request.settings.skip == "layer" else None
+        rows = None
+        if self.request.settings.skip == "layer":
+            rows = mine.flatten().nonzero()[:, 0] if self.past else kept.flat
         self.handover.leave(layer, OutputRows(o_proj=rows, mlp=rows))
         if not self.past:
             return sparse_prefill(query, key, value, kept, scale=scale).transpose(1, 2)
@@ -156,14 +161,14 @@ def begin(
             f"kv: retain needs its own KV cache and got a {type(cache).__name__} that is in use; leave "
             "past_key_values and cache_implementation out"
         )
-    new = call.valid
-    if cache.get_seq_length() > 0 and new.shape[1] == 1:
+    if cache.get_seq_length() > 0 and call.embeds.shape[1] == 1:
         for layer in cache.layers:
-            layer.incoming = new
+            layer.incoming = call.real
         return Decode(cache, handover), cache
+    new = call.valid.to(call.embeds.device)
     past = cache.layers[0].seen() if cache.get_seq_length() > 0 else new[:, :0]
     valid = torch.cat([past, new], dim=1)
-    turn = Turn(request, cache, valid, past.shape[1], handover)
+    turn = Turn(request, cache, valid, past.shape[1], handover, new.device)
     for layer in cache.layers:
         layer.turn = valid
     return turn, cache

@@ -11,6 +11,7 @@ import torch
 from zipr1_kernels import probe_scores
 
 from zipr1.core.recipe import Sparse
+from zipr1.core.transfer import send
 from zipr1.models.sparse.probes import probe_slots
 from zipr1.models.sparse.rules import Draw, select
 
@@ -37,7 +38,8 @@ def keep(
     if settings.rule == "random":
         scores = torch.zeros(1, length, device=device)
     else:
-        places, real = probe_slots([length], [0], layer, SEED, settings.probes, device)
+        slots, valid = probe_slots([length], [0], [layer], SEED, settings.probes)
+        places, real = send(device, slots[0], valid)
         scores = total(
             probe_scores(
                 query[places[0]].transpose(0, 1)[None],

@@ -1,0 +1,264 @@
+"""How often a GPU would be waited for and what it would be given, counted on a stand-in (standingpu.py)."""
+
+import logging
+
+import pytest
+import standingpu
+import tinymodels
+import torch
+from standingpu import DEVICE, OnGpu
+from tinysteps import gradients, recipe, roll, with_train
+
+from zipr1.core.recipe import Efficiency, Ppo, Probes, Sparse
+from zipr1.models import decoding, sampling
+from zipr1.models.sparse.patch import sparse_attention
+from zipr1.models.sparse.request import Request
+
+LAYERS = tinymodels.TEXT["num_hidden_layers"]
+PROBES = Probes(recent=3, random=6)
+
+
+def settings(**changes):
+    return Sparse(**{"p": 0.8, "dense_below": 0, "probes": PROBES} | changes)
+
+
+@pytest.fixture
+def fixed(monkeypatch):
+    """Decode as on a GPU."""
+    monkeypatch.setitem(sampling.FIXED, DEVICE.type, True)
+    monkeypatch.setitem(decoding.LOOK, DEVICE.type, decoding.LOOK["cuda"])
+
+
+def prompts():
+    """A policy, prompts of four lengths and their features, on the CPU."""
+    policy = tinymodels.make()
+    encoded = tinymodels.encode(policy, tinymodels.mixed())
+    return policy, encoded, policy.encode_vision(encoded)
+
+
+def there(policy, features):
+    standingpu.moved(policy.model)
+    return {name: OnGpu(values) for name, values in features.items()}
+
+
+def generate(policy, encoded, features, request, new):
+    uniforms = torch.rand(len(encoded), new, generator=torch.Generator().manual_seed(1))
+    return policy.generate(encoded, features, request, new, uniforms)
+
+
+def test_the_stand_in_counts_what_makes_a_host_wait():
+    def counted(run):
+        before, launches = gpu.waits.total(), gpu.launches
+        run()
+        return gpu.waits.total() - before, gpu.launches - launches
+
+    with standingpu.gpu() as gpu:
+        x = torch.arange(6, device=DEVICE)
+        assert x.device == DEVICE and gpu.launches == 1 and not gpu.waits
+        for waits in (
+            lambda: x[2].item(),
+            lambda: bool((x > 2).any()),
+            lambda: x.tolist(),
+            lambda: x.cpu(),
+            lambda: x.nonzero(),
+            lambda: x[x > 2],
+            lambda: x.unique(),
+            lambda: torch.tensor([1, 2], device=DEVICE),
+            lambda: torch.ones(3).to(DEVICE),
+            lambda: torch.zeros(6, dtype=torch.long, device=DEVICE).masked_fill_(x > 2, 1)[x > 2],
+            lambda: x.repeat_interleave(x),
+        ):
+            assert counted(waits)[0] == 1
+        assert counted(lambda: x.view(2, 3).T[1:]) == (0, 0)
+        assert counted(lambda: x[torch.arange(2, device=DEVICE)] + 1) == (0, 3)
+        assert counted(lambda: x.repeat_interleave(x, output_size=15)) == (0, 2)
+        assert counted(lambda: x[:0] + 1) == (0, 0)
+        assert x.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("audit", [(), (0, 2)])
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+def test_a_prefill_waits_once_a_layer_and_decoding_once_in_eight_tokens(skip, audit, fixed):
+    policy, encoded, features = prompts()
+    request = Request(settings(skip=skip), audit=audit)
+    wanted = generate(policy, encoded, features, request, 18)
+    with standingpu.gpu() as gpu:
+        features = there(policy, features)
+        generate(policy, encoded, features, request, 1)
+        prefill, launches = gpu.waits.copy(), gpu.launches
+        gpu.waits.clear()
+        got = generate(policy, encoded, features, request, 18)
+        step = (gpu.launches - 2 * launches) / 17
+    inside = {where: n for where, n in prefill.items() if "transfer.py" not in where}
+    assert sum(inside.values()) <= LAYERS, inside
+    assert prefill.total() <= LAYERS + 2, prefill  # what was chosen, and what was kept
+    assert (gpu.waits - prefill).total() <= 17 // 8, gpu.waits - prefill
+    assert step <= 50 * LAYERS + 40
+    for one, other in zip(wanted.tokens, got.tokens, strict=True):
+        assert one.tolist() == other.tolist()
+    for one, other in zip(wanted.kept, got.kept, strict=True):
+        assert [x.tolist() for x in one] == [x.tolist() for x in other]
+
+
+@pytest.mark.parametrize("kv", ["evict", "retain"])
+@torch.no_grad()
+def test_a_prompt_of_a_users_own_waits_for_its_mask_besides(kv):
+    from zipr1.models.sparse import context, retain
+
+    policy, encoded, features = prompts()
+    begin = context.begin if kv == "evict" else retain.begin
+    with standingpu.gpu() as gpu:
+        inputs, valid = policy.rows(encoded, there(policy, features), None, left=True)
+        mask = OnGpu(valid.long())
+        with sparse_attention(policy.model, Request(settings(skip="layer", kv=kv)), begin):
+            policy.decoder(**inputs, attention_mask=mask, use_cache=True)
+    assert gpu.waits.total() <= LAYERS + 1, gpu.waits
+
+
+@pytest.mark.parametrize("method", ["answers", "cut+pathwise", "pathwise+through"])
+def test_an_update_waits_once_a_minibatch_and_once_at_its_end(method):
+    own = recipe(
+        sparse=settings(skip="layer"),
+        efficiency=Efficiency(method=method),
+        ppo=Ppo(kl_coef=0.3, minibatches=2, dense_kl_fraction=0.25),
+    )
+    own = with_train(own, micro_batch=4)
+    policy, batch = roll(own, tinymodels.mixed())
+    for group in batch.groups:
+        group.rollouts[0].rewards["correct"] = 1.0
+    wanted, _ = gradients(own, policy, batch)
+    with standingpu.gpu() as gpu:
+        batch.features = there(policy, batch.features)
+        standingpu.moved(policy.reference_model)
+        batch.reference = batch.features
+        got, _ = gradients(own, policy, batch)
+    assert gpu.waits.total() <= 2 + 1, gpu.waits
+    assert got == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+
+
+def test_steps_of_decoding_are_alike_so_that_one_can_stand_for_all(fixed):
+    """Step after step the same operations on the same shapes, numbers and places in memory: those of a CUDA graph."""
+    policy, encoded, features = prompts()
+    steps = []
+
+    class Noted(standingpu.Gpu):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+            if steps:
+                made, notes, alive = steps[-1]
+                parts = []
+                for x in standingpu.tree_leaves((args, kwargs)):
+                    if not isinstance(x, OnGpu):
+                        parts.append(x if not isinstance(x, torch.Tensor) else tuple(x.shape))
+                        continue
+                    place = x.held.untyped_storage().data_ptr()
+                    parts.append((tuple(x.shape), "made here" if place in made else place))
+                for x in standingpu.tree_leaves(out):
+                    if isinstance(x, OnGpu):
+                        place = x.held.untyped_storage().data_ptr()
+                        known = any(
+                            place == part[1]
+                            for part in parts
+                            if isinstance(part, tuple) and len(part) == 2
+                        )
+                        alive.append(x.held)
+                        made |= set() if known else {place}
+                notes.append((str(func), parts))
+            return out
+
+    again = decoding.Steps.again
+
+    def noted(self):
+        steps.append((set(), [], []))
+        again(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(standingpu, "Gpu", Noted)
+        patch.setattr(decoding.Steps, "again", noted)
+        with standingpu.gpu():
+            features = there(policy, features)
+            request = Request(settings(skip="layer"))
+            generate(policy, encoded, features, request, 6)
+    first, *later = [
+        # transformers counts the tokens in Python, and looks at that number nowhere.
+        [note for note in notes if "arange" not in note[0]]
+        for _, notes, _ in steps[:-1]  # what follows the last step is noted with it
+    ]
+    assert len(first) > 100 and len(later) == 3
+    for other in later:
+        assert other == first
+
+
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+def test_a_cache_with_room_answers_as_one_that_grows(skip, monkeypatch):
+    policy, encoded, features = prompts()
+    request = Request(settings(skip=skip))
+    wanted = generate(policy, encoded, features, request, 20)
+    monkeypatch.setitem(sampling.FIXED, "cpu", True)
+    monkeypatch.setitem(decoding.LOOK, "cpu", 8)
+    got = generate(policy, encoded, features, request, 20)
+    assert len({len(rows[1]) for rows in wanted.kept}) > 1  # rows have places of their own
+    for one, other in zip(wanted.tokens, got.tokens, strict=True):
+        assert one.tolist() == other.tolist()
+    for one, other in zip(wanted.logprobs, got.logprobs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert torch.equal(wanted.counts, got.counts) and wanted.kv_bytes == got.kv_bytes
+
+
+def test_tokens_after_the_end_are_dropped_however_late_the_host_looks(monkeypatch):
+    policy, encoded, features = prompts()
+    free = generate(policy, encoded, features, Request(settings()), 20)
+    monkeypatch.setattr(policy.processor, "end_ids", [int(x[3]) for x in free.tokens])
+    found = []
+    for every in (1, 8):
+        monkeypatch.setitem(decoding.LOOK, "cpu", every)
+        found.append(generate(policy, encoded, features, Request(settings()), 20))
+    for one, other in zip(found[0].tokens, found[1].tokens, strict=True):
+        assert one.tolist() == other.tolist()
+        assert len(one) <= 4 and int(one[-1]) in policy.processor.end_ids
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is(caplog):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU captures it")
+    calls = []
+    with caplog.at_level(logging.WARNING):
+        step = decoding.captured(lambda: calls.append(1))
+    step()
+    assert calls and "launched piece by piece" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+def test_a_captured_step_answers_as_the_eager_one(skip, monkeypatch, caplog):
+    policy, encoded, features = prompts()
+    policy.model.cuda()
+    features = {name: values.cuda() for name, values in features.items()}
+    request = Request(settings(skip=skip))
+    captured = generate(policy, encoded, features, request, 40)
+    monkeypatch.setattr(decoding, "CAPTURED", 1000)
+    eager = generate(policy, encoded, features, request, 40)
+    assert not caplog.records
+    for one, other in zip(captured.tokens, eager.tokens, strict=True):
+        assert one.tolist() == other.tolist()
+
+
+@pytest.mark.gpu
+def test_an_update_does_not_wait_on_a_gpu():
+    own = with_train(recipe(sparse=settings(skip="layer"), ppo=Ppo(kl_coef=0.3)), micro_batch=4)
+    policy, batch = roll(own, tinymodels.mixed())
+    policy.model.cuda()
+    policy.reference_model.cuda()
+    batch.features = {name: values.cuda() for name, values in batch.features.items()}
+    batch.reference = batch.features
+    gradients(own, policy, batch)
+    seen = []
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") as caught:
+            gradients(own, policy, batch)
+        seen = [w for w in caught if "synchroniz" in str(w.message)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    minibatches = min(own.ppo.minibatches, 16) * own.ppo.epochs
+    assert len(seen) <= minibatches + 1, [(w.filename, w.lineno) for w in seen]

@@ -1,0 +1,284 @@
+"""Pixel settings: how large pictures and frames become and how they are normalised, read as transformers reads them.
+
+They lie beside the weights: a part of processor_config.json where transformers 5 wrote the folder, else
+preprocessor_config.json and video_preprocessor_config.json. Settings that are not there are not guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers.utils.hub import cached_file
+
+from zipr1.core.errors import InputError
+from zipr1.core.jsontext import loads
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+PICTURES, CLIPS, WHOLE = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
+# Steps that are always taken here; a folder that leaves one out wants other pixels.
+STEPS = ("do_resize", "do_rescale", "do_normalize")
+# Sizes of patches, by the names they have beside the weights; the vision tower's own decide.
+SIZES = ("patch_size", "merge_size", "temporal_patch_size")
+# What a settings file leaves unsaid, of Qwen2-VL's classes.
+PICTURE_DEFAULTS: dict[str, Any] = {
+    "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+    "resample": 3,
+}
+CLIP_DEFAULTS: dict[str, Any] = {
+    **PICTURE_DEFAULTS,
+    "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768},
+    "max_video_tokens": 128000,
+}
+
+
+@dataclass(frozen=True)
+class PixelSettings:
+    """How pictures become patches. min_pixels, max_pixels: bounds of height x width after resizing; min_frame_pixels,
+    max_frame_pixels: of a clip's frame, None where they are a picture's; frame_mean, frame_std: likewise. resample:
+    PIL's number of the filter that resizes. clip_tokens: of a clip at most, before nine tenths of it are shared out
+    among its frames; None where frames are bounded one by one alone.
+
+    tile: pixels on a side of the one square that a picture is made, 0 for any size; besides: its tokens that show no
+    part of it. clips: whether videos are handled."""
+
+    patch: int = 14
+    merge: int = 2
+    temporal: int = 2
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    tile: int = 0
+    besides: int = 0
+    clips: bool = True
+    max_frame_pixels: int | None = None
+    min_frame_pixels: int | None = None
+    frame_mean: tuple[float, ...] | None = None
+    frame_std: tuple[float, ...] | None = None
+    resample: int = 3
+    clip_tokens: int | None = None
+
+    def of(
+        self, kind: str, frame_pixels: int | None = None, frames: int | None = None
+    ) -> PixelSettings:
+        """Those of an `image` or a `video`. frame_pixels: a lower upper bound of a clip's frame, if it is one. frames:
+        how many the clip has, where that bounds each of them."""
+        if kind == "image":
+            return self
+        high = self.max_frame_pixels or self.max_pixels
+        if frame_pixels is not None:
+            high = min(high, frame_pixels)
+        low = min(self.min_frame_pixels or self.min_pixels, high)
+        if self.clip_tokens is not None and frames:
+            total = int(self.clip_tokens * self.factor**2 * 0.9)
+            high = max(min(high, total * self.temporal // frames), int(low * 1.05))
+        return replace(
+            self,
+            min_pixels=low,
+            max_pixels=high,
+            mean=self.frame_mean or self.mean,
+            std=self.frame_std or self.std,
+        )
+
+    @property
+    def factor(self) -> int:
+        """Pixels on a side of one token of the language model."""
+        return self.patch * self.merge
+
+    def __str__(self) -> str:
+        if self.tile:
+            return f"each picture becomes one tile of {self.tile} x {self.tile} pixels"
+        parts = [f"pictures of {self.min_pixels:,} to {self.max_pixels:,} pixels"]
+        if self.clips:
+            clip = self.of("video")
+            parts.append(f"frames of clips of {clip.min_pixels:,} to {clip.max_pixels:,}")
+        return ", ".join(parts)
+
+    @classmethod
+    def read(
+        cls,
+        folder: str | Path,
+        sizes: tuple[int, int, int],
+        asked: Mapping[str, int | None],
+        given: Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        defaults: Mapping[str, Any] = PICTURE_DEFAULTS,
+        **fixed: Any,
+    ) -> PixelSettings:
+        """Settings saved beside the weights in `folder`, a folder or a hub id at `revision` (fetched where they were
+        not); with no folder, `given`.
+
+        sizes: patch, merge and temporal. asked: min_pixels, max_pixels and max_frame_pixels; those that are set win.
+        defaults: of the family's class, for what the files leave unsaid. fixed: the family's other fields. Raises
+        InputError where the files are missing, or say what is not done here.
+        """
+        if folder:
+            picture, clip = _saved(folder, "image", revision), _saved(folder, "video", revision)
+        else:
+            picture = clip = dict(given or {})
+        if picture is None:
+            raise InputError(_missing(folder))
+        clip = picture if clip is None else clip
+        try:
+            for found in (picture, clip):
+                _check(found, sizes, folder)
+            low, high = _bounds(picture, defaults)
+            values = {
+                "patch": sizes[0],
+                "merge": sizes[1],
+                "temporal": sizes[2],
+                "mean": _colours(picture, defaults, "image_mean"),
+                "std": _colours(picture, defaults, "image_std"),
+                "resample": int(Image.Resampling(_value(picture, defaults, "resample"))),
+                "min_pixels": asked.get("min_pixels") or low,
+                "max_pixels": asked.get("max_pixels") or high,
+            }
+            values |= _of_clips(clip, picture, asked, defaults)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InputError(
+                f"{folder}: its pixel settings cannot be read ({error}); copy {PICTURES} from the model again"
+            ) from None
+        return cls(**{**values, **fixed})
+
+
+def _of_clips(
+    clip: Mapping[str, Any],
+    picture: Mapping[str, Any],
+    asked: Mapping[str, int | None],
+    defaults: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The fields of clips: None where they follow from the pictures', so that whoever asks for other pictures gets
+    clips like them."""
+    capped = {}
+    if clip.get("cap_pixels_per_frame"):
+        capped["clip_tokens"] = int(_value(clip, CLIP_DEFAULTS, "max_video_tokens"))
+    if clip is picture or clip == picture:
+        return {"max_frame_pixels": asked.get("max_frame_pixels"), **capped}
+    low, high = _bounds(picture, defaults)
+    least, most = _bounds(clip, CLIP_DEFAULTS)
+    colours: dict[str, tuple[float, ...] | None] = {}
+    for name in ("mean", "std"):
+        own = _colours(clip, CLIP_DEFAULTS, f"image_{name}")
+        same = own == _colours(picture, defaults, f"image_{name}")
+        colours[f"frame_{name}"] = None if same else own
+    return {
+        "max_frame_pixels": asked.get("max_frame_pixels") or (None if most == high else most),
+        "min_frame_pixels": None if least == min(low, most) else least,
+        **colours,
+        **capped,
+    }
+
+
+def has_pixel_settings(folder: str | Path) -> bool:
+    """Whether a folder holds pixel settings of its own."""
+    return _saved(folder, "image", None) is not None
+
+
+def _saved(folder: str | Path, kind: str, revision: str | None) -> dict[str, Any] | None:
+    """The settings of pictures or of clips: what transformers 5 writes as a part of processor_config.json, else the
+    file of that kind, else, for clips, the pictures'."""
+    whole = read_json(folder, WHOLE, revision) or {}
+    found = whole.get(f"{kind}_processor")
+    if isinstance(found, dict):
+        return dict(found)
+    for name in (CLIPS, PICTURES) if kind == "video" else (PICTURES,):
+        values = read_json(folder, name, revision)
+        if values is not None:
+            return values
+    return None
+
+
+def _value(found: Mapping[str, Any], defaults: Mapping[str, Any], name: str) -> Any:
+    return defaults[name] if found.get(name) is None else found[name]
+
+
+def _colours(found: Mapping[str, Any], defaults: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    """A mean or a standard deviation of each of three colours."""
+    value = _value(found, defaults, name)
+    if isinstance(value, int | float):
+        value = [value] * 3
+    red, green, blue = (float(one) for one in value)
+    return red, green, blue
+
+
+def _bounds(found: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[int, int]:
+    """Least and most pixels. min_pixels and max_pixels win over `size`, as in transformers: who lowers them writes them
+    beside what was there."""
+    size = found.get("size") or {}
+    size = size if isinstance(size, Mapping) else {}
+    both = []
+    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        choices = (found.get(name), size.get(edge), size.get(name))
+        usual = (defaults["size"] or {}).get(edge) or PICTURE_DEFAULTS["size"][edge]
+        both.append(int(next((value for value in choices if value), usual)))
+    return both[0], both[1]
+
+
+def _check(found: Mapping[str, Any], sizes: tuple[int, int, int], folder: str | Path) -> None:
+    """Raise InputError for settings that ask for what is not done here."""
+    for step in STEPS:
+        if found.get(step) is False:
+            raise InputError(
+                f"{folder}: its pixel settings have {step}: false; here pictures are always resized, rescaled and "
+                "normalised; set it to true if the model was trained so"
+            )
+    scale = found.get("rescale_factor")
+    if scale is not None and abs(scale * 255 - 1) > 1e-6:
+        raise InputError(
+            f"{folder}: its pixel settings have rescale_factor {scale}; handled: 1/255"
+        )
+    for name, own in zip(SIZES, sizes, strict=True):
+        said = found.get(name)
+        if isinstance(said, int) and said != own:
+            raise InputError(
+                f"{folder}: its pixel settings have {name} {said} and its config.json has {own}; they must be equal; "
+                "one of the files belongs to another model"
+            )
+
+
+def _missing(folder: str | Path) -> str:
+    hint = "copy it from the model that this one was made from"
+    if not Path(folder).is_dir():
+        hint = f"download it (hf download {folder} {PICTURES}) or unset HF_HUB_OFFLINE"
+    return (
+        f"model.path: {folder} has no pixel settings ({PICTURES}, or {WHOLE} with image_processor), and without them "
+        f"pictures would be resized and normalised by guess; {hint}"
+    )
+
+
+def read_json(folder: str | Path, name: str, revision: str | None) -> dict[str, Any] | None:
+    """A JSON object beside the weights of a model folder or of a hub id, downloaded if it was not; None where there is
+    none. Raises InputError for a file that holds something else."""
+    path: Any = Path(folder) / name
+    if not folder:
+        return None
+    if not Path(folder).is_dir():
+        try:
+            path = cached_file(
+                str(folder),
+                name,
+                revision=revision,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                _raise_exceptions_for_gated_repo=False,
+            )
+        except OSError:
+            path = None
+    if path is None or not Path(path).is_file():
+        return None
+    try:
+        return dict(loads(Path(path).read_bytes()))
+    except (ValueError, TypeError):
+        raise InputError(f"{path}: not a JSON object; copy the model folder again") from None

@@ -1,0 +1,33 @@
+"""A picture or clip as the vision tower takes it, and when the frames of a clip are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+# Frames a second of a clip that does not tell its rate, as transformers assumes.
+UNKNOWN_FPS = 24.0
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One picture or clip as the vision tower takes it. seconds: time one temporal patch spans (0 for images); times:
+    the second at which each temporal patch of a clip is shown, the mean of its first and last frame's."""
+
+    kind: str
+    patches: torch.Tensor
+    grid: tuple[int, int, int]
+    seconds: float
+    tokens: int
+    times: tuple[float, ...] = ()
+
+
+def patch_times(times: Sequence[float] | np.ndarray, temporal: int) -> tuple[float, ...]:
+    """Seconds of frames -> of temporal patches, the mean of the first and the last; the last frame may repeat."""
+    seconds = [float(t) for t in times]
+    seconds += seconds[-1:] * (-len(seconds) % temporal)
+    firsts, lasts = seconds[::temporal], seconds[temporal - 1 :: temporal]
+    return tuple((a + b) / 2 for a, b in zip(firsts, lasts, strict=True))
