@@ -18,6 +18,7 @@ import zipr1.train
 from zipr1.cli import main
 from zipr1.core import recipes
 from zipr1.core.errors import InputError, RunError
+from zipr1.core.folders import claimed
 from zipr1.core.load import load
 from zipr1.core.rundir import RunDir
 
@@ -42,8 +43,8 @@ def calls(monkeypatch):
     seen = []
     fake = types.ModuleType("zipr1.train.loop")
 
-    def run(recipe, output, resume, device, command, console):
-        seen.append((recipe, output, resume, device, command))
+    def run(recipe, output, resume, device, command, console, name):
+        seen.append((recipe, output, resume, device, command, name))
         console.print("training")
         return {"after": {"accuracy": 0.5}, "loss": float("nan")}
 
@@ -132,10 +133,10 @@ def test_train_passes_everything_on(cli, calls, recipe):
         "float16",
     )
     assert (code, out) == (0, "training\n")
-    ((got, output, resume, device, command),) = calls
+    ((got, output, resume, device, command, name),) = calls
     assert (got.seed, got.train.steps, got.optim.lr, got.model.dtype) == (4, 3, 1e-3, "float16")
     assert (str(output), resume, device) == ("o", "auto", "cpu")
-    assert command[:2] == ["zipr1", "train"]
+    assert (command[:2], name) == (["zipr1", "train"], Path(recipe).stem)
 
 
 def test_train_alone_lists_the_recipes_on_one_line_each(cli, monkeypatch, tmp_path):
@@ -160,13 +161,15 @@ def test_a_recipe_to_edit(cli, tmp_path):
 
 def test_a_recipe_by_name_gives_the_run_its_name(cli, calls):
     cli("train", "tiny", "seed=3")
-    ((recipe, output, *_),) = calls
-    assert str(output).startswith("runs/tiny-") and recipe.seed == 3
+    ((recipe, output, *_, name),) = calls
+    assert (output, name) == (None, "tiny") and recipe.seed == 3
 
 
 def test_without_output_a_new_folder_is_named_after_the_recipe(cli, calls, recipe):
     cli("train", recipe)
-    assert str(calls[0][1]).startswith("runs/small-")
+    assert (calls[0][1], calls[0][-1]) == (None, "small")
+    with claimed(*calls[0][1:3], calls[0][-1]) as folder:
+        assert str(folder).startswith("runs/small-") and folder.is_dir()
 
 
 def test_resume_of_a_folder_leaves_output_to_it(cli, calls, recipe):

@@ -1,7 +1,10 @@
 """A run directory survives kills, refuses strangers and holds nothing but safetensors, YAML and JSON."""
 
+import errno
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,17 +14,18 @@ import numpy as np
 import pytest
 import torch
 
-from zipr1.core import machine
+from zipr1.core import checksums, files, machine
+from zipr1.core.checksums import is_complete
 from zipr1.core.errors import InputError, RunError
+from zipr1.core.files import digest
+from zipr1.core.folders import claimed, new_folder
 from zipr1.core.jsontext import dumps
 from zipr1.core.load import load, validate
 from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe
 from zipr1.core.rundir import (
     RunDir,
-    is_complete,
     load_state,
-    new_folder,
     read_json,
     read_lines,
     save_state,
@@ -57,7 +61,7 @@ def test_without_output_a_new_folder_each_time(tmp_path, monkeypatch):
     roots = {RunDir.open(Recipe(), name="tiny").root for _ in range(3)}
     assert len(roots) == 3
     assert all(str(r).startswith("runs/tiny-") for r in roots)
-    assert not new_folder("tiny").exists()
+    assert not list(new_folder("tiny").iterdir())  # made for its caller alone
 
 
 def test_checkpoints_are_complete_linked_and_pruned(root):
@@ -67,7 +71,9 @@ def test_checkpoints_are_complete_linked_and_pruned(root):
     assert names(root / "checkpoints") == ["step-000002", "step-000010"]
     assert (root / "last").resolve() == path.resolve()
     assert os.readlink(root / "last") == "checkpoints/step-000010"
-    assert read_json(path / "complete.json") == {"step": 10, "files": {"adapter/a.bin": 7}}
+    block = hashlib.sha256(b"weights").digest()
+    about = {"bytes": 7, "digest": hashlib.sha256(block).hexdigest()}
+    assert read_json(path / "complete.json") == {"step": 10, "files": {"adapter/a.bin": about}}
     run.save_checkpoint(10, write("other"), keep=1)
     assert (root / "last" / "adapter" / "a.bin").read_text() == "other"
     assert names(root / "checkpoints") == ["step-000010"]
@@ -94,16 +100,62 @@ def test_of_several_ranks_one_writes(root):
     assert names(root) == ["checkpoints", "recipe.yaml", "run.json"]
 
 
-@pytest.mark.parametrize("harm", ["complete.json", "adapter/a.bin", "short"])
-def test_incomplete_checkpoints_are_passed_over(root, harm):
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        ("complete.json", "complete.json is missing"),
+        ("adapter/a.bin", "adapter/a.bin cannot be read (No such file or directory)"),
+        ("short", "adapter/a.bin has 3 bytes and was written with 7"),
+        ("bit", "adapter/a.bin is not as it was written: its hash is another"),
+        ("list", "complete.json is not as it was written (TypeError)"),
+        ("deep", "complete.json is not as it was written (ValueError)"),
+    ],
+)
+def test_damaged_checkpoints_are_passed_over_and_named(root, harm, said, caplog):
     run = RunDir.open(Recipe(), root)
     run.save_checkpoint(5, write())
     newest = run.save_checkpoint(9, write())
-    (newest / "adapter/a.bin").write_text("wei") if harm == "short" else (newest / harm).unlink()
+    assert is_complete(newest)
+    if harm in ("short", "bit"):
+        (newest / "adapter/a.bin").write_text("wei" if harm == "short" else "weightr")
+    elif harm in ("list", "deep"):
+        text = "[1]" if harm == "list" else "[" * 100_000
+        (newest / "complete.json").write_text(text)
+    else:
+        (newest / harm).unlink()
     (root / "checkpoints" / ".tmp-step-000012").mkdir()
-    assert not is_complete(newest)
+    assert is_complete(newest) == (harm == "bit")  # sizes alone
     again = RunDir.open(Recipe(), root)
     assert (again.start_step, again.checkpoint.name) == (5, "step-000005")
+    assert caplog.messages == [f"{newest}: {said}: passed over; going on from step-000005"]
+    # With nothing to go on from, a start from the beginning would remove what is there.
+    shutil.rmtree(root / "checkpoints" / "step-000005")
+    with pytest.raises(InputError) as told:
+        RunDir.open(Recipe(), root)
+    assert str(told.value).startswith(f"{newest}: {said}; no other checkpoint is whole: bring it")
+
+
+def test_hashes_are_of_all_bytes_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "BLOCK", 4)
+    path = tmp_path / "x"
+    path.write_bytes(b"abcdefghij")
+    blocks = b"".join(hashlib.sha256(part).digest() for part in (b"abcd", b"efgh", b"ij"))
+    assert digest(path) == hashlib.sha256(blocks).hexdigest()
+    seen = {digest(path)}
+    for text in (b"", b"abcd", b"efghabcdij", b"abcdefghijk", *(
+        bytes([*b"abcdefghij"[:i], b"abcdefghij"[i] ^ 1, *b"abcdefghij"[i + 1 :]]) for i in range(10)
+    )):  # fmt: skip
+        path.write_bytes(text)
+        assert digest(path) not in seen
+        seen.add(digest(path))
+
+
+def test_a_checkpoint_of_the_first_version_has_sizes_alone(root):
+    newest = RunDir.open(Recipe(), root).save_checkpoint(5, write())
+    (newest / "complete.json").write_text('{"step": 5, "files": {"adapter/a.bin": 7}}')
+    assert checksums.problem(newest) is None and RunDir.open(Recipe(), root).start_step == 5
+    (newest / "adapter/a.bin").write_text("wei")
+    assert checksums.problem(newest) == "adapter/a.bin has 3 bytes and was written with 7"
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(root):
@@ -154,12 +206,96 @@ def test_what_a_killed_write_left_is_cleared_when_the_run_goes_on(root):
     assert names(root) == ["checkpoints", "recipe.yaml", "run.json"]
 
 
-@pytest.mark.parametrize("left", [".tmp-recipe.yaml", "checkpoints"])
-def test_a_run_killed_while_starting_starts_again(root, left):
-    root.mkdir()
-    (root / left).mkdir() if left == "checkpoints" else (root / left).touch()
-    assert RunDir.open(Recipe(), root).start_step == 0
-    assert (root / "recipe.yaml").is_file()
+def started_in(root, at):
+    """A start in another process that is killed before its `at`-th word to the file system; whether it was."""
+    pid = os.fork()
+    if not pid:
+        events = 0
+
+        def hook(name, arguments):
+            nonlocal events
+            if name in ("open", "os.mkdir", "os.rename", "os.remove", "os.truncate"):
+                if str(root) not in str(arguments):
+                    return
+                events += 1
+                if events == at:
+                    os._exit(9)
+
+        sys.addaudithook(hook)
+        with claimed(root) as folder:
+            RunDir.open(Recipe(), folder, info={"versions": {}, "command": ["x"]})
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+def test_any_prefix_of_a_start_is_a_fresh_start(tmp_path):
+    """Whatever a kill leaves, another run may take the folder, up to the last word: recipe.yaml has its name."""
+    other = validate({"seed": 7})
+    begun, at = [], 0
+    while True:
+        at += 1
+        root = tmp_path / f"run{at}"
+        if not started_in(root, at):
+            break
+        begun.append((root / "recipe.yaml").exists())
+        recipe = Recipe() if begun[-1] else other
+        with claimed(root) as folder:
+            run = RunDir.open(recipe, folder, info={"versions": {}})
+            assert (run.start_step, run.checkpoint) == (0, None)
+        assert load(root / "recipe.yaml").seed == recipe.seed
+        assert names(root) == ["checkpoints", "recipe.yaml", "run.json"]
+    # The kill came between all of them, and nearly all of it was before the run had begun.
+    assert at > 10 and begun == sorted(begun) and sum(begun) <= 3
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+def test_a_start_without_space_is_one_line_and_no_run(tmp_path, monkeypatch, error):
+    real, calls = {name: getattr(os, name) for name in ("replace", "fsync", "mkdir")}, []
+
+    def failing(name, at):
+        def call(*arguments, **options):
+            calls.append(name)
+            if len(calls) == at:
+                raise OSError(error, os.strerror(error))
+            return real[name](*arguments, **options)
+
+        return call
+
+    for at in range(1, 100):
+        root = tmp_path / f"run{at}"
+        calls.clear()
+        for name in real:
+            monkeypatch.setattr(os, name, failing(name, at))
+        try:
+            RunDir.open(Recipe(), root, info={"versions": {}})
+            said = ""
+        except InputError as told:
+            said = str(told)
+        for name, function in real.items():
+            monkeypatch.setattr(os, name, function)
+        if not said:
+            assert len(calls) < at
+            break
+        assert said.startswith(f"{root}: cannot be written ({os.strerror(error)})")
+        again = RunDir.open(validate({"seed": 7}), root, info={"versions": {}})
+        assert again.start_step == 0 and names(root) == ["checkpoints", "recipe.yaml", "run.json"]
+    assert at > 5
+
+
+def test_what_is_no_start_is_left_alone(root):
+    """A run.json of something else, a run that lost its recipe, a checkpoint: none is what a start leaves."""
+    for name, text in (
+        ("run.json", '{"mine": 1}'),
+        ("run.json", '{"versions": {}, "resumed": []}'),
+        ("run.json", "["),
+        ("checkpoints/step-000001", None),
+    ):
+        shutil.rmtree(root, ignore_errors=True)
+        (root / name).parent.mkdir(parents=True)
+        (root / name).mkdir() if text is None else (root / name).write_text(text)
+        with pytest.raises(InputError):
+            RunDir.open(Recipe(), root, info={"versions": {}})
+        assert (root / name).exists() and (text is None or (root / name).read_text() == text)
 
 
 def test_what_is_refused(root, tmp_path):

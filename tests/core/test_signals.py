@@ -59,7 +59,7 @@ def test_what_is_held_and_what_waits_ends_with_its_scope():
 
 
 def sent(number: int):
-    def command() -> None:
+    def command(**_) -> None:
         signals.hold()
         signal.raise_signal(number)  # waits
         signals.check(distributed.gather)
@@ -67,7 +67,7 @@ def sent(number: int):
     return command
 
 
-def refused() -> None:
+def refused(**_) -> None:
     signals.hold()
     raise InputError("no")
 
@@ -75,11 +75,11 @@ def refused() -> None:
 @pytest.mark.parametrize(
     ("command", "code"),
     [
-        (lambda: sys.exit(0), 0),
+        (lambda **_: sys.exit(0), 0),
         (refused, 2),
         (sent(signal.SIGTERM), 143),
         (sent(signal.SIGINT), 130),
-        (lambda: signal.raise_signal(signal.SIGTERM), 143),
+        (lambda **_: signal.raise_signal(signal.SIGTERM), 143),
     ],
     ids=["well", "refused", "sigterm", "sigint", "at-once"],
 )
@@ -104,10 +104,25 @@ def test_main_leaves_the_signals_as_they_were(monkeypatch, capsys, command, code
 def test_a_signal_that_was_ignored_stays_so(monkeypatch):
     """As under nohup: the command goes on."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    monkeypatch.setattr(cli, "app", lambda: signal.raise_signal(signal.SIGINT) or sys.exit(0))
+    monkeypatch.setattr(cli, "app", lambda **_: signal.raise_signal(signal.SIGINT) or sys.exit(0))
     try:
         with pytest.raises(SystemExit) as left:
             cli.main()
         assert left.value.code == 0 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_while_leaving_changes_nothing(monkeypatch, capsys):
+    """Ctrl-C twice: the message of the first is not cut off by a traceback of the second."""
+    leave = cli._leave
+
+    def slowly(message, code):
+        signal.raise_signal(signal.SIGINT)
+        leave(message, code)
+
+    monkeypatch.setattr(cli, "_leave", slowly)
+    monkeypatch.setattr(cli, "app", lambda **_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 130 and "error: interrupted" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import zipr1
+from zipr1.core import checksums
 from zipr1.core.errors import InputError
 from zipr1.core.load import validate
 from zipr1.core.recipe import Lora, Model
@@ -165,9 +166,7 @@ def paths(root):
 def complete(run: Path) -> None:
     """A checkpoint whose files were changed is complete again."""
     last = run / "last"
-    values = tinyruns.read(last / "complete.json")
-    values["files"] = {name: (last / name).stat().st_size for name in values["files"]}
-    (last / "complete.json").write_text(json.dumps(values))
+    checksums.write(last.resolve(), tinyruns.read(last / "complete.json")["step"])
 
 
 KINDS = (
@@ -304,8 +303,9 @@ def hub(monkeypatch):
             trust = options.get("trust_remote_code", "not said")
             asked.append((kind.__name__, options.get("revision"), trust))
             found = real(resolve("tiny"), *arguments, **options)
-            if hasattr(found, "name_or_path") and hasattr(found, "config"):
-                found.name_or_path = found.config.name_or_path = "owner/name"
+            model = found[0] if isinstance(found, tuple) else found  # with what it found
+            if hasattr(model, "name_or_path") and hasattr(model, "config"):
+                model.name_or_path = model.config.name_or_path = "owner/name"
             return found
 
         return recorded

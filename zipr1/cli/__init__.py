@@ -101,6 +101,7 @@ def _run() -> None:
         signals.hold()  # another signal, such as a launcher's, is not the reason
         _leave(str(error), error.exit_code)
     except signals.Stopped as stop:
+        signals.hold()  # a second one while leaving changes nothing
         name = "stopped by SIGTERM" if stop.number == signal.SIGTERM else "interrupted"
         left = stop.note or LEFT.get(sys.argv[1] if len(sys.argv) > 1 else "", LEFT["train"])
         _leave(f"{name}; {left}", 128 + stop.number)

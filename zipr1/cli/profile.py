@@ -142,12 +142,13 @@ def profile(
             for table in tables:
                 console.print(table)
         else:
-            from zipr1.core.rundir import new_folder
+            from zipr1.core.folders import claimed
             from zipr1.profiling import report
             from zipr1.profiling.session import profile as measure
 
-            result = measure(request)
-            page = report.write(result, output or new_folder("profile"))
+            with claimed(output, name="profile") as folder:
+                result = measure(request)
+                page = report.write(result, folder)
             report.show(result, console)
             console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
     if as_json:

@@ -97,16 +97,13 @@ def train(
         _copy(recipe, as_json)
         return
     from zipr1.core.load import load
-    from zipr1.core.rundir import RunDir, new_folder
+    from zipr1.core.rundir import RunDir
 
     changes = [*given, *([f"model.dtype={dtype}"] if dtype is not None else [])]
     quiet_unless_first()
     run = load(recipe, changes)
-    if not dry_run:
-        if output is None and resume in ("auto", "never"):
-            output = new_folder(recipes.find(recipe).stem)
-        if is_first():
-            RunDir.check(run, output, resume)
+    if not dry_run and is_first():
+        RunDir.check(run, output, resume)
     with busy(as_json) as console:
         show_log(console)
         if dry_run:
@@ -116,7 +113,8 @@ def train(
         else:
             from zipr1.train import loop
 
-            result = loop.run(run, output, resume, device, sys.argv, console)
+            name = recipes.find(recipe).stem
+            result = loop.run(run, output, resume, device, sys.argv, console, name)
     if as_json and is_first():
         from zipr1.core.jsontext import dumps
 

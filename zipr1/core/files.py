@@ -1,14 +1,19 @@
-"""Files written whole: whoever reads one sees the old or the new content, never a part of it."""
+"""Files written whole: whoever reads one sees the old or the new content, never a part of it. And their hashes."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from zipr1.core.errors import InputError
+from zipr1.core.errors import InputError, RunError
+
+# Bytes of a file that one thread hashes at a time.
+BLOCK = 2**24
 
 
 @contextmanager
@@ -59,3 +64,34 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def writing(path: Path, then: str = "resume") -> Iterator[None]:
+    """What the disk refuses inside becomes one line with the path. then: what to do when there is space again."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is None:
+            raise  # a library's own word for something else
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RunError(
+            f"{path}: cannot be written ({reason}); free some space or mend the permissions, then {then}"
+        ) from error
+
+
+def digest(path: Path) -> str:
+    """A hash of the file's content, in hexadecimal: SHA-256 of the SHA-256 of its blocks of BLOCK bytes in their order.
+
+    Blocks are hashed in threads, for a checkpoint may have a hundred gigabytes.
+    """
+    with path.open("rb") as file:
+        starts = range(0, os.fstat(file.fileno()).st_size, BLOCK)
+
+        def one(start: int) -> bytes:
+            return hashlib.sha256(os.pread(file.fileno(), BLOCK, start)).digest()
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            return hashlib.sha256(b"".join(threads.map(one, starts))).hexdigest()

@@ -5,27 +5,29 @@
         metrics.jsonl      a line a step
         rollouts.jsonl     sampled answers
         summary.json       before and after
-        checkpoints/step-000100/...     complete once its complete.json is there
+        checkpoints/step-000100/...     complete once its complete.json is there, with sizes and hashes of its files
         last -> checkpoints/step-000100
         best -> checkpoints/step-000100      the one whose answers and tokens were worth most
 
 A checkpoint of step N holds the state after N steps: steps 0 to N - 1 are done, and step N comes next. Nothing is
-pickled: tensors are safetensors, the rest is JSON.
+pickled: tensors are safetensors, the rest is JSON. A run has begun once recipe.yaml is there, the last thing that its
+start writes; what a start that was cut short has left is no run, and the next start takes the folder.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zipr1.core.errors import InputError, RunError
-from zipr1.core.files import check_folder, replacing, sync, write_whole
+from zipr1.core import checksums, lock
+from zipr1.core.errors import InputError
+from zipr1.core.files import check_folder, replacing, sync, write_whole, writing
+from zipr1.core.folders import folder_of, new_folder
 from zipr1.core.jsontext import dumps, lines, loads
 from zipr1.core.load import differences, load_written
 from zipr1.core.recipe import Recipe
@@ -33,18 +35,7 @@ from zipr1.core.recipe import Recipe
 if TYPE_CHECKING:
     import torch
 
-COMPLETE = "complete.json"
-RUNS = Path("runs")
-
-
-def new_folder(name: str, base: Path = RUNS) -> Path:
-    """A folder that does not exist yet: `runs/<name>-<date>-<time>`, with a counter where that is taken."""
-    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for tail in ("", *(f"-{i}" for i in range(2, 1000))):
-        path = base / f"{stem}{tail}"
-        if not path.exists():
-            return path
-    raise RunError(f"{base}: a thousand runs called {stem} are there; clear some away")
+log = logging.getLogger("zipr1")
 
 
 class RunDir:
@@ -70,14 +61,14 @@ class RunDir:
         name: str = "run",
         info: Mapping[str, Any] | None = None,
     ) -> RunDir:
-        """Starts a run, or goes on with one of the same recipe.
+        """Starts a run, or goes on with one of the same recipe. Training calls it inside of `folders.claimed`.
 
         output: None makes a new folder under runs/ from `name`. resume: `auto` goes on with a run found in
         `output`, `never` insists on an empty folder, anything else is the run directory to go on with.
         info: what `run.json` is to hold; a resumed run adds it to the list `resumed`.
         """
         run = cls(cls.check(recipe, output, resume) or new_folder(name), recipe)
-        if run._is_empty():
+        if run._is_new():
             run._start(info or {})
         else:
             run._continue(resume, info or {})
@@ -87,29 +78,34 @@ class RunDir:
     def check(cls, recipe: Recipe, output: Path | None, resume: str) -> Path | None:
         """The folder that `open` would use, None for a new one; nothing is written. Raises InputError as `open` does,
         and for a folder that cannot be written."""
-        if resume not in ("auto", "never"):
-            if output is not None and output.resolve() != Path(resume).resolve():
-                raise InputError(
-                    f"--resume {resume} and --output {output} name two folders; a run goes on in its own: "
-                    "leave --output out"
-                )
-            output = Path(resume)
-            if not (output / "recipe.yaml").is_file():
-                raise InputError(f"{output}: not a run directory (no recipe.yaml); check --resume")
-        if output is None:
+        folder = folder_of(output, resume)
+        if folder is None:
             return None
-        check_folder(output, "--output")
-        run = cls(output, recipe)
-        if not run._is_empty():
+        check_folder(folder, "--output")
+        run = cls(folder, recipe)
+        if not run._is_new():
             run._refuse_another(resume)
-        return output
+        return folder
 
     def latest_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint; half-written ones are passed over."""
-        found = (self.root / "checkpoints").glob("step-*")
+        """The newest checkpoint that is as it was written. Newer ones that are not are named in a warning.
+
+        Raises InputError if there are checkpoints and all of them are damaged: to start over would delete them.
+        """
+        damaged: list[str] = []
+        found = [p for p in (self.root / "checkpoints").glob("step-*") if _step_of(p) >= 0]
         for path in sorted(found, key=_step_of, reverse=True):
-            if is_complete(path):
+            problem = checksums.problem(path)
+            if problem is None:
+                for line in damaged:
+                    log.warning("%s: passed over; going on from %s", line, path.name)
                 return path
+            damaged.append(f"{path}: {problem}")
+        if damaged:
+            raise InputError(
+                f"{damaged[0]}; no other checkpoint is whole: bring it back from a copy, or remove "
+                f"{self.root / 'checkpoints'} to start from the beginning"
+            )
         return None
 
     def save_checkpoint(
@@ -124,16 +120,12 @@ class RunDir:
         if not self.writes:
             self.checkpoint = final
             return final
-        with _disk(final):
+        with writing(final):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             try:
                 write(temporary)
-                sizes = {}
-                for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-                    sync(path)
-                    sizes[path.relative_to(temporary).as_posix()] = path.stat().st_size
-                write_whole(temporary / COMPLETE, dumps({"step": step, "files": sizes}, indent=2))
+                checksums.write(temporary, step)
                 if final.exists():
                     old = folder / f".tmp-old-{step:06d}"
                     shutil.rmtree(old, ignore_errors=True)
@@ -167,35 +159,43 @@ class RunDir:
         """A whole JSON file, replaced at once."""
         if not self.writes:
             return
-        with _disk(self.root / name):
+        with writing(self.root / name):
             write_whole(self.root / name, dumps(values, indent=2) + "\n")
 
-    def _is_empty(self) -> bool:
+    def _is_new(self) -> bool:
+        """Whether the folder holds nothing but what a start that was cut short may have left: what it writes before
+        recipe.yaml."""
         if not self.root.exists():
             return True
-        if not self.root.is_dir():
-            raise InputError(f"{self.root}: this is a file; give a folder to --output")
-        with _disk(self.root):
-            return all(p.name.startswith(".tmp-") for p in self.root.iterdir())
+        with writing(self.root):
+            for path in self.root.iterdir():
+                ours = path.name == lock.NAME or path.name.startswith(".tmp-")
+                if path.name == "checkpoints" and path.is_dir():
+                    ours = not any(path.iterdir())
+                if path.name == "run.json" and path.is_file():
+                    values = read_json(path)
+                    ours = not values or ("versions" in values and "resumed" not in values)
+                if not ours:
+                    return False
+        return True
 
     def _start(self, info: Mapping[str, Any]) -> None:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            self._clear()
             (self.root / "checkpoints").mkdir(exist_ok=True)
+            write_whole(self.root / "run.json", dumps(info, indent=2) + "\n")
             write_whole(self.root / "recipe.yaml", self.recipe.dump())
         except OSError as error:
             raise InputError(
                 f"{self.root}: cannot be written ({error.strerror}); give another --output"
             ) from None
-        self.write_json("run.json", info)
 
     def _refuse_another(self, resume: str) -> None:
         """Raises InputError unless what lies in the folder can be gone on with: a run of the same recipe, or of one
         with fewer steps."""
         written = self.root / "recipe.yaml"
         if not written.is_file():
-            if [p.name for p in self.root.iterdir()] == ["checkpoints"]:  # killed while starting
-                return
             raise InputError(
                 f"{self.root}: the folder is not empty and holds no run; give another --output"
             )
@@ -215,25 +215,34 @@ class RunDir:
     def _continue(self, resume: str, info: Mapping[str, Any]) -> None:
         self._refuse_another(resume)
         written = self.root / "recipe.yaml"
-        if not written.is_file():
-            return self._start(info)
         if differences(load_written(written), self.recipe):  # more steps
-            with _disk(written):
+            with writing(written):
                 write_whole(written, self.recipe.dump())
         self.checkpoint = self.latest_checkpoint()
-        for left in self.root.glob(".tmp-*"):  # of a write that a kill cut short
-            left.unlink(missing_ok=True)
+        self._clear()
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             self._truncate(name, self.start_step)
-        run = read_json(self.root / "run.json") if (self.root / "run.json").is_file() else {}
+        if not (self.root / "run.json").is_file():  # the recipe alone was put there
+            return self.write_json("run.json", info)
+        run = read_json(self.root / "run.json")
         again = {**info, "from_step": self.start_step}
-        self.write_json("run.json", {**run, "resumed": [*run.get("resumed", []), again]})
+        before = run.get("resumed", [])
+        if not isinstance(before, list):
+            raise InputError(
+                f"{self.root / 'run.json'}: `resumed` is no list; the file was changed: take that entry out"
+            )
+        self.write_json("run.json", {**run, "resumed": [*before, again]})
+
+    def _clear(self) -> None:
+        """Removes what a write that a kill cut short has left."""
+        for left in self.root.glob(".tmp-*"):
+            left.unlink(missing_ok=True)
 
     def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         if not self.writes:
             return
         text = "".join(dumps(row) + "\n" for row in rows)
-        with _disk(self.root / name), (self.root / name).open("a", encoding="utf-8") as file:
+        with writing(self.root / name), (self.root / name).open("a", encoding="utf-8") as file:
             file.write(text)
 
     def _truncate(self, name: str, step: int) -> None:
@@ -241,7 +250,7 @@ class RunDir:
         path = self.root / name
         if not path.is_file():
             return
-        with _disk(path), replacing(path) as temporary, temporary.open("wb") as kept:
+        with writing(path), replacing(path) as temporary, temporary.open("wb") as kept:
             for line in lines(path):
                 if _step_in(line, step) < step:
                     kept.write(line + b"\n")
@@ -258,15 +267,6 @@ class RunDir:
             shutil.rmtree(path, ignore_errors=True)
         if not best.exists():
             (self.root / "best").unlink(missing_ok=True)
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether every file that complete.json names is there with its size."""
-    try:
-        files = loads((checkpoint / COMPLETE).read_bytes())["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
 
 
 def save_state(
@@ -286,7 +286,7 @@ def save_state(
         )
         for key, value in tensors.items()
     }
-    with _disk(folder / name):
+    with writing(folder / name):
         save_file(plain, folder / f"{name}.safetensors")
         write_whole(folder / f"{name}.json", dumps(meta, indent=2))
 
@@ -350,17 +350,3 @@ def _step_in(line: bytes, default: int) -> int:
 def _step_of(path: Path) -> int:
     match = re.fullmatch(r"step-(\d+)", path.name)
     return int(match[1]) if match else -1
-
-
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """What the disk refuses becomes one line with the path."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise RunError(
-            f"{path}: cannot be written ({reason}); free some space or mend the permissions, then resume"
-        ) from error

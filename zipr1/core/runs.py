@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from zipr1.core.checksums import is_complete
 from zipr1.core.errors import InputError
+from zipr1.core.folders import RUNS
 from zipr1.core.load import load_written
-from zipr1.core.rundir import RUNS, is_complete, read_json
+from zipr1.core.rundir import read_json
 
 NAMED = ("best", "last")
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.files import write_whole
+from zipr1.core.folders import RUNS
 from zipr1.core.jsontext import dumps, loads, plain
-from zipr1.core.rundir import RUNS
 
 
 def identity(path: str) -> str:
@@ -29,6 +29,13 @@ def identity(path: str) -> str:
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
 
+def default_root(model: str, meta: dict[str, Any], base: Path = RUNS) -> Path:
+    """`runs/eval-<model>-<hash of meta>`: the same command goes on where it stopped."""
+    name = re.sub(r"[^\w.-]+", "-", Path(model).name or model).strip("-")
+    digest = hashlib.sha256(json.dumps(plain(meta), sort_keys=True).encode()).hexdigest()[:8]
+    return base / f"eval-{name}-{digest}"
+
+
 class Folder:
     """One evaluation's folder."""
 
@@ -36,19 +43,12 @@ class Folder:
         self.root = root
 
     @classmethod
-    def open(
-        cls, output: Path | None, model: str, meta: dict[str, Any], base: Path = RUNS
-    ) -> Folder:
+    def open(cls, output: Path, meta: dict[str, Any]) -> Folder:
         """A new folder, or the one in which the same evaluation was begun.
 
-        output: None is `runs/eval-<model>-<hash of meta>`, so that the same command goes on where it stopped.
         Raises InputError for a folder that holds something else.
         """
         meta = plain(meta)
-        if output is None:
-            name = re.sub(r"[^\w.-]+", "-", Path(model).name or model).strip("-")
-            digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:8]
-            output = base / f"eval-{name}-{digest}"
         folder = cls(output)
         written = output / "eval.json"
         if output.exists() and not output.is_dir():

@@ -18,12 +18,13 @@ from rich.markup import escape
 from zipr1.core import activity, distributed, extras
 from zipr1.core.config import override
 from zipr1.core.errors import InputError, RunError, ZipError
+from zipr1.core.folders import claimed
 from zipr1.core.jsontext import dumps
 from zipr1.core.load import validate
 from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe
 from zipr1.core.text import one_line, reason
-from zipr1.evaluate.folder import Folder, identity
+from zipr1.evaluate.folder import Folder, default_root, identity
 from zipr1.evaluate.suites import GROUPS, LMMS_EVAL, SUITES, Suite, check_p_values, resolve
 from zipr1.models.loading import choose_device
 from zipr1.models.manifest import read
@@ -79,6 +80,7 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
     p_values = _p_values(request.p_values, recipe)
     _check_data_root(request.data_root, suites)
     distributed.start()
+    held = contextlib.ExitStack()
     try:
         # 2. the model, and the one it was trained from
         device = request.device or distributed.shared_device()
@@ -100,7 +102,10 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
             "weights": identity(source.place),
         }
         # 3. where results go; what is there already
-        folder = Folder.open(request.output, request.model, meta)
+        root = request.output or default_root(request.model, meta)
+        if distributed.is_first():
+            held.enter_context(claimed(root))
+        folder = Folder.open(root, meta)
         loud = distributed.rank() == 0
         quiet = console if loud else Console(file=io.StringIO())
         quiet.print(
@@ -137,6 +142,7 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
         if loud:
             write(folder, results, quiet)
     finally:
+        held.close()
         distributed.stop()
     if results["errors"]:
         names = ", ".join(error["task"] for error in results["errors"])

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from zipr1.core.errors import InputError
 from zipr1.core.jsontext import loads
 from zipr1.export.source import Source
-from zipr1.models.loading import save_processor, with_adapter
+from zipr1.models.adapters import WEIGHTS, read, with_adapter
+from zipr1.models.loading import save_processor
 from zipr1.models.open import open_model
 from zipr1.models.processors import Processor
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 def write(
@@ -33,7 +32,7 @@ def write(
             f"{source.root}: trained all weights and has no adapter; use --format merged"
         )
     trained = source.weights / "adapter"
-    tensors = {name: t.to(dtype).contiguous() for name, t in load_file(trained / WEIGHTS).items()}
+    tensors = {name: t.to(dtype).contiguous() for name, t in read(trained).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = loads((trained / "adapter_config.json").read_bytes())
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)

@@ -18,7 +18,9 @@ from typing import Any
 
 from zipr1.core import activity
 from zipr1.core.errors import InputError, RunError
+from zipr1.core.files import sync, writing
 from zipr1.core.jsontext import dumps
+from zipr1.core.lock import locked
 from zipr1.core.recipe import Model
 from zipr1.export import adapter, merged
 from zipr1.export.card import model_card, provenance, results
@@ -135,25 +137,27 @@ def describe(source: Source, format: str, dtype: str, folder: Path) -> dict[str,
 
 @contextmanager
 def _new_folder(final: Path) -> Iterator[Path]:
-    """A folder beside `final` that takes its place when the block ends well, and is gone otherwise."""
+    """A folder beside `final` that takes its place when the block ends well, and is gone otherwise. Raises InputError
+    where another process makes it, and RunError where the disk refuses."""
     temporary = final.with_name(f".tmp-{final.name}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
-        temporary.mkdir()
     except OSError as error:
         raise InputError(
             f"--to {final}: cannot be written ({error.strerror}); give another folder"
         ) from None
-    try:
-        yield temporary
-        for path in temporary.iterdir():
-            path.chmod(0o644)  # safetensors writes files that others cannot read
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if final.is_dir():
-            final.rmdir()  # empty, or this fails and nothing is lost
-        os.replace(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with locked(final.with_name(f".tmp-{final.name}.lock"), final), writing(final, "export again"):
+        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+        try:
+            temporary.mkdir()
+            yield temporary
+            for path in temporary.iterdir():
+                path.chmod(0o644)  # safetensors writes files that others cannot read
+                sync(path)
+            if final.is_dir():
+                final.rmdir()  # empty, or this fails and nothing is lost
+            os.replace(temporary, final)
+            sync(final.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise

@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
+from zipr1.core.checksums import is_complete
 from zipr1.core.errors import InputError
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Model, Recipe
-from zipr1.core.rundir import is_complete, read_json
+from zipr1.core.rundir import read_json
 from zipr1.core.runs import checkpoint_of, how_it_stopped, run_of
 from zipr1.models.open import find_source, origin, resolve, stored_dtype
 

@@ -6,10 +6,12 @@ path means is found in open.py.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from zipr1_kernels import unusable
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Lora, Model
 from zipr1.core.text import reason
-from zipr1.models import families
+from zipr1.models import adapters, families
 from zipr1.models.pixels import WHOLE, PixelSettings, read_json
 from zipr1.models.sparse.attention import ATTENTION
+from zipr1.models.tensors import check_finite, check_names, refuse, shapes
 
 # The run's own display shows what goes on; bars of loading and saving shards would break it.
 transformers.utils.logging.disable_progress_bar()
@@ -81,9 +84,7 @@ def from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[A
         config = AutoConfig.from_pretrained(folder, **options)
         families.find(config.model_type, settings.path)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, **options
-        )
+        model = whole_model(AutoModelForImageTextToText, folder, dtype=dtype, **options)
         template = _chat_template(folder, settings.revision)
         if template is not None:
             tokenizer.chat_template = template
@@ -101,6 +102,42 @@ def from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[A
             f"model.path: {settings.path} does not load ({reason(error, 300)}); {hint}"
         ) from None
     return model, tokenizer
+
+
+def whole_model(kind: Any, folder: str, **options: Any) -> Any:
+    """A model of transformers' class `kind` whose every weight comes from the folder's safetensors. Raises InputError,
+    with the names, where one is missing, of another shape, or not the model's: transformers makes random weights of the
+    first two and drops the third, with a warning."""
+    with quiet_report():
+        model, found = kind.from_pretrained(
+            folder,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with their names
+            **options,
+        )
+    # What the model computes for itself, and older files have all the same.
+    computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+    refuse(
+        folder,
+        found["missing_keys"],
+        [name for name in found["unexpected_keys"] if name not in computed],
+        {name: (tuple(here), tuple(wanted)) for name, here, wanted in found["mismatched_keys"]},
+    )
+    if found["error_msgs"]:
+        raise InputError(f"{folder}: does not load ({reason(found['error_msgs'][0])})")
+    return model
+
+
+@contextlib.contextmanager
+def quiet_report() -> Iterator[None]:
+    """transformers' own table of what did not load is left out: one line tells it."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
 
 
 def _chat_template(folder: str, revision: str | None) -> str | dict[str, str] | None:
@@ -220,24 +257,15 @@ def _write_json(path: Path, values: Any) -> None:
 
 
 def restore_weights(model: Any, folder: Path) -> None:
-    """A model or adapter folder written by `Policy.save`, read into `model`. Raises KeyError for a stranger."""
-    if not list(folder.glob("*.safetensors")):
-        raise KeyError(f"no safetensors in {folder}")
-    if (folder / "adapter_config.json").exists():
-        from peft import set_peft_model_state_dict
-        from safetensors.torch import load_file
+    """A model or adapter folder written by `Policy.save`, read into `model`.
 
-        known = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-        if known.unexpected_keys:
-            raise KeyError(f"unknown adapter weight {known.unexpected_keys[0]}")
+    Raises InputError where its tensors are not those of `model`, or not finite.
+    """
+    if (folder / "adapter_config.json").exists():
+        adapters.restore(model, folder)
         return
     # Through from_pretrained: on disk the weights have the names of the hub, not those of the live modules.
-    saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
-    model.load_state_dict(saved.state_dict())
-
-
-def with_adapter(model: Any, adapter: Path) -> Any:
-    """peft's model: `model`, changed in place, with the adapter of a folder in it, not merged."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, str(adapter))
+    saved = whole_model(type(model), str(folder), dtype=model.dtype).state_dict()
+    check_names(str(folder), shapes(model.state_dict()), shapes(saved))
+    check_finite(str(folder), saved.items())
+    model.load_state_dict(saved)

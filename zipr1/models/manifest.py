@@ -53,6 +53,15 @@ def read(folder: Path) -> dict[str, Any] | None:
     return dict(values)
 
 
+def check_bytes(folder: Path) -> None:
+    """Raises InputError if a weight file is not the one whose hash zipr1.json in `folder` has. Reads every byte."""
+    for name, about in ((read(folder) or {}).get("weights") or {}).items():
+        if sha256(folder / name) != about.get("sha256"):
+            raise InputError(
+                f"{folder / name}: not as it was exported, its hash is another; copy or export the folder again"
+            )
+
+
 def weights(folder: Path) -> dict[str, dict[str, Any]]:
     """Size in bytes, hash of the whole and hash of the header of every safetensors file, by name."""
     found = {}

@@ -21,21 +21,23 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
+from zipr1.core import checksums, distributed
 from zipr1.core.errors import InputError
 from zipr1.core.jsontext import loads
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Data, Model, Recipe, Sparse
 from zipr1.models import families, manifest, positions
+from zipr1.models.adapters import with_adapter
 from zipr1.models.loading import (
     WEIGHT_DTYPES,
     choose_device,
     choose_dtype,
     from_pretrained,
-    with_adapter,
 )
 from zipr1.models.pixels import PixelSettings, has_pixel_settings
 from zipr1.models.processors import Processor
 from zipr1.models.random_weights import build_model, build_tokenizer
+from zipr1.models.tensors import check_finite
 
 log = logging.getLogger("zipr1")
 
@@ -205,7 +207,8 @@ def open_model(
 
     Of `settings`, what is not set (None) is taken from what belongs to the path. seed: of the weights of `scratch`.
     merge_adapter: False leaves the adapter of a run or a folder apart from its base, in `Opened.peft_model`. Raises
-    InputError where nothing loads.
+    InputError where nothing loads, where the files are not as they were written, and for weights that are missing, of
+    another shape, or not finite.
     """
     chosen = choose_device(device)
     dtype = choose_dtype(settings, chosen)
@@ -226,6 +229,7 @@ def open_model(
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     processor.stop_at([ends] if isinstance(ends, int) else ends or [])
     model.to(device=chosen, dtype=dtype).eval()
+    check_finite(settings.path, model.state_dict().items())
     return Opened(model, processor, settings, source, peft_model)
 
 
@@ -233,6 +237,8 @@ def _load(
     source: ModelSource, settings: Model, dtype: torch.dtype, merge: bool
 ) -> tuple[torch.nn.Module, Any]:
     """Model and tokenizer of anything but `scratch`; of an adapter its base, with the adapter merged into it."""
+    if distributed.is_first():
+        _check_bytes(source)
     if source.base is None or source.adapter is None:
         return from_pretrained(source.place, settings, dtype)
     asked = settings.model_copy(update=_reference(source.base, settings))
@@ -244,6 +250,20 @@ def _load(
     # An adapter that is trained on it writes down what it was trained on: this one, not its base.
     merged.name_or_path = merged.config.name_or_path = source.place
     return merged, tokenizer
+
+
+def _check_bytes(source: ModelSource) -> None:
+    """Raises InputError, with the file, if a checkpoint or an exported folder is not as it was written."""
+    place = Path(source.place)
+    checkpoint = place.parent
+    if (Path(source.path) / "last").exists() or (checkpoint / checksums.COMPLETE).is_file():
+        problem = checksums.problem(checkpoint, f"{place.name}/")
+        if problem is not None:
+            raise InputError(
+                f"{checkpoint}: {problem}; bring it back from a copy, or name another checkpoint's model folder"
+            )
+    elif place.is_dir():
+        manifest.check_bytes(place)
 
 
 def _from_scratch(settings: Model, seed: int) -> tuple[torch.nn.Module, Any]:

@@ -352,6 +352,8 @@ class Policy:
         path = folder / "adapter" if self.peft_model is not None else folder
         try:
             restore_weights(self.peft_model if self.peft_model is not None else self.model, path)
+        except InputError:
+            raise
         except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
             raise InputError(
                 f"{folder}: holds no weights of this model ({reason(error)}); resume another run"

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from zipr1.core.errors import RunError
 from zipr1.models.decoding import Steps
 from zipr1.models.sparse.cache import PrunedCache, kv_bytes
 from zipr1.models.sparse.last_layer import last_column, slots_of
@@ -125,6 +126,8 @@ def sample(
         uniforms: `(B, >= max_new_tokens)` in [0, 1): row b samples its t-th token by inverse CDF of uniforms[b, t], so
             that what a row samples does not depend on its batch. None: all rows are greedy.
         greedy: `(B,)` bool, rows that take the likeliest token all the same.
+
+    Raises RunError where the model's output is not finite, which would pass for a wrong answer.
     """
     states, cache = prefill(model, inputs, valid, run, read_at=last_column(valid))
     hidden, rows = states[:, -1], len(valid)
@@ -156,6 +159,7 @@ def sample(
         steps.real[:, :made],
         *([] if counts is None else [counts]),
     )
+    _check_finite(logprobs[real])
     lengths = real.sum(1).tolist()
     return Answers(
         tokens=[tokens[b, :n] for b, n in enumerate(lengths)],
@@ -166,3 +170,11 @@ def sample(
         probe_audit_mass=None if run.record is None else run.record.probe_audit_mass(),
         kv_bytes=held,
     )
+
+
+def _check_finite(values: torch.Tensor) -> None:
+    if not bool(values.isfinite().all()):
+        raise RunError(
+            "the model's logits are NaN or infinite, though its weights are finite: numbers between its layers outgrow "
+            "its dtype; set model.dtype=float32, or bfloat16 in place of float16"
+        )

@@ -32,15 +32,16 @@ def start_or_resume(
         "right": {},
         "merit": {},
     }
-    tensors = None
+    tensors, read_from = None, ""
     if folder.checkpoint is not None:
+        read_from = str(folder.checkpoint / "state.safetensors")
         tensors, state = load_state(folder.checkpoint)
         policy.load_weights(folder.checkpoint / "model")
     policy.spread(recipe.train)
     named = policy.trainable()
     optimizer = optim.build(named, recipe.optim)
     if tensors is not None:
-        optim.restore(optimizer, named, tensors)
+        optim.restore(optimizer, named, tensors, read_from)
     return state, optimizer
 
 

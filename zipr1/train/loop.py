@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from zipr1.core import activity, distributed, signals
+from zipr1.core.folders import claimed
 from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe
 from zipr1.core.rundir import RunDir
@@ -50,24 +51,29 @@ def run(
     device: str | None,
     command: Sequence[str],
     console: Console,
+    name: str = "run",
 ) -> dict[str, Any]:
     """Train as the recipe says and return what summary.json holds. Raises ZipError; nothing half-written stays.
 
-    Stopped by a signal, it saves what is done and raises `Stopped` again. The state of signals is then as it was.
+    output, resume: as of `folders.claimed`; name: what a new folder under runs/ is called by. Stopped by a signal, it
+    saves what is done and raises `Stopped` again. The state of signals is then as it was.
     """
     check(recipe)
     # Products of float32 numbers on a GPU: eight times the speed for ten bits of mantissa. A CPU is not concerned.
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(recipe.seed)
-    activity.tell(f"opening {recipe.model.path}")
-    policy = load_policy(recipe.model, distributed.device(device), recipe.seed)
     # The scope of signals is the outermost: a launcher's may come while the ranks part, and is not the reason.
-    with signals.scope(), distributed.joined(policy.device), contextlib.ExitStack() as opened:
-        try:
-            return _run(policy, recipe, output, resume, command, console, opened)
-        finally:
-            gc.unfreeze()
-            policy.parallel.close()
+    with signals.scope(), contextlib.ExitStack() as owned:
+        if distributed.is_first():  # before minutes of loading, and to the very end
+            output = owned.enter_context(claimed(output, resume, name))
+        activity.tell(f"opening {recipe.model.path}")
+        policy = load_policy(recipe.model, distributed.device(device), recipe.seed)
+        with distributed.joined(policy.device), contextlib.ExitStack() as opened:
+            try:
+                return _run(policy, recipe, output, resume, command, console, opened)
+            finally:
+                gc.unfreeze()
+                policy.parallel.close()
 
 
 def _run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from zipr1.core import distributed, signals
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.recipe import Optim
+from zipr1.models.tensors import check_finite, check_names, shapes
 from zipr1.models.transfer import fetch
 
 
@@ -36,13 +37,17 @@ class Optimizers:
         for group in self.param_groups:
             group["lr"] = rate
 
-    def state_of(self, parameter: torch.nn.Parameter) -> dict[str, Any]:
-        """The state of a parameter in the optimiser that owns it; to be changed in place."""
+    def part_of(self, parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
+        """The optimiser that owns a parameter."""
         for part in self.parts:
             if any(parameter is p for group in part.param_groups for p in group["params"]):
-                state: dict[str, Any] = part.state[parameter]
-                return state
+                return part
         raise KeyError("not a parameter of this optimiser")
+
+    def state_of(self, parameter: torch.nn.Parameter) -> dict[str, Any]:
+        """The state of a parameter in the optimiser that owns it; to be changed in place."""
+        state: dict[str, Any] = self.part_of(parameter).state[parameter]
+        return state
 
 
 def build(named: Sequence[tuple[str, torch.nn.Parameter]], settings: Optim) -> Optimizers:
@@ -116,13 +121,13 @@ def clipped_step(
 def state_tensors(
     optimizer: Optimizers, named: Sequence[tuple[str, torch.nn.Parameter]]
 ) -> dict[str, torch.Tensor]:
-    """Moments and step counts by parameter name, to be saved as safetensors; of several ranks the first has them. All
-    ranks must ask."""
+    """Moments and step counts of every parameter by its name, to be saved as safetensors; of several ranks the first
+    has them. All ranks must ask. A parameter that no gradient has reached yet has those it would begin with: zeros."""
     return distributed.whole_state(
         {
             f"{name}/{key}": torch.as_tensor(value)
             for name, parameter in named
-            for key, value in optimizer.state_of(parameter).items()
+            for key, value in _state_of(optimizer, parameter).items()
         }
     )
 
@@ -130,24 +135,48 @@ def state_tensors(
 def restore(
     optimizer: Optimizers,
     named: Sequence[tuple[str, torch.nn.Parameter]],
-    tensors: dict[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    where: str,
 ) -> None:
-    """Put back what `state_tensors` gave. Raises InputError for the state of another model."""
-    parameters = dict(named)
-    names = {key.rsplit("/", 1)[0] for key in tensors}
-    if strange := names - set(parameters):
-        raise InputError(
-            f"the checkpoint's optimiser knows '{min(strange)}', which this model does not train"
-        )
-    for key, value in tensors.items():
-        name, field = key.rsplit("/", 1)
-        parameter = parameters[name]
-        if field != "step" and value.shape != parameter.shape:
-            raise InputError(
-                f"the checkpoint's '{name}' is {tuple(value.shape)}, the model's {tuple(parameter.shape)}"
-            )
-        where = "cpu" if field == "step" else parameter.device
-        value = value.to(where)
-        if field != "step":
-            value = distributed.like(value, parameter.detach())
-        optimizer.state_of(parameter)[field] = value
+    """Put back what `state_tensors` gave. where: the file, for messages.
+
+    Raises InputError that names tensors that are missing, of another model or shape, not finite, or a count of steps
+    that is none.
+    """
+    wanted = {
+        f"{name}/{field}": () if field == "step" else tuple(parameter.shape)
+        for name, parameter in named
+        for field in _fields(optimizer, parameter)
+    }
+    check_names(where, wanted, shapes(tensors))
+    check_finite(where, tensors.items())
+    for name, parameter in named:
+        for field in _fields(optimizer, parameter):
+            value = tensors[f"{name}/{field}"]
+            if field != "step":
+                value = value.to(device=parameter.device, dtype=parameter.dtype)
+                value = distributed.like(value, parameter.detach())
+            elif not (value >= 0 and float(value).is_integer()):
+                raise InputError(
+                    f"{where}: {name}/step is {float(value)}, and a count of steps is expected; bring the file back "
+                    "from a copy"
+                )
+            optimizer.state_of(parameter)[field] = value
+
+
+def _fields(optimizer: Optimizers, parameter: torch.nn.Parameter) -> tuple[str, ...]:
+    """What the optimiser of a parameter remembers of it."""
+    if isinstance(optimizer.part_of(parameter), torch.optim.Muon):
+        return ("momentum_buffer",)
+    return ("step", "exp_avg", "exp_avg_sq")
+
+
+def _state_of(optimizer: Optimizers, parameter: torch.nn.Parameter) -> dict[str, Any]:
+    """What is remembered of a parameter now; zeros, as the optimiser would make them, before its first gradient."""
+    known = optimizer.state_of(parameter)
+    if known:
+        return known
+    return {
+        field: torch.tensor(0.0) if field == "step" else torch.zeros_like(parameter.detach())
+        for field in _fields(optimizer, parameter)
+    }
