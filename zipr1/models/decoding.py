@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from zipr1.core.transfer import send
 from zipr1.models.batching import choose
+from zipr1.models.transfer import send
 
 log = logging.getLogger(__name__)
 

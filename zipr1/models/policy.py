@@ -22,7 +22,6 @@ from zipr1.core.distributed import Parallel, whole_state
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Model, Train
 from zipr1.core.text import reason
-from zipr1.core.transfer import send
 from zipr1.core.types import Prompt
 from zipr1.models import sampling
 from zipr1.models.batching import answer_slots, groups, padded
@@ -39,6 +38,7 @@ from zipr1.models.sampling import Answers
 from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.sparse.patch import SparseRun, sparse_attention
 from zipr1.models.sparse.request import Request
+from zipr1.models.transfer import send
 from zipr1.models.visual import Visual
 
 # Placeholders are never sampled: an answer with one would ask for a picture that is not there. Finite, so that

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from zipr1.core.errors import RunError
-from zipr1.core.transfer import fetch, send
 from zipr1.models.decoding import Steps
 from zipr1.models.sparse.cache import PrunedCache, kv_bytes
 from zipr1.models.sparse.last_layer import last_column, slots_of
 from zipr1.models.sparse.patch import SparseRun, finished_at
 from zipr1.models.sparse.record import Record
 from zipr1.models.sparse.request import PromptBatch
+from zipr1.models.transfer import fetch, send
 
 # Where a pruned cache gets room for all tokens before the first step. It costs a CPU the reading of empty slots.
 FIXED = {"cuda": True}

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from zipr1.core.transfer import send
 from zipr1.models import sampling
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
 from zipr1.models.sparse.last_layer import last_column
+from zipr1.models.transfer import send
 
 # From so many answers a prompt on it pays: it takes a second pass, and keys and values in memory.
 ANSWERS = 4

@@ -11,8 +11,8 @@ import torch
 from zipr1.core import distributed, signals
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.recipe import Optim
-from zipr1.core.transfer import fetch
 from zipr1.models.tensors import check_finite, check_names, shapes
+from zipr1.models.transfer import fetch
 
 
 class Optimizers:

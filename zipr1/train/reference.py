@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from zipr1.core.recipe import Recipe
-from zipr1.core.transfer import send
 from zipr1.models.policy import Policy
 from zipr1.models.shared_prefill import ANSWERS, shared_states
+from zipr1.models.transfer import send
 from zipr1.train import losses
 from zipr1.train.minibatch import Rows
 from zipr1.train.rollout import Batch

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from zipr1.core import distributed
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe
-from zipr1.core.transfer import fetch, send
 from zipr1.core.types import Prompt
 from zipr1.data.embedded import SOURCES
 from zipr1.models.batching import by_length
@@ -27,6 +26,7 @@ from zipr1.models.encoder import MediaEncoder
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
 from zipr1.models.token_budget import token_budget
+from zipr1.models.transfer import fetch, send
 from zipr1.train import chunks, losses
 from zipr1.train.update import with_tower
 

@@ -15,7 +15,6 @@ import torch
 
 from zipr1.core import distributed
 from zipr1.core.recipe import Recipe, parse
-from zipr1.core.transfer import send
 from zipr1.models.batching import by_length, replay_masks
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
@@ -24,6 +23,7 @@ from zipr1.models.sparse.patch import SparseRun, sparse_attention
 from zipr1.models.sparse.record import Record
 from zipr1.models.sparse.request import Request
 from zipr1.models.token_budget import token_budget
+from zipr1.models.transfer import send
 from zipr1.train import losses
 from zipr1.train.controller import EfficiencyController
 from zipr1.train.minibatch import Rows, flatten, pad

@@ -27,7 +27,6 @@ from zipr1_kernels import (
 
 from zipr1.core.errors import InputError
 from zipr1.core.phases import phase
-from zipr1.core.transfer import send
 from zipr1.models.sparse.cache import PrunedCache
 from zipr1.models.sparse.gate import gated_attention, gated_prefill, straight_through
 from zipr1.models.sparse.last_layer import finished, slots_of
@@ -35,6 +34,7 @@ from zipr1.models.sparse.packing import Handover, OutputRows, PackedRows
 from zipr1.models.sparse.record import LayerRecord, Record
 from zipr1.models.sparse.request import PromptBatch, Request
 from zipr1.models.sparse.selection import Heads, ProbeRange, Selector
+from zipr1.models.transfer import send
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from zipr1_kernels import Kept
 
-from zipr1.core.transfer import send
 from zipr1.models.sparse.packing import OutputRows
+from zipr1.models.transfer import send
 
 
 def last_column(valid: torch.Tensor) -> torch.Tensor:

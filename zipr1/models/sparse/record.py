@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from zipr1.core.transfer import fetch
+from zipr1.models.transfer import fetch
 
 
 @dataclass

@@ -19,11 +19,11 @@ from zipr1_kernels import cut_points, probe_scores
 from zipr1.core.errors import InputError
 from zipr1.core.phases import phase
 from zipr1.core.recipe import Probes
-from zipr1.core.transfer import send
 from zipr1.models.sparse.probes import probe_slots
 from zipr1.models.sparse.record import LayerRecord, Record
 from zipr1.models.sparse.request import Request
 from zipr1.models.sparse.rules import Draw, select
+from zipr1.models.transfer import send
 
 # Added to a pass's seed for the probes of its audit, so that they are other ones.
 AUDIT_SEED = 7919

@@ -11,9 +11,9 @@ import torch
 from zipr1_kernels import probe_scores
 
 from zipr1.core.recipe import Sparse
-from zipr1.core.transfer import send
 from zipr1.models.sparse.probes import probe_slots
 from zipr1.models.sparse.rules import Draw, select
+from zipr1.models.transfer import send
 
 SEED = 0  # of the probes, as `zipr1.load` has it
 

@@ -4,7 +4,7 @@ import standingpu
 import torch
 from standingpu import DEVICE
 
-from zipr1.core.transfer import fetch, send
+from zipr1.models.transfer import fetch, send
 
 CPU = torch.device("cpu")
 
