@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import signal
 import socket
@@ -69,6 +70,8 @@ def test_every_command_that_writes_is_refused_in_one_line(
     if command == "eval":
         pytest.importorskip("lmms_eval")
     root = tmp_path / "out"
+    # A handler that a command before has left would write to that test's screen.
+    monkeypatch.setattr(logging.getLogger("zipr1"), "handlers", [])
     options = {
         "train": ["recipes/tiny.yaml", "--output", str(root)],
         "eval": ["--model", "tiny", "--limit", "1", "--output", str(root)],
