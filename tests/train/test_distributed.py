@@ -199,11 +199,11 @@ def test_supervised_ranks_with_fewer_rows_or_none(tmp_path, model, kind, prompts
 def end_early() -> None:
     """The first rank's answers end after a token, the second's go on to the last. Passes are noted."""
     import zipr1.train.update
-    from zipr1.models import sampling
+    from zipr1.models import decoding
 
     first = os.environ["RANK"] == "0"
     token = tinymodels.shared().processor.end_id if first else 40
-    sampling.choose = lambda logprobs, *_: torch.full((len(logprobs),), token)
+    decoding.choose = lambda logprobs, *_: torch.full((len(logprobs),), token)
     gather = distributed.gather
 
     def noted(value: Any) -> list[Any]:
