@@ -102,10 +102,10 @@ def test_every_bundled_config_has_a_card():
     ("arguments", "said"),
     [
         (["--model", "qwen2.5-vl-8b"], "did you mean qwen2.5-vl-7b?"),
-        (["--keep", "0"], "keep 0.0 is not in (0, 1]"),
-        (["--keep", "1.5"], "keep 1.5 is not in (0, 1]"),
+        (["--keep", "0"], "--keep 0: outside (0, 1]; give shares"),
+        (["--keep", "1.5"], "--keep 1.5: outside (0, 1]; give shares"),
         (["--keep", "a quarter"], "--keep a quarter: give numbers"),
-        (["--lengths", "0"], "length 0 is outside 1.."),
+        (["--lengths", "0"], "--lengths 0: give 1 or more"),
         (["--lengths", "999999", "--model", "qwen2-vl-7b"], "outside 1..32768, what qwen2-vl-7b"),
         (["--visual", "2"], "visual 2.0 is not in [0, 1]"),
     ],

@@ -51,13 +51,13 @@ def known(path):
 def counted(monkeypatch):
     """Names of the threads in which media were decoded, by source."""
     seen = []
-    load = module.load_media
+    load = module.load_timed
 
     def counting(media, *rest):
         seen.append((media.key, threading.current_thread().name))
         return load(media, *rest)
 
-    monkeypatch.setattr(module, "load_media", counting)
+    monkeypatch.setattr(module, "load_timed", counting)
     return seen
 
 

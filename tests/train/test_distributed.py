@@ -149,12 +149,12 @@ def cannot_decode() -> None:
     from zipr1.data import media
     from zipr1.models import encoder
 
-    def load_media(one: Any, *arguments: Any) -> Any:
+    def load_timed(one: Any, *arguments: Any) -> Any:
         if Path(one.source).name == "b.png":
             raise InputError("the clip is damaged")
-        return media.load_media(one, *arguments)
+        return media.load_timed(one, *arguments)
 
-    encoder.load_media = load_media
+    encoder.load_timed = load_timed
 
 
 def test_a_rank_whose_rows_are_all_bad_takes_one_of_the_others(tmp_path, model, monkeypatch):
@@ -174,7 +174,7 @@ def test_a_rank_whose_rows_are_all_bad_takes_one_of_the_others(tmp_path, model, 
     )
     seed = dealt(recipe, [[0, 1], [2, 3]])
     recipe.write_text(recipe.read_text() + f"seed: {seed}\n")
-    monkeypatch.setattr(encoder, "load_media", encoder.load_media)  # to be put back
+    monkeypatch.setattr(encoder, "load_timed", encoder.load_timed)  # to be put back
     cannot_decode()
     equals_alone(tmp_path, recipe, cannot_decode)
 

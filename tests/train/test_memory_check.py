@@ -114,8 +114,10 @@ def watched(policy) -> list[tuple[int, int]]:
     return shapes
 
 
-def test_one_very_long_prompt_among_thousands_is_the_one_tried():
+def test_one_very_long_prompt_among_thousands_is_the_one_tried(monkeypatch):
     """At an odd place, which every other of three thousand passes over."""
+    # It has passes of its own, with tests in test_sampler_check.py.
+    monkeypatch.setattr("zipr1.train.memory_check.check_sampler", lambda *_: "")
     settings = with_train(recipe(), micro_batch=4)  # one question of four budgets
     policy = tinymodels.make()
     policy.keep_reference()
@@ -169,7 +171,7 @@ def test_prompts_are_sorted_by_the_lengths_that_encoding_gives(tmp_path):
 def test_nothing_is_decoded_where_sizes_are_known_and_else_a_bounded_number(monkeypatch, tmp_path):
     pictures = MediaEncoder(tinymodels.shared(), recipe())
     prompts = files(tmp_path)
-    monkeypatch.setattr(encoder, "load_media", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(encoder, "load_timed", lambda *_: pytest.fail("decoded"))
     opened, stock = [], memory_check.check
     monkeypatch.setattr(memory_check, "check", lambda m: (opened.append(m), stock(m))[1])
     wide = [replace(p, id=f"{i}") for i, p in enumerate([prompts[1]] * 10)]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from zipr1.core.text import reason
 from zipr1.models.batching import choose
 from zipr1.models.transfer import send
 
@@ -105,8 +106,8 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.graph(graph):
             step()
     except RuntimeError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        log.warning("a decoding step is launched piece by piece: no CUDA graph (%s)", reason)
+        why = reason(error) or type(error).__name__
+        log.warning("a decoding step is launched piece by piece: no CUDA graph (%s)", why)
         return step
     replay: Callable[[], None] = graph.replay
     return replay

@@ -19,6 +19,7 @@ ARCHITECTURES = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGen
 # Of the other families that zipr1 exports.
 OTHERS = (
     "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
     "InternVLForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
