@@ -378,7 +378,9 @@ def random_instead_of_loaded(context: Context) -> Iterator[None]:
     stock = Auto.from_pretrained
 
     def made(folder: str, *rest: Any, dtype: torch.dtype, **options: Any) -> Any:
-        return random_weights(context, Path(folder), dtype)
+        keys = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        nothing: dict[str, list[str]] = {key: [] for key in keys}
+        return random_weights(context, Path(folder), dtype), nothing
 
     Auto.from_pretrained = made
     try:
