@@ -1,5 +1,5 @@
 """What a policy must do on any path of the kernels: test_policy.py runs these checks on the usual one,
-test_triton_paths.py on Triton. Each takes its parameters and asserts."""
+test_triton_paths.py on Triton; other families by their own tests. Each takes its parameters and asserts."""
 
 from __future__ import annotations
 
@@ -136,3 +136,20 @@ def gradient_checkpointing_changes_no_gradient(skip):
     assert grads[0].keys() == grads[1].keys()
     for name, gradient in grads[0].items():
         assert gradient is not None and torch.equal(gradient, grads[1][name]), name
+
+
+@torch.no_grad()
+def below_one_it_prunes_and_replays(policy, prompts, settings, skip):
+    """Rows of a batch drop tokens, and scored again with what they kept they have the log-probabilities they had."""
+    encoded = tinymodels.encode(policy, prompts)
+    features = policy.encode_vision(encoded)
+    settings = settings.model_copy(update={"skip": skip})
+    answers = policy.generate(encoded, features, Request(settings), 5)
+    assert (answers.counts < torch.tensor([[len(e)] for e in encoded])).all()
+    width = max(len(e) + len(a) for e, a in zip(encoded, answers.tokens, strict=True))
+    request = Request(settings, replay=replay_masks(answers.kept, width))
+    with sparse_attention(policy.model, request) as run:
+        logits, _ = policy.answer_logits(encoded, features, answers.tokens, run)
+    for b, tokens in enumerate(answers.tokens):
+        logprobs = logits[b, : len(tokens)].log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(logprobs, answers.logprobs[b], atol=1e-3, rtol=0)

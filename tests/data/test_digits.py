@@ -15,7 +15,7 @@ import pytest
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.recipe import Data
 from zipr1.core.types import Prompt
-from zipr1.data import embedded, video
+from zipr1.data import drawn, embedded, video
 from zipr1.data.digits import glyphs, questions, scenes, tasks
 from zipr1.data.media import load_media
 from zipr1.data.sources import load
@@ -201,7 +201,7 @@ def test_every_answer_follows_from_the_objects(bank, make):
 
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_kinds_and_answers_are_balanced(task, monkeypatch):
-    monkeypatch.setattr(tasks, "media", lambda scene: None)  # no clip has to be encoded to count
+    monkeypatch.setattr(drawn, "media", lambda scene: None)  # no clip has to be encoded to count
     made = tasks.prompts("validation", task, 180, 4, 5)
     kinds = Counter(p.kind for p in made)
     assert set(kinds) == set(questions.KINDS[task])

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from zipr1.core.errors import InputError
 from zipr1.core.load import validate
 from zipr1.core.recipe import Data
-from zipr1.data import embedded
+from zipr1.data import drawn, embedded
 from zipr1.data.digits import glyphs
 from zipr1.data.media import load_media
 from zipr1.data.pages import drawing, forms, ink, questions, tasks
@@ -155,7 +155,7 @@ def _best_word(seen):
 def test_hands_do_not_leak_between_splits(monkeypatch):
     """Through what training and evaluation call: prompts of each split, and lessons."""
     scenes: list[drawing.Scene] = []
-    monkeypatch.setattr(tasks, "media", scenes.append)
+    monkeypatch.setattr(drawn, "media", scenes.append)
 
     def sources():
         marks = [m for s in scenes for sheet in s.sheets for m in sheet.marks]
@@ -315,7 +315,7 @@ def test_every_answer_follows_from_the_forms(bank, make):
 
 
 def _without_clips(monkeypatch):
-    monkeypatch.setattr(tasks, "media", lambda scene: None)  # no clip has to be encoded to count
+    monkeypatch.setattr(drawn, "media", lambda scene: None)  # no clip has to be encoded to count
 
 
 # The most that a guess gets which knows the question's wording and nothing of the picture: what questions.py says.

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import policychecks
 import pytest
 import tinymodels
 import torch
@@ -20,7 +21,6 @@ import zipr1
 from zipr1.core.recipe import Model, Probes, Sparse
 from zipr1.core.types import Media, Prompt
 from zipr1.data import video
-from zipr1.models.batching import replay_masks
 from zipr1.models.inputs import model_inputs
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.sparse.patch import sparse_attention
@@ -171,21 +171,8 @@ def test_everything_kept_is_the_stock_model(family, forced):
 
 @timed
 @pytest.mark.parametrize("skip", ["attention", "layer"])
-@torch.no_grad()
 def test_below_one_it_prunes_and_replays(family, skip):
-    policy = shared(family)
-    encoded = tinymodels.encode(policy, prompts())
-    features = policy.encode_vision(encoded)
-    settings = SMALL.model_copy(update={"skip": skip})
-    answers = policy.generate(encoded, features, Request(settings), 5)
-    assert (answers.counts < torch.tensor([[len(e)] for e in encoded])).all()
-    width = max(len(e) + len(a) for e, a in zip(encoded, answers.tokens, strict=True))
-    request = Request(settings, replay=replay_masks(answers.kept, width))
-    with sparse_attention(policy.model, request) as run:
-        logits, _ = policy.answer_logits(encoded, features, answers.tokens, run)
-    for b, tokens in enumerate(answers.tokens):
-        logprobs = logits[b, : len(tokens)].log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-        torch.testing.assert_close(logprobs, answers.logprobs[b], atol=1e-3, rtol=0)
+    policychecks.below_one_it_prunes_and_replays(shared(family), prompts(), SMALL, skip)
 
 
 @timed

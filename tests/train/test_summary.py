@@ -7,6 +7,7 @@ import math
 import pytest
 
 from zipr1.core.recipe import Data, Efficiency, Recipe
+from zipr1.data.digits.tasks import MIX
 from zipr1.train.progress import constraint_lines
 from zipr1.train.summary import judge
 
@@ -26,7 +27,7 @@ def test_each_task_is_judged_and_all_by_their_shares():
     )
     tasks = {"digits": block(0.001, 0.00196, 2000), "moving_digits": block(-0.03, 0.0196, 500)}
     summary: dict = {"by_task": tasks, "constraint": {}}
-    judge(summary, recipe, [])
+    judge(summary, recipe)
     held, lost = (tasks[name]["constraint"] for name in recipe.data.mix)
     assert (held["verdict"], held["lost"], held["n"]) == ("held", -0.001, 2000)
     assert held["error"] == pytest.approx(0.001, rel=1e-4) and held["allowed"] == 0.005
@@ -41,13 +42,13 @@ def test_each_task_is_judged_and_all_by_their_shares():
 
 def test_without_a_constraint_nothing_is_said():
     summary: dict = {"by_task": {"digits": block(0.0, 0.01, 10)}, "constraint": {}}
-    judge(summary, Recipe(efficiency=Efficiency(max_accuracy_drop=None)), [])
+    judge(summary, Recipe(efficiency=Efficiency(max_accuracy_drop=None)))
     assert summary["constraint"] == {} and "constraint" not in summary["by_task"]["digits"]
 
 
 def test_a_line_says_it():
     summary: dict = {"by_task": {"digits": block(-0.001, 0.0098, 400)}, "constraint": {}}
-    judge(summary, Recipe(), [])
+    judge(summary, Recipe())
     # 400 * (1.64485 * 0.00500009 / 0.004)^2 = 1691.03
     want = (
         "digits: not shown, 0.10 points lost (standard error 0.50), 0.5 allowed; "
@@ -55,3 +56,18 @@ def test_a_line_says_it():
     )
     assert constraint_lines(summary)[0] == want and len(constraint_lines(summary)) == 2
     assert constraint_lines({"by_task": {"digits": {}}}) == []
+
+
+def test_without_a_mix_the_shares_are_those_of_the_family():
+    recipe = Recipe(data=Data(source="digits"))
+    tasks = {name: block(-0.01 * i, 0.0, 100 * i) for i, name in enumerate(MIX, start=1)}
+    summary: dict = {"by_task": tasks, "constraint": {}}
+    judge(summary, recipe)
+    want = sum(0.01 * i * share for i, share in enumerate(MIX.values(), start=1))
+    assert sum(MIX.values()) == pytest.approx(1) and summary["constraint"]["lost"] == pytest.approx(
+        want
+    )
+    # Rows of one's own count by their number.
+    judge(summary, Recipe(data=Data(source="rows.jsonl", heldout="more.jsonl")))
+    by_number = sum(0.01 * i * 100 * i for i in (1, 2, 3)) / 600
+    assert summary["constraint"]["lost"] == pytest.approx(by_number)

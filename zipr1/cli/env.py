@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from zipr1.cli.log import busy
+
 
 def env(
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
@@ -14,8 +16,6 @@ def env(
 
     For example: zipr1 env
     """
-    from zipr1.cli.log import busy
-
     with busy(as_json) as console:
         from zipr1.models.about import about
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from zipr1.cli.log import busy, console_of, tell_model
+from zipr1.cli.options import Checkpoint, Device
 from zipr1.cli.profile import numbers
 
 
@@ -26,12 +28,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="best|last|STEP", help="Of the run. Default: last.", show_default=False
-        ),
-    ] = None,
+    checkpoint: Checkpoint = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
@@ -73,12 +70,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="cpu, cuda, cuda:1. Default: cuda where there is one.", show_default=False
-        ),
-    ] = None,
+    device: Device = None,
     base: Annotated[
         bool, typer.Option(help="Measure the untouched model that a run was trained from, too.")
     ] = True,
@@ -92,8 +84,6 @@ def evaluate(
 
     Finished benchmarks are kept: the same command goes on where it was stopped.
     """
-    from zipr1.cli.log import busy, console_of
-
     names = [
         name.strip()
         for item in tasks or ["digits,moving_digits"]
@@ -115,8 +105,7 @@ def evaluate(
     if output is not None:
         check_folder(output, "--output")
     path, why = find_model(model, checkpoint=checkpoint)
-    if model is None or ";" in why:
-        console_of(as_json).print(why, soft_wrap=True, highlight=False, markup=False)
+    tell_model(model, why, as_json)
     with busy(as_json) as console:
         from zipr1.evaluate import session
 

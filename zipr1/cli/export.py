@@ -8,6 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from zipr1.cli.log import busy, show_log
+from zipr1.cli.options import Device
+
 
 def export(
     run: Annotated[
@@ -40,12 +43,7 @@ def export(
             help="Of the weights: float32, bfloat16, float16, or auto: as they were trained.",
         ),
     ] = "auto",
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="cpu, cuda, cuda:1. Default: cuda where there is one.", show_default=False
-        ),
-    ] = None,
+    device: Device = None,
     push: Annotated[
         str | None,
         typer.Option(
@@ -64,7 +62,6 @@ def export(
 
     Any tool takes it for an ordinary dense model; zipr1.load runs it sparse.
     """
-    from zipr1.cli.log import busy, show_log
     from zipr1.export.request import check_request
 
     check_request(run, to, format, dtype)

@@ -35,6 +35,12 @@ def console_of(as_json: bool) -> Console:
     return Console(file=file, quiet=not is_first(), emoji=False)
 
 
+def tell_model(given: str | None, line: str, as_json: bool) -> None:
+    """Print which model is used, `line` of `find_model`: where the user named none, or a run that did not finish."""
+    if given is None or ";" in line:
+        console_of(as_json).print(line, soft_wrap=True, highlight=False, markup=False)
+
+
 @contextmanager
 def busy(as_json: bool) -> Iterator[Console]:
     """The console of a command that takes long: what it is doing is shown from the first moment on."""

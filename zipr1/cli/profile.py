@@ -7,6 +7,8 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from zipr1.cli.log import busy, show_log, tell_model
+from zipr1.cli.options import Checkpoint, Device
 from zipr1.core.errors import InputError
 
 N = TypeVar("N", int, float)
@@ -21,12 +23,7 @@ def profile(
             show_default=False,
         ),
     ] = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="best|last|STEP", help="Of the run. Default: last.", show_default=False
-        ),
-    ] = None,
+    checkpoint: Checkpoint = None,
     lengths: Annotated[
         list[str] | None,
         typer.Option(help="Prompt tokens, random ones: 4096,16384.", show_default=False),
@@ -77,12 +74,7 @@ def profile(
     seconds: Annotated[
         float, typer.Option(min=0.0, help="Time for each row; at least 5 turns are taken.")
     ] = 3.0,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="cpu, cuda, cuda:1. Default: cuda where there is one.", show_default=False
-        ),
-    ] = None,
+    device: Device = None,
     dtype: Annotated[
         str,
         typer.Option(help="auto (float32 on a CPU, else bfloat16), float32, bfloat16, float16."),
@@ -104,7 +96,6 @@ def profile(
 
     For example: zipr1 profile --model qwen2.5-vl-3b --lengths 1024 --keep 0.25
     """
-    from zipr1.cli.log import busy, console_of, show_log
     from zipr1.core.files import check_folder
     from zipr1.core.runs import find_model
     from zipr1.profiling.request import ProfileRequest, check
@@ -131,8 +122,7 @@ def profile(
     check(request)
     if output is not None:
         check_folder(output, "--output")
-    if model is None or ";" in why:
-        console_of(as_json).print(why, soft_wrap=True, highlight=False, markup=False)
+    tell_model(model, why, as_json)
     with busy(as_json) as console:
         show_log(console)
         if card:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from zipr1.cli.log import console_of
-from zipr1.core.errors import InputError
+from zipr1.cli.log import busy, console_of, is_first, quiet_unless_first, show_log
+from zipr1.cli.options import Device
 
 
 def _names(incomplete: str) -> list[str]:
@@ -52,12 +52,7 @@ def train(
             "left out then. train.steps may grow.",
         ),
     ] = "auto",
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="cpu, cuda, cuda:1. Default: cuda where there is one.", show_default=False
-        ),
-    ] = None,
+    device: Device = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -81,15 +76,13 @@ def train(
 
     Prints progress and a table of accuracy and tokens before and after; everything else is in the run's folder.
     """
-    from zipr1.cli.log import busy, is_first, quiet_unless_first, show_log
     from zipr1.core import recipes
+    from zipr1.core.folders import folder_of
 
     given = list(overrides or [])
     if resume not in ("auto", "never") and (recipe is None or _is_change(recipe)):
         given = [*([recipe] if recipe is not None else []), *given]
-        recipe = str(Path(resume) / "recipe.yaml")
-        if not Path(recipe).is_file():
-            raise InputError(f"{resume}: not a run directory (no recipe.yaml); check --resume")
+        recipe = f"{folder_of(None, resume)}/recipe.yaml"
     if recipe is None:
         _list(as_json)
         return

@@ -71,7 +71,7 @@ class RunDir:
         if run._is_new():
             run._start(info or {})
         else:
-            run._continue(resume, info or {})
+            run._continue(info or {})
         return run
 
     @classmethod
@@ -212,8 +212,8 @@ class RunDir:
                 "give another --output, or the recipe and overrides of that run (train.steps may grow)"
             )
 
-    def _continue(self, resume: str, info: Mapping[str, Any]) -> None:
-        self._refuse_another(resume)
+    def _continue(self, info: Mapping[str, Any]) -> None:
+        """After `check`, which has refused what cannot be gone on with."""
         written = self.root / "recipe.yaml"
         if differences(load_written(written), self.recipe):  # more steps
             with writing(written):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from zipr1.core.checksums import is_complete
+from zipr1.core.checksums import COMPLETE, is_complete
 from zipr1.core.errors import InputError
 from zipr1.core.folders import RUNS
 from zipr1.core.load import load_written
@@ -71,7 +71,7 @@ def run_of(path: Path) -> Path | None:
     """The run that `path` is or is a checkpoint of; None for anything else."""
     whole = path.resolve()
     near = [(path, path)] if path.is_dir() else []
-    if (path / "complete.json").is_file():
+    if (path / COMPLETE).is_file():
         near += [(path.parent, whole.parent), (whole.parent.parent, whole.parent.parent)]
     for shown, root in near:
         if (root / "run.json").is_file() and (root / "recipe.yaml").is_file():

@@ -30,9 +30,8 @@ class KeptPicture:
 
     @property
     def path(self) -> Path:
-        return (
-            cache_directory() / "pictures" / self.key[:2] / self.key
-        )  # thousands of files a folder
+        # A folder for each beginning, or one would have all of a hundred thousand files.
+        return cache_directory() / "pictures" / self.key[:2] / self.key
 
     def read(self) -> bytes:
         """Raises RunError if somebody has removed the file."""

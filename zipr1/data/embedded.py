@@ -68,9 +68,14 @@ def draw(split: str, task: str, number: int, seed: int) -> list[Prompt]:
     return _family(task).prompts(split, task, pictures, PER_PICTURE, seed)[:number]
 
 
+def shares(source: str, mix: Mapping[str, float]) -> Mapping[str, float]:
+    """Of the tasks among training questions: `mix`, or where that is empty those of the family `source`."""
+    return mix or SOURCES[source].MIX
+
+
 def draw_training(source: str, mix: Mapping[str, float], number: int, seed: int) -> list[Prompt]:
     """`number` training questions in the proportions of `mix` (empty: of the family `source`), task by task."""
-    mix = mix or SOURCES[source].MIX
+    mix = shares(source, mix)
     return [
         prompt
         for task, count in _counts(mix, number).items()

@@ -77,11 +77,8 @@ class _Batch:
         if self.made is None and _written_out(self.batch) <= MAX_BATCH:
             try:
                 self.made = self.batch.to_pylist()
-            except (
-                ValueError,
-                OverflowError,
-            ):  # one of the rows, which says so when it is asked for
-                self.made = None
+            except (ValueError, OverflowError):
+                self.made = None  # one of the rows, which says so when it is asked for
         if self.made is not None:
             return self.made[place]
         one = self.batch.slice(place, 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from zipr1.core.checksums import is_complete
+from zipr1.core.checksums import COMPLETE, is_complete
 from zipr1.core.errors import InputError
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Model, Recipe
@@ -71,7 +71,7 @@ def open_run(path: Path, checkpoint: str = "last") -> Source:
     Raises InputError if there is no such run or checkpoint.
     """
     last = path / "last"
-    if (path / "complete.json").is_file() and (root := run_of(path)) is not None:
+    if (path / COMPLETE).is_file() and (root := run_of(path)) is not None:
         last, path = path, root
     elif checkpoint != "last":
         last = checkpoint_of(path, checkpoint)
@@ -88,7 +88,7 @@ def open_run(path: Path, checkpoint: str = "last") -> Source:
         )
     recipe = load_written(path / "recipe.yaml")
     weights = (last / "model").resolve()
-    step = int(read_json(last / "complete.json")["step"])
+    step = int(read_json(last / COMPLETE)["step"])
     written, start = path / "summary.json", origin(recipe.model)
     summary = read_json(written) if written.is_file() else {}
     return Source(

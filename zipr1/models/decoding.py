@@ -92,9 +92,8 @@ class Steps:
             if made % every == 0 and not bool(self.alive.any()):
                 return made
             if fixed and made == 2 and device.type == "cuda" and most - made >= CAPTURED:
-                step = captured(
-                    step
-                )  # the step before this one has compiled and allocated what there is to
+                # The step before this one has compiled and allocated what there is to.
+                step = captured(step)
             step()
         return most
 

@@ -145,6 +145,15 @@ def _square(config: Any, shrink: float, besides: int = 0) -> tuple[int, int, int
 
 
 QWEN = "Qwen2VLImageProcessor"
+_QWEN3 = Family(
+    _qwen3,
+    _patches,
+    ("visual",),
+    QWEN,
+    "Qwen3VLProcessor",
+    "Qwen3VLVideoProcessor",
+    spelling.timed,
+)
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": Family(
         _qwen2, _patches, ("visual",), QWEN, "Qwen2VLProcessor", qwen_positions=True
@@ -152,24 +161,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": Family(
         _qwen2, _patches_in_time, ("visual",), QWEN, "Qwen2_5_VLProcessor", qwen_positions=True
     ),
-    "qwen3_vl": Family(
-        _qwen3,
-        _patches,
-        ("visual",),
-        QWEN,
-        "Qwen3VLProcessor",
-        "Qwen3VLVideoProcessor",
-        spelling.timed,
-    ),
-    "qwen3_vl_moe": Family(
-        _qwen3,
-        _patches,
-        ("visual",),
-        QWEN,
-        "Qwen3VLProcessor",
-        "Qwen3VLVideoProcessor",
-        spelling.timed,
-    ),
+    "qwen3_vl": _QWEN3,
+    "qwen3_vl_moe": _QWEN3,
     "internvl": Family(
         _internvl,
         _tiles,

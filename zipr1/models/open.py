@@ -123,7 +123,7 @@ def resolve(path: str) -> str:
     folder = Path(path)
     if (folder / "last").exists():
         return str((folder / "last" / "model").resolve())
-    if (folder / "complete.json").is_file() and (folder / "model").is_dir():  # RUN/best
+    if (folder / checksums.COMPLETE).is_file() and (folder / "model").is_dir():  # RUN/best
         return str((folder / "model").resolve())
     if (folder / "run.json").exists():
         raise InputError(
@@ -319,7 +319,7 @@ def _written_recipe(path: str) -> Path | None:
     folder = Path(path)
     places = [(folder, "run.json"), (folder, manifest.NAME)]
     whole = folder.resolve()
-    if (whole / "complete.json").is_file():  # RUN/best, RUN/checkpoints/step-N
+    if (whole / checksums.COMPLETE).is_file():  # RUN/best, RUN/checkpoints/step-N
         whole = whole / "model"
     if whole.name == "model":  # RUN/checkpoints/step-N/model, or RUN/last/model without a link
         places += [(root, "run.json") for root in list(whole.parents)[1:3]]

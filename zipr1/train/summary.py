@@ -17,6 +17,7 @@ from zipr1.core.recipe import Recipe, Sparse
 from zipr1.core.rundir import RunDir, read_json
 from zipr1.core.statistics import Z, paired_difference, verdict
 from zipr1.core.types import Prompt
+from zipr1.data import embedded
 from zipr1.data.media import load_media
 from zipr1.models.policy import Policy
 from zipr1.train.heldout import Result, evaluate, joined
@@ -95,7 +96,7 @@ def finish(
         "parameters": sum(p.numel() for p in policy.model.parameters()),
         "recipe_sha256": recipe.sha256(),
     }
-    judge(summary, recipe, prompts)
+    judge(summary, recipe)
     for name, result in results.items():
         if name != "dense":
             summary[name]["heldout_mass"] = result.probe_audit_mass
@@ -147,9 +148,10 @@ def pictures(
             break
 
 
-def judge(summary: dict[str, Any], recipe: Recipe, prompts: Sequence[Prompt]) -> None:
-    """Say of each task, and of all with the shares of `data.mix` where the recipe has them, whether the constraint is
-    held on held-out questions, which nothing was steered by: `constraint` of the summary and of its `by_task`."""
+def judge(summary: dict[str, Any], recipe: Recipe) -> None:
+    """Say of each task, and of all, whether the constraint is held on held-out questions, which nothing was steered by:
+    `constraint` of the summary and of its `by_task`. Of all: embedded tasks by their shares among training questions,
+    others by their numbers."""
     allowed = recipe.efficiency.max_accuracy_drop
     if recipe.train.stage != "rl" or allowed is None:
         return
@@ -160,12 +162,13 @@ def judge(summary: dict[str, Any], recipe: Recipe, prompts: Sequence[Prompt]) ->
         error = max(high - block["difference"], block["difference"] - low) / Z
         found[task] = (-block["difference"], error, block["after"]["n"])
         block["constraint"] = verdict(*found[task], allowed)
-    mix = recipe.data.mix if set(blocks) <= set(recipe.data.mix) else {}
-    shares = {task: mix.get(task, 1.0) if mix else float(found[task][2]) for task in found}
-    if total := sum(shares.values()):
-        shares = {task: share / total for task, share in shares.items()}
-        lost = sum(share * found[task][0] for task, share in shares.items())
-        variance = sum((share * found[task][1]) ** 2 for task, share in shares.items())
+    weights = {task: float(n) for task, (_, _, n) in found.items()}
+    if recipe.data.source in embedded.SOURCES:
+        mix = embedded.shares(recipe.data.source, recipe.data.mix)
+        weights = {task: mix.get(task, 0.0) for task in found}
+    if total := sum(weights.values()):
+        lost = sum(weight * found[task][0] for task, weight in weights.items()) / total
+        variance = sum((weight * found[task][1] / total) ** 2 for task, weight in weights.items())
         number = sum(found[task][2] for task in found)
         summary["constraint"] = verdict(lost, float(np.sqrt(variance)), number, allowed)
 

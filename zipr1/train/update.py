@@ -54,10 +54,9 @@ def update(
     passes, the missing ones with weight 0, for the passes are where ranks wait for each other.
     """
     rows = flatten(batch, recipe, controller)
-    noted: list[
-        tuple[Stats, int, int]
-    ] = []  # of each pass, with its rows and those of its minibatch
-    dense_kl: list[tuple[torch.Tensor, float]] = []  # with its share of the minibatch's
+    # Of each pass, with its rows and those of its minibatch; the dense ones with their share of the minibatch's.
+    noted: list[tuple[Stats, int, int]] = []
+    dense_kl: list[tuple[torch.Tensor, float]] = []
     norms = 0.0
     here = [b for b, i in enumerate(rows.prompt) if batch.encoded[i] is not None]
     room = token_budget(policy, recipe, update=True)
@@ -87,10 +86,8 @@ def update(
                 if share:
                     noted.append((stats, len(chosen), len(mini)))
                     lost += stats["loss"]
-            norms += (
-                clipped_step(optimizer, policy.trainable(), recipe.optim.max_grad_norm, lost)
-                / steps
-            )
+            most = recipe.optim.max_grad_norm
+            norms += clipped_step(optimizer, policy.trainable(), most, lost) / steps
     return {**over_ranks(means_of(noted, dense_kl, steps)), "grad_norm": norms}
 
 

@@ -172,9 +172,8 @@ def pack_indices(keep: torch.Tensor) -> Kept:
     keep = keep.contiguous()
     batch, length = keep.shape
     count = keep.sum(-1)
-    counts = (
-        count.tolist()
-    )  # the one wait; what follows of them costs the host less than four launches
+    # The one wait; what follows of them costs the host less than four launches.
+    counts = count.tolist()
     most, least, total = max(counts), min(counts), sum(counts)
     index, flat = (
         torch.empty(size, dtype=torch.int64, device=keep.device)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from zipr1.core import activity
 from zipr1.core.errors import InputError
 from zipr1.core.types import Prompt
+from zipr1.data import drawn
 from zipr1.data.digits import glyphs
 from zipr1.data.digits.questions import KINDS, Question, catalogue, draw, draw_second, vocabulary
 from zipr1.data.digits.scenes import Scene, draw_image, draw_video
-from zipr1.data.drawn import media, messages
 
 __all__ = ["HELDOUT_SHARE", "MIX", "TASKS", "lesson", "prompts", "vocabulary"]
 
@@ -32,25 +31,13 @@ def prompts(
 
     Picture i is the same however many pictures are asked for. Ids are `task/split/picture/question`.
     """
-    if task not in KINDS:
-        raise InputError(f"task {task!r}: unknown; allowed: {', '.join(KINDS)}; name one of them")
-    if split not in glyphs.SPLITS:
-        raise InputError(f"split {split!r}: unknown; allowed: {', '.join(glyphs.SPLITS)}")
-    bank = glyphs.bank(split)
-    made = []
-    for picture in activity.counted(f"drawing {task}", range(pictures)):
-        key = [seed, list(glyphs.SPLITS).index(split), TASKS.index(task), picture]
-        rng = np.random.default_rng(key)
-        turn = picture * questions_per_picture
-        kinds = [KINDS[task][(turn + j) % len(KINDS[task])] for j in range(questions_per_picture)]
-        scene, asked = _draw_with(rng, bank, task, kinds)
-        shown = media(scene)
-        name = f"{task}/{split}/{picture}"
-        for index, (kind, questions) in enumerate(zip(kinds, asked, strict=True)):
-            said = messages(scene.kind, questions)
-            answer = questions[-1].answer
-            made.append(Prompt(f"{name}/{index}", said, (shown,), answer, task, kind, picture=name))
-    return made
+
+    def scene(rng: np.random.Generator, kinds: list[str]) -> drawn.Drawn:
+        return _draw_with(rng, glyphs.bank(split), task, kinds)
+
+    return drawn.prompts(
+        split, tuple(glyphs.SPLITS), task, KINDS, pictures, questions_per_picture, [seed], scene
+    )
 
 
 def lesson(

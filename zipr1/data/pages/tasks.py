@@ -10,8 +10,8 @@ import numpy as np
 
 from zipr1.core.errors import InputError
 from zipr1.core.types import Prompt
+from zipr1.data import drawn
 from zipr1.data.digits import glyphs
-from zipr1.data.drawn import media, messages
 from zipr1.data.pages.drawing import SHEET_ROWS, Scene, draw_clip, draw_page
 from zipr1.data.pages.forms import ROWS
 from zipr1.data.pages.questions import KINDS, Question, draw, draw_second, vocabulary
@@ -38,26 +38,16 @@ def prompts(
 
     Picture i is the same however many pictures are asked for. Ids are `task/split/picture/question`.
     """
-    if task not in KINDS:
-        raise InputError(f"task {task!r}: unknown; allowed: {', '.join(KINDS)}; name one of them")
-    if split not in glyphs.SPLITS:
-        raise InputError(f"split {split!r}: unknown; allowed: {', '.join(glyphs.SPLITS)}")
-    bank = glyphs.bank(split)
-    made = []
-    for picture in range(pictures):
-        number = list(glyphs.SPLITS).index(split), TASKS.index(task), picture
-        rng = np.random.default_rng([seed, _PROMPTS, *number])
-        turn = picture * questions_per_picture
-        kinds = [KINDS[task][(turn + j) % len(KINDS[task])] for j in range(questions_per_picture)]
-        scene = draw_clip(rng, bank) if task == "page_clips" else draw_page(rng, bank)
-        asked = _ask(rng, scene, task, kinds)
-        shown = media(scene)
-        name = f"{task}/{split}/{picture}"
-        for index, (kind, turns) in enumerate(zip(kinds, asked, strict=True)):
-            said = messages(scene.kind, turns)
-            answer = turns[-1].answer
-            made.append(Prompt(f"{name}/{index}", said, (shown,), answer, task, kind, picture=name))
-    return made
+
+    def scene(rng: np.random.Generator, kinds: list[str]) -> drawn.Drawn:
+        bank = glyphs.bank(split)
+        shown = draw_clip(rng, bank) if task == "page_clips" else draw_page(rng, bank)
+        return shown, _ask(rng, shown, task, kinds)
+
+    stream = [seed, _PROMPTS]
+    return drawn.prompts(
+        split, tuple(glyphs.SPLITS), task, KINDS, pictures, questions_per_picture, stream, scene
+    )
 
 
 def lesson(

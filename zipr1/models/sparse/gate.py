@@ -5,6 +5,8 @@ The value of the attention does not change; its gradient reaches the scores (thr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from zipr1_kernels import Kept, packed_attention, sparse_prefill
@@ -33,9 +35,7 @@ def gated_prefill(
 
     query `(B, HQ, L, D)`, key `(B, H, L, D)`, value `(B, H, L, DV)` -> `(B, HQ, L, DV)`.
     """
-    gate = gate[:, None, :, None]
-    out = sparse_prefill(*_carrying(query, key, value, gate / scale), kept, scale=scale)
-    return out[..., : value.shape[-1]] * (1 + gate).to(out.dtype)
+    return _gated(sparse_prefill, query, key, value, kept, gate[:, None, :, None], scale)
 
 
 def gated_attention(
@@ -48,22 +48,31 @@ def gated_attention(
 ) -> torch.Tensor:
     """The same by `packed_attention`, of the kept tokens alone: query `(n, HQ, D)`, key `(n, H, D)`, value `(n, H, DV)`
     and gate `(n,)` -> `(n, HQ, DV)`."""
-    gate = gate[:, None, None]
-    out = packed_attention(*_carrying(query, key, value, gate / scale), kept, scale=scale)
-    return out[..., : value.shape[-1]] * (1 + gate).to(out.dtype)
+    return _gated(packed_attention, query, key, value, kept, gate[:, None, None], scale)
 
 
-def _carrying(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One more head dimension adds the bias of each key to the logits, so that the attention itself need not know of
-    it; zeros fill all three up to one width that is a multiple of 8, for torch has no fused attention for others and
-    its plain one holds L x L weights."""
-    bias = bias.to(key.dtype).expand(*key.shape[:-1], 1)
+def _gated(
+    attend: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kept: Kept,
+    gate: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """`attend` with the gate, of the dimensions of its output, as weight of keys and outputs.
+
+    One more head dimension adds the bias of each key to the logits, so that the attention itself need not know of it;
+    zeros fill all three up to one width that is a multiple of 8, for torch has no fused attention for others and its
+    plain one holds L x L weights.
+    """
+    bias = (gate / scale).to(key.dtype).expand(*key.shape[:-1], 1)
     widest = max(query.shape[-1] + 1, value.shape[-1])
     width = -(-widest // ALIGNMENT) * ALIGNMENT
     query = _filled(torch.cat([query, torch.ones_like(query[..., :1])], -1), width)
-    return query, _filled(torch.cat([key, bias], -1), width), _filled(value, width)
+    key = _filled(torch.cat([key, bias], -1), width)
+    out = attend(query, key, _filled(value, width), kept, scale=scale)
+    return out[..., : value.shape[-1]] * (1 + gate).to(out.dtype)
 
 
 def _filled(x: torch.Tensor, width: int) -> torch.Tensor:
