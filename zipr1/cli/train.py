@@ -95,7 +95,8 @@ def train(
     changes = [*given, *([f"model.dtype={dtype}"] if dtype is not None else [])]
     quiet_unless_first()
     run = load(recipe, changes)
-    if not dry_run and is_first():
+    if not dry_run:
+        # By every process: one that ended alone would leave the others waiting.
         RunDir.check(run, output, resume)
     with busy(as_json) as console:
         show_log(console)
