@@ -145,11 +145,11 @@ def probing(rows, count, length):
     generator = torch.Generator().manual_seed(5)
     probes = torch.randint(0, length, (rows, count), generator=generator)
     probes[:, -1] = length - 1
-    valid = torch.rand(rows, count, generator=generator) < 0.8
-    valid[:, -1] = True
+    there = torch.rand(rows, count, generator=generator) < 0.8
+    there[:, -1] = True
     candidates = torch.rand(rows, length, generator=generator) < 0.9
     candidates[:, -1] = True
-    return probes.to(DEVICE), valid.to(DEVICE), candidates.to(DEVICE)
+    return probes.where(there, -1).to(DEVICE), candidates.to(DEVICE)
 
 
 @pytest.mark.parametrize("shape", SCORES)
@@ -178,24 +178,43 @@ def test_scores_in_each_dtype(dtype):
     )
 
 
+def test_scores_of_rows_that_share_keys():
+    """Probes as strided views, and rows of them that name the same row of keys."""
+    probes, candidates = probing(2, 9, 45)
+    which = torch.tensor([1, 0, 1], device=DEVICE)
+    probes = probes[which].clone()
+    probes[2] = probes[2].flip(0)
+    wide = normal(3, 4, 12, 32)
+    assert not wide[:, :, 2:11].is_contiguous()
+    grad = normal(1, 1, 3, 45, seed=2)[0, 0]
+    for graded in (None, grad):
+        results = both(
+            "probe_scores",
+            lambda q, k: probe_scores(q[:, :, 2:11], k, probes, candidates, rows=which),
+            [wide, normal(2, 2, 45, 32, seed=1)],
+            graded,
+        )
+        as_good(results, FLOOR[torch.float32])
+
+
 def test_scores_never_read_what_does_not_count():
-    probes, valid, candidates = probing(2, 9, 45)
-    valid[1, 0] = False
-    probes[0, 1], valid[0, 1] = 0, True  # a probe that sees no candidate
+    probes, candidates = probing(2, 9, 45)
+    probes[1, 0] = -1
+    probes[0, 1] = 0  # sees no candidate
     candidates[0, :3] = False
     q, k = normal(2, 4, 9, 16), normal(2, 2, 45, 16, seed=1)
-    q.transpose(1, 2)[~valid] = torch.nan
+    q.transpose(1, 2)[probes < 0] = torch.nan
     k.transpose(1, 2)[~candidates] = torch.nan
     inputs = [x.requires_grad_() for x in (q, k)]
     with use("triton"):
-        scores = probe_scores(*inputs, probes, valid, candidates)
+        scores = probe_scores(*inputs, probes, candidates)
         grads = torch.autograd.grad(scores.square().sum(), inputs)
     assert ran("probe_scores") == "triton"
     assert scores.isfinite().all() and (scores[~candidates] == 0).all()
     assert all(x.isfinite().all() for x in grads)
     assert (grads[1].transpose(1, 2)[~candidates] == 0).all()
     with use("torch"):
-        torch.testing.assert_close(scores, probe_scores(*inputs, probes, valid, candidates))
+        torch.testing.assert_close(scores, probe_scores(*inputs, probes, candidates))
 
 
 @pytest.mark.parametrize("length", [1, 7, 100, 2500])

@@ -1,5 +1,7 @@
 """How often a GPU would be waited for and what it would be given, counted on a stand-in (standingpu.py)."""
 
+import contextlib
+import itertools
 import logging
 
 import pytest
@@ -9,9 +11,10 @@ import torch
 from standingpu import DEVICE, OnGpu
 from tinysteps import gradients, recipe, roll, with_train
 
-from zipr1.core.recipe import Efficiency, Ppo, Probes, Sparse
+from zipr1.core.recipe import Efficiency, Model, Ppo, Probes, Sparse
 from zipr1.models import decoding, sampling
-from zipr1.models.sparse.patch import sparse_attention
+from zipr1.models.policy import load_policy
+from zipr1.models.sparse.patch import attributes, sparse_attention
 from zipr1.models.sparse.request import Request
 
 LAYERS = tinymodels.TEXT["num_hidden_layers"]
@@ -34,6 +37,21 @@ def prompts():
     policy = tinymodels.make()
     encoded = tinymodels.encode(policy, tinymodels.mixed())
     return policy, encoded, policy.encode_vision(encoded)
+
+
+def launches_of_layers(policy, gpu, run):
+    """What a GPU is given from the start of one decoder layer to that of the next, for all but the last one."""
+    marks = []
+    with contextlib.ExitStack() as undo:
+        for layer in policy.decoder.layers:
+
+            def forward(*args, stock=layer.forward, **kwargs):
+                marks.append(gpu.launches)
+                return stock(*args, **kwargs)
+
+            undo.enter_context(attributes(layer, forward=forward))
+        run()
+    return [later - earlier for earlier, later in itertools.pairwise(marks)]
 
 
 def there(policy, features):
@@ -84,7 +102,9 @@ def test_a_prefill_waits_once_a_layer_and_decoding_once_in_eight_tokens(skip, au
     wanted = generate(policy, encoded, features, request, 18)
     with standingpu.gpu() as gpu:
         features = there(policy, features)
-        generate(policy, encoded, features, request, 1)
+        of_layers = launches_of_layers(
+            policy, gpu, lambda: generate(policy, encoded, features, request, 1)
+        )
         prefill, launches = gpu.waits.copy(), gpu.launches
         gpu.waits.clear()
         got = generate(policy, encoded, features, request, 18)
@@ -93,11 +113,34 @@ def test_a_prefill_waits_once_a_layer_and_decoding_once_in_eight_tokens(skip, au
     assert sum(inside.values()) <= LAYERS, inside
     assert prefill.total() <= LAYERS + 2, prefill  # what was chosen, and what was kept
     assert (gpu.waits - prefill).total() <= 17 // 8, gpu.waits - prefill
+    assert len(of_layers) == LAYERS - 1 and max(of_layers) <= 50, of_layers
     assert step <= 50 * LAYERS + 40
     for one, other in zip(wanted.tokens, got.tokens, strict=True):
         assert one.tolist() == other.tolist()
     for one, other in zip(wanted.kept, got.kept, strict=True):
         assert [x.tolist() for x in one] == [x.tolist() for x in other]
+
+
+# In Qwen3-VL the norms of heads are four more (of the probes, of all keys, of the kept tokens' both), and transformers'
+# adding of features to the first layers four.
+@pytest.mark.parametrize(
+    ("family", "most"),
+    [("qwen2_vl", 50), ("llava_onevision", 50), ("smolvlm", 50), ("qwen3_vl", 58)],
+)
+def test_a_layer_in_16_bits_is_launched_as_seldom(family, most, tmp_path):
+    settings_of = Model(path=str(tinymodels.folder(family, tmp_path)), dtype="bfloat16")
+    policy = load_policy(settings_of, "cpu")
+    encoded = tinymodels.encode(
+        policy, [tinymodels.prompt(0, "image"), tinymodels.prompt(1, "image")]
+    )
+    features = policy.encode_vision(encoded)
+    with standingpu.gpu() as gpu:
+        features = there(policy, features)
+        request = Request(settings(skip="layer"), audit=(0,))
+        of_layers = launches_of_layers(
+            policy, gpu, lambda: generate(policy, encoded, features, request, 1)
+        )
+    assert 40 < max(of_layers) <= most, of_layers
 
 
 @pytest.mark.parametrize("kv", ["evict", "retain"])

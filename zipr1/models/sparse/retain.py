@@ -63,7 +63,7 @@ class RetainedLayer(PrunedLayer):
 
     def choose(self, keys: torch.Tensor, values: torch.Tensor, kept: Kept) -> None:
         """What decoding reads from now on: copies `(B, H, n, D)` of the kept tokens."""
-        self.keys, self.values, self.valid = keys, values, kept.real
+        self.keys, self.values, self._valid = keys, values, kept
         self.capacity = None  # of PrunedLayer: what it wrote behind the last turn's
         self.chosen = keys.shape[2]
         self.prompt_counts = kept.count

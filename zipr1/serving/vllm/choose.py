@@ -38,14 +38,13 @@ def keep(
     if settings.rule == "random":
         scores = torch.zeros(1, length, device=device)
     else:
-        slots, valid = probe_slots([length], [0], [layer], SEED, settings.probes)
-        places, real = send(device, slots[0], valid)
+        slots, _ = probe_slots([length], [0], [layer], SEED, settings.probes)
+        (places,) = send(device, slots[0])
         scores = total(
             probe_scores(
                 query[places[0]].transpose(0, 1)[None],
                 key.transpose(0, 1)[None],
                 places,
-                real,
                 prompt,
                 scale=scale,
                 normalise=settings.normalise,
