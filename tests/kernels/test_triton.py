@@ -293,6 +293,34 @@ def test_compaction_copies_to_the_bit(dtype):
         assert a.stride() == b.stride() and torch.equal(a, b)
 
 
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_packed_tokens_are_laid_out_by_row(path):
+    """Of tokens one after the other, each row's, its last one repeated: what compacting the whole gives."""
+    keep = mask(3, 77, 0.4)
+    keep[1] = False
+    keep[1, 5] = True
+    k, v = normal(3, 2, 77, 17), normal(3, 2, 77, 24, seed=1)
+    with use(path):
+        kept = pack_indices(keep)
+        flat = [x.transpose(1, 2).flatten(0, 1)[kept.flat] for x in (k, v)]
+        got = kv_compact(*flat, kept)
+    assert ran("kv_compact") == ("triton" if path == "triton" else "torch: forced")
+    counts = keep.sum(1).tolist()
+    longest, places, begin = max(counts), [], 0
+    for count in counts:
+        places.append([begin + min(i, count - 1) for i in range(longest)])
+        begin += count
+    assert kept.places.tolist() == places and kept.places.dtype == torch.int64
+    assert kept.starts.tolist() == [0, counts[0], counts[0] + 1, begin]
+    assert kept.flat.tolist() == keep.flatten().nonzero()[:, 0].tolist()
+    with use("torch"):
+        want = kv_compact(k, v, kept)
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape and torch.equal(a, b)
+    with pytest.raises(ValueError, match=r"k has shape \(5, 2, 17\).*\(T, H, D\) = "):
+        kv_compact(flat[0][:5], flat[1][:5], kept)
+
+
 def test_what_a_kernel_cannot_do_is_done_by_torch_and_said():
     q, k, v = (normal(1, h, 9, 160) for h in (2, 1, 1))
     kept = pack_indices(mask(1, 9))
