@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from zipr1.core.recipe import Probes
+from zipr1.core.recipe import Probes, Sparse
 from zipr1.models.sparse.hashing import mix, splitmix64, uniforms
 from zipr1.models.sparse.probes import probe_positions, probe_slots
 from zipr1.models.sparse.record import LayerRecord, Record
+from zipr1.models.sparse.request import Request, dense_below, settled
 from zipr1.models.sparse.rules import RULES, Draw, select
+from zipr1.models.sparse.selection import ProbeRange, Selector
 
 
 def test_splitmix64_known_values():
@@ -76,6 +78,19 @@ def test_probe_slots_do_not_depend_on_padding_or_batch():
         assert (slots[b][valid[b]] - offset).tolist() == alone.tolist()
     assert valid.sum(-1).tolist() == [5, 3, 5]
     assert slots[1].tolist() == [17, 18, 19, 19, 19]
+
+
+def test_prompts_too_short_to_gain_stay_dense_by_the_kind_of_device():
+    """384 on a CPU is measured (docs/results.md), 4,096 on a GPU estimated; what is set holds everywhere."""
+    for device, below in (("cpu", 384), ("cuda:1", 4096)):
+        where = torch.device(device)
+        assert dense_below(Sparse(), where) == below
+        assert settled(Sparse(p=0.5), where) == Sparse(p=0.5, dense_below=below)
+        assert [dense_below(Sparse(dense_below=n), where) for n in (0, 7)] == [0, 7]
+    candidates = torch.arange(400) < torch.tensor([383, 384])[:, None]
+    request = Request(Sparse())
+    selector = Selector(request, candidates, ProbeRange.of(candidates), 2, torch.device("cpu"))
+    assert selector.dense.tolist() == [True, False]
 
 
 def batch():

@@ -27,8 +27,10 @@ from zipr1.core.types import Prompt
 from zipr1.data import sources
 from zipr1.data.sampler import PromptSampler
 from zipr1.models.encoder import MediaEncoder, effective
+from zipr1.models.loading import without_plans
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
+from zipr1.models.sparse.request import dense_below, settled
 from zipr1.rewards.registry import check_answers
 from zipr1.train import chunks, optim, supervised
 from zipr1.train.checkpoints import remember, save, snapshot, start_or_resume
@@ -68,6 +70,8 @@ def run(
             output = owned.enter_context(claimed(output, resume, name))
         activity.tell(f"opening {recipe.model.path}")
         policy = load_policy(recipe.model, distributed.device(device), recipe.seed)
+        without_plans(policy.device)
+        recipe = recipe.model_copy(update={"sparse": settled(recipe.sparse, policy.device)})
         with distributed.joined(policy.device), contextlib.ExitStack() as opened:
             try:
                 return _run(policy, recipe, output, resume, command, console, opened)
@@ -126,8 +130,9 @@ def load_questions(
     prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     if recipe.data.on_bad_row == "skip":
         questions = chunks.readable(pictures, questions)
-    _, first = pictures.usable(prompts[: FIRST if recipe.sparse.dense_below else 1], least=0)
-    check_lengths(recipe, [len(encoded) for encoded in first])
+    limit = dense_below(recipe.sparse, pictures.policy.device)
+    _, first = pictures.usable(prompts[: FIRST if limit else 1], least=0)
+    check_lengths(recipe, [len(encoded) for encoded in first], limit)
     return prompts, questions, first
 
 

@@ -22,7 +22,7 @@ from zipr1.core.phases import phase
 from zipr1.core.recipe import Probes
 from zipr1.models.sparse.probes import probe_slots
 from zipr1.models.sparse.record import LayerRecord, Record
-from zipr1.models.sparse.request import Request
+from zipr1.models.sparse.request import Request, dense_below
 from zipr1.models.sparse.rules import Draw, select
 from zipr1.models.transfer import send
 
@@ -105,7 +105,7 @@ class Selector:
         self.request = request
         settings = request.settings
         to_the_end = candidates.flip(1).cumsum(1).flip(1)
-        dense = candidates.sum(1) < settings.dense_below
+        dense = candidates.sum(1) < dense_below(settings, device)
         made = {
             "candidates": candidates,
             "always": candidates & (to_the_end <= settings.keep_last),
