@@ -57,7 +57,8 @@ TWICE = (
 # Kernels that each operation launches on a GPU, with what its wrapper does before (kernels/zipr1_kernels/*/kernel.py);
 # `packed_attention` is torch's own, which is one, and so is torch's RMS norm.
 KERNELS = {
-    "probe_scores": 3, "select_top_p": 1, "select_top_k": 2, "select_threshold": 1, "pack_indices": 3, "kv_compact": 1,
+    "probe_scores": 3, "select_top_p": 1, "select_top_k": 2, "select_threshold": 1, "pack_indices": 3, "pack_each": 3,
+    "kv_compact": 1,
     "sparse_prefill": 6, "packed_attention": 1, "sparse_decode": 2,
 }  # fmt: skip
 
@@ -167,7 +168,7 @@ class Gpu(TorchDispatchMode):
         elif name in ("_to_copy", "copy_") and self.crosses(name, before, there, target):
             if there and not target:
                 self.wait("a copy to the host")
-            elif not kwargs.get("non_blocking"):
+            elif not (kwargs.get("non_blocking") or (name == "copy_" and args[2:3] == (True,))):
                 self.wait("a copy from ordinary memory")
 
     @staticmethod
@@ -210,10 +211,11 @@ def _tensor(gpu: Gpu) -> Callable[..., torch.Tensor]:
 
 def _kernel(gpu: Gpu, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
     def counted(*args: Any, **kwargs: Any) -> Any:
-        with gpu.counted_as(KERNELS[name], waits=name == "pack_indices"):
+        packs = name in ("pack_indices", "pack_each")
+        with gpu.counted_as(KERNELS[name] * (len(args) if packs else 1), waits=packs):
             out = run(*args, **kwargs)
-            if name == "pack_indices":  # the kernel writes these along
-                _ = out.flat, out.starts, out.places
+            for kept in (out if isinstance(out, tuple) else (out,)) if packs else ():
+                _ = kept.flat, kept.starts, kept.places  # the kernel writes these along
             return out
 
     return counted

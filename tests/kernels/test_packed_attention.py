@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from zipr1_kernels import Kept, pack_indices, packed_attention, ran, sparse_prefill, use
+from zipr1_kernels import Kept, pack_each, pack_indices, packed_attention, ran, sparse_prefill, use
 from zipr1_kernels import causal as attention
 from zipr1_kernels.packed_attention import library
 from zipr1_kernels.sparse_prefill import packed
@@ -70,6 +70,21 @@ def test_the_pack_kernel_writes_them_too(path):
     assert kept.flat.tolist() == keep.flatten().nonzero()[:, 0].tolist()
     assert kept.starts.tolist() == [0, *keep.sum(1).cumsum(0).tolist()]
     assert kept.total == int(keep.sum())
+
+
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=pytest.mark.interpreted)])
+def test_several_masks_are_packed_as_each_is_alone(path):
+    masks = [torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
+             for shape in ((3, 9), (2, 40), (1, 1))]  # fmt: skip
+    masks[0][1] = False
+    with use(path):
+        together, alone = pack_each(*masks), [pack_indices(keep) for keep in masks]
+    assert ran("pack_indices").startswith(path)
+    for one, other, keep in zip(together, alone, masks, strict=True):
+        assert one.keep.tolist() == other.keep.tolist()
+        assert (one.least, one.total, one.length) == (other.least, other.total, keep.shape[1])
+        for name in ("index", "count", "flat", "starts", "places"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
 @pytest.mark.parametrize("name", MASKS)

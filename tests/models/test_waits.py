@@ -158,6 +158,43 @@ def test_a_prompt_of_a_users_own_waits_for_its_mask_besides(kv):
     assert gpu.waits.total() <= LAYERS + 1, gpu.waits
 
 
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+@torch.no_grad()
+def test_a_later_turn_of_a_conversation_waits_once_a_layer_too(skip):
+    from zipr1.models.sparse import retain
+
+    policy, encoded, features = prompts()
+    request = Request(settings(skip=skip, kv="retain"))
+    ids = torch.arange(40, 48).view(1, -1).expand(len(encoded), -1)
+
+    def turns(features, place, gpu):
+        inputs, valid = policy.rows(encoded, features, None, left=True)
+        mask = torch.cat([valid, torch.ones(ids.shape, dtype=torch.bool)], 1).long()
+        at = valid.shape[1] + torch.arange(ids.shape[1]).expand(3, *ids.shape)
+        first = valid.long()
+        first, mask, at, more = (place(x) for x in (first, mask, at, ids))
+        with sparse_attention(policy.model, request, retain.begin) as run:
+            out = policy.decoder(**inputs, attention_mask=first, use_cache=True)
+            before = gpu.waits.total()
+            out = policy.decoder(
+                input_ids=more, attention_mask=mask, position_ids=at, use_cache=True,
+                past_key_values=out.past_key_values,
+            )  # fmt: skip
+            waited = gpu.waits.total() - before
+        return out.last_hidden_state, run.record.kept_positions(), waited
+
+    wanted, kept, _ = turns(features, lambda x: x, standingpu.Gpu())
+    with standingpu.gpu() as gpu:
+        got, found, waited = turns(there(policy, features), OnGpu, gpu)
+    assert waited <= LAYERS + 2, (
+        gpu.waits
+    )  # which tokens are real, of this turn and of those before
+    assert [[x.tolist() for x in row] for row in found] == [
+        [x.tolist() for x in row] for row in kept
+    ]
+    torch.testing.assert_close(got.held, wanted, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["answers", "cut+pathwise", "pathwise+through"])
 def test_an_update_waits_once_a_minibatch_and_once_at_its_end(method):
     own = recipe(

@@ -11,7 +11,6 @@ so their order does not matter.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -31,7 +30,9 @@ from zipr1.models.visual import Visual
 
 log = logging.getLogger("zipr1")
 
-# Bytes of features that are remembered, of the pictures seen last: in the memory of the CPU, which has more.
+# Bytes of features that are remembered, of the pictures seen first, in the memory of the CPU, which has more. Training
+# comes back to a picture when it has gone through all others: of more pictures than fit, those seen last would all be
+# forgotten before they are needed, and each be copied for nothing.
 MOST = 2**30
 
 
@@ -53,7 +54,7 @@ class MediaEncoder:
         self.data = recipe.data
         self.frame_pixels = frame_pixels
         self.most = 0 if policy.settings.train_vision else most
-        self.seen: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self.seen: dict[str, torch.Tensor] = {}
         self.visuals: dict[str, tuple[Visual, ...]] = {}
         self.coming: dict[str, Future[Visual]] = {}
         self.held = 0
@@ -189,17 +190,14 @@ class MediaEncoder:
             )
 
     def _remember(self, name: str, one: Encoded, features: torch.Tensor) -> None:
-        if name not in self.seen:
-            self.held += features.nbytes
-            self.visuals[name] = without_patches(one).visuals
-            self.seen[name] = kept = features.cpu()
-            if features.is_cuda:
-                self.seen[name] = kept.pin_memory()
-        self.seen.move_to_end(name)
-        while self.held > self.most:
-            oldest, dropped = self.seen.popitem(last=False)
-            self.held -= dropped.nbytes
-            del self.visuals[oldest]
+        if name in self.seen or self.held + features.nbytes > self.most:
+            return
+        self.held += features.nbytes
+        self.visuals[name] = without_patches(one).visuals
+        # Pinned, so that no copy is waited for, in either direction: the GPU alone reads and writes it, in order.
+        kept = torch.empty(features.shape, dtype=features.dtype, pin_memory=features.is_cuda)
+        kept.copy_(features, non_blocking=True)
+        self.seen[name] = kept
 
 
 def without_patches(encoded: Encoded) -> Encoded:

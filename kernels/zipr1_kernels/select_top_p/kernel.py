@@ -170,13 +170,21 @@ def select_threshold(
     return _mask(THRESHOLD, scores, t, candidates, always)
 
 
-def pack_indices(keep: torch.Tensor) -> Kept:
+def pack_each(*masks: torch.Tensor) -> tuple[Kept, ...]:
     """See the public function."""
-    keep = keep.contiguous()
-    batch, length = keep.shape
-    count = keep.sum(-1)
+    masks = tuple(keep.contiguous() for keep in masks)
+    counts = [keep.sum(-1) for keep in masks]
     # The one wait; what follows of them costs the host less than four launches.
-    counts = count.tolist()
+    known = iter((counts[0] if len(counts) == 1 else torch.cat(counts)).tolist())
+    return tuple(
+        _packed(keep, count, [next(known) for _ in keep])
+        for keep, count in zip(masks, counts, strict=True)
+    )
+
+
+def _packed(keep: torch.Tensor, count: torch.Tensor, counts: list[int]) -> Kept:
+    """count: `(B,)`, and the same as numbers."""
+    batch, length = keep.shape
     most, least, total = max(counts), min(counts), sum(counts)
     index, places, flat = (
         torch.empty(size, dtype=torch.int64, device=keep.device)
