@@ -16,6 +16,7 @@ from transformers.utils.hub import cached_file
 
 from zipr1.core.errors import InputError
 from zipr1.core.jsontext import loads
+from zipr1.core.types import NOTHING, Asked
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -51,7 +52,8 @@ class PixelSettings:
     among its frames; None where frames are bounded one by one alone.
 
     tile: pixels on a side of the one square that a picture is made, 0 for any size; besides: its tokens that show no
-    part of it. clips: whether videos are handled."""
+    part of it. clips: whether videos are handled. size: height and width that are asked of one picture or clip, in
+    place of its own."""
 
     patch: int = 14
     merge: int = 2
@@ -69,14 +71,28 @@ class PixelSettings:
     frame_std: tuple[float, ...] | None = None
     resample: int = 3
     clip_tokens: int | None = None
+    size: tuple[int, int] | None = None
 
     def of(
-        self, kind: str, frame_pixels: int | None = None, frames: int | None = None
+        self,
+        kind: str,
+        frame_pixels: int | None = None,
+        frames: int | None = None,
+        asked: Asked = NOTHING,
     ) -> PixelSettings:
         """Those of an `image` or a `video`. frame_pixels: a lower upper bound of a clip's frame, if it is one. frames:
-        how many the clip has, where that bounds each of them."""
+        how many the clip has, where that bounds each of them. asked: of this one; bounds of a picture take the place of
+        the model's, those of a clip's frames lower them, as in Qwen's utilities. Raises InputError where tiles forbid
+        it.
+        """
+        sizes = (asked.min_pixels, asked.max_pixels, asked.height)
+        if self.tile and any(size is not None for size in sizes):
+            raise InputError(
+                f"a size is asked of one {kind} (max_pixels, resized_height or the like), and this model makes every "
+                f"picture {self.tile} x {self.tile}; leave it out"
+            )
         if kind == "image":
-            return self
+            return self._with_asked(asked, asked.max_pixels or self.max_pixels)
         high = self.max_frame_pixels or self.max_pixels
         if frame_pixels is not None:
             high = min(high, frame_pixels)
@@ -84,13 +100,21 @@ class PixelSettings:
         if self.clip_tokens is not None and frames:
             total = int(self.clip_tokens * self.factor**2 * 0.9)
             high = max(min(high, total * self.temporal // frames), int(low * 1.05))
-        return replace(
+        own = replace(
             self,
             min_pixels=low,
             max_pixels=high,
             mean=self.frame_mean or self.mean,
             std=self.frame_std or self.std,
         )
+        return own._with_asked(asked, min(high, asked.max_pixels or high))
+
+    def _with_asked(self, asked: Asked, high: int) -> PixelSettings:
+        if asked == NOTHING:
+            return self
+        low = min(asked.min_pixels or self.min_pixels, high)
+        size = None if asked.height is None or asked.width is None else (asked.height, asked.width)
+        return replace(self, min_pixels=low, max_pixels=high, size=size)
 
     @property
     def factor(self) -> int:
