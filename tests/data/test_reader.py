@@ -285,7 +285,7 @@ BAD_LEVELS = {
     ),
     "depth in millimetres": (
         np.full((4, 4), 3000, np.float32),
-        "allowed: 0 to 1, or whole ones of 0 to 255",
+        "levels of 3000 to 3000; allowed: 0 to 1, or whole ones of 0 to 255",
     ),
     "not a number": (np.full((4, 4), np.nan, np.float32), "levels of nan to nan"),
 }

@@ -191,19 +191,19 @@ def asked_of(kind: str, options: Mapping[str, Any]) -> Asked:
         number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
         if not number or (field != "fps" and value != int(value)):
             wanted = "a number" if field == "fps" else "a whole number"
-            raise InputError(f"{name} of a {kind} is {value!r:.40}; allowed: {wanted} above 0")
+            raise InputError(f"{name} of one {kind} is {value!r:.40}; allowed: {wanted} above 0")
         if field in found:
             raise InputError(
-                f"{name} of a {kind}: it is there under another name too; keep one of them"
+                f"{name} of one {kind}: it is there under another name too; keep one of them"
             )
         found[field] = float(value) if field == "fps" else int(value)
     if "fps" in found and "frames" in found:
         raise InputError("a video with both fps and num_frames (or nframes); keep one of them")
     if ("height" in found) != ("width" in found):
-        raise InputError(f"a {kind} with one of resized_height and resized_width; give both")
+        raise InputError(f"one {kind} with one of resized_height and resized_width; give both")
     if found.get("min_pixels", 0) > found.get("max_pixels", found.get("min_pixels", 0)):
         raise InputError(
-            f"a {kind} with min_pixels {found['min_pixels']} above max_pixels {found['max_pixels']}"
+            f"one {kind} with min_pixels {found['min_pixels']} above max_pixels {found['max_pixels']}"
         )
     return Asked(**found)
 
@@ -213,7 +213,7 @@ def _text(value: str, kind: str, root: Path | None) -> Path | bytes:
     if match := _DATA.match(value):
         if match["kind"].lower() not in (kind, ""):
             raise InputError(f"{kind} {value:.40}...: holds {match['kind']} data; give it as such")
-        return _decoded(value[match.end() :], kind)
+        return _decoded(value, kind, match.end())
     if value[:5].lower() == "data:":
         raise InputError(
             f"{kind} {value:.40}...: a data URI without ;base64, is not read; give a path"
@@ -237,8 +237,8 @@ def _text(value: str, kind: str, root: Path | None) -> Path | bytes:
     return Path(value)
 
 
-def _decoded(text: str, kind: str) -> bytes:
+def _decoded(text: str, kind: str, start: int = 0) -> bytes:
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode("".join(text[start:].split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise InputError(f"{kind} {text:.40}...: not base64 ({error}); give a path") from error
