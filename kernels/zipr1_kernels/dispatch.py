@@ -165,8 +165,9 @@ def blocked(op: str, *tensors: torch.Tensor, pays: bool) -> bool:
 @functools.cache
 def has_amx() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in units of their own, which torch's fused attention uses."""
-    # Older versions of torch do not tell; none is assumed then.
-    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+    tell = getattr(torch.cpu, "get_capabilities", None)
+    # Older versions of torch do not tell: none is assumed then.
+    return tell is not None and bool(tell().get("amx_bf16"))
 
 
 def graded(*tensors: torch.Tensor) -> bool:
