@@ -33,12 +33,13 @@ class Stored(Protocol):
 class Asked:
     """What a chat asks of one picture or clip; it wins over what holds for all. None: nothing is asked.
 
-    fps, max_frames: of the frames that are read of a clip's file; frames: how many exactly. min_pixels, max_pixels:
-    bounds of height x width, of a clip's frame too. height, width: both or none, the size to become, before it is
-    rounded to whole tokens.
+    fps, min_frames, max_frames: of the frames that are read of a clip; frames: how many exactly. min_pixels,
+    max_pixels: bounds of height x width, of a clip's frame too. height, width: both or none, the size to become, before
+    it is rounded to whole tokens.
     """
 
     fps: float | None = None
+    min_frames: int | None = None
     max_frames: int | None = None
     frames: int | None = None
     min_pixels: int | None = None

@@ -43,6 +43,7 @@ OPTIONS = {
         "sample_fps": "fps",
         "nframes": "frames",
         "num_frames": "frames",
+        "min_frames": "min_frames",
         "max_frames": "max_frames",
         **PIXELS,
     },

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,28 @@ from zipr1.core.types import Media
 from zipr1.data import video
 from zipr1.data.pictures import check_image, open_image, read_image
 
+_NO_FRAMES = "a clip of no frames; give at least one picture"
+
 
 def load_media(
-    media: Media, max_frames: int, fps: float | None = None
+    media: Media,
+    max_frames: int | None,
+    fps: float | None = None,
+    rule: video.FrameRule = video.QWEN2_FRAMES,
 ) -> tuple[np.ndarray, float | None]:
     """Pixels uint8 `(H, W, 3)` and None, or `(F, H, W, 3)` with F <= `max_frames` and their frames per second.
 
-    fps: at which clips are read, at most their own; None takes all of a clip's frames up to `max_frames`.
+    fps, rule: which frames of a clip, as in `video.choose`.
     """
-    pixels, frame_fps, _ = load_timed(media, max_frames, fps)
+    pixels, frame_fps, _ = load_timed(media, max_frames, fps, rule)
     return pixels, frame_fps
 
 
 def load_timed(
-    media: Media, max_frames: int, fps: float | None = None
+    media: Media,
+    max_frames: int | None,
+    fps: float | None = None,
+    rule: video.FrameRule = video.QWEN2_FRAMES,
 ) -> tuple[np.ndarray, float | None, np.ndarray | None]:
     """What `load_media` gives, and the second `(F,)` float64 at which each frame of a clip is shown; None for pictures
     and where the rate is unknown."""
@@ -40,27 +49,31 @@ def load_timed(
             _check_array(media.kind, source)
             return source, None, None
         return read_image(_encoded(source)), None, None
-    most, fps = limits(media, max_frames, fps)
+    most, fps, rule = limits(media, max_frames, fps, rule)
     if not isinstance(source, np.ndarray | tuple):
-        frames, clip_fps, times = video.read_timed(as_path(source), most, fps)
-        _check_number(media, len(frames))
-        return frames, clip_fps, times
+        return video.read_timed(as_path(source), most, fps, rule)
     if isinstance(source, np.ndarray):
         _check_array(media.kind, source)
     total, clip_fps = len(source), media.fps or 0.0
-    chosen = video.choose(total, clip_fps, most, fps) if total else np.arange(0)
-    _check_number(media, len(chosen))
+    if not total:
+        raise InputError(_NO_FRAMES)
+    chosen = video.choose(total, clip_fps, most, fps, rule)
     frames = source[chosen] if isinstance(source, np.ndarray) else _stacked(source, chosen)
-    return frames, clip_fps * len(chosen) / total or None, video.times(total, clip_fps, most, fps)
+    times = chosen / clip_fps if clip_fps > 0 else None
+    return frames, clip_fps * len(chosen) / total or None, times
 
 
-def limits(media: Media, max_frames: int, fps: float | None) -> tuple[int, float | None]:
-    """The most frames that are read of a clip, and at which rate: what is asked of it, else what is given."""
+def limits(
+    media: Media, max_frames: int | None, fps: float | None, rule: video.FrameRule
+) -> tuple[int | None, float | None, video.FrameRule]:
+    """The most frames that are read of a clip, at which rate and by which rule: what is asked of it, else the given."""
     asked = media.asked
     if asked.frames is not None:
-        return asked.frames, None
+        return None, None, replace(rule, number=asked.frames)
+    if asked.min_frames is not None:
+        rule = replace(rule, least=asked.min_frames)
     most = max_frames if asked.max_frames is None else asked.max_frames
-    return most, fps if asked.fps is None else asked.fps
+    return most, fps if asked.fps is None else asked.fps, rule
 
 
 def check(media: Media) -> tuple[int, int, int, float]:
@@ -77,7 +90,8 @@ def check(media: Media) -> tuple[int, int, int, float]:
         size = (len(source), height, width, media.fps or 0.0)
     else:
         size = video.check(as_path(source))
-    _check_number(media, min(size[0], media.asked.frames or size[0]))
+    # More frames than there are may not be asked for.
+    video.choose(size[0], size[3], *limits(media, None, None, video.QWEN2_FRAMES))
     return size
 
 
@@ -108,7 +122,7 @@ def _stacked(frames: Sequence[Any], chosen: np.ndarray) -> np.ndarray:
 def _one_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Height and width of all frames. Raises InputError where they differ, or there is none."""
     if not sizes:
-        raise InputError("a clip of no frames; give at least one picture")
+        raise InputError(_NO_FRAMES)
     for number, (height, width) in enumerate(sizes, 1):
         if (height, width) != sizes[0]:
             raise InputError(
@@ -116,16 +130,6 @@ def _one_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
                 f"{number} is {width} x {height}; scale them to one size"
             )
     return sizes[0]
-
-
-def _check_number(media: Media, frames: int) -> None:
-    """Raise InputError for a clip with fewer frames than are asked of it, or none."""
-    if not frames:
-        raise InputError("a clip of no frames; give at least one picture")
-    if media.asked.frames is not None and frames != media.asked.frames:
-        raise InputError(
-            f"num_frames is {media.asked.frames} and the clip has {frames} frames; ask for at most those"
-        )
 
 
 def _encoded(source: Any) -> Path | io.BytesIO:

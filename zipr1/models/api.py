@@ -84,7 +84,11 @@ class ChatProcessor:
     """
 
     def __init__(
-        self, processor: Processor, family: str, max_frames: int = 16, fps: float | None = None
+        self,
+        processor: Processor,
+        family: str,
+        max_frames: int | None = 16,
+        fps: float | None = None,
     ) -> None:
         self.inner = processor
         self.family = family
@@ -233,7 +237,10 @@ class ChatProcessor:
             for m in some:
                 m = _completed(m, asked)
                 pixels, frame_fps, times = load_timed(
-                    m, self.max_frames if most is None else most, self.fps if fps is None else fps
+                    m,
+                    self.max_frames if most is None else most,
+                    self.fps if fps is None else fps,
+                    self.inner.settings.frame_rule,
                 )
                 visuals.append(self.inner.visual(m.kind, pixels, frame_fps, times, asked=m.asked))
             rows.append((self.inner.ids(text, visuals), visuals))
