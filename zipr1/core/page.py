@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from zipr1.core.text import times
+
 
 class Column(NamedTuple):
     """A column's heading, and whether its cells are aligned to the left."""
@@ -27,6 +29,30 @@ class PageTable(NamedTuple):
     caption: str
     columns: list[Column]
     rows: list[list[str]]
+
+
+class Tile(NamedTuple):
+    """One number of a page's statement: what it is, its value before and after, and what to know about it.
+
+    before may be empty, where there is nothing that `after` came from.
+    """
+
+    name: str
+    before: str
+    after: str
+    note: str
+
+
+def compared(before: float, after: float) -> str:
+    """Two times in words: `1.20x faster than dense`, `0.84x: slower than dense`."""
+    speedup = before / after
+    if f"{speedup:.2f}" == "1.00":
+        return "as fast as dense"
+    return (
+        f"{times(speedup)} faster than dense"
+        if speedup > 1
+        else f"{times(speedup)}: slower than dense"
+    )
 
 
 def render(template: str, **values: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -177,6 +178,27 @@ def save(figure: Figure, path: Path, dpi: int = 130) -> Path:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=dpi)
     return path
+
+
+def drawing(figure: Figure) -> str:
+    """The figure as SVG text for a page, its letters as outlines; the same numbers give the same text."""
+    from matplotlib import rc_context
+
+    out = io.StringIO()
+    with rc_context({"svg.hashsalt": "zipr1"}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()[out.getvalue().index("<svg") :]
+
+
+def score_axis(ax: Axes, values: Sequence[float], top: float = 1.0) -> None:
+    """Room for `values` of 0 to `top`, and for a fifth of that range at least: little shall not look like a lot."""
+    low, high = min(values), max(values)
+    room = max(1.15 * (high - low), 0.2 * top)
+    middle = (low + high) / 2
+    bottom = min(max(0.0, middle - room / 2), top - room)
+    ax.set_ylim(bottom - 0.02 * room, bottom + 1.04 * room)
+    ax.set_yticks([tick for tick in ax.get_yticks() if bottom - 1e-9 <= tick <= top + 1e-9])
+    ax.set_ylim(bottom - 0.02 * room, bottom + 1.04 * room)
 
 
 def darkened(frame: np.ndarray, kept: np.ndarray) -> np.ndarray:

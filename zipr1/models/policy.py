@@ -307,10 +307,11 @@ class Policy:
         temperature: float = 1.0,
         model: Any = None,
         greedy: torch.Tensor | None = None,
+        timed: bool = False,
     ) -> Answers:
         """Answers to all rows together: sparse under `request`, dense without or where it keeps all.
 
-        uniforms, temperature, greedy: see `sampling.sample`. model: the reference's, or None.
+        uniforms, temperature, greedy, timed: see `sampling.sample`. model: the reference's, or None.
         """
         model = model or self.model
         inputs, valid = self.rows(encoded, features, None, True, model)
@@ -330,6 +331,7 @@ class Policy:
                 uniforms=uniforms,
                 temperature=temperature,
                 greedy=greedy,
+                timed=timed,
             )
 
     def weights(self) -> dict[str, torch.Tensor] | None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from zipr1.core.files import write_whole
 from zipr1.core.jsontext import dumps
 from zipr1.core.page import embedded, page_table, render
-from zipr1.core.text import mib
+from zipr1.core.text import mib, times
 from zipr1.models.cost import tera
 from zipr1.profiling import plots
 
@@ -49,10 +49,6 @@ def place(row: Row) -> list[str]:
     keep = f"{row['keep']:.0%}" if row["keep"] >= 0.1 else f"{row['keep']:.1%}"
     tokens = f"{row['length']:,}"
     return [tokens if row["batch"] == 1 else f"{row['batch']} x {tokens}", keep, skip]
-
-
-def times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
 
 
 def ms(value: float) -> str:
