@@ -82,7 +82,7 @@ def test_names_on_the_page_are_text():
     # title, model, lead, command; score; each of two examples: question, right answer, answer; count, conditions, note,
     # error.
     assert page.count("&lt;b&gt;m|n&lt;/b&gt; [red]x[/red]") == 15
-    assert "&#10007;</span> -</dd>" in page  # an empty answer
+    assert '&#10007;</span> -<span class="soft">p = 0.975</span>' in page  # an empty answer
 
 
 def test_numbers_of_the_page():
@@ -249,3 +249,13 @@ def test_the_figures_are_files_and_drawings(tmp_path, name, panels):
     pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).reshape(-1, 3)
     blue = (pixels == (31, 119, 180)).all(1)  # matplotlib's first colour, of the first line
     assert blue.sum() > 50 and (pixels == 255).all(1).mean() > 0.5
+
+
+def test_equal_answers_are_one_line():
+    answers = [("dense", "red", True), ("p = 0.9", "blue", False), ("p = 0.8", "red", True)]
+    assert html.together(answers) == [
+        ("dense; p = 0.8", "red", True),
+        ("p = 0.9", "blue", False),
+    ]
+    assert html.together(answers[::2]) == [("all", "red", True)]
+    assert html.together(answers[:1]) == [("dense", "red", True)]

@@ -13,6 +13,7 @@ from zipr1.evaluate.answers import BASE, UNTRAINED
 from zipr1.evaluate.gallery import PLAIN
 from zipr1.evaluate.plots import TITLES
 
+Answer = tuple[str, str, bool | None]
 FEW = 2  # benchmarks whose examples are all shown; of more, one of each sort
 
 
@@ -179,7 +180,7 @@ def _example(record: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
         words = "before training" if name == UNTRAINED else f"p = {one['p']:g}"
         captions[name] = f"{words}: {ratio:.1%} kept"
     order = [name for name in (PLAIN, UNTRAINED, one["after"]) if name in one["pictures"]]
-    called = {"1": "dense", BASE: "base, dense", UNTRAINED: f"base, p = {one['p']:g}"}
+    called = {"1": "dense", BASE: "base dense", UNTRAINED: f"base at p = {one['p']:g}"}
     said = dict(sorted(one["said"].items(), key=lambda pair: pair[0] not in (BASE, UNTRAINED)))
     return {
         "wide": record["kind"] == "video",
@@ -188,11 +189,23 @@ def _example(record: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
         ],
         "question": one["question"],
         "target": one["target"],
-        "answers": [
-            (called.get(name, f"p = {name}"), text, _is_right(one["right"].get(name)))
-            for name, text in said.items()
-        ],
+        "answers": together(
+            [
+                (called.get(name, f"p = {name}"), text, _is_right(one["right"].get(name)))
+                for name, text in said.items()
+            ]
+        ),
     }
+
+
+def together(answers: Sequence[Answer]) -> list[Answer]:
+    """Equal answers in one line, in the order of the first of them. answers: who says it, the text, is it right."""
+    names: dict[tuple[str, bool | None], list[str]] = {}
+    for name, text, right in answers:
+        names.setdefault((text, right), []).append(name)
+    if len(names) == 1 and len(answers) > 1:
+        return [("all", *one) for one in names]
+    return [("; ".join(who), text, right) for (text, right), who in names.items()]
 
 
 def _is_right(score: float | None) -> bool | None:
