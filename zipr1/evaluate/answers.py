@@ -20,7 +20,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.recipe import Data, Recipe, Sparse, Train
 from zipr1.core.types import Prompt
 from zipr1.data.media import load_media
-from zipr1.evaluate import gallery
+from zipr1.models import gallery
 from zipr1.models.batching import by_length
 from zipr1.models.encoder import MediaEncoder, without_patches
 from zipr1.models.policy import Features, Policy
@@ -145,11 +145,7 @@ class Answerer:
         self.batch = batch
         self.bound = Recipe(train=Train(micro_tokens=micro_tokens))
         self.shown = shown
-        text = policy.model.config.get_text_config()
-        heads = text.num_key_value_heads
-        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.token_bytes = 2 * heads * dim * policy.decoder.embed_tokens.weight.element_size()
-        self.longest = int(text.max_position_embeddings)
+        self.longest = int(policy.model.config.get_text_config().max_position_embeddings)
 
     def answer(
         self,
@@ -274,7 +270,7 @@ class Answerer:
         return Answer(
             text=cut(self.policy.processor.decode(output.tokens[row]), stops),
             layer_ratios=[count / length for count in counts],
-            kv_bytes=sum(counts) * self.token_bytes,
+            kv_bytes=sum(counts) * self.policy.token_bytes,
             seconds=seconds,
             prefill_seconds=(output.prefill_seconds or 0.0) / len(output.tokens),
             prompt_tokens=length,

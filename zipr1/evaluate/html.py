@@ -10,8 +10,8 @@ from zipr1.core.page import Column, Tile, compared, render
 from zipr1.core.text import size
 from zipr1.evaluate import report
 from zipr1.evaluate.answers import BASE, UNTRAINED
-from zipr1.evaluate.gallery import PLAIN
 from zipr1.evaluate.plots import TITLES
+from zipr1.models.gallery import PLAIN
 
 Answer = tuple[str, str, bool | None]
 FEW = 2  # benchmarks whose examples are all shown; of more, one of each sort

@@ -78,6 +78,14 @@ class Policy:
         device: torch.device = self.decoder.embed_tokens.weight.device
         return device
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in one layer."""
+        text = self.model.config.get_text_config()
+        heads = text.num_key_value_heads
+        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return int(2 * heads * dim * self.decoder.embed_tokens.weight.element_size())
+
     def tower(self) -> list[torch.nn.Parameter]:
         """Parameters of what sees."""
         return [p for module in towers(self.model) for p in module.parameters()]
