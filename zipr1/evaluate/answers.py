@@ -246,7 +246,7 @@ class Answerer:
             tell(done)
         for b, positions in sorted(kept.items()):
             if self._worth(answered[b], encoded[b], drawn):
-                frames, _ = load_media(prompts[b].media[0], conditions.frames, conditions.fps)
+                frames, _ = load_media(prompts[b].media[0], *encoder.frames)
                 answered[b].pictures = gallery.draw(self.policy, encoded[b], frames, positions)
         return answered
 

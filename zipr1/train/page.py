@@ -226,7 +226,8 @@ class RunPage:
             if name in results and results[name].kept[i]
         }
         data = self._recipe.data
-        pixels, fps = load_media(prompt.media[0], data.max_frames, data.fps)
+        rule = policy.processor.settings.frame_rule
+        pixels, fps = load_media(prompt.media[0], data.max_frames, data.fps, rule)
         encoded = policy.encode(prompt, [(pixels, fps)], data.max_prompt_tokens)
         captions = {gallery.PLAIN: "as dense sees it"}
         for name in kept:

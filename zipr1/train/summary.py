@@ -146,7 +146,8 @@ def pictures(
         if "after training" not in rows:
             continue
         prompt = prompts[i]
-        pixels, fps = load_media(prompt.media[0], recipe.data.max_frames, recipe.data.fps)
+        limits = recipe.data.max_frames, recipe.data.fps, policy.processor.settings.frame_rule
+        pixels, fps = load_media(prompt.media[0], *limits)
         encoded = policy.encode(prompt, [(pixels, fps)], recipe.data.max_prompt_tokens)
         visual = np.isin(encoded.ids.numpy(), list(policy.processor.placeholder.values()))
         t, h, w = encoded.visuals[0].grid
