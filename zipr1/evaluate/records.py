@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from zipr1.core.text import one_line
 from zipr1.evaluate.answers import BASE, UNTRAINED, Answer, Answered, Answerer, Conditions
 from zipr1.evaluate.harness import Scored, lmms_eval_version
-from zipr1.evaluate.scores import right, suite_score, suite_units
+from zipr1.evaluate.scores import name_of, right, suite_score, suite_units
 from zipr1.evaluate.suites import Suite
 from zipr1.evaluate.units import Units, paired
+
+LONGEST = 400  # characters of a question that are kept beside its answers
 
 
 def record(
@@ -128,20 +131,23 @@ def _texts(answerer: Answerer, answered: Answered) -> dict[str, str]:
 
 
 def _samples(scored: Sequence[Scored], answerer: Answerer) -> list[dict[str, Any]]:
-    """Every question's answers and token ratios, by variant."""
+    """Every question's answers, how right they are and token ratios, by variant."""
     return [
         {
             "task": one.task.name,
             "doc_id": sample["doc_id"],
+            "name": f"{one.task.name}/{name_of(sample)}",
+            "question": one_line(sample["arguments"][0], LONGEST),
             "target": str(sample["target"]),
             "said": _texts(answerer, answered),
+            "right": {v.name: _right(one, k, i) for k, v in enumerate(answerer.variants)},
             "token_ratio": {
                 v.name: a.token_ratio
                 for v, a in zip(answerer.variants, answered.answers, strict=True)
             },
         }
         for one in scored
-        for sample, answered in zip(one.samples[0], one.answered, strict=True)
+        for i, (sample, answered) in enumerate(zip(one.samples[0], one.answered, strict=True))
     ]
 
 

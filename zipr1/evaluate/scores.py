@@ -7,7 +7,6 @@ it is not, that is corrected or noted, and the report says so.
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 
 from zipr1.evaluate.harness import Scored
 from zipr1.evaluate.suites import SUITES, Suite
-from zipr1.evaluate.units import Units
+from zipr1.evaluate.units import Units, question_name
 
 # Fields of a sample's document that say which picture or clip it is about.
 CLUSTERS = (
@@ -60,10 +59,10 @@ def _cluster(sample: dict[str, Any], index: int) -> Any:
     return next((str(doc[name]) for name in CLUSTERS if doc.get(name)), f"#{index}")
 
 
-def _name(sample: dict[str, Any]) -> str:
-    """A question by its number and its text, so that another data set's question is another one."""
-    text = f"{sample.get('arguments', [''])[0]}\n{sample.get('target', '')}"
-    return f"{sample.get('doc_id', '')}-{zlib.crc32(text.encode()):08x}"
+def name_of(sample: dict[str, Any]) -> str:
+    """What a sample's question is called in every evaluation."""
+    question = sample.get("arguments", [""])[0]
+    return question_name(sample.get("doc_id", ""), question, sample.get("target", ""))
 
 
 def _mean(scored: Scored, variant: int, top: float) -> Units:
@@ -75,7 +74,7 @@ def _mean(scored: Scored, variant: int, top: float) -> Units:
     if score is not None and len(score) and (score.min() < 0 or score.max() > 1):
         score = None
     clusters = [_cluster(sample, i) for i, (sample, _) in enumerate(pairs)]
-    names = [_name(sample) for sample, _ in pairs]
+    names = [name_of(sample) for sample, _ in pairs]
     return Units(score, np.full(len(pairs), top / max(1, len(pairs))), clusters, names)
 
 

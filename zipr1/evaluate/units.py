@@ -10,6 +10,7 @@ differs, +- 1.96^2 / (N + 1.96^2) of the whole range, with N = (sum_u w_u)^2 / s
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,3 +47,30 @@ def paired(a: Units, b: Units, top: float) -> tuple[float, list[float]] | None:
     trials = groups if d.any() else float(a.weight.sum() ** 2 / (a.weight**2).sum())
     half = Z * np.sqrt(variance) if variance > 1e-18 else Z * Z / (trials + Z * Z) * top
     return total, [max(-top, total - float(half)), min(top, total + float(half))]
+
+
+def question_name(number: object, question: object, target: object) -> str:
+    """A question by its number and its words, so that another data set's question is another one."""
+    return f"{number}-{zlib.crc32(f'{question} -> {target}'.encode()):08x}"
+
+
+def matched(a: Units, b: Units) -> tuple[Units, Units] | None:
+    """Both over the same units: all of them where they are the same, else those in common where every unit of a score
+    weighs as much as any other. None where there are none, or where samples hold no numbers."""
+    if a.score is None or b.score is None:
+        return None
+    if a.name == b.name:
+        return a, b
+    even = all(len(set(u.weight.tolist())) == 1 for u in (a, b) if len(u.name))
+    places = {name: i for i, name in enumerate(b.name)}
+    common = [(i, places[name]) for i, name in enumerate(a.name) if name in places]
+    if not even or not common or any(len(set(u.name)) < len(u.name) for u in (a, b)):
+        return None
+    return _chosen(a, [i for i, _ in common]), _chosen(b, [j for _, j in common])
+
+
+def _chosen(units: Units, places: list[int]) -> Units:
+    assert units.score is not None
+    weight = np.full(len(places), float(units.weight.sum()) / len(places))
+    cluster, name = ([values[i] for i in places] for values in (units.cluster, units.name))
+    return Units(units.score[places], weight, cluster, name)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from zipr1.core import curves
 from zipr1.core.files import write_whole, writing
 from zipr1.core.page import Tile, compared, page_table, render
 from zipr1.core.recipe import Recipe
@@ -20,7 +21,6 @@ from zipr1.core.types import Prompt
 from zipr1.data.media import load_media
 from zipr1.models import gallery
 from zipr1.models.policy import Policy
-from zipr1.train import curves
 from zipr1.train.heldout import Result
 from zipr1.train.metrics import question
 from zipr1.train.progress import constraint_lines, summary_table

@@ -5,9 +5,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from zipr1.core import curves
+from zipr1.core.curves import Panel, panels, smooth
 from zipr1.core.recipe import Efficiency, Recipe, Sparse, Train
-from zipr1.train import curves
-from zipr1.train.curves import Panel, panels, smooth
 
 RECIPE = Recipe(
     sparse=Sparse(p=0.9),
@@ -80,12 +80,16 @@ def test_no_panel_is_empty_and_a_lonely_one_is_wide(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [2, 5])
 def test_steps_are_whole(count):
     figure = curves._figure(panels(rows(count), RECIPE, {}), np.arange(1, count + 1))
     for ax in figure.axes:
         figure.canvas.draw()
         assert all(float(tick).is_integer() for tick in ax.get_xticks())
+
+
+def test_a_single_step_is_no_curve():
+    assert panels(rows(1), RECIPE, {}) == [] and curves.drawings(rows(1), RECIPE, {}) == []
 
 
 def test_half_a_point_is_no_cliff():

@@ -35,8 +35,10 @@ class Panel:
 
 
 def panels(rows: Rows, recipe: Recipe, heldout: Mapping[str, Mapping[str, float]]) -> list[Panel]:
-    """Those that have something to show. rows: lines of metrics.jsonl. heldout: accuracy and token ratio by `dense`,
+    """Those that have something to show, none of a single step. rows: lines of metrics.jsonl. heldout: accuracy and token ratio by `dense`,
     `before` and `after`, as far as they are known."""
+    if len(rows) < 2:
+        return []
     steps = recipe.train.steps
     tokens = Panel(
         "Tokens kept",
@@ -97,6 +99,35 @@ def drawings(rows: Rows, recipe: Recipe, heldout: Mapping[str, Mapping[str, floa
     """The panels as SVG text, one by one."""
     steps = _steps(rows)
     return [drawing(_figure([panel], steps)) for panel in panels(rows, recipe, heldout)]
+
+
+def overlay(runs: Sequence[tuple[str, Rows, Recipe]]) -> list[str]:
+    """Tokens kept and right answers of several runs, running means, as SVG text. runs: name, metrics.jsonl, recipe."""
+    from matplotlib.figure import Figure
+
+    out = []
+    for title in ("Tokens kept", "Right answers"):
+        figure = Figure(figsize=SIZE, layout="constrained", facecolor="white")
+        ax = figure.subplots()
+        for number, (name, rows, recipe) in enumerate(runs):
+            found = next((p for p in panels(rows, recipe, {}) if p.title == title), None)
+            if found is not None:
+                # Greedy answers at p where they were given; else those that were sampled.
+                greedy = [line for line in found.lines if "greedy" in line[1]]
+                values = (greedy or found.lines)[0][0]
+                ax.plot(
+                    _steps(rows), smooth(values, _window(len(rows))), color=f"C{number}", label=name
+                )
+        if ax.lines:
+            seen = [
+                float(v)
+                for line in ax.lines
+                for v in np.asarray(line.get_ydata())
+                if np.isfinite(v)
+            ]
+            _finish(ax, title, seen)
+            out.append(drawing(figure))
+    return out
 
 
 def layers(before: Sequence[float] | None, now: Sequence[float] | None, label: str) -> str | None:
@@ -176,8 +207,6 @@ def _figure(shown: Sequence[Panel], steps: np.ndarray) -> Figure:
 
 def _draw(ax: Axes, panel: Panel, steps: np.ndarray) -> None:
     """Each step pale, a running mean over a twentieth of the run strong; what is wanted dashed."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
     for values, label, colour in panel.lines:
         ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         ax.plot(
@@ -188,20 +217,25 @@ def _draw(ax: Axes, panel: Panel, steps: np.ndarray) -> None:
     for number, (step, value, label) in enumerate(panel.marks):
         ax.plot([step], [value], "D", color="black", markersize=4.5, clip_on=False, zorder=5,
                 label="_" if number else label)  # fmt: skip
-    plain_axes(ax, panel.title)
+    shown = [float(v) for line in ax.lines for v in np.asarray(line.get_ydata()) if np.isfinite(v)]
+    _finish(ax, panel.title, shown if panel.share else None)
+
+
+def _finish(ax: Axes, title: str, shares: Sequence[float] | None) -> None:
+    """Title, axes and legend. shares: what is drawn where it is shares, which are written in per cent."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    plain_axes(ax, title)
     ax.set_xlabel("step", fontsize=8)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if panel.share:
-        seen = [
-            v for line in ax.lines for v in np.asarray(line.get_ydata(), float) if np.isfinite(v)
-        ]
-        if panel.title == "Tokens kept":
-            ax.set_ylim(0, min(1.02, 1.1 * max(seen)))
-        else:
-            score_axis(ax, seen)
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    else:
+    if shares is None:
         ax.set_ylim(min(0, ax.get_ylim()[0]), None)
+    else:
+        if title == "Tokens kept":
+            ax.set_ylim(0, min(1.02, 1.1 * max(shares)))
+        else:
+            score_axis(ax, shares)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if len(ax.get_legend_handles_labels()[0]) > 1:
         ax.legend(frameon=False, fontsize=7)
 
