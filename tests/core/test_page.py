@@ -75,7 +75,8 @@ def test_a_table_of_the_terminal():
     assert page_table(Table()) == PageTable("", "", [], [])
     page = profile_page(tables=[page_table(table)])
     assert '<th class="left">name</th>' in page and "<th>ms</th>" in page
-    assert '<td class="left">[green]a[/]</td>' in page and "<td>[1]</td>" in page
+    assert '<td class="left" data-name="name">[green]a[/]</td>' in page
+    assert '<td data-name="ms">[1]</td>' in page
 
 
 def test_a_picture_is_inside(tmp_path):

@@ -102,20 +102,21 @@ def test_pages_take_a_fiftieth_of_the_time_at_most(page, monkeypatch):
         now[0] += 1.0
     # A step each second: the first at which the time is up.
     gaps = [b - a for a, b in itertools.pairwise(written)]
-    assert written[0] == 1000 and gaps == pytest.approx([102, 31, 31, 31, 31, 31], abs=1.1)
+    assert written[0] == 1000 and gaps[0] == pytest.approx(102, abs=1.1) and len(gaps) > 4
+    assert gaps[1:] == pytest.approx([31] * (len(gaps) - 1), abs=1.1)
 
 
 def test_a_stopped_run_says_how_to_go_on(page):
-    for ratio in (0.8, 0.6):
+    for ratio in (0.8, 0.6, 0.4):
         page.update(metrics(ratio), None)
-    page.stopped(1)
+    page.stopped(2)
     text = page.path.read_text()
-    assert "<h1>Stopped at step 1 of 4</h1>" in text and "refresh" not in text
+    assert "<h1>Stopped at step 2 of 4</h1>" in text and "refresh" not in text
     assert tiles(text)[0] == [
         "tokens kept",
         "90.0%",
-        "80.0%",
-        "mean of the last 1 steps; target 20%",
+        "70.0%",
+        "mean of the last 2 steps; target 20%",
     ]
     assert (page.path.parent / "curves.png").is_file()
 

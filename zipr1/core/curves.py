@@ -35,8 +35,11 @@ class Panel:
 
 
 def panels(rows: Rows, recipe: Recipe, heldout: Mapping[str, Mapping[str, float]]) -> list[Panel]:
-    """Those that have something to show, none of a single step. rows: lines of metrics.jsonl. heldout: accuracy and token ratio by `dense`,
-    `before` and `after`, as far as they are known."""
+    """Those that have something to show, none of a single step.
+
+    rows: lines of metrics.jsonl. heldout: accuracy and token ratio by `dense`, `before` and `after`, as far as they are
+    known.
+    """
     if len(rows) < 2:
         return []
     steps = recipe.train.steps
