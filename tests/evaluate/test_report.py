@@ -92,7 +92,7 @@ def test_numbers_of_the_page():
     assert tiles(page) == [
         ["tokens kept", "100%", "50.0%", "of the prompt, mean over layers"],
         ["score", "80.00", "79.00", "-1.00 ± 2.00 points"],
-        ["to the first token, a question", "24 ms", "30 ms", "0.80x: slower than dense, in the language model"],
+        ["to the first token, a question", "24 ms", "30 ms", "slower than dense (0.80x), in the language model"],
         ["keys and values", "2.0 KiB", "1.0 KiB", "50.0% saved after a prefill"],
     ]  # fmt: skip
     for cell in ("79.00", "-1.00 ± 2.00", "-10.00 ± 2.00", "25.0%", "512 B", "1.25x"):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import functools
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
@@ -43,25 +41,20 @@ class Tile(NamedTuple):
 
 
 def compared(before: float, after: float) -> str:
-    """Two times in words: `1.20x faster than dense`, `0.84x: slower than dense`."""
+    """Two times in words: `1.20x faster than dense`, `slower than dense (0.84x)`."""
     speedup = before / after
     if f"{speedup:.2f}" == "1.00":
         return "as fast as dense"
     return (
         f"{times(speedup)} faster than dense"
         if speedup > 1
-        else f"{times(speedup)}: slower than dense"
+        else f"slower than dense ({times(speedup)})"
     )
 
 
 def render(template: str, **values: Any) -> str:
     """A page. template: a file of assets/templates. values: what it names, all text of which is escaped."""
     return _templates().get_template(template).render(**values)
-
-
-def embedded(picture: Path) -> str:
-    """A PNG file as an address that holds it."""
-    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
 
 def page_table(table: Table) -> PageTable:
