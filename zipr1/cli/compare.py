@@ -45,7 +45,7 @@ def compare(
         pairs = reading.compare(one, other)
         with claimed(output, name="compare") as folder:
             path = compared.write(one, other, pairs, folder)
-        console.print(compared.table(one, other, pairs))
+        console.print(compared.table(one, other, pairs, console.width))
         console.print(f"report: {path}", highlight=False, soft_wrap=True)
     if as_json:
         from zipr1.core.jsontext import dumps

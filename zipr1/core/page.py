@@ -40,15 +40,15 @@ class Tile(NamedTuple):
     note: str
 
 
-def compared(before: float, after: float) -> str:
-    """Two times in words: `1.20x faster than dense`, `slower than dense (0.84x)`."""
+def compared(before: float, after: float, than: str = "dense") -> str:
+    """Two times in words: `1.20x faster than dense`, `slower than dense (0.84x)`. than: what took `before`."""
     speedup = before / after
-    if f"{speedup:.2f}" == "1.00":
-        return "as fast as dense"
+    if times(speedup) == "1.00x":
+        return f"as fast as {than}"
     return (
-        f"{times(speedup)} faster than dense"
+        f"{times(speedup)} faster than {than}"
         if speedup > 1
-        else f"slower than dense ({times(speedup)})"
+        else f"slower than {than} ({times(speedup)})"
     )
 
 

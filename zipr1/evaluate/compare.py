@@ -71,7 +71,8 @@ def read(path: Path) -> Side:
     for kind, names in NEEDED.items():
         if (path / names[0]).is_file():
             if not (path / names[1]).is_file():
-                what = "its training has not ended" if kind == "run" else "nothing was measured yet"
+                what = "its training has not ended, or was of an older zipr1"
+                what = what if kind == "run" else "nothing was measured yet"
                 raise InputError(f"{path}: no {names[1]} ({what}); finish it, then compare")
             try:
                 return _run(path) if kind == "run" else _evaluation(path)

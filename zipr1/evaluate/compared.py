@@ -13,11 +13,12 @@ from rich.table import Table
 from zipr1.core import curves
 from zipr1.core.files import write_whole, writing
 from zipr1.core.jsontext import dumps, plain
-from zipr1.core.page import Tile, page_table, render
+from zipr1.core.page import Tile, compared, page_table, render
 from zipr1.core.plots import drawing, plain_axes, score_axis
 from zipr1.core.text import size, times
 from zipr1.evaluate.compare import Line, Pair, Side, leading, mean_gap
 
+WIDE = 100  # columns of a terminal that shows the whole table
 MOST = 6  # questions shown that one side alone answers right
 
 
@@ -44,32 +45,40 @@ def as_json(a: Side, b: Side, pairs: Sequence[Pair]) -> dict[str, Any]:
     return dict(plain(out))
 
 
-def table(a: Side, b: Side, pairs: Sequence[Pair]) -> Table:
-    """A row for each benchmark and p; A and B stand for the folders, which the caption names."""
+def table(a: Side, b: Side, pairs: Sequence[Pair], width: int = WIDE) -> Table:
+    """A row for each benchmark and p; A and B stand for the folders, which the caption names. A terminal with less than
+    WIDE columns gets fewer."""
+    wide = width >= WIDE
+    more = "; paired: questions that are the same, over which B - A and its 95 % interval are; faster: B's time to the "
+    more += "first token against A's, above 1 is faster"
     out = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
-        caption=f"A: {a.name}; B: {b.name}; kept: of all tokens of a prompt; paired: questions that are the same, over "
-        "which B - A and its 95 % interval are; faster: B's time to the first token against A's, above 1 is faster",
+        caption=f"A: {a.name}; B: {b.name}; kept: of all tokens of a prompt{more if wide else ''}",
         caption_justify="left",
     )
-    names = ("benchmark", "p", "A", "B", "B - A (95 %)", "paired", "kept A", "kept B", "faster")
+    names = ["benchmark", "p", "A", "B", "B - A (95 %)", "kept A", "kept B"]
+    names += ["paired", "faster"] if wide else []
     for number, name in enumerate(names):
         out.add_column(name, justify="right" if number else "left", no_wrap=True)
     for pair in pairs:
         same = pair.a.p == pair.b.p
-        out.add_row(
+        cells = [
             pair.task,
             f"{pair.a.p:g}" if same else f"{pair.a.p:g}, {pair.b.p:g}",
             _score(pair.a),
             _score(pair.b),
             _gap(pair.gap, pair.interval),
-            f"{pair.paired:,}" if pair.paired else f"none of {pair.a.n:,}, {pair.b.n:,}",
             f"{pair.a.token_ratio:.1%}",
             f"{pair.b.token_ratio:.1%}",
-            times(_speedup(pair)) or "-",
-        )
+        ]
+        if wide:
+            cells.append(
+                f"{pair.paired:,}" if pair.paired else f"none of {pair.a.n:,}, {pair.b.n:,}"
+            )
+            cells.append(times(_speedup(pair)) or "-")
+        out.add_row(*cells)
     return out
 
 
@@ -124,11 +133,9 @@ def _tiles(pairs: Sequence[Pair]) -> list[Tile]:
         tiles.append(Tile("score", f"{scores[0]:.2f}", f"{scores[1]:.2f}", note))
     first = mean("first_token_ms")
     if first and min(first) > 0:
-        speedup = first[0] / first[1]
-        words = f"{times(speedup)} {'faster' if speedup >= 1 else '(slower)'} than A"
-        tiles.append(
-            Tile("to the first token, a question", f"{first[0]:.3g} ms", f"{first[1]:.3g} ms", words)
-        )  # fmt: skip
+        words = compared(first[0], first[1], "A")
+        old_ms, new_ms = (f"{value:.3g} ms" for value in first)
+        tiles.append(Tile("to the first token, a question", old_ms, new_ms, words))
     held = mean("kv_bytes")
     if held:
         tiles.append(Tile("keys and values", size(held[0]), size(held[1]), "after a prefill"))
