@@ -468,7 +468,7 @@ def whole(tmp_path_factory):
 
 def measured(folder):
     """What does not depend on the clock: rows, and every answer."""
-    timed = ("seconds", "dense_seconds")
+    timed = ("seconds", "dense_seconds", "speedup", "first_token_ms", "dense_first_token_ms")
     rows = json.loads((folder / "results.json").read_text())["rows"]
     samples = [
         json.loads((folder / f"benchmarks/{name}.json").read_text())["samples"]
