@@ -61,9 +61,9 @@ class Answer:
     layer_ratios: list[float]
     kv_bytes: int
     seconds: float
-    prefill_seconds: float
     prompt_tokens: int
     answer_tokens: int
+    prefill_seconds: float = 0.0
 
     @property
     def token_ratio(self) -> float:
