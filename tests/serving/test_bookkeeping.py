@@ -163,6 +163,8 @@ def test_where_all_answer_each_layer_has_its_lengths_and_its_next_slots():
         tokens=2,
     )
     assert first.rows is second.rows is None
+    for tensor in (second.starts, second.lengths, second.slots, second.table):
+        assert tensor.is_contiguous()
     assert first.starts.tolist() == second.starts.tolist() == [0, 1, 2]
     assert first.lengths.tolist() == [3 + 3, 1 + 6]
     assert second.lengths.tolist() == [9 + 3, 2 + 6]

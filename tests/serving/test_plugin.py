@@ -291,6 +291,10 @@ class TestWithVllm:
                 {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
                 "--speculative-config",
             ),
+            (
+                {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+                "--decode-context-parallel-size",
+            ),
         ):
             with pytest.raises(RunError, match=name) as error:
                 self.make(folder, monkeypatch, [], **options)

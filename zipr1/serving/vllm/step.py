@@ -95,7 +95,8 @@ class Step:
     def parts(self) -> list[Part]:
         """Of every layer, where no prompt is read: all lengths are then known before a layer runs."""
         device = self.table.device
-        lengths = self.kept.T + self.later
+        # Contiguous by layer: kernels take a row's address and trust in what follows.
+        lengths = (self.kept.T + self.later).contiguous()
         layers, requests = lengths.shape
         starts = torch.arange(requests + 1, dtype=torch.int32)
         row = torch.arange(requests).repeat(layers).to(device)
