@@ -1,6 +1,6 @@
 """What transformers' own processors make of a model folder, in a process where torchvision can be imported.
 
-`make test` runs this folder apart, with torchvision from .venv/oracle; elsewhere its tests are skipped.
+`make test` runs this folder apart, with torchvision from .venv/oracle on the path; elsewhere its tests are skipped.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import zipr1
 
+# Files of the tiny models that a test writes itself or goes without.
+SETTINGS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """family -> a folder of tiny random weights, whose pixel settings a test writes in a copy."""
-    pytest.importorskip("torchvision", reason="torchvision is not here; run `make test`")
+    """family -> a folder of tiny random weights."""
     made: dict[str, Path] = {}
 
     def folder(family: str) -> Path:
@@ -31,12 +33,10 @@ def weights(tmp_path_factory):
     return folder
 
 
-SETTINGS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-
-
 @pytest.fixture(scope="module")
 def opened(weights, tmp_path_factory):
-    """(family, settings files) -> `zipr1.load`'s processor and model, transformers' processor and model."""
+    """(family, settings files) -> `zipr1.load`'s model and processor, and those of transformers. A file that is None
+    is left out."""
 
     def open_folder(family: str, files: dict[str, Any]) -> Any:
         base, folder = weights(family), tmp_path_factory.mktemp(family)
@@ -44,11 +44,13 @@ def opened(weights, tmp_path_factory):
             if path.name not in (*SETTINGS, *files):
                 (folder / path.name).symlink_to(path)
         for name, content in files.items():
-            text = content if isinstance(content, str) else json.dumps(content)
-            (folder / name).write_text(text)
+            if content is not None:
+                text = content if isinstance(content, str) else json.dumps(content)
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text(text)
         model, ours = zipr1.load(str(folder), budget=1.0, device="cpu")
         theirs = AutoProcessor.from_pretrained(folder)
         stock = AutoModelForImageTextToText.from_pretrained(folder).eval()
-        return SimpleNamespace(model=model, ours=ours, theirs=theirs, stock=stock, folder=folder)
+        return SimpleNamespace(model=model, ours=ours, theirs=theirs, stock=stock)
 
     return open_folder

@@ -18,7 +18,7 @@ from zipr1.core.recipe import Recipe
 from zipr1.core.rundir import RunDir, read_lines
 from zipr1.core.text import duration, size
 from zipr1.core.types import Prompt
-from zipr1.data.media import load_media
+from zipr1.data.media import load_timed
 from zipr1.models import gallery
 from zipr1.models.policy import Policy
 from zipr1.train.heldout import Result
@@ -227,12 +227,12 @@ class RunPage:
         }
         data = self._recipe.data
         rule = policy.processor.settings.frame_rule
-        pixels, fps = load_media(prompt.media[0], data.max_frames, data.fps, rule)
-        encoded = policy.encode(prompt, [(pixels, fps)], data.max_prompt_tokens)
+        seen = load_timed(prompt.media[0], data.max_frames, data.fps, rule)
+        encoded = policy.encode(prompt, [seen], data.max_prompt_tokens)
         captions = {gallery.PLAIN: "as dense sees it"}
         for name in kept:
             captions[name] = f"{name} training: {results[name].token_ratio[i]:.1%} kept"
-        drawn = gallery.draw(policy, encoded, pixels, kept)
+        drawn = gallery.draw(policy, encoded, seen[0], kept)
         return [(captions[name], f"data:image/jpeg;base64,{jpeg}") for name, jpeg in drawn.items()]
 
 
