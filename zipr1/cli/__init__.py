@@ -24,7 +24,7 @@ from zipr1.cli.eval import evaluate
 from zipr1.cli.export import export
 from zipr1.cli.profile import profile
 from zipr1.cli.train import train
-from zipr1.core import signals
+from zipr1.core import signals, watch
 from zipr1.core.errors import ZipError
 from zipr1.core.text import one_line
 
@@ -85,6 +85,7 @@ def _options(
 
 def main() -> None:
     """The entry point. Always leaves by SystemExit; the handlers of signals are then those of before."""
+    watch.say = _say
     with signals.handled():
         _run()
 
@@ -137,6 +138,11 @@ def _usage(error: TyperException) -> str:
 
 
 def _leave(message: str, code: int) -> None:
+    _say(message, code)
+    sys.exit(code)
+
+
+def _say(message: str, code: int) -> None:
     """One line on stderr, and with --json one on stdout: `{"error": ..., "exit_code": ...}`."""
     if "--json" in sys.argv:
         print(json.dumps({"error": one_line(message), "exit_code": code}), flush=True)
@@ -144,4 +150,3 @@ def _leave(message: str, code: int) -> None:
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     who = f"rank {os.environ.get('RANK')}: " if several else ""
     console.print(f"[bold red]error:[/] {who}{escape(one_line(message))}", soft_wrap=True)
-    sys.exit(code)
