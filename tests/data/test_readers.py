@@ -111,6 +111,7 @@ def test_a_json_file_that_is_no_list_is_one_line_and_no_row(tmp_path, text, word
     path.write_bytes(b'\xef\xbb\xbf [{"question": "q", "answer": "x"}]\n')
     assert len(rows.load(path, Data())) == 1
 
+
 def table(path, **columns):
     parquet.write_table(pyarrow.table(columns), path)
     return path

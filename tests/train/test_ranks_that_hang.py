@@ -183,7 +183,9 @@ def test_the_run_goes_on_after_a_rank_has_hung(hung, unbroken, name, done):
     if done:
         assert (output / "last").resolve().name == f"step-{done:06d}"
     else:
-        assert [path.name for path in output.iterdir()] == [".lock"]  # let go of by the process's end
+        assert [path.name for path in output.iterdir()] == [
+            ".lock"
+        ]  # let go of by the process's end
     recipe.write_text(recipe.read_text().replace("stall_minutes: 5.0", "stall_minutes: 1.5"))
     alone(recipe, output)
     assert "stall_minutes: 1.5" in (output / "recipe.yaml").read_text()

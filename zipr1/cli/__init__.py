@@ -83,10 +83,16 @@ def _options(
     pass
 
 
-def main() -> None:
-    """The entry point. Always leaves by SystemExit; the handlers of signals are then those of before."""
+def program() -> None:
+    """What the command `zipr1` runs: `main`, and then the process ends, which no signal disturbs."""
+    main(last=True)
+
+
+def main(last: bool = False) -> None:
+    """One command. Always leaves by SystemExit; the handlers of signals are then those of before, unless the process
+    ends now (`last`)."""
     watch.say = _say
-    with signals.handled():
+    with signals.handled(last):
         _run()
 
 
