@@ -54,7 +54,7 @@ def held(name: str) -> float:
 
 
 def load(path: Path) -> tuple[int, float, float, float]:
-    import pyarrow.parquet  # noqa: F401  counted before: libraries are no data
+    import pyarrow.parquet  # counted before: libraries are no data
 
     from zipr1.core.recipe import Data
     from zipr1.data import rows

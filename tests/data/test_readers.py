@@ -105,7 +105,7 @@ def test_a_json_file_that_is_no_list_is_one_line_and_no_row(tmp_path, text, word
     path = tmp_path / "rows.json"
     path.write_bytes(text)
     for settings in (Data(), Data(on_bad_row="skip")):
-        with pytest.raises(InputError, match="rows.json") as told:
+        with pytest.raises(InputError, match=r"rows\.json") as told:
             rows.load(path, settings)
         assert words in str(told.value) and "\n" not in str(told.value)
     path.write_bytes(b'\xef\xbb\xbf [{"question": "q", "answer": "x"}]\n')

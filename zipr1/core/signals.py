@@ -83,8 +83,8 @@ def handle(number: int, frame: FrameType | None = None) -> None:
 
 
 def _leaving() -> bool:
-    """Whether a `Stopped` is on its way up at this moment. Not after foreign code has swallowed it: then the next signal
-    is the first one again."""
+    """Whether a `Stopped` is on its way up at this moment. Not after foreign code has swallowed it: then the next
+    signal is the first one again."""
     error = sys.exception()
     while error is not None and not isinstance(error, Stopped):
         error = error.__context__

@@ -240,18 +240,16 @@ def _json(path: Path) -> NumberedRows:
         try:
             for number, piece in enumerate(_elements(text), 1):
                 yield number, lambda piece=piece: _parse(piece)  # type: ignore[misc]
-        except ValueError as error:
+        except ValueError as error:  # no list: an object, lines of JSON, or nothing whole
+            why, kind = reason(error), "list"
             try:
-                kind = type(loads(text[:])).__name__  # no list: an object, or lines of JSON
+                kind = type(loads(text[:])).__name__
             except ValueError as fault:
-                error, kind = fault, "list"
+                why = reason(fault)
+            problem = f"not JSON ({why}); check quotes, commas and UTF-8"
             if kind != "list":
-                raise InputError(
-                    f"{path}: {kind}; allowed: a list of rows; or name it .jsonl"
-                ) from None
-            raise InputError(
-                f"{path}: not JSON ({reason(error)}); check quotes, commas and UTF-8"
-            ) from None
+                problem = f"{kind}; allowed: a list of rows; or name it .jsonl"
+            raise InputError(f"{path}: {problem}") from None
 
 
 def _elements(text: mmap.mmap | bytes) -> Iterator[bytes]:
