@@ -64,16 +64,18 @@ def test_a_value_that_is_missing_is_an_error():
 
 
 def test_a_table_of_the_terminal():
-    table = Table(title="[bold]scores[/]", caption=r"of \[all]")
+    table = Table(title="[bold]scores[/] :boom:", caption=r"of \[all]")
     table.add_column("name")
     table.add_column("ms", justify="right")
-    table.add_row("[green]a[/]", Text("[1]"))
+    table.add_row("[green]a[/]", Text("[1]"))  # a name: consoles read no markup
     columns = [Column("name", True), Column("ms", False)]
-    assert page_table(table) == PageTable("scores", "of [all]", columns, [["a", "[1]"]])
+    assert page_table(table) == PageTable(
+        "[bold]scores[/] :boom:", r"of \[all]", columns, [["[green]a[/]", "[1]"]]
+    )
     assert page_table(Table()) == PageTable("", "", [], [])
     page = profile_page(tables=[page_table(table)])
     assert '<th class="left">name</th>' in page and "<th>ms</th>" in page
-    assert '<td class="left">a</td>' in page and "<td>[1]</td>" in page
+    assert '<td class="left">[green]a[/]</td>' in page and "<td>[1]</td>" in page
 
 
 def test_a_picture_is_inside(tmp_path):

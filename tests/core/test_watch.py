@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
-from zipr1.core import activity, files, watch
+from zipr1.core import activity, distributed, files, watch
 from zipr1.core.errors import InputError, RunError
+from zipr1.core.load import validate
 from zipr1.core.watch import Ending, Judge, Sign
 
 
@@ -26,6 +29,14 @@ def test_who_has_not_come_where_the_others_wait_is_named_once_it_is_silent():
     found.note(1, Sign("rollout", 5), 125)
     # All are at the same place, but for one that did some of the work after it.
     assert found.stuck(186) == [0, 1]
+
+
+@pytest.mark.parametrize("minutes", [0, -1.0, 721.0, "5"])
+def test_a_limit_that_is_none_is_refused_by_name(minutes):
+    """Above 720 the words between ranks would end first."""
+    with pytest.raises(InputError, match=r"train\.stall_minutes: "):
+        validate({"train": {"stall_minutes": minutes}})
+    assert timedelta(minutes=720) == distributed.PATIENCE
 
 
 def test_who_waits_is_never_named_while_the_others_are_at_work():

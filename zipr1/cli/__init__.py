@@ -14,8 +14,7 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 from typer.exceptions import TyperException
 
 import zipr1
@@ -24,7 +23,7 @@ from zipr1.cli.eval import evaluate
 from zipr1.cli.export import export
 from zipr1.cli.profile import profile
 from zipr1.cli.train import train
-from zipr1.core import signals, watch
+from zipr1.core import signals, terminal, watch
 from zipr1.core.errors import ZipError
 from zipr1.core.text import one_line
 
@@ -152,7 +151,7 @@ def _say(message: str, code: int) -> None:
     """One line on stderr, and with --json one on stdout: `{"error": ..., "exit_code": ...}`."""
     if "--json" in sys.argv:
         print(json.dumps({"error": one_line(message), "exit_code": code}), flush=True)
-    console = Console(stderr=True, highlight=False, emoji=False)
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     who = f"rank {os.environ.get('RANK')}: " if several else ""
-    console.print(f"[bold red]error:[/] {who}{escape(one_line(message))}", soft_wrap=True)
+    line = Text.assemble(("error:", "bold red"), f" {who}{one_line(message)}")
+    terminal.console(stderr=True).print(line, soft_wrap=True)

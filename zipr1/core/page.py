@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -61,13 +60,7 @@ def _templates() -> jinja2.Environment:
 
 
 def _plain(value: object) -> str:
-    """Text without the terminal's markup; nothing for None."""
+    """A heading's or a cell's text; nothing for None."""
     if value is None:
         return ""
-    if isinstance(value, str):
-        return Text.from_markup(value).plain
-    if isinstance(value, Text):
-        return value.plain
-    with Console(width=200).capture() as captured:
-        Console(width=200).print(value)
-    return captured.get().strip()
+    return value.plain if isinstance(value, Text) else str(value)

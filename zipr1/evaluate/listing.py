@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from zipr1.evaluate.suites import GROUPS, SUITES
 
@@ -14,7 +15,7 @@ WIDE = 110  # columns of a terminal that has room for kind and metric
 def show(console: Console) -> None:
     console.print(suite_table(console.width >= WIDE))
     for name, members in GROUPS.items():
-        console.print(f"[bold]{name}[/]: {', '.join(members)}", highlight=False)
+        console.print(Text.assemble((name, "bold"), f": {', '.join(members)}"))
     console.print("zipr1 eval --tasks NAME also takes any other task of lmms-eval", style="dim")
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
-from zipr1.core import activity, distributed, extras
+from zipr1.core import activity, distributed, extras, terminal
 from zipr1.core.config import override
 from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.folders import claimed
@@ -112,7 +112,7 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
         distributed.first(lambda: held.enter_context(claimed(root)))
         folder = distributed.first(lambda: Folder.open(root, meta))
         loud = distributed.rank() == 0
-        quiet = console if loud else Console(file=io.StringIO())
+        quiet = console if loud else terminal.console(io.StringIO())
         quiet.print(
             f"{request.model}: sparsity of {source.sparse_from}; "
             + (f"base: {base_name}; " if base_name else f"{base_note}; " if base_note else "")
@@ -323,8 +323,8 @@ def _measure_all(
             result = record(suite, scored, answerer, conditions, reported, time.monotonic() - began)
         except ZipError as error:
             result = {"task": suite.name, "error": one_line(error)}
-            failed = f"[bold red]failed:[/] {escape(result['error'])}"
-            console.print(failed, soft_wrap=True, highlight=False)
+            failed = Text.assemble(("failed:", "bold red"), f" {result['error']}")
+            console.print(failed, soft_wrap=True)
         if distributed.rank() == 0:
             folder.save(suite.name, result)
     distributed.gather(None)  # what the first process wrote is there for all
