@@ -216,10 +216,9 @@ class Watch(threading.Thread):
         self.every = min(EVERY, limit / 10)
         self.judge = Judge(size, limit)
         self.ending: Ending | None = None
-        self.beats = [-1] * size
         self._closed = threading.Event()
         self._beat, self._moved = 0, moved()
-        self._leaving = self._lost = False
+        self._leaving = False
 
     def __enter__(self) -> Watch:
         global _here
@@ -243,18 +242,19 @@ class Watch(threading.Thread):
     def _outstay(self) -> None:
         """Give the others the time to hear what there is to hear, before the store goes with this process."""
         until = time.monotonic() + HEARD * self.every
-        while time.monotonic() < until and not all(sign and sign.ended for sign in self._signs()):
+        while time.monotonic() < until and not all(sign and sign.ended for _, sign in self._told()):
             time.sleep(self.every / 10)
 
-    def _signs(self) -> list[Sign | None]:
+    def _told(self) -> list[tuple[int, Sign | None]]:
+        """What each rank told last."""
         names = [str(rank) for rank in range(self.size)]
-        return [sign for _, sign in map(_read, self.store.multi_get(names))]
+        return [_read(text) for text in self.store.multi_get(names)]
 
     def everyone(self) -> None:
         """Wait until all ranks have come here. Raises ZipError if the run is to end."""
         arrive()
         self._tell()
-        while not all(sign and sign.meetings for sign in self._signs()):
+        while not all(sign and sign.meetings for _, sign in self._told()):
             if self.ending is not None:
                 raise self.ending.error()
             time.sleep(self.every / 10)
@@ -275,16 +275,22 @@ class Watch(threading.Thread):
                 time.sleep(HEARD * self.every)
 
     def gone(self) -> list[int]:
-        """Ranks that tell nothing any more, though they have not ended; takes the time of a few looks."""
-        before = list(self.beats)
-        time.sleep(HEARD * self.every)
-        if self._lost:
+        """Ranks that tell nothing any more, though they have not ended. Takes a few looks, and longer while a busy
+        machine leaves it open which one it is."""
+        try:
+            before, until = self._told(), time.monotonic() + 4 * HEARD * self.every
+            time.sleep(HEARD * self.every)
+            while True:
+                silent = [
+                    rank
+                    for rank, (told, now) in enumerate(zip(before, self._told(), strict=True))
+                    if rank != self.rank and now == told and now[1] and not now[1].ended
+                ]
+                if len(silent) < 2 or self.ending or time.monotonic() > until:
+                    return silent
+                time.sleep(self.every)
+        except RuntimeError:  # the store's: who keeps it is gone
             return list(self.keeper)
-        return [
-            rank
-            for rank, sign in enumerate(self.judge.signs)
-            if rank != self.rank and self.beats[rank] == before[rank] and sign and not sign.ended
-        ]
 
     def run(self) -> None:
         clock, looked = 0.0, time.monotonic()
@@ -297,7 +303,6 @@ class Watch(threading.Thread):
                 clock, looked = clock + min(now - looked, 3 * self.every), now
                 self._look(clock)
         except RuntimeError:  # the store's: who keeps it is gone
-            self._lost = True
             if self._closed.wait(self.judge.limit):
                 return
             self.ending = Ending([], 1, self.judge.gone(self.keeper))
@@ -323,8 +328,7 @@ class Watch(threading.Thread):
         if end.decode() != NOTHING:
             self.ending = Ending(*json.loads(end))
         for rank, text in enumerate(told):
-            self.beats[rank], sign = _read(text)
-            self.judge.note(rank, sign, clock)
+            self.judge.note(rank, _read(text)[1], clock)
 
     def _end(self, ending: Ending) -> Ending:
         """The first reason is everyone's."""
