@@ -113,7 +113,8 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
         root = request.output or default_root(request.model, meta)
         if distributed.is_first():
             held.enter_context(claimed(root))
-        folder = Folder.open(root, meta)
+        # By the first alone: another would find a folder that is neither empty nor an evaluation yet.
+        folder = distributed.first(lambda: Folder.open(root, meta))
         loud = distributed.rank() == 0
         quiet = console if loud else terminal.console(io.StringIO())
         quiet.print(
