@@ -37,7 +37,7 @@ from tenacity import RetryError, stop_after_attempt
 from zipr1.core import distributed
 from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.text import reason
-from zipr1.data.media import only_known_formats
+from zipr1.data.pictures import only_known_formats
 from zipr1.evaluate import local
 from zipr1.evaluate.adapter import Adapter, AnswerStore
 from zipr1.evaluate.answers import Answered, Answerer, Conditions

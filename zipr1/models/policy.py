@@ -131,17 +131,19 @@ class Policy:
     def encode(
         self,
         prompt: Prompt,
-        media: Sequence[tuple[np.ndarray, float | None] | Visual],
+        media: Sequence[tuple[Any, ...] | Visual],
         max_tokens: int,
     ) -> Encoded:
-        """Tokenise `prompt`; media: its decoded pixels (uint8) and their frames per second, in order; or
-        what was made of them before.
+        """Tokenise `prompt`; media, in order: what `load_timed` gives of each (pixels and frames per second are
+        enough), or what was made of it before.
 
         Raises InputError for placeholders that do not match, or a prompt over max_tokens.
         """
         try:
             visuals = [
-                one if isinstance(one, Visual) else self.processor.visual(m.kind, *one)
+                one
+                if isinstance(one, Visual)
+                else self.processor.visual(m.kind, *one, asked=m.asked)
                 for m, one in zip(prompt.media, media, strict=True)
             ]
             ids = self.processor.ids(self.processor.text(prompt.messages), visuals)

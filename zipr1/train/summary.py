@@ -18,7 +18,7 @@ from zipr1.core.rundir import RunDir, read_json
 from zipr1.core.statistics import Z, paired_difference, verdict
 from zipr1.core.types import Prompt
 from zipr1.data import embedded
-from zipr1.data.media import load_media
+from zipr1.data.media import load_timed
 from zipr1.models.policy import Policy
 from zipr1.train.heldout import Result, evaluate, joined
 from zipr1.train.metrics import question
@@ -130,8 +130,8 @@ def pictures(
             if prompt.task != task or len(prompt.media) != 1 or not results["after"].kept[i]:
                 continue
             limits = recipe.data.max_frames, recipe.data.fps, policy.processor.settings.frame_rule
-            pixels, fps = load_media(prompt.media[0], *limits)
-            encoded = policy.encode(prompt, [(pixels, fps)], recipe.data.max_prompt_tokens)
+            seen = load_timed(prompt.media[0], *limits)
+            encoded = policy.encode(prompt, [seen], recipe.data.max_prompt_tokens)
             visual = np.isin(encoded.ids.numpy(), list(policy.processor.placeholder.values()))
             t, h, w = encoded.visuals[0].grid
             merge = policy.processor.settings.merge
@@ -143,7 +143,7 @@ def pictures(
             answers = {name: r.said[i] for name, r in results.items() if name != "before"}
             answers["right"] = prompt.answer
             kept_picture(
-                pixels, (t, h // merge, w // merge), kept, question(prompt.messages), answers,
+                seen[0], (t, h // merge, w // merge), kept, question(prompt.messages), answers,
                 root / f"kept-{task}.png",
             )  # fmt: skip
             break
