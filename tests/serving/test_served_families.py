@@ -37,13 +37,12 @@ def qwen2(tmp_path_factory):
 
 
 def prompts():
-    return tasks.prompts("test", "digits", 4, 1, 0) + tasks.prompts(
-        "test", "moving_digits", 2, 1, 0
-    )
+    pictures = tasks.prompts("test", "digits", 4, 1, 0)
+    return pictures + tasks.prompts("test", "moving_digits", 2, 1, 0) + engines.others()
 
 
 @pytest.mark.door("vLLM")
-@pytest.mark.asked("qwen2_vl", "pictures", "clips")
+@pytest.mark.asked("qwen2_vl", "pictures", "clips", "text", "several media")
 def test_qwen2_vl_says_and_keeps_the_same(qwen2):
     folder, sparse = qwen2
     model, processor = zipr1.load(str(folder), **sparse.model_dump())

@@ -23,7 +23,7 @@ from zipr1.cli.eval import evaluate
 from zipr1.cli.export import export
 from zipr1.cli.profile import profile
 from zipr1.cli.train import train
-from zipr1.core import signals, terminal
+from zipr1.core import signals, terminal, watch
 from zipr1.core.errors import ZipError
 from zipr1.core.text import one_line
 
@@ -82,9 +82,16 @@ def _options(
     pass
 
 
-def main() -> None:
-    """The entry point. Always leaves by SystemExit; the handlers of signals are then those of before."""
-    with signals.handled():
+def program() -> None:
+    """What the command `zipr1` runs: `main`, and then the process ends, which no signal disturbs."""
+    main(last=True)
+
+
+def main(last: bool = False) -> None:
+    """One command. Always leaves by SystemExit; the handlers of signals are then those of before, unless the process
+    ends now (`last`)."""
+    watch.say = _say
+    with signals.handled(last):
         _run()
 
 
@@ -136,6 +143,11 @@ def _usage(error: TyperException) -> str:
 
 
 def _leave(message: str, code: int) -> None:
+    _say(message, code)
+    sys.exit(code)
+
+
+def _say(message: str, code: int) -> None:
     """One line on stderr, and with --json one on stdout: `{"error": ..., "exit_code": ...}`."""
     if "--json" in sys.argv:
         print(json.dumps({"error": one_line(message), "exit_code": code}), flush=True)
@@ -143,4 +155,3 @@ def _leave(message: str, code: int) -> None:
     who = f"rank {os.environ.get('RANK')}: " if several else ""
     line = Text.assemble(("error:", "bold red"), f" {who}{one_line(message)}")
     terminal.console(stderr=True).print(line, soft_wrap=True)
-    sys.exit(code)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from zipr1.core import distributed, watch
 from zipr1.core.distributed import Parallel, whole_state
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Model, Train
@@ -68,6 +69,9 @@ class Policy:
         self.vision_calls = 0
         self._blocked: torch.Tensor | None = None  # placeholders, where logits are
         self.parallel = Parallel()
+        if distributed.size() > 1:
+            for layer in self.decoder.layers:
+                layer.register_forward_hook(_show_life)
         if settings.gradient_checkpointing:
             # The older name is deprecated where the newer one exists.
             newer = getattr(model, "activation_checkpointing_enable", None)
@@ -200,6 +204,7 @@ class Policy:
                 ]
                 for group in groups(places, [len(todo[k].visuals[i].patches) for k, i in places]):
                     visuals = [todo[k].visuals[i] for k, i in group]
+                    watch.alive()
                     split = self.family.encode_vision(inner, kind, visuals, self.device)
                     self.vision_calls += len(visuals)
                     parts.update(zip(group, split, strict=True))
@@ -362,7 +367,15 @@ class Policy:
             ) from None
 
 
-def load_policy(settings: Model, device: str | None = None, seed: int = 0) -> Policy:
+def _show_life(layer: torch.nn.Module, inputs: Any, output: Any) -> None:
+    """A layer was passed; and, where there is a gradient, that it has come back."""
+    watch.alive()
+    states = output[0] if isinstance(output, tuple) else output
+    if states.requires_grad:
+        states.register_hook(lambda gradient: watch.alive())
+
+
+def load_policy(settings: Model, device: str | torch.device | None = None, seed: int = 0) -> Policy:
     """The model a recipe names. Raises InputError if it cannot be loaded or is of an unknown family."""
     opened = open_model(settings, device, seed)
     return Policy(opened.model, opened.processor, settings.path, opened.settings)

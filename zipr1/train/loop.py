@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from zipr1.core import activity, distributed, signals
+from zipr1.core import activity, distributed, signals, watch
 from zipr1.core.folders import claimed
 from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe
@@ -27,6 +27,7 @@ from zipr1.core.types import Prompt
 from zipr1.data import sources
 from zipr1.data.sampler import PromptSampler
 from zipr1.models.encoder import MediaEncoder, effective
+from zipr1.models.loading import choose_device
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
 from zipr1.rewards.registry import check_answers
@@ -58,17 +59,22 @@ def run(
     output, resume: as of `folders.claimed`; name: what a new folder under runs/ is called by. Stopped by a signal, it
     saves what is done and raises `Stopped` again. The state of signals is then as it was.
     """
-    check(recipe)
+
+    def begin() -> torch.device:
+        check(recipe)
+        return choose_device(distributed.device(device))
+
     # Products of float32 numbers on a GPU: eight times the speed for ten bits of mantissa. A CPU is not concerned.
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(recipe.seed)
     # The scope of signals is the outermost: a launcher's may come while the ranks part, and is not the reason.
     with signals.scope(), contextlib.ExitStack() as owned:
-        if distributed.is_first():  # before minutes of loading, and to the very end
-            output = owned.enter_context(claimed(output, resume, name))
-        activity.tell(f"opening {recipe.model.path}")
-        policy = load_policy(recipe.model, distributed.device(device), recipe.seed)
-        with distributed.joined(policy.device), contextlib.ExitStack() as opened:
+        minutes = recipe.train.stall_minutes
+        with distributed.joined(begin, minutes) as where, contextlib.ExitStack() as opened:
+            # The folder is ours before minutes of loading, and to the very end.
+            output = distributed.first(lambda: owned.enter_context(claimed(output, resume, name)))
+            activity.tell(f"opening {recipe.model.path}")
+            policy = load_policy(recipe.model, where, recipe.seed)
             try:
                 return _run(policy, recipe, output, resume, command, console, opened)
             finally:
@@ -156,12 +162,14 @@ def train(
             progress.begin()
             for step in range(done, steps):
                 began = time.monotonic()
+                watch.at(f"step {step + 1}: data")
                 # 2. a step. Dropout alone uses the global generator; a resumed run must find it as an unbroken one does
                 torch.manual_seed(recipe.seed * 1_000_003 + step)
                 optimizer.set_rate(optim.learning_rate(recipe.optim, step, steps))
                 make = supervised_step if recipe.train.stage == "supervised" else rl_step
                 metrics, batch = make(policy, recipe, pictures, deck, optimizer, state, step)
                 # 3. its numbers
+                watch.at(f"step {step + 1}: numbers and checkpoint")
                 metrics["lr"] = optimizer.param_groups[0]["lr"]
                 state["seconds"] += time.monotonic() - began
                 remember(state, metrics)
@@ -205,12 +213,14 @@ def rl_step(
     drawn = deck.draw(step, controller.kind_weights(boost))
     asked, encoded, places = take(pictures, drawn)
     clock.append(time.monotonic())
+    watch.at(f"step {step + 1}: vision")
     trained = policy.settings.train_vision
     seen = policy.parallel.run_unsharded(
         lambda: pictures.encode_vision(encoded), policy=trained, reference=trained
     )
     clock.append(time.monotonic())
     # 2. roll out every question at every budget
+    watch.at(f"step {step + 1}: rollout")
     known = state["right"]
     batch = roll_out(
         policy, recipe, asked, encoded, seen.policy, step, seen.reference, known, places
@@ -221,6 +231,7 @@ def rl_step(
     # 3. weigh saved tokens: toward the target, within the constraint
     controller.update(batch.checks, step / recipe.train.steps)
     # 4. rewards, advantages, and the clipped update, while threads decode the next step's media
+    watch.at(f"step {step + 1}: update")
     following = deck.draw(step + 1, controller.kind_weights(boost))
     pictures.ahead([following[i] for i in distributed.deal(len(following))])
     order = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
@@ -265,6 +276,7 @@ def supervised_step(
     else:
         portion = supervised.own_lessons(policy, recipe, step, stage)
     # 2. the gradient and the step
+    watch.at(f"step {step + 1}: update")
     policy.model.train()
     optimizer.zero_grad()
     value, right = supervised.backward(policy, recipe, portion)
