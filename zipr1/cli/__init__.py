@@ -18,6 +18,7 @@ from rich.text import Text
 from typer.exceptions import TyperException
 
 import zipr1
+from zipr1.cli.compare import compare
 from zipr1.cli.env import env
 from zipr1.cli.eval import evaluate
 from zipr1.cli.export import export
@@ -39,6 +40,7 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(profile)
 app.command()(export)
+app.command()(compare)
 app.command()(env)
 
 # What a stopped command leaves behind.
@@ -47,6 +49,7 @@ LEFT = {
     "eval": "finished benchmarks are kept: the same command goes on",
     "profile": "nothing was written",
     "export": "nothing was written: the folder is made whole or not at all",
+    "compare": "nothing was written",
 }
 
 # What a disk or a file's owner can refuse; any other OSError is ours to explain, with a traceback.

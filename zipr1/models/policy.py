@@ -82,6 +82,14 @@ class Policy:
         device: torch.device = self.decoder.embed_tokens.weight.device
         return device
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in one layer."""
+        text = self.model.config.get_text_config()
+        heads = text.num_key_value_heads
+        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return int(2 * heads * dim * self.decoder.embed_tokens.weight.element_size())
+
     def tower(self) -> list[torch.nn.Parameter]:
         """Parameters of what sees."""
         return [p for module in towers(self.model) for p in module.parameters()]
@@ -314,10 +322,11 @@ class Policy:
         temperature: float = 1.0,
         model: Any = None,
         greedy: torch.Tensor | None = None,
+        timed: bool = False,
     ) -> Answers:
         """Answers to all rows together: sparse under `request`, dense without or where it keeps all.
 
-        uniforms, temperature, greedy: see `sampling.sample`. model: the reference's, or None.
+        uniforms, temperature, greedy, timed: see `sampling.sample`. model: the reference's, or None.
         """
         model = model or self.model
         inputs, valid = self.rows(encoded, features, None, True, model)
@@ -337,6 +346,7 @@ class Policy:
                 uniforms=uniforms,
                 temperature=temperature,
                 greedy=greedy,
+                timed=timed,
             )
 
     def weights(self) -> dict[str, torch.Tensor] | None:

@@ -38,6 +38,7 @@ from zipr1.train.loggers import board
 from zipr1.train.memory_check import rehearse
 from zipr1.train.metrics import rollout_lines, step_metrics
 from zipr1.train.optim import Optimizers
+from zipr1.train.page import RunPage
 from zipr1.train.progress import Progress
 from zipr1.train.rollout import Batch, roll_out, together
 from zipr1.train.summary import finish, measure_before
@@ -104,21 +105,24 @@ def _run(
     folder.writes = distributed.is_first()
     start = folder.start_step
     on = f", which goes on after step {start} of {recipe.train.steps}" if start else ""
-    for line in [f"run: {folder.root}{on}", *effective(first, policy)]:
+    where = f"run: {folder.root}{on}; watch it: {folder.root / 'report.html'}"
+    for line in [where, *effective(first, policy)]:
         console.print(line, soft_wrap=True, highlight=False)
     writer = opened.enter_context(board(recipe, folder.root, folder.start_step))
     # 3. the reference, and how it answers
     if recipe.train.stage == "rl":
         policy.keep_reference()
     before = measure_before(policy, recipe, questions, folder)
+    page = RunPage(folder, recipe)
+    page.begin(policy, questions, before)
     # 4. the weights to go on from, on all devices, and the optimizer
     state, optimizer = start_or_resume(policy, recipe, folder)
     # 5. train; what is loaded stays, and Python need not walk through it again to find out, 0.2 s each time
     gc.collect()
     gc.freeze()
-    train(policy, recipe, pictures, prompts, optimizer, state, folder, writer, console)
+    train(policy, recipe, pictures, prompts, optimizer, state, folder, page, writer, console)
     # 6. what it was worth
-    return finish(policy, recipe, questions, before, folder, state["seconds"], console)
+    return finish(policy, recipe, questions, before, folder, state["seconds"], page, console)
 
 
 def load_questions(
@@ -145,6 +149,7 @@ def train(
     optimizer: Optimizers,
     state: dict[str, Any],
     folder: RunDir,
+    page: RunPage,
     writer: Callable[[int, Mapping[str, Any]], None],
     console: Console,
 ) -> None:
@@ -179,6 +184,7 @@ def train(
                 done, true = step + 1, snapshot(state)
                 writer(step, metrics)
                 progress.update(step, metrics)
+                page.update(metrics, batch)
                 # 4. a checkpoint
                 if done == steps or (every and done % every == 0):
                     save(folder, policy, optimizer, named, state, done)
@@ -191,6 +197,7 @@ def train(
             signals.hold()  # once is enough: a second signal must not spoil what the first one saves
             if done != folder.start_step:
                 save(folder, policy, optimizer, named, true, done)
+            page.stopped(done)
             stop.note = f"step {done} is saved; go on with --resume {folder.root}"
             raise
     signals.release()
