@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -179,15 +180,23 @@ def test_clips_are_read_with_the_recipes_frames(folder, tmp_path, monkeypatch):
         ({}, (None, None)),
     ):
         frames, about = loader.load_bytes(data, **given)
-        expected, rate = video.read(tmp_path / "clip.mp4", *meant)
+        expected, chosen, rate, total = video.read_chosen(tmp_path / "clip.mp4", *meant)
         assert np.array_equal(frames, expected)
-        assert len(frames) == about["total_num_frames"] == len(about["frames_indices"])
-        assert about["fps"] == pytest.approx(rate)
+        assert about["frames_indices"] == chosen.tolist() and len(chosen) == len(frames)
+        assert (about["fps"], about["total_num_frames"]) == (rate, total) == (10.0, 23)
         assert about["do_sample_frames"] is False
-    assert clips.options(str(folder)) == {"video_backend": "zipr1", "num_frames": 16, "fps": -1}
-    assert clips.options(str(tmp_path))["num_frames"] == 16
+    rule = {"even": False, "least": 4, "most": 768, "fps": 2.0, "number": None}
+    frames, about = loader.load_bytes(data, num_frames=3, frame_rule=rule)
+    assert about["frames_indices"] == [0, 11, 22]  # of 23, from the first to the last
+    own = asdict(video.FrameRule())
+    known = {"video_backend": "zipr1", "num_frames": 16, "fps": -1, "frame_rule": own}
+    assert clips.options(str(folder)) == known
+    assert clips.options(str(tmp_path)) == known
     (tmp_path / "recipe.yaml").write_text("data: {max_frames: 7, fps: 1.5}\n")
-    assert clips.options(str(tmp_path)) == {"video_backend": "zipr1", "num_frames": 7, "fps": 1.5}
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    assert clips.options(str(tmp_path)) == {
+        "video_backend": "zipr1", "num_frames": 7, "fps": 1.5, "frame_rule": rule,
+    }  # fmt: skip
 
 
 class TestWithVllm:
