@@ -20,14 +20,14 @@ class Embedded(ConfigurableMessagesTask):
 
     def download(self, dataset_kwargs=None):
         columns = ("id", "picture", "kind", "answer", "messages", "media")
-        rows = {name: [] for name in columns}
+        rows: dict[str, list] = {name: [] for name in columns}
         for prompt in draw("test", self.config.task, dataset_kwargs["questions"], HELDOUT_SEED):
             source = prompt.media[0].source
             for name in columns[:4]:
                 rows[name].append(getattr(prompt, name))
             rows["messages"].append(json.dumps(prompt.messages))
-            drawn = isinstance(source, np.ndarray)
-            rows["media"].append(Image.fromarray(source) if drawn else str(source))
+            is_picture = isinstance(source, np.ndarray)
+            rows["media"].append(Image.fromarray(source) if is_picture else str(source))  # type: ignore[arg-type]
         self.dataset = datasets.DatasetDict(test=datasets.Dataset.from_dict(rows))
         self.dataset_no_image = self.dataset.remove_columns("media")
 
