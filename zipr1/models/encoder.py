@@ -230,6 +230,8 @@ def effective(encoded: Sequence[Encoded], policy: Policy) -> list[str]:
         if not seen:
             continue
         most = "one tile" if settings.tile else f"at most {settings.of(kind).max_pixels:,}"
+        if kind == "video" and settings.clip_pixels is not None:
+            most += " over all frames"
         parts = [
             f"{_between([v.grid[1] * settings.patch for v in seen])} x "
             f"{_between([v.grid[2] * settings.patch for v in seen])} pixels ({most})"
