@@ -63,6 +63,18 @@ def test_scripts_can_be_run():
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
 
 
+def test_text_is_never_markup():
+    """Names and answers hold brackets and colons: core/terminal.py makes the consoles, which read no markup."""
+    made = re.compile(r"\bConsole\(|rich\.markup|from_markup|\brich\.print|markup=True|emoji=True")
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in ROOT.glob("zipr1/**/*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if made.search(line.split("(`")[0]) and path.name != "terminal.py"
+    ]
+    assert found == []
+
+
 def test_core_is_light():
     """Every command imports core: it loads torch and its like when a function needs them. distributed.py is torch's."""
     names = [p.stem for p in (ROOT / "zipr1/core").glob("*.py") if p.stem != "distributed"]

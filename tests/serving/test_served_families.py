@@ -1,5 +1,7 @@
 """Qwen2-VL beside Qwen2.5-VL, and prompts of which all is kept: what vLLM says without us."""
 
+from importlib.util import find_spec
+
 import engines
 import pytest
 import tinymodels
@@ -10,7 +12,7 @@ from zipr1.data.digits import tasks
 from zipr1.models.loading import save_folder
 from zipr1.serving.vllm.settings import KEY, marked
 
-pytest.importorskip("vllm")
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="run `make vllm`")
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +37,12 @@ def qwen2(tmp_path_factory):
 
 
 def prompts():
-    return tasks.prompts("test", "digits", 4, 1, 0) + tasks.prompts(
-        "test", "moving_digits", 2, 1, 0
-    )
+    pictures = tasks.prompts("test", "digits", 4, 1, 0)
+    return pictures + tasks.prompts("test", "moving_digits", 2, 1, 0) + engines.others()
 
 
+@pytest.mark.door("vLLM")
+@pytest.mark.asked("qwen2_vl", "pictures", "clips", "text", "several media")
 def test_qwen2_vl_says_and_keeps_the_same(qwen2):
     folder, sparse = qwen2
     model, processor = zipr1.load(str(folder), **sparse.model_dump())

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from zipr1.cli.log import busy, show_log
 from zipr1.cli.options import Device
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 
 def export(
@@ -76,17 +79,18 @@ def export(
         result = exports.export(run, to, format, dtype, device, checkpoint)
         if push is not None:
             result["pushed"] = upload(to, push)
-    for line in export_text(result).splitlines():
-        console.print(line, soft_wrap=line.startswith(" "), highlight=False)  # code is copied
+    for line in export_text(result).split("\n"):
+        code = line.plain.startswith(" ")  # is copied
+        console.print(line, soft_wrap=code)
     if as_json:
         from zipr1.core.jsontext import dumps
 
         print(dumps(result), flush=True)
 
 
-def export_text(result: Mapping[str, Any]) -> str:
+def export_text(result: Mapping[str, Any]) -> Text:
     """What `zipr1 export` says when it is done: what was checked, and how to use the folder."""
-    from rich.markup import escape
+    from rich.text import Text
 
     from zipr1.core.text import size
 
@@ -99,13 +103,14 @@ def export_text(result: Mapping[str, Any]) -> str:
         else "Everything else takes it"
     )
     said = f"same answers on {check['same_text']} of {check['n']}"
-    return (
-        f"[bold green]{escape(to)}[/]: {result['format']}, {result['dtype']}, {size(result['bytes'])}, "
+    return Text.assemble(
+        (to, "bold green"),
+        f": {result['format']}, {result['dtype']}, {size(result['bytes'])}, "
         f"step {result['step']} of the run{stopped}\n"
         f"checked against the run on {check['n']} {check['questions']}: {said}, logits within "
         f"{check['logits_error']:.1e} (allowed: {check['limit']:g})\n\n"
         "Run it sparse:\n"
         "  import zipr1\n"
-        f'  model, processor = zipr1.load("{escape(to)}")  # p = {result["p"]:g}\n'
-        f"{pushed}{whom} for an ordinary dense model; its README.md tells what was measured."
+        f'  model, processor = zipr1.load("{to}")  # p = {result["p"]:g}\n'
+        f"{pushed}{whom} for an ordinary dense model; its README.md tells what was measured.",
     )

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.logging import RichHandler
 
-from zipr1.core import activity
+from zipr1.core import activity, terminal
 
 
 def is_first() -> bool:
@@ -28,11 +28,10 @@ def quiet_unless_first() -> None:
 def console_of(as_json: bool) -> Console:
     """Where a command prints. With --json stdout is for the machine, and people read stderr.
 
-    Its file is fixed, so that it is heard while sys.stdout is swallowed. Text is data more often than not: nothing in
-    it is read as an emoji's name.
+    Its file is fixed, so that it is heard while sys.stdout is swallowed.
     """
     file = sys.stderr if as_json else sys.stdout
-    return Console(file=file, quiet=not is_first(), emoji=False)
+    return terminal.console(file, quiet=not is_first())
 
 
 def tell_model(given: str | None, line: str, as_json: bool) -> None:
@@ -42,11 +41,11 @@ def tell_model(given: str | None, line: str, as_json: bool) -> None:
 
 
 @contextmanager
-def busy(as_json: bool) -> Iterator[Console]:
+def busy(as_json: bool, first: str = "loading PyTorch") -> Iterator[Console]:
     """The console of a command that takes long: what it is doing is shown from the first moment on."""
     console = console_of(as_json)
     with activity.shown(console):
-        activity.tell("loading PyTorch")
+        activity.tell(first)
         yield console
 
 

@@ -93,6 +93,8 @@ class Data(Section):
     hard_kind_boost: hard kinds of question are drawn more often within their task: 1 + hard_kind_boost * g times, g the
         running share of answers that the kind loses at `sparse.p` against the dense reference (0: all alike). It needs
         a target or a constraint.
+    max_frames: of a clip at most. fps: at which clips are read; None is what the model's own settings say: all frames,
+        or for Qwen3-VL two a second. Which frames these are is the family's rule (data/video.py).
     on_bad_row: `error` stops with the row's number, `skip` counts them.
     """
 
@@ -280,6 +282,8 @@ class Train(Section):
     parallel: what several ranks do: `ddp` replicates the model, `fsdp` shards weights, gradients and optimizer.
     param_dtype: with fsdp, what weights are gathered in and computed with (None: model.dtype); the shards, which the
         optimizer changes, stay in model.dtype.
+    stall_minutes: of several ranks, one that the others wait for and that shows no sign of life for so long ends the
+        run. Reading and writing files are signs, as is each pass and each decoder layer.
     """
 
     stage: Literal["rl", "supervised"] = "rl"
@@ -293,6 +297,7 @@ class Train(Section):
     save_total_limit: Positive = 2
     parallel: Literal["ddp", "fsdp"] = "ddp"
     param_dtype: Literal["float32", "bfloat16"] | None = None
+    stall_minutes: Annotated[float, Field(gt=0, le=720)] = 5.0
 
 
 class Supervised(Section):

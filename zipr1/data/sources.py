@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from zipr1.core.errors import InputError
+from zipr1.core.errors import InputError, Missing
 from zipr1.core.recipe import Data
-from zipr1.core.types import Prompt
-from zipr1.data import embedded, rows
+from zipr1.core.types import NOTHING, Prompt
+from zipr1.data import embedded, readers, rows
 from zipr1.data.embedded import HELDOUT_SEED, SOURCES
 
 Split = Literal["train", "heldout"]
@@ -54,6 +55,25 @@ def load(data: Data, split: Split, seed: int) -> list[Prompt]:
     return chosen if split == "train" else chosen[: data.heldout_prompts]
 
 
+def missing(data: Data) -> list[str]:
+    """What of the recipe's data sets is not here and how to get it, a message for each; one row of the others is read.
+
+    For who is about to fail for another reason, such as a model that is not here either.
+    """
+    found: dict[str, str] = {}
+    for source in (data.source, data.heldout):
+        if source is None or source in SOURCES or source == "validation":
+            continue
+        try:
+            _, _, numbered = readers.read(source, data)
+            next(numbered, None)
+        except Missing as error:
+            found.setdefault(source.partition(":")[0], str(error))
+        except InputError:
+            pass  # told when it is read in earnest
+    return list(found.values())
+
+
 def identity(prompts: Sequence[Prompt]) -> str:
     """sha256 of questions: their texts, answers and rewards, and of each medium the pixels, the encoded bytes, or a
     file's name and size (clips are too large to read whole). The same rows in the same order give the same hash."""
@@ -65,10 +85,14 @@ def identity(prompts: Sequence[Prompt]) -> str:
             ).encode()
         )
         for media in prompt.media:
-            if isinstance(media.source, str | Path):
-                path = Path(media.source)
-                size = path.stat().st_size if path.is_file() else None
-                digest.update(f"{media.kind}:{path.name}:{size}".encode())
-            else:
-                digest.update(media.key.encode())
+            if media.asked != NOTHING:
+                digest.update(repr(media.asked).encode())
+            frames = media.source if isinstance(media.source, tuple) else (media.source,)
+            for source in frames:
+                if isinstance(source, str | Path):
+                    path = Path(source)
+                    size = path.stat().st_size if path.is_file() else None
+                    digest.update(f"{media.kind}:{path.name}:{size}".encode())
+                else:
+                    digest.update(replace(media, source=source, asked=NOTHING).key.encode())
     return digest.hexdigest()

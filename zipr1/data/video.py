@@ -7,6 +7,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -15,11 +16,32 @@ from typing import Any
 import numpy as np
 
 from zipr1.core.errors import InputError
+from zipr1.data.containers import check_whole, is_mirrored, turn_of, turned
 
 log = logging.getLogger("zipr1")
 
 ENCODER = "libx264 yuv444p crf 14 ultrafast"  # full chroma: small coloured digits keep their colour
 _HELP = "check it with ffprobe, or encode it again (H.264 mp4 is read everywhere)"
+
+
+@dataclass(frozen=True)
+class FrameRule:
+    """How a family of models picks the frames of a clip; transformers' processors pick the same ones.
+
+    even: an even number of them, each at the beginning of its part of the clip (Qwen2-VL, Qwen2.5-VL); else any number,
+    evenly from the first frame to the last (Qwen3-VL). least, most: frames that are read at a rate, where the clip has
+    them. fps: the rate where nobody asks for one; None: all frames. number: exactly so many, where nobody asks for a
+    rate.
+    """
+
+    even: bool = True
+    least: int = 4
+    most: int = 768
+    fps: float | None = None
+    number: int | None = None
+
+
+QWEN2_FRAMES = FrameRule()
 
 
 @lru_cache(maxsize=1)
@@ -35,25 +57,44 @@ def reader() -> tuple[str, str]:
 
 
 def read(
-    path: str | Path, max_frames: int | None = None, fps: float | None = None
+    path: str | Path,
+    max_frames: int | None = None,
+    fps: float | None = None,
+    rule: FrameRule = QWEN2_FRAMES,
 ) -> tuple[np.ndarray, float]:
     """Frames uint8 `(F, H, W, 3)` spread evenly over the whole clip, and how many of them make a second.
 
-    fps: to read at, at most the clip's own; None takes all frames. max_frames: the most that come back.
+    max_frames, fps, rule: as in `choose`.
     """
-    frames, frame_fps, _ = read_timed(path, max_frames, fps)
+    frames, frame_fps, _ = read_timed(path, max_frames, fps, rule)
     return frames, frame_fps
 
 
 def read_timed(
-    path: str | Path, max_frames: int | None = None, fps: float | None = None
+    path: str | Path,
+    max_frames: int | None = None,
+    fps: float | None = None,
+    rule: FrameRule = QWEN2_FRAMES,
 ) -> tuple[np.ndarray, float, np.ndarray | None]:
     """What `read` gives, and the second `(F,)` float64 of the clip at which each frame is shown; None where the file
     does not tell its rate."""
+    frames, chosen, clip_fps, total = read_chosen(path, max_frames, fps, rule)
+    times = chosen / clip_fps if clip_fps > 0 else None
+    return frames, clip_fps * len(frames) / total, times
+
+
+def read_chosen(
+    path: str | Path,
+    max_frames: int | None = None,
+    fps: float | None = None,
+    rule: FrameRule = QWEN2_FRAMES,
+) -> tuple[np.ndarray, np.ndarray, float, int]:
+    """Frames uint8 `(F, H, W, 3)`, which of the clip's they are `(F,)` int64, the clip's own frames per second (0 where
+    the file does not tell), and how many frames it has. max_frames, fps, rule: as in `choose`."""
     frames, clip_fps, total = _decode(
-        path, lambda total, clip_fps: choose(total, clip_fps, max_frames, fps)
+        path, lambda total, clip_fps: choose(total, clip_fps, max_frames, fps, rule)
     )
-    return frames, clip_fps * len(frames) / total, times(total, clip_fps, max_frames, fps)
+    return frames, choose(total, clip_fps, max_frames, fps, rule), clip_fps, total
 
 
 def check(path: str | Path) -> tuple[int, int, int, float]:
@@ -90,22 +131,50 @@ def write(path: Path, frames: np.ndarray, fps: float) -> None:
         container.mux(stream.encode())
 
 
-def choose(total: int, clip_fps: float, max_frames: int | None, fps: float | None) -> np.ndarray:
-    """Ascending indices, int64, of the frames to read: the middles of equal parts of the clip."""
-    number = total if fps is None or clip_fps <= 0 else min(total, round(total / clip_fps * fps))
+def choose(
+    total: int,
+    clip_fps: float,
+    max_frames: int | None = None,
+    fps: float | None = None,
+    rule: FrameRule = QWEN2_FRAMES,
+) -> np.ndarray:
+    """Ascending indices, int64, of the frames to read, by the model family's rule.
+
+    total, clip_fps: the clip's frames and its rate, 0 where that is not known and nothing is read at a rate.
+    max_frames: the most that come back. fps: to read at, at most the clip's own; None: the rule's. Raises InputError
+    for a `rule.number` of frames that the clip does not have.
+    """
+    rate = (fps or rule.fps) if clip_fps > 0 else None
+    number = total
+    if rule.number is not None and fps is None:
+        number = 2 * round(rule.number / 2) if rule.even else rule.number
+        if number > total:
+            raise InputError(
+                f"num_frames asks for {number} frames and the clip has {total}; ask for fewer"
+            )
+    elif rate is not None:
+        number = min(max(int(total / clip_fps * rate), rule.least), rule.most, total)
     if max_frames is not None:
         number = min(number, max_frames)
+    if rule.even and (number < total or rate is not None):
+        number -= number % 2
     number = max(1, number)
-    return ((np.arange(number) + 0.5) * total / number).astype(np.int64)
+    if rule.even:
+        return np.arange(number, dtype=np.int64) * total // number
+    return np.linspace(0, total - 1, number).round().astype(np.int64)
 
 
 def times(
-    total: int, clip_fps: float, max_frames: int | None, fps: float | None
+    total: int,
+    clip_fps: float,
+    max_frames: int | None = None,
+    fps: float | None = None,
+    rule: FrameRule = QWEN2_FRAMES,
 ) -> np.ndarray | None:
     """Seconds `(F,)` float64 of the frames that `choose` gives; None for an unknown rate."""
     if clip_fps <= 0:
         return None
-    return choose(total, clip_fps, max_frames, fps) / clip_fps
+    return choose(total, clip_fps, max_frames, fps, rule) / clip_fps
 
 
 # (number of a clip's frames, its frames per second) -> ascending indices of the frames to decode.
@@ -115,7 +184,8 @@ ChooseFrames = Callable[[int, float], np.ndarray]
 def _decode(path: str | Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, float, int]:
     """Chosen frames uint8 `(F, H, W, 3)`, the clip's own frames per second, and how many frames it has."""
     path = exists(path)
-    if reader()[0] != "decord":
+    check_whole(path)
+    if reader()[0] != "decord" or _decord_turns_wrongly(path):
         return _read_pyav(path, choose_frames)
     from decord.base import DECORDError
 
@@ -155,9 +225,11 @@ def _read_decord(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, f
     import decord
 
     clip = decord.VideoReader(str(path), num_threads=1)
-    total, clip_fps = len(clip), float(clip.get_avg_fps())
+    total = len(clip)
     if total == 0:
         raise InputError(f"{path}: the video has no frames; {_HELP}")
+    first, last = clip.get_frame_timestamp([0, total - 1])[:, 0].tolist()
+    clip_fps = _rate(float(clip.get_avg_fps()), total, first, last)
     return clip.get_batch(choose_frames(total, clip_fps).tolist()).asnumpy(), clip_fps, total
 
 
@@ -166,19 +238,22 @@ def _read_pyav(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, flo
 
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
+            stream = container.streams.best("video")
+            if stream is None:
                 raise InputError(f"{path}: the file has no video stream; {_HELP}")
-            stream = container.streams.video[0]
-            clip_fps = float(stream.average_rate or 0)
+            if container.format.name.endswith("_pipe"):
+                raise InputError(f"{path}: a picture and no clip; give a clip's frames as a list")
             # Containers often do not say how many frames they hold: count them, then keep only the chosen ones.
-            total = sum(1 for _ in container.decode(stream))
+            times = [frame.time for frame in container.decode(stream)]
+            total = len(times)
             if total == 0:
                 raise InputError(f"{path}: the video has no frames; {_HELP}")
+            clip_fps = _rate(float(stream.average_rate or 0), total, times[0], times[-1])
         chosen = set(choose_frames(total, clip_fps).tolist())
         with av.open(str(path)) as container:
             frames = [
-                frame.to_ndarray(format="rgb24")
-                for index, frame in enumerate(container.decode(container.streams.video[0]))
+                turned(frame.to_ndarray(format="rgb24"), turn_of(frame))
+                for index, frame in enumerate(container.decode(container.streams.best("video")))
                 if index in chosen
             ]
     except (av.FFmpegError, OSError) as error:
@@ -186,6 +261,27 @@ def _read_pyav(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, flo
             f"{path}: cannot be read as a video ({_first_line(error)}); {_HELP}"
         ) from error
     return np.stack(frames), clip_fps, total
+
+
+def _rate(said: float, total: int, first: float | None, last: float | None) -> float:
+    """Frames a second of a clip: what its file says, unless the times of its first and last frame (seconds) say another
+    rate by more than a tenth, as where frames were dropped and the rate of the camera is still written there."""
+    if total < 2 or first is None or last is None or last <= first:
+        return said
+    measured = (total - 1) / (last - first)
+    return said if abs(said - measured) <= measured / 10 else measured
+
+
+def _decord_turns_wrongly(path: Path) -> bool:
+    """Whether the clip's frames are to be mirrored: decord knows quarter turns alone."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.best("video")
+            return stream is not None and is_mirrored(turn_of(next(container.decode(stream))))
+    except (av.FFmpegError, OSError, StopIteration):
+        return False  # told by whoever decodes it
 
 
 def _first_line(error: Exception) -> str:

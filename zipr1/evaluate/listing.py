@@ -5,8 +5,10 @@ from __future__ import annotations
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from zipr1.evaluate.suites import GROUPS, SUITES
+from zipr1.core import hub
+from zipr1.evaluate.suites import GROUPS, SUITES, TASK_FILES, WITH_LOGIN
 
 WIDE = 110  # columns of a terminal that has room for kind and metric
 
@@ -14,8 +16,16 @@ WIDE = 110  # columns of a terminal that has room for kind and metric
 def show(console: Console) -> None:
     console.print(suite_table(console.width >= WIDE))
     for name, members in GROUPS.items():
-        console.print(f"[bold]{name}[/]: {', '.join(members)}", highlight=False)
+        console.print(Text.assemble((name, "bold"), f": {', '.join(members)}"))
     console.print("zipr1 eval --tasks NAME also takes any other task of lmms-eval", style="dim")
+    console.print(
+        f"lmms-eval's task files ask for a login to the hub ({hub.LOGIN}) for {', '.join(WITH_LOGIN)}",
+        style="dim", highlight=False,
+    )  # fmt: skip
+    console.print(
+        f"lmms-eval's own command line finds the embedded ones with --include_path {TASK_FILES}",
+        style="dim", highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def suite_table(wide: bool) -> Table:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
-from zipr1.core import activity, distributed, extras
+from zipr1.core import activity, distributed, extras, hub, terminal
 from zipr1.core.config import override
 from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.folders import claimed
@@ -25,7 +25,15 @@ from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe
 from zipr1.core.text import one_line, reason
 from zipr1.evaluate.folder import Folder, default_root, identity
-from zipr1.evaluate.suites import GROUPS, LMMS_EVAL, SUITES, Suite, check_p_values, resolve
+from zipr1.evaluate.suites import (
+    GROUPS,
+    LMMS_EVAL,
+    SUITES,
+    WITH_LOGIN,
+    Suite,
+    check_p_values,
+    resolve,
+)
 from zipr1.models.loading import choose_device
 from zipr1.models.manifest import read
 from zipr1.models.open import ModelSource, find_source, inference_dtype
@@ -33,6 +41,8 @@ from zipr1.models.policy import Policy, load_policy
 from zipr1.models.sparse.request import settled
 
 if TYPE_CHECKING:
+    import torch
+
     from zipr1.evaluate.answers import Answerer, Conditions
 
 # Recipe keys that mean something here.
@@ -43,6 +53,7 @@ READ = (
     "data.fps",
     "train.max_new_tokens",
     "evaluation.batch",
+    "train.stall_minutes",
 )
 BATCH = 16
 
@@ -80,11 +91,14 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
     recipe, keys = _settings(request, source)
     p_values = _p_values(request.p_values, recipe)
     _check_data_root(request.data_root, suites)
-    distributed.start()
-    held = contextlib.ExitStack()
-    try:
+
+    def choose() -> torch.device:
+        return choose_device(request.device or distributed.shared_device())
+
+    # The ranks exchange answers alone, and may share a GPU.
+    minutes = recipe.train.stall_minutes
+    with distributed.joined(choose, minutes, "gloo") as device, contextlib.ExitStack() as held:
         # 2. the model, and the one it was trained from
-        device = request.device or distributed.shared_device()
         recipe = _with_dtype(recipe, device)
         activity.tell(f"opening {request.model}")
         policy = load_policy(recipe.model, device)
@@ -105,11 +119,11 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
         }
         # 3. where results go; what is there already
         root = request.output or default_root(request.model, meta)
-        if distributed.is_first():
-            held.enter_context(claimed(root))
-        folder = Folder.open(root, meta)
+        distributed.first(lambda: held.enter_context(claimed(root)))
+        # By the first alone: another would find a folder that is neither empty nor an evaluation yet.
+        folder = distributed.first(lambda: Folder.open(root, meta))
         loud = distributed.rank() == 0
-        quiet = console if loud else Console(file=io.StringIO())
+        quiet = console if loud else terminal.console(io.StringIO())
         quiet.print(
             f"{request.model}: sparsity of {source.sparse_from}; "
             + (f"base: {base_name}; " if base_name else f"{base_note}; " if base_note else "")
@@ -129,6 +143,7 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
                 f"lmms-eval {version} is installed; benchmarks and scores were tested with {LMMS_EVAL}",
                 soft_wrap=True, highlight=False,
             )  # fmt: skip
+        quiet.print(without_login(request, suites), end="", soft_wrap=True, highlight=False)
         # 4. one benchmark after another, each written when it is done
         from zipr1.evaluate.answers import Answerer
 
@@ -141,16 +156,16 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
         from zipr1.evaluate import report
 
         results = report.collect(folder, suites, meta, info, version)
-        if loud:
+        if loud and results["rows"]:
             write(folder, results, quiet)
-    finally:
-        held.close()
-        distributed.stop()
     if results["errors"]:
         names = ", ".join(error["task"] for error in results["errors"])
+        there = "no report is written"
+        if results["rows"]:
+            there = f"what was measured is in {folder.root}"
         raise RunError(
-            f"{len(results['errors'])} of {len(suites)} benchmarks have no result ({names}); the others are in "
-            f"{folder.root}, and the same command tries again"
+            f"{len(results['errors'])} of {len(suites)} benchmarks have no result ({names}); {there}, and the same "
+            "command tries again"
         )
     return results
 
@@ -206,6 +221,17 @@ def _silence() -> Iterator[None]:
         warnings.filters[:] = filters  # type: ignore[index]
 
 
+def without_login(request: EvalRequest, suites: Sequence[Suite]) -> str:
+    """A line that says which benchmarks ask for a login to the hub where nobody is logged in; empty where none does."""
+    asking = [suite.name for suite in suites if suite.name in WITH_LOGIN]
+    if not asking or request.data_root is not None or hub.logged_in() or hub.unreachable():
+        return ""
+    return (
+        "nobody is logged in to the hub, and lmms-eval's task files ask for a login to download "
+        f"{', '.join(asking)}: {hub.LOGIN}\n"
+    )
+
+
 def _suites(names: Sequence[str]) -> list[Suite]:
     try:
         return resolve(names)
@@ -248,8 +274,8 @@ def _settings(request: EvalRequest, source: ModelSource) -> tuple[Recipe, set[st
     return validate(values, "command line", keys), set(keys)
 
 
-def _with_dtype(recipe: Recipe, device: str | None) -> Recipe:
-    dtype = inference_dtype(recipe.model.dtype, choose_device(device))
+def _with_dtype(recipe: Recipe, device: torch.device) -> Recipe:
+    dtype = inference_dtype(recipe.model.dtype, device)
     model = recipe.model.model_copy(update={"dtype": dtype})
     return recipe.model_copy(update={"model": model})
 
@@ -267,7 +293,7 @@ def _frame_bound(policy: Policy) -> dict[str, int]:
 
 
 def _base(
-    request: EvalRequest, source: ModelSource, recipe: Recipe, device: str | None
+    request: EvalRequest, source: ModelSource, recipe: Recipe, device: torch.device
 ) -> tuple[Policy | None, str | None, str | None]:
     """The untouched model that a run or an exported folder was trained from: (it, its name, why there is none).
 
@@ -282,10 +308,13 @@ def _base(
     settings = recipe.model.model_copy(
         update={"path": origin["path"], "revision": origin["revision"]}
     )
+    base, failure = None, None
     try:
-        return load_policy(settings, device), settings.path, None
+        base = load_policy(settings, device)
     except InputError as error:
-        return None, None, f"the base is not measured ({error})"
+        failure = f"the base is not measured ({error})"
+    failure = distributed.agree(failure)  # all ranks measure it, or none
+    return (base, settings.path, None) if failure is None else (None, None, failure)
 
 
 def _measure_all(
@@ -320,8 +349,8 @@ def _measure_all(
             result = record(suite, scored, answerer, conditions, reported, time.monotonic() - began)
         except ZipError as error:
             result = {"task": suite.name, "error": one_line(error)}
-            failed = f"[bold red]failed:[/] {escape(result['error'])}"
-            console.print(failed, soft_wrap=True, highlight=False)
+            failed = Text.assemble(("failed:", "bold red"), f" {result['error']}")
+            console.print(failed, soft_wrap=True)
         if distributed.rank() == 0:
             folder.save(suite.name, result)
     distributed.gather(None)  # what the first process wrote is there for all

@@ -23,7 +23,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe
 from zipr1.core.types import Media, Prompt
 from zipr1.data import video
-from zipr1.data.media import load_timed
+from zipr1.data.media import limits, load_timed
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
 from zipr1.models.visual import Visual
@@ -53,6 +53,8 @@ class MediaEncoder:
         self.policy = policy
         self.data = recipe.data
         self.frame_pixels = frame_pixels
+        rule = policy.processor.settings.frame_rule
+        self.frames = recipe.data.max_frames, recipe.data.fps, rule
         self.most = 0 if policy.settings.train_vision else most
         self.seen: dict[str, torch.Tensor] = {}
         self.visuals: dict[str, tuple[Visual, ...]] = {}
@@ -87,8 +89,10 @@ class MediaEncoder:
         }
 
     def _decode(self, media: Media) -> Visual:
-        pixels, fps, times = load_timed(media, self.data.max_frames, self.data.fps)
-        return self.policy.processor.visual(media.kind, pixels, fps, self.frame_pixels, times)
+        pixels, fps, times = load_timed(media, *self.frames)
+        return self.policy.processor.visual(
+            media.kind, pixels, fps, times, frame_pixels=self.frame_pixels, asked=media.asked
+        )
 
     def fitting(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Prompts with one placeholder for each medium and at most `data.max_prompt_tokens` tokens, found from the
@@ -122,11 +126,13 @@ class MediaEncoder:
                 fps: float | None = None
                 times = None
                 if media.kind == "video":
-                    limits = self.data.max_frames, self.data.fps
-                    times = video.times(total, own, *limits)
-                    rows = len(video.choose(total, own, *limits))
+                    chosen = video.choose(total, own, *limits(media, *self.frames))
+                    times = chosen / own if own > 0 else None
+                    rows = len(chosen)
                     total, fps = rows, own * rows / total
-                visuals.append(processor.planned(media.kind, total, height, width, fps, times))
+                visuals.append(
+                    processor.planned(media.kind, total, height, width, fps, times, media.asked)
+                )
             length = processor.length(processor.text(prompt.messages), visuals)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
@@ -222,6 +228,8 @@ def effective(encoded: Sequence[Encoded], policy: Policy) -> list[str]:
         if not seen:
             continue
         most = "one tile" if settings.tile else f"at most {settings.of(kind).max_pixels:,}"
+        if kind == "video" and settings.clip_pixels is not None:
+            most += " over all frames"
         parts = [
             f"{_between([v.grid[1] * settings.patch for v in seen])} x "
             f"{_between([v.grid[2] * settings.patch for v in seen])} pixels ({most})"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
+import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +22,16 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from zipr1_kernels import unusable
 
-from zipr1.core.errors import InputError
+from zipr1.core import hub
+from zipr1.core.errors import InputError, Missing
 from zipr1.core.recipe import Lora, Model
 from zipr1.core.text import reason
 from zipr1.models import adapters, families
 from zipr1.models.pixels import WHOLE, PixelSettings, read_json
 from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.tensors import check_finite, check_names, refuse, shapes
+
+log = logging.getLogger("zipr1")
 
 # The run's own display shows what goes on; bars of loading and saving shards would break it.
 transformers.utils.logging.disable_progress_bar()
@@ -96,22 +100,21 @@ def from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[A
         families.find(config.model_type, settings.path)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = whole_model(AutoModelForImageTextToText, folder, dtype=dtype, **options)
+        _drop_inert(model.generation_config, settings.path)
         template = _chat_template(folder, settings.revision)
         if template is not None:
             tokenizer.chat_template = template
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        hint = "check the folder"
+        kind, hint = InputError, "check the folder"
+        came = f"does not load ({reason(error, 300)})"
         if not Path(folder).is_dir():
-            hint = f"download it first (hf download {folder}) or unset HF_HUB_OFFLINE"
-            if not os.environ.get("HF_HUB_OFFLINE"):
-                hint = (
-                    f"check the name and the network, or download it first (hf download {folder})"
-                )
-        raise InputError(
-            f"model.path: {settings.path} does not load ({reason(error, 300)}); {hint}"
-        ) from None
+            hint = hub.how_to_get(folder, "model")
+            why = hub.unreachable()
+            if why is not None and isinstance(error, OSError):
+                kind, came = Missing, f"is not on this machine, or not all of it, and {why}"
+        raise kind(f"model.path: {settings.path} {came}; {hint}") from None
     return model, tokenizer
 
 
@@ -149,6 +152,22 @@ def quiet_report() -> Iterator[None]:
         yield
     finally:
         transformers.utils.logging.set_verbosity(before)
+
+
+def _drop_inert(config: Any, path: str) -> None:
+    """Unset what a generation_config.json sets and its own mode of generation does not use, such as a temperature
+    beside `do_sample: false`: transformers refuses to save it once anything else in it was changed."""
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        inert = re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)
+        for name in inert:
+            setattr(config, name, None)
+        log.warning(
+            "%s: its generation_config.json sets %s, which its other settings leave without effect; left out",
+            path,
+            ", ".join(inert),
+        )
 
 
 def _chat_template(folder: str, revision: str | None) -> str | dict[str, str] | None:
@@ -238,11 +257,8 @@ def save_processor(tokenizer: Any, settings: PixelSettings, family: str, folder:
     processor = {"processor_class": known_as.processor}
     image = {"image_processor_type": known_as.pixels, **_pixel_values(settings)}
     parts: dict[str, Any] = {"image_processor": image}
-    if known_as.clips:
-        bounds = _pixel_values(settings.of("video"))
-        video = {"video_processor_type": known_as.video, **bounds}
-        if settings.clip_tokens is not None:
-            video |= {"cap_pixels_per_frame": True, "max_video_tokens": settings.clip_tokens}
+    if known_as.clips is not None:
+        video = {"video_processor_type": known_as.video, **_clip_values(settings)}
         parts["video_processor"] = video
         _write_json(folder / "video_preprocessor_config.json", {**processor, **video})
     _write_json(folder / "processor_config.json", {**processor, **parts})
@@ -261,6 +277,22 @@ def _pixel_values(settings: PixelSettings) -> dict[str, Any]:
         "image_std": list(settings.std),
         "resample": settings.resample,
     }
+
+
+def _clip_values(settings: PixelSettings) -> dict[str, Any]:
+    rule = settings.frame_rule
+    values = _pixel_values(settings.of("video")) | {
+        "do_sample_frames": rule.fps is not None or rule.number is not None,
+        "min_frames": rule.least,
+        "max_frames": rule.most,
+    }
+    for name, value in (("fps", rule.fps), ("num_frames", rule.number)):
+        if value is not None:
+            values[name] = value
+    tokens = settings.clip_tokens
+    if settings.clip_pixels is not None and settings.max_frame_pixels is not None:
+        tokens = settings.max_frame_pixels // settings.factor**2
+    return values | ({"cap_pixels_per_frame": True, "max_video_tokens": tokens} if tokens else {})
 
 
 def _write_json(path: Path, values: Any) -> None:

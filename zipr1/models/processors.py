@@ -19,30 +19,52 @@ from PIL import Image
 
 from zipr1.core.errors import InputError
 from zipr1.core.text import reason
+from zipr1.core.types import NOTHING, Asked
 from zipr1.models.pixels import PixelSettings
 from zipr1.models.visual import UNKNOWN_FPS, Visual, patch_times
 
 
 def fit_size(height: int, width: int, settings: PixelSettings) -> tuple[int, int]:
-    """Nearest size with sides divisible by `factor` and area within the bounds (Qwen2-VL's "smart resize").
+    """Nearest size with sides divisible by `factor` and area within the bounds (the "smart resize" of Qwen2-VL, and of
+    Qwen3-VL where frames share the bounds).
 
     Raises InputError for an aspect ratio over 200, which the model has never seen.
     """
     factor, low, high = settings.factor, settings.min_pixels, settings.max_pixels
+    height, width = settings.size or (height, width)
+    frames, counted = 1, 1
+    if settings.shared:
+        # A single frame is a clip of two alike.
+        frames = max(settings.shared, settings.temporal)
+        counted = round(frames / settings.temporal) * settings.temporal
+        if min(height, width) < factor:
+            grow = max(factor / height, factor / width)
+            height, width = int(height * grow), int(width * grow)
     if max(height, width) > 200 * min(height, width):
         raise InputError(
             f"a picture of {width} x {height} pixels: the longer side may be at most 200 times the other"
         )
     h, w = (round(side / factor) * factor for side in (height, width))
-    if h * w > high:
-        shrink = math.sqrt(height * width / high)
+    if counted * h * w > high:
+        shrink = math.sqrt(frames * height * width / high)
         h, w = (
             max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)
         )
-    elif h * w < low:
-        grow = math.sqrt(low / (height * width))
+    elif counted * h * w < low:
+        grow = math.sqrt(low / (frames * height * width))
         h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
     return h, w
+
+
+def resized(pixels: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
+    """uint8 `(H, W, 3)` -> `(height, width, 3)`, by PIL's filter of that number.
+
+    First across, then down, in two calls. Both round to 8 bits, so the order shows: torchvision and Pillow up to 12
+    take this one, Pillow 13 whichever is cheaper, and strong edges then differ by up to 20 levels.
+    """
+    kind = Image.Resampling(resample)
+    across = Image.fromarray(pixels).resize((width, pixels.shape[0]), kind)
+    return np.asarray(across.resize((width, height), kind))
 
 
 def patchify(
@@ -55,11 +77,7 @@ def patchify(
     """
     height, width = fit_size(frames.shape[1], frames.shape[2], settings)
     if (height, width) != frames.shape[1:3]:
-        resized = [
-            Image.fromarray(f).resize((width, height), Image.Resampling(settings.resample))
-            for f in frames
-        ]
-        frames = np.stack([np.asarray(f) for f in resized])
+        frames = np.stack([resized(f, height, width, settings.resample) for f in frames])
     if short := -len(frames) % settings.temporal:
         frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)])
     p, m, tp = settings.patch, settings.merge, settings.temporal
@@ -78,8 +96,7 @@ def square(
 ) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """uint8 `(H, W, 3)` -> the one tile `(1, 3, S, S)` float32 and its grid of patches `(1, h, w)`."""
     side = settings.tile
-    picture = Image.fromarray(pixels).resize((side, side), Image.Resampling(settings.resample))
-    scaled = np.asarray(picture).astype(np.float32) / 255
+    scaled = resized(pixels, side, side, settings.resample).astype(np.float32) / 255
     scaled = (scaled - np.array(settings.mean, np.float32)) / np.array(settings.std, np.float32)
     cells = side // settings.patch
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)[None])), (
@@ -138,20 +155,23 @@ class Processor:
         kind: str,
         pixels: np.ndarray,
         fps: float | None,
-        frame_pixels: int | None = None,
         times: Sequence[float] | np.ndarray | None = None,
+        *,
+        frame_pixels: int | None = None,
+        asked: Asked = NOTHING,
     ) -> Visual:
-        """pixels: uint8 `(H, W, 3)` or `(F, H, W, 3)`; fps of the frames given. frame_pixels: as in
-        `PixelSettings.of`. times: the second at which each frame is shown; None: one after the other at `fps`.
+        """pixels: uint8 `(H, W, 3)` or `(F, H, W, 3)`; fps of the frames given. times: the second at which each frame
+        is shown; None: one after the other at `fps`. frame_pixels, asked: as in `PixelSettings.of`.
 
         Raises InputError for a clip where the family's are not handled."""
         self._handled(kind)
-        if self.settings.tile:
+        frames = pixels[None] if pixels.ndim == 3 else pixels
+        settings = self.settings.of(kind, frame_pixels, len(frames), asked)
+        if settings.tile:
             patches, grid = square(pixels, self.settings)
             tokens = math.prod(grid) // self.settings.merge**2 + self.settings.besides
             return Visual(kind, patches, grid, 0.0, tokens)
-        frames = pixels[None] if pixels.ndim == 3 else pixels
-        patches, grid = patchify(frames, self.settings.of(kind, frame_pixels, len(frames)))
+        patches, grid = patchify(frames, settings)
         return self._visual(kind, patches, grid, fps, len(frames), times)
 
     def planned(
@@ -162,10 +182,11 @@ class Processor:
         width: int,
         fps: float | None,
         times: Sequence[float] | np.ndarray | None = None,
+        asked: Asked = NOTHING,
     ) -> Visual:
         """What `visual` gives for frames of this size, without patches."""
         self._handled(kind)
-        settings = self.settings.of(kind, frames=frames)
+        settings = self.settings.of(kind, frames=frames, asked=asked)
         if settings.tile:
             side = settings.tile // settings.patch
             tokens = side**2 // settings.merge**2 + settings.besides
@@ -192,7 +213,7 @@ class Processor:
         tokens = math.prod(grid) // self.settings.merge**2
         if kind == "image":
             return Visual(kind, patches, grid, 0.0, tokens)
-        # One second where the frames' rate is unknown, as transformers assumes.
+        # One second where the frames' rate is unknown: two frames a second, as in Qwen's own code.
         seconds = self.settings.temporal / fps if fps else 1.0
         if times is None:
             times = np.arange(frames) / (fps or UNKNOWN_FPS)

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from zipr1.core.errors import InputError, Missing
 from zipr1.core.machine import free_memory
@@ -29,7 +29,7 @@ from zipr1.models.open import is_here
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
 from zipr1.models.sparse.request import dense_below
-from zipr1.rewards.registry import check_answers
+from zipr1.rewards.registry import check_answers, examples
 from zipr1.train import supervised
 from zipr1.train.metrics import question
 from zipr1.train.rollout import roll_out
@@ -47,6 +47,8 @@ def dry_run(recipe: Recipe, device: str | None, console: Console) -> dict[str, A
     check(recipe)
     unchecked: list[str] = []
     prompts = _prompts(recipe, unchecked)
+    for line in examples([*prompts[0], *prompts[1]], recipe) if prompts is not None else ():
+        console.print(line, soft_wrap=not console.is_terminal, highlight=False, markup=False)
     policy = _policy(recipe, device, unchecked)
     shape = memory.bundled_shape(recipe.model.path)
     if policy is not None:
@@ -209,9 +211,8 @@ def _show(policy: Policy, prompt: Prompt, encoded: Encoded, console: Console) ->
     text = policy.processor.text(prompt.messages)
     visual = sum(v.tokens for v in encoded.visuals)
     note = f"{prompt.id}: {len(encoded)} tokens, {visual} of them visual; right answer: {prompt.answer}"
-    console.print(
-        Panel(escape(text.rstrip()), title=escape(note), title_align="left", expand=False)
-    )
+    # A title that is a string would be read as markup, whatever the console.
+    console.print(Panel(text.rstrip(), title=Text(note), title_align="left", expand=False))
 
 
 def _spread(values: np.ndarray) -> dict[str, int]:
@@ -226,18 +227,15 @@ def _table(result: dict[str, Any]) -> Table:
             shards = "peak_of_8_ranks" in value
             for part, count in value.items():
                 if count:
-                    bold = "[bold]" if part.startswith("peak") else ""
-                    table.add_row(f"{bold}memory, {_part(part, shards)}", f"{bold}{size(count)}")
+                    style = "bold" if part.startswith("peak") else ""
+                    table.add_row(f"memory, {_part(part, shards)}", size(count), style=style)
         elif key == "checkpoints":
             each = f"{value['written']} of {size(value['bytes'])}"
             table.add_row(name, f"{each}, at most {value['kept']} kept")
         elif key == "sampled":
             for sample in value:
                 said = dict.fromkeys(_line(text, 60) for text in sample["texts"])
-                table.add_row(
-                    "sampled",
-                    escape(f"{_line(sample['question'], 200)} -> {', '.join(said)}"),
-                )
+                table.add_row("sampled", f"{_line(sample['question'], 200)} -> {', '.join(said)}")
         elif isinstance(value, dict):
             parts = (f"{k.replace('_', ' ')} {v:,}" for k, v in value.items())
             table.add_row(name, ", ".join(parts))
@@ -251,7 +249,7 @@ def _table(result: dict[str, Any]) -> Table:
         elif isinstance(value, float):
             table.add_row(name, f"{value:.1%}")
         elif value is not None:
-            table.add_row(name, f"{value:,}" if isinstance(value, int) else escape(str(value)))
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     return table
 
 
