@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from zipr1_kernels import unusable
 
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Lora, Model
 from zipr1.core.text import reason
-from zipr1.models import adapters, families
+from zipr1.models import adapters, families, misshapen
+from zipr1.models.foreign import foreign
 from zipr1.models.pixels import WHOLE, PixelSettings, read_json
 from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.tensors import check_finite, check_names, refuse, shapes
@@ -80,27 +80,20 @@ def choose_dtype(settings: Model, device: torch.device) -> torch.dtype:
 def from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model and tokenizer of a folder or a hub id. Raises InputError where they do not load."""
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    try:
+    hint = "check the folder"
+    if not Path(folder).is_dir():
+        hint = f"download it first (hf download {folder}) or unset HF_HUB_OFFLINE"
+        if not os.environ.get("HF_HUB_OFFLINE"):
+            hint = f"check the name and the network, or download it first (hf download {folder})"
+    with foreign(f"model.path: {settings.path} does not load", hint):
         config = AutoConfig.from_pretrained(folder, **options)
         families.find(config.model_type, settings.path)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer("a word", add_special_tokens=False)  # with settings of a wrong type it fails here
         model = whole_model(AutoModelForImageTextToText, folder, dtype=dtype, **options)
-        template = _chat_template(folder, settings.revision)
-        if template is not None:
-            tokenizer.chat_template = template
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        hint = "check the folder"
-        if not Path(folder).is_dir():
-            hint = f"download it first (hf download {folder}) or unset HF_HUB_OFFLINE"
-            if not os.environ.get("HF_HUB_OFFLINE"):
-                hint = (
-                    f"check the name and the network, or download it first (hf download {folder})"
-                )
-        raise InputError(
-            f"model.path: {settings.path} does not load ({reason(error, 300)}); {hint}"
-        ) from None
+    template = _chat_template(folder, settings.revision)
+    if template is not None:
+        tokenizer.chat_template = template
     return model, tokenizer
 
 
@@ -108,14 +101,18 @@ def whole_model(kind: Any, folder: str, **options: Any) -> Any:
     """A model of transformers' class `kind` whose every weight comes from the folder's safetensors. Raises InputError,
     with the names, where one is missing, of another shape, or not the model's: transformers makes random weights of the
     first two and drops the third, with a warning."""
-    with quiet_report():
-        model, found = kind.from_pretrained(
-            folder,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, with their names
-            **options,
-        )
+    try:
+        with quiet_report():
+            model, found = kind.from_pretrained(
+                folder,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, with their names
+                **options,
+            )
+    except RuntimeError:
+        refuse(folder, (), (), misshapen.find(folder, options.get("revision")))
+        raise
     # What the model computes for itself, and older files have all the same.
     computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
     refuse(
@@ -265,7 +262,8 @@ def restore_weights(model: Any, folder: Path) -> None:
         adapters.restore(model, folder)
         return
     # Through from_pretrained: on disk the weights have the names of the hub, not those of the live modules.
-    saved = whole_model(type(model), str(folder), dtype=model.dtype).state_dict()
+    with foreign(f"{folder}: does not load", "bring it back from a copy"):
+        saved = whole_model(type(model), str(folder), dtype=model.dtype).state_dict()
     check_names(str(folder), shapes(model.state_dict()), shapes(saved))
     check_finite(str(folder), saved.items())
     model.load_state_dict(saved)

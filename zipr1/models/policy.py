@@ -78,6 +78,11 @@ class Policy:
         device: torch.device = self.decoder.embed_tokens.weight.device
         return device
 
+    @property
+    def positions(self) -> int:
+        """Of prompt and answer together, at most: `max_position_embeddings`."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
     def tower(self) -> list[torch.nn.Parameter]:
         """Parameters of what sees."""
         return [p for module in towers(self.model) for p in module.parameters()]
