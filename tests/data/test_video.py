@@ -26,6 +26,15 @@ def clip(tmp_path):
     return path
 
 
+BEGINNINGS, ENDS = video.FrameRule(), video.FrameRule(even=False)
+
+
+def test_more_frames_than_there_are_is_refused():
+    for even in (True, False):
+        with pytest.raises(InputError, match=r"num_frames asks for 8 frames and the clip has 5"):
+            video.choose(5, 1.0, rule=video.FrameRule(even=even, number=8))
+
+
 @pytest.fixture(params=["decord", "pyav"])
 def backend(request, monkeypatch):
     if request.param == "decord":
@@ -38,19 +47,37 @@ def backend(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("max_frames", "fps", "rows"),
+    ("max_frames", "fps", "rule", "rows"),
     [
-        (None, None, list(range(20))),
-        (64, 30.0, list(range(20))),  # never more than the clip has
-        (64, 5.0, list(range(1, 20, 2))),
-        (4, 5.0, [2, 7, 12, 17]),  # the middles of four equal parts
-        (1, None, [10]),
-        (8, 0.1, [10]),
+        (None, None, BEGINNINGS, list(range(20))),
+        (64, 30.0, BEGINNINGS, list(range(20))),  # never more than the clip has
+        (64, 5.0, BEGINNINGS, list(range(0, 20, 2))),
+        (4, 5.0, BEGINNINGS, [0, 5, 10, 15]),  # the beginnings of four equal parts
+        (5, None, BEGINNINGS, [0, 5, 10, 15]),  # an even number
+        (1, None, BEGINNINGS, [0]),
+        (8, 0.1, BEGINNINGS, [0, 5, 10, 15]),  # at least four
+        (64, 3.5, BEGINNINGS, [0, 3, 6, 10, 13, 16]),  # seven are six, 10 / 3 apart
+        (None, None, ENDS, list(range(20))),
+        (4, None, ENDS, [0, 6, 13, 19]),  # 19 / 3 apart
+        (64, 3.5, ENDS, [0, 3, 6, 10, 13, 16, 19]),  # 19 / 6 apart; 9.5 is rounded to the even one
+        (64, 0.1, ENDS, [0, 6, 13, 19]),
+        (1, None, ENDS, [0]),
+        (64, None, video.FrameRule(even=False, fps=2.0), [0, 6, 13, 19]),  # the rule's own rate
+        (3, 5.0, video.FrameRule(even=False, fps=2.0), [0, 10, 19]),
+        (
+            None,
+            None,
+            video.FrameRule(number=5),
+            [0, 5, 10, 15],
+        ),  # 2.5 pairs are rounded to the even one
+        (None, None, video.FrameRule(number=7), [0, 2, 5, 7, 10, 12, 15, 17]),
+        (None, None, video.FrameRule(even=False, number=5), [0, 5, 10, 14, 19]),
+        (64, 10.0, video.FrameRule(most=4), [0, 5, 10, 15]),
     ],
 )
-def test_frames_are_spread_evenly(clip, backend, max_frames, fps, rows):
+def test_frames_are_spread_evenly(clip, backend, max_frames, fps, rule, rows):
     assert video.reader()[0] == backend
-    frames, seen_fps = video.read(clip, max_frames, fps)
+    frames, seen_fps = video.read(clip, max_frames, fps, rule)
     assert frames.dtype == np.uint8
     assert frames.shape == (len(rows), 32, 64, 3)
     assert np.round(frames.mean((1, 2, 3)) / 10).astype(int).tolist() == rows
@@ -229,7 +256,7 @@ def test_arrays_pass_through_and_are_checked():
     assert np.array_equal(read, frames)
     assert fps == 4.0
     read, fps = load_media(Media("video", frames, 4.0), 6)
-    assert read[:, 0, 0, 0].tolist() == [1, 3, 5, 7, 9, 11]
+    assert read[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8, 10]
     assert fps == 2.0
     with pytest.raises(InputError, match="float64"):
         load_media(Media("image", np.zeros((4, 4, 3))), 8)

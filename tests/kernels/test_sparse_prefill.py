@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from zipr1_kernels import pack_indices, ran, sparse_prefill, use
+from zipr1_kernels import dispatch, pack_indices, ran, sparse_prefill, use
 from zipr1_kernels.sparse_prefill import blocked
 
 LENGTH = 11
@@ -113,3 +113,31 @@ def test_blocks_of_queries_give_the_same(name, block, lazy, monkeypatch):
         assert ran("sparse_prefill") == "torch: forced"
     sparse_prefill(*(x.requires_grad_() for x in inputs), pack_indices(keep))
     assert ran("sparse_prefill") == "torch: not on a GPU", "a gradient needs the plain version"
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_a_cpu_with_units_for_bfloat16_leaves_it_to_torchs_own_attention(amx, monkeypatch):
+    """The blocks compute in float32, which takes two to five times as long there; float32 itself is not concerned."""
+    monkeypatch.setattr(blocked, "LEAST", 1)
+    monkeypatch.setattr(dispatch, "has_amx", lambda: amx)
+    keep = masks()["equal"]
+    want = brute(*example(), keep, 8**-0.5)
+    taken = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        with torch.no_grad():
+            got = sparse_prefill(*(x.to(dtype) for x in example()), pack_indices(keep))
+        taken[dtype] = ran("sparse_prefill")
+        torch.testing.assert_close(got.double(), want, rtol=0.05, atol=0.05)
+    in_blocks = "torch: blocked, for a long prompt on a CPU"
+    assert taken[torch.bfloat16] == ("torch: not on a GPU" if amx else in_blocks)
+    assert taken[torch.float32] == in_blocks
+
+
+def test_units_for_bfloat16_are_those_of_the_machine(monkeypatch):
+    found = {"amx_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert dispatch.has_amx.__wrapped__()
+    found["amx_bf16"] = False
+    assert not dispatch.has_amx.__wrapped__()
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not dispatch.has_amx.__wrapped__(), "an older torch does not tell"

@@ -18,12 +18,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Model
+from zipr1.data.video import FrameRule
 from zipr1.models.api import load
 from zipr1.models.families import FAMILIES, pixel_defaults
+from zipr1.models.loading import save_processor
 from zipr1.models.open import open_model, resolve
-from zipr1.models.pixels import PixelSettings
+from zipr1.models.pixels import QWEN2_CLIPS, QWEN3_CLIPS, PixelSettings, clip_rule
 from zipr1.models.policy import load_policy
 from zipr1.models.processors import fit_size
+from zipr1.models.random_weights import build_tokenizer
 
 PICTURES, CLIPS, WHOLE = (
     "preprocessor_config.json",
@@ -71,7 +74,8 @@ FOLDERS: dict[str, tuple[dict[str, Any], tuple[int, int], tuple[int, int]]] = {
         (784, 5000),
         (128 * 28 * 28, 768 * 28 * 28),
     ),
-    "nulls": ({PICTURES: {"size": None, "min_pixels": None, "max_pixels": 9000}}, (3136, 9000), (3136, 9000)),
+    "nulls": ({PICTURES: {"size": None, "min_pixels": None, "max_pixels": 9000}}, (3136, 9000), (9000, 9000)),
+    "nothing is said": ({PICTURES: {}}, (3136, 1003520), (100352, 602112)),
 }  # fmt: skip
 
 
@@ -226,3 +230,69 @@ def test_thin_pictures_become_what_transformers_makes_of_them(size):
     settings = PixelSettings()
     theirs = smart_resize(*size, 28, settings.min_pixels, settings.max_pixels)
     assert fit_size(*size, settings) == theirs
+
+
+WHOLE_CLIP = {"shortest_edge": 4 * 32 * 32, "longest_edge": 100 * 32 * 32}
+
+
+def qwen3(tmp_path: Path, clip: dict[str, Any], **asked: Any) -> PixelSettings:
+    written(tmp_path, {PICTURES: {"size": BOTH}, CLIPS: {"size": WHOLE_CLIP, **clip}})
+    return PixelSettings.read(tmp_path, (16, 2, 2), asked, clips=QWEN3_CLIPS)
+
+
+def test_frames_of_qwen3_share_the_bounds_of_their_clip(tmp_path):
+    """At most 100 tokens' pixels of 32 x 32 over all frames, at least four."""
+    settings = qwen3(tmp_path, {})
+    for frames, sides in ((4, (160, 160)), (16, (64, 64)), (2, (224, 224))):
+        # 100 / 4 = 5 x 5; 100 / 16 = 2 x 2 and some; 100 / 2 = 7 x 7 and some.
+        assert fit_size(320, 320, settings.of("video", frames=frames)) == sides
+    # Counted in pairs, rounded to the even number of them: five frames are four, seven are eight.
+    assert fit_size(160, 160, settings.of("video", frames=5)) == (160, 160)
+    assert fit_size(128, 128, settings.of("video", frames=7)) == (96, 96)  # sqrt(100 / 7) = 3.8
+    # A side under a token's is a token's, and then 4 tokens in 4 frames are enough.
+    assert fit_size(16, 16, settings.of("video", frames=4)) == (32, 32)
+    assert fit_size(16, 16, settings.of("video", frames=2)) == (64, 64)
+    assert fit_size(16, 16, settings.of("video", frames=1)) == (64, 64)  # shown twice
+    assert "clips of 4,096 to 102,400" in str(settings)
+    assert fit_size(320, 320, settings.of("image")) == (320, 320)
+
+
+def test_a_frame_of_qwen3_is_bounded_by_the_file_or_by_the_caller(tmp_path):
+    """4 tokens a frame, of the file or asked: 2 x 2; a frame may have 4 tokens' pixels and a twentieth more anyhow."""
+    capped = qwen3(tmp_path, {"cap_pixels_per_frame": True, "max_video_tokens": 9})
+    assert fit_size(320, 320, capped.of("video", frames=2)) == (96, 96)
+    assert fit_size(320, 320, capped.of("video", 4 * 32 * 32, frames=2)) == (64, 64)
+    asked = qwen3(tmp_path, {}, max_frame_pixels=9 * 32 * 32 + 5)
+    assert asked.max_frame_pixels == 9 * 32 * 32
+    assert fit_size(320, 320, asked.of("video", frames=2)) == (96, 96)
+    assert fit_size(320, 320, asked.of("video", 1, frames=2)) == (64, 64)
+    assert "their frames of at most 9,216" in str(asked)
+
+
+@pytest.mark.parametrize(
+    ("kind", "clip", "rule"),
+    [
+        (QWEN2_CLIPS, {}, FrameRule()),
+        (QWEN3_CLIPS, {}, FrameRule(even=False, fps=2.0)),
+        (QWEN3_CLIPS, {"fps": 1}, FrameRule(even=False, fps=1.0)),
+        (QWEN3_CLIPS, {"do_sample_frames": False}, FrameRule(even=False)),
+        (QWEN3_CLIPS, {"num_frames": 8}, FrameRule(even=False, number=8)),
+        (QWEN2_CLIPS, {"fps": 1}, FrameRule()),  # not read at a rate unless do_sample_frames
+        (QWEN2_CLIPS, {"fps": 1, "do_sample_frames": True}, FrameRule(fps=1.0)),
+        (QWEN2_CLIPS, {"min_frames": 2, "max_frames": 9}, FrameRule(least=2, most=9)),
+    ],
+)
+def test_which_frames_are_seen_is_in_the_file(tmp_path, kind, clip, rule):
+    written(tmp_path, {PICTURES: {"size": BOTH}, CLIPS: clip})
+    assert PixelSettings.read(tmp_path, (14, 2, 2), {}, clips=kind).frame_rule == rule
+    assert clip_rule(tmp_path, kind) == rule
+
+
+@pytest.mark.parametrize("clip", [{}, {"fps": 1, "cap_pixels_per_frame": True}, {"num_frames": 8}])
+def test_what_is_saved_is_read_again(tmp_path, clip):
+    settings = qwen3(tmp_path, clip, max_frame_pixels=5000)
+    save_processor(build_tokenizer([]), settings, "qwen3_vl", tmp_path)
+    again = PixelSettings.read(
+        tmp_path, (16, 2, 2), {}, defaults=pixel_defaults(FAMILIES["qwen3_vl"]), clips=QWEN3_CLIPS
+    )
+    assert again == settings

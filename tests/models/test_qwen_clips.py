@@ -98,13 +98,14 @@ def test_a_clip_is_written_as_transformers_writes_it(frames, fps):
 
 
 def test_seconds_are_those_of_the_frames_that_were_read(tmp_path):
-    """Of 24 frames at 8 a second four are read, the middles of four parts: 3, 9, 15 and 21."""
+    """Of 24 frames at 8 a second four are read, evenly from the first to the last: 0, 8, 15 and 23."""
     frames = np.zeros((24, 32, 32, 3), np.uint8)
     video.write(tmp_path / "a.mp4", frames, 8.0)
-    _, fps, times = video.read_timed(tmp_path / "a.mp4", 4)
-    assert times.tolist() == [3 / 8, 9 / 8, 15 / 8, 21 / 8] and fps == pytest.approx(8 / 6)
-    assert patch_times(times, 2) == (6 / 8, 18 / 8)
-    assert patch_times(times[:3], 2) == (6 / 8, 15 / 8)
+    rule = video.FrameRule(even=False)
+    _, fps, times = video.read_timed(tmp_path / "a.mp4", 4, None, rule)
+    assert times.tolist() == [0, 8 / 8, 15 / 8, 23 / 8] and fps == pytest.approx(8 / 6)
+    assert patch_times(times, 2) == (4 / 8, 19 / 8)
+    assert patch_times(times[:3], 2) == (4 / 8, 15 / 8)
 
 
 @timed

@@ -99,6 +99,8 @@ class Data(Section):
     hard_kind_boost: hard kinds of question are drawn more often within their task: 1 + hard_kind_boost * g times, g the
         running share of answers that the kind loses at `sparse.p` against the dense reference (0: all alike). It needs
         a target or a constraint.
+    max_frames: of a clip at most. fps: at which clips are read; None is what the model's own settings say: all frames,
+        or for Qwen3-VL two a second. Which frames these are is the family's rule (data/video.py).
     on_bad_row: `error` stops with the row's number, `skip` counts them.
     """
 

@@ -23,18 +23,24 @@ _ORIENTATION = 0x0112  # EXIF: how the camera was held
 
 
 def load_media(
-    media: Media, max_frames: int, fps: float | None = None
+    media: Media,
+    max_frames: int | None,
+    fps: float | None = None,
+    rule: video.FrameRule = video.QWEN2_FRAMES,
 ) -> tuple[np.ndarray, float | None]:
     """Pixels uint8 `(H, W, 3)` and None, or `(F, H, W, 3)` with F <= `max_frames` and their frames per second.
 
-    fps: at which clips are read, at most their own; None takes all of a clip's frames up to `max_frames`.
+    fps, rule: which frames of a clip, as in `video.choose`.
     """
-    pixels, frame_fps, _ = load_timed(media, max_frames, fps)
+    pixels, frame_fps, _ = load_timed(media, max_frames, fps, rule)
     return pixels, frame_fps
 
 
 def load_timed(
-    media: Media, max_frames: int, fps: float | None = None
+    media: Media,
+    max_frames: int | None,
+    fps: float | None = None,
+    rule: video.FrameRule = video.QWEN2_FRAMES,
 ) -> tuple[np.ndarray, float | None, np.ndarray | None]:
     """What `load_media` gives, and the second `(F,)` float64 at which each frame of a clip is shown; None for pictures
     and where the rate is unknown."""
@@ -43,15 +49,12 @@ def load_timed(
         if media.kind == "image":
             return media.source, None, None
         clip_fps = media.fps or 0.0
-        chosen = video.choose(len(media.source), clip_fps, max_frames, fps)
+        asked = len(media.source), clip_fps, max_frames, fps, rule
+        chosen = video.choose(*asked)
         frame_fps = clip_fps * len(chosen) / len(media.source) or None
-        return (
-            media.source[chosen],
-            frame_fps,
-            video.times(len(media.source), clip_fps, max_frames, fps),
-        )
+        return media.source[chosen], frame_fps, video.times(*asked)
     if media.kind == "video":
-        return video.read_timed(as_path(media.source), max_frames, fps)
+        return video.read_timed(as_path(media.source), max_frames, fps, rule)
     return read_image(_encoded(media.source)), None, None
 
 

@@ -7,6 +7,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,26 @@ ENCODER = "libx264 yuv444p crf 14 ultrafast"  # full chroma: small coloured digi
 _HELP = "check it with ffprobe, or encode it again (H.264 mp4 is read everywhere)"
 
 
+@dataclass(frozen=True)
+class FrameRule:
+    """How a family of models picks the frames of a clip; transformers' processors pick the same ones.
+
+    even: an even number of them, each at the beginning of its part of the clip (Qwen2-VL, Qwen2.5-VL); else any number,
+    evenly from the first frame to the last (Qwen3-VL). least, most: frames that are read at a rate, where the clip has
+    them. fps: the rate where nobody asks for one; None: all frames. number: exactly so many, where nobody asks for a
+    rate.
+    """
+
+    even: bool = True
+    least: int = 4
+    most: int = 768
+    fps: float | None = None
+    number: int | None = None
+
+
+QWEN2_FRAMES = FrameRule()
+
+
 @lru_cache(maxsize=1)
 def reader() -> tuple[str, str]:
     """(`decord` or `pyav`, why): decord where it can be imported, else PyAV; logged once."""
@@ -35,25 +56,44 @@ def reader() -> tuple[str, str]:
 
 
 def read(
-    path: str | Path, max_frames: int | None = None, fps: float | None = None
+    path: str | Path,
+    max_frames: int | None = None,
+    fps: float | None = None,
+    rule: FrameRule = QWEN2_FRAMES,
 ) -> tuple[np.ndarray, float]:
     """Frames uint8 `(F, H, W, 3)` spread evenly over the whole clip, and how many of them make a second.
 
-    fps: to read at, at most the clip's own; None takes all frames. max_frames: the most that come back.
+    max_frames, fps, rule: as in `choose`.
     """
-    frames, frame_fps, _ = read_timed(path, max_frames, fps)
+    frames, frame_fps, _ = read_timed(path, max_frames, fps, rule)
     return frames, frame_fps
 
 
 def read_timed(
-    path: str | Path, max_frames: int | None = None, fps: float | None = None
+    path: str | Path,
+    max_frames: int | None = None,
+    fps: float | None = None,
+    rule: FrameRule = QWEN2_FRAMES,
 ) -> tuple[np.ndarray, float, np.ndarray | None]:
     """What `read` gives, and the second `(F,)` float64 of the clip at which each frame is shown; None where the file
     does not tell its rate."""
+    frames, chosen, clip_fps, total = read_chosen(path, max_frames, fps, rule)
+    times = chosen / clip_fps if clip_fps > 0 else None
+    return frames, clip_fps * len(frames) / total, times
+
+
+def read_chosen(
+    path: str | Path,
+    max_frames: int | None = None,
+    fps: float | None = None,
+    rule: FrameRule = QWEN2_FRAMES,
+) -> tuple[np.ndarray, np.ndarray, float, int]:
+    """Frames uint8 `(F, H, W, 3)`, which of the clip's they are `(F,)` int64, the clip's own frames per second (0 where
+    the file does not tell), and how many frames it has. max_frames, fps, rule: as in `choose`."""
     frames, clip_fps, total = _decode(
-        path, lambda total, clip_fps: choose(total, clip_fps, max_frames, fps)
+        path, lambda total, clip_fps: choose(total, clip_fps, max_frames, fps, rule)
     )
-    return frames, clip_fps * len(frames) / total, times(total, clip_fps, max_frames, fps)
+    return frames, choose(total, clip_fps, max_frames, fps, rule), clip_fps, total
 
 
 def check(path: str | Path) -> tuple[int, int, int, float]:
@@ -90,22 +130,50 @@ def write(path: Path, frames: np.ndarray, fps: float) -> None:
         container.mux(stream.encode())
 
 
-def choose(total: int, clip_fps: float, max_frames: int | None, fps: float | None) -> np.ndarray:
-    """Ascending indices, int64, of the frames to read: the middles of equal parts of the clip."""
-    number = total if fps is None or clip_fps <= 0 else min(total, round(total / clip_fps * fps))
+def choose(
+    total: int,
+    clip_fps: float,
+    max_frames: int | None = None,
+    fps: float | None = None,
+    rule: FrameRule = QWEN2_FRAMES,
+) -> np.ndarray:
+    """Ascending indices, int64, of the frames to read, by the model family's rule.
+
+    total, clip_fps: the clip's frames and its rate, 0 where that is not known and nothing is read at a rate.
+    max_frames: the most that come back. fps: to read at, at most the clip's own; None: the rule's. Raises InputError
+    for a `rule.number` of frames that the clip does not have.
+    """
+    rate = (fps or rule.fps) if clip_fps > 0 else None
+    number = total
+    if rule.number is not None and fps is None:
+        number = 2 * round(rule.number / 2) if rule.even else rule.number
+        if number > total:
+            raise InputError(
+                f"num_frames asks for {number} frames and the clip has {total}; ask for fewer"
+            )
+    elif rate is not None:
+        number = min(max(int(total / clip_fps * rate), rule.least), rule.most, total)
     if max_frames is not None:
         number = min(number, max_frames)
+    if rule.even and (number < total or rate is not None):
+        number -= number % 2
     number = max(1, number)
-    return ((np.arange(number) + 0.5) * total / number).astype(np.int64)
+    if rule.even:
+        return np.arange(number, dtype=np.int64) * total // number
+    return np.linspace(0, total - 1, number).round().astype(np.int64)
 
 
 def times(
-    total: int, clip_fps: float, max_frames: int | None, fps: float | None
+    total: int,
+    clip_fps: float,
+    max_frames: int | None = None,
+    fps: float | None = None,
+    rule: FrameRule = QWEN2_FRAMES,
 ) -> np.ndarray | None:
     """Seconds `(F,)` float64 of the frames that `choose` gives; None for an unknown rate."""
     if clip_fps <= 0:
         return None
-    return choose(total, clip_fps, max_frames, fps) / clip_fps
+    return choose(total, clip_fps, max_frames, fps, rule) / clip_fps
 
 
 # (number of a clip's frames, its frames per second) -> ascending indices of the frames to decode.

@@ -197,7 +197,7 @@ class Answerer:
             encoded.append(without_patches(one))
             if len(one.visuals) == 1 and one.picture not in drawn and len(drawn) < self.shown:
                 drawn.add(one.picture)
-                pixels[b], _ = load_media(prompt.media[0], conditions.frames, conditions.fps)
+                pixels[b], _ = load_media(prompt.media[0], *encoder.frames)
         kept: dict[int, Any] = {}  # of the first sparse variant
         done = 0
         lengths = [len(e) + conditions.max_new_tokens for e in encoded]

@@ -7,6 +7,7 @@ pictures, decord or PyAV for clips, the same on every machine, with no need for 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,11 @@ class ChatProcessor:
     """
 
     def __init__(
-        self, processor: Processor, family: str, max_frames: int = 16, fps: float | None = None
+        self,
+        processor: Processor,
+        family: str,
+        max_frames: int | None = 16,
+        fps: float | None = None,
     ) -> None:
         self.inner = processor
         self.family = family
@@ -211,20 +216,25 @@ class ChatProcessor:
         if tensors != "pt":
             raise InputError(f"processor: return_tensors={tensors!r}; allowed: 'pt'")
         options = {k: v for k, v in options.items() if v is not None}
-        most, fps = options.pop("max_frames", self.max_frames), options.pop("fps", self.fps)
+        most, fps, rule = self.max_frames, self.fps, self.inner.settings.frame_rule
+        if "num_frames" in options:
+            if "fps" in options:
+                raise InputError("processor: num_frames and fps exclude each other; give one")
+            most, fps, rule = None, None, replace(rule, number=options.pop("num_frames"))
+        most, fps = options.pop("max_frames", most), options.pop("fps", fps)
         if options.pop("padding_side", "left") != "left":
             raise InputError("processor: padding_side; allowed: 'left', for answers follow prompts")
         options.pop("padding", None)  # a batch is always padded
         unknown = [k for k, v in options.items() if v is not False]
         if unknown:
             raise InputError(
-                f"processor: {unknown[0]} is not handled; allowed: fps, max_frames, padding, return_tensors"
+                f"processor: {unknown[0]} is not handled; allowed: fps, num_frames, max_frames, padding, return_tensors"
             )
         rows: list[tuple[Any, list[Visual]]] = []
         for text, some in zip(texts, media, strict=True):
             visuals = []
             for m in some:
-                pixels, frame_fps, times = load_timed(m, most, fps)
+                pixels, frame_fps, times = load_timed(m, most, fps, rule)
                 visuals.append(self.inner.visual(m.kind, pixels, frame_fps, times=times))
             rows.append((self.inner.ids(text, visuals), visuals))
         return model_inputs(rows, self.inner, self.family)

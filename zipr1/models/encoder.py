@@ -52,6 +52,8 @@ class MediaEncoder:
         self.policy = policy
         self.data = recipe.data
         self.frame_pixels = frame_pixels
+        rule = policy.processor.settings.frame_rule
+        self.frames = recipe.data.max_frames, recipe.data.fps, rule
         self.most = 0 if policy.settings.train_vision else most
         self.seen: OrderedDict[str, torch.Tensor] = OrderedDict()
         self.visuals: dict[str, tuple[Visual, ...]] = {}
@@ -86,7 +88,7 @@ class MediaEncoder:
         }
 
     def _decode(self, media: Media) -> Visual:
-        pixels, fps, times = load_timed(media, self.data.max_frames, self.data.fps)
+        pixels, fps, times = load_timed(media, *self.frames)
         return self.policy.processor.visual(media.kind, pixels, fps, self.frame_pixels, times)
 
     def fitting(self, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -121,9 +123,8 @@ class MediaEncoder:
                 fps: float | None = None
                 times = None
                 if media.kind == "video":
-                    limits = self.data.max_frames, self.data.fps
-                    times = video.times(total, own, *limits)
-                    rows = len(video.choose(total, own, *limits))
+                    times = video.times(total, own, *self.frames)
+                    rows = len(video.choose(total, own, *self.frames))
                     total, fps = rows, own * rows / total
                 visuals.append(processor.planned(media.kind, total, height, width, fps, times))
             length = processor.length(processor.text(prompt.messages), visuals)

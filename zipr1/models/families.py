@@ -15,8 +15,16 @@ import torch
 import transformers
 
 from zipr1.core.errors import InputError
+from zipr1.data.video import FrameRule
 from zipr1.models import spelling
-from zipr1.models.pixels import PICTURE_DEFAULTS
+from zipr1.models.pixels import (
+    PICTURE_DEFAULTS,
+    QWEN2_CLIPS,
+    QWEN3_CLIPS,
+    ClipClass,
+    clip_rule,
+    read_json,
+)
 from zipr1.models.visual import Visual
 
 EncodeVision = Callable[[Any, str, Sequence[Visual], torch.device], list[torch.Tensor]]
@@ -32,7 +40,7 @@ class Family:
     inputs: visuals of each prompt of a batch -> the arguments for them of transformers' own forward and `generate`.
     tower: attributes of `model.model` that see. spell: how a picture or clip is written in a prompt (spelling.py).
     mrope: positions are `(3, l)` by the model's `get_rope_index`, else 0, 1, ... qwen_positions: with that method from
-    positions.py, in place of transformers'. clips: videos are handled.
+    positions.py, in place of transformers'. clips: what `video` does besides its file; None: clips are not handled.
     tile: config -> pixels on a side of the one tile, tokens on a side, and how many tokens come besides.
     pixels, video, processor: transformers' classes that read preprocessor_config.json,
     video_preprocessor_config.json and processor_config.json.
@@ -47,7 +55,7 @@ class Family:
     spell: spelling.Spell = spelling.plain
     mrope: bool = True
     qwen_positions: bool = False
-    clips: bool = True
+    clips: ClipClass | None = QWEN2_CLIPS
     tile: Callable[[Any], tuple[int, int, int]] | None = None
 
 
@@ -153,6 +161,7 @@ _QWEN3 = Family(
     "Qwen3VLProcessor",
     "Qwen3VLVideoProcessor",
     spelling.timed,
+    clips=QWEN3_CLIPS,
 )
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": Family(
@@ -171,7 +180,7 @@ FAMILIES: dict[str, Family] = {
         "InternVLProcessor",
         spell=spelling.between("<img>", "</img>"),
         mrope=False,
-        clips=False,
+        clips=None,
         tile=lambda config: _square(config, config.downsample_ratio),
     ),
     "llava_onevision": Family(
@@ -181,7 +190,7 @@ FAMILIES: dict[str, Family] = {
         "LlavaOnevisionImageProcessor",
         "LlavaOnevisionProcessor",
         mrope=False,
-        clips=False,
+        clips=None,
         tile=lambda config: _square(config, 1, 1),
     ),
     "smolvlm": Family(
@@ -194,7 +203,7 @@ FAMILIES: dict[str, Family] = {
             "<fake_token_around_image><global-img>", "<fake_token_around_image>"
         ),
         mrope=False,
-        clips=False,
+        clips=None,
         tile=lambda config: _square(config, 1 / config.scale_factor),
     ),
 }
@@ -225,6 +234,13 @@ def pixel_defaults(family: Family) -> dict[str, Any]:
     """What transformers' class of the family takes for pixel settings that its files leave unsaid."""
     known = getattr(transformers, f"{family.pixels}Pil")
     return {name: getattr(known, name) for name in PICTURE_DEFAULTS}
+
+
+def frame_rule(folder: str) -> FrameRule:
+    """Which frames of a clip the model of a folder or hub id is shown."""
+    kind = (read_json(folder, "config.json", None) or {}).get("model_type")
+    clips = FAMILIES[kind].clips if kind in FAMILIES else None
+    return clip_rule(folder, clips or QWEN2_CLIPS)
 
 
 def towers(model: Any) -> list[torch.nn.Module]:

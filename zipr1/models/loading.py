@@ -224,11 +224,8 @@ def save_processor(tokenizer: Any, settings: PixelSettings, family: str, folder:
     processor = {"processor_class": known_as.processor}
     image = {"image_processor_type": known_as.pixels, **_pixel_values(settings)}
     parts: dict[str, Any] = {"image_processor": image}
-    if known_as.clips:
-        bounds = _pixel_values(settings.of("video"))
-        video = {"video_processor_type": known_as.video, **bounds}
-        if settings.clip_tokens is not None:
-            video |= {"cap_pixels_per_frame": True, "max_video_tokens": settings.clip_tokens}
+    if known_as.clips is not None:
+        video = {"video_processor_type": known_as.video, **_clip_values(settings)}
         parts["video_processor"] = video
         _write_json(folder / "video_preprocessor_config.json", {**processor, **video})
     _write_json(folder / "processor_config.json", {**processor, **parts})
@@ -247,6 +244,22 @@ def _pixel_values(settings: PixelSettings) -> dict[str, Any]:
         "image_std": list(settings.std),
         "resample": settings.resample,
     }
+
+
+def _clip_values(settings: PixelSettings) -> dict[str, Any]:
+    rule = settings.frame_rule
+    values = _pixel_values(settings.of("video")) | {
+        "do_sample_frames": rule.fps is not None or rule.number is not None,
+        "min_frames": rule.least,
+        "max_frames": rule.most,
+    }
+    for name, value in (("fps", rule.fps), ("num_frames", rule.number)):
+        if value is not None:
+            values[name] = value
+    tokens = settings.clip_tokens
+    if settings.clip_pixels is not None and settings.max_frame_pixels is not None:
+        tokens = settings.max_frame_pixels // settings.factor**2
+    return values | ({"cap_pixels_per_frame": True, "max_video_tokens": tokens} if tokens else {})
 
 
 def _write_json(path: Path, values: Any) -> None:

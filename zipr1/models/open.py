@@ -303,9 +303,9 @@ def _processor(model: Any, tokenizer: Any, source: ModelSource, settings: Model)
         (settings.config or {}).get("pixels"),
         revision,
         families.pixel_defaults(family),
+        family.clips,
         tile=side,
         besides=besides,
-        clips=family.clips,
     )
     video = config.video_token_id if family.clips else None
     return Processor(tokenizer, pixels, config.image_token_id, video, family.spell)

@@ -16,6 +16,7 @@ from transformers.utils.hub import cached_file
 
 from zipr1.core.errors import InputError
 from zipr1.core.jsontext import loads
+from zipr1.data.video import QWEN2_FRAMES, FrameRule
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -36,11 +37,50 @@ PICTURE_DEFAULTS: dict[str, Any] = {
     "image_std": CLIP_STD,
     "resample": 3,
 }
-CLIP_DEFAULTS: dict[str, Any] = {
-    **PICTURE_DEFAULTS,
-    "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768},
-    "max_video_tokens": 128000,
-}
+
+
+@dataclass(frozen=True)
+class ClipClass:
+    """What transformers' class of a family's clips does besides its files: they need torchvision even to be looked at.
+
+    defaults: what a file leaves unsaid. whole: the bounds of `size` are of all frames together, and min_pixels and
+    max_pixels are not looked at; else of each frame. Where a file has `cap_pixels_per_frame`, its max_video_tokens
+    bounds the tokens of a frame with `whole`, else of a clip. even: as in FrameRule.
+    """
+
+    defaults: Mapping[str, Any]
+    whole: bool
+    even: bool
+
+
+QWEN2_CLIPS = ClipClass(
+    {
+        **PICTURE_DEFAULTS,
+        "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768},
+        "max_video_tokens": 128000,
+        "do_sample_frames": False,
+        "fps": None,
+        "min_frames": 4,
+        "max_frames": 768,
+    },
+    whole=False,
+    even=True,
+)
+QWEN3_CLIPS = ClipClass(
+    {
+        "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768},
+        "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.5, 0.5, 0.5),
+        "resample": 3,
+        "max_video_tokens": 768,
+        "do_sample_frames": True,
+        "fps": 2,
+        "min_frames": 4,
+        "max_frames": 768,
+    },
+    whole=True,
+    even=False,
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +88,10 @@ class PixelSettings:
     """How pictures become patches. min_pixels, max_pixels: bounds of height x width after resizing; min_frame_pixels,
     max_frame_pixels: of a clip's frame, None where they are a picture's; frame_mean, frame_std: likewise. resample:
     PIL's number of the filter that resizes. clip_tokens: of a clip at most, before nine tenths of it are shared out
-    among its frames; None where frames are bounded one by one alone.
+    among its frames; None where frames are bounded one by one alone. frame_rule: which frames a clip is seen by.
+
+    clip_pixels: bounds of frames x height x width, where a clip is bounded as a whole (Qwen3-VL); its frames are
+    bounded besides only by max_frame_pixels. shared: in what `of` gives, the frames that share such bounds; 0: none.
 
     tile: pixels on a side of the one square that a picture is made, 0 for any size; besides: its tokens that show no
     part of it. clips: whether videos are handled."""
@@ -69,6 +112,9 @@ class PixelSettings:
     frame_std: tuple[float, ...] | None = None
     resample: int = 3
     clip_tokens: int | None = None
+    frame_rule: FrameRule = QWEN2_FRAMES
+    clip_pixels: tuple[int, int] | None = None
+    shared: int = 0
 
     def of(
         self, kind: str, frame_pixels: int | None = None, frames: int | None = None
@@ -77,6 +123,23 @@ class PixelSettings:
         how many the clip has, where that bounds each of them."""
         if kind == "image":
             return self
+        low, high = self._clip_bounds(frame_pixels, frames)
+        return replace(
+            self,
+            min_pixels=low,
+            max_pixels=high,
+            shared=frames or 0 if self.clip_pixels is not None else 0,
+            mean=self.frame_mean or self.mean,
+            std=self.frame_std or self.std,
+        )
+
+    def _clip_bounds(self, frame_pixels: int | None, frames: int | None) -> tuple[int, int]:
+        if self.clip_pixels is not None:
+            low, high = self.clip_pixels
+            caps = [p for p in (self.max_frame_pixels, frame_pixels) if p is not None]
+            if frames and caps:
+                high = max(min(*caps, high // frames), int(low * 1.05)) * frames
+            return low, high
         high = self.max_frame_pixels or self.max_pixels
         if frame_pixels is not None:
             high = min(high, frame_pixels)
@@ -84,13 +147,7 @@ class PixelSettings:
         if self.clip_tokens is not None and frames:
             total = int(self.clip_tokens * self.factor**2 * 0.9)
             high = max(min(high, total * self.temporal // frames), int(low * 1.05))
-        return replace(
-            self,
-            min_pixels=low,
-            max_pixels=high,
-            mean=self.frame_mean or self.mean,
-            std=self.frame_std or self.std,
-        )
+        return low, high
 
     @property
     def factor(self) -> int:
@@ -102,8 +159,10 @@ class PixelSettings:
             return f"each picture becomes one tile of {self.tile} x {self.tile} pixels"
         parts = [f"pictures of {self.min_pixels:,} to {self.max_pixels:,} pixels"]
         if self.clips:
-            clip = self.of("video")
-            parts.append(f"frames of clips of {clip.min_pixels:,} to {clip.max_pixels:,}")
+            clip, what = self.of("video"), "clips" if self.clip_pixels else "frames of clips"
+            parts.append(f"{what} of {clip.min_pixels:,} to {clip.max_pixels:,}")
+            if self.clip_pixels and self.max_frame_pixels:
+                parts.append(f"their frames of at most {self.max_frame_pixels:,}")
         return ", ".join(parts)
 
     @classmethod
@@ -115,27 +174,28 @@ class PixelSettings:
         given: Mapping[str, Any] | None = None,
         revision: str | None = None,
         defaults: Mapping[str, Any] = PICTURE_DEFAULTS,
+        clips: ClipClass | None = QWEN2_CLIPS,
         **fixed: Any,
     ) -> PixelSettings:
         """Settings saved beside the weights in `folder`, a folder or a hub id at `revision` (fetched where they were
-        not); with no folder, `given`.
+        not); with no folder, `given`, and clips are like pictures.
 
         sizes: patch, merge and temporal. asked: min_pixels, max_pixels and max_frame_pixels; those that are set win.
-        defaults: of the family's class, for what the files leave unsaid. fixed: the family's other fields. Raises
-        InputError where the files are missing, or say what is not done here.
+        defaults: of the family's class, for what the files leave unsaid; clips: likewise, None where they are not
+        handled. fixed: the family's other fields. Raises InputError where the files are missing, or say what is not
+        done here.
         """
         if folder:
             picture, clip = _saved(folder, "image", revision), _saved(folder, "video", revision)
         else:
-            picture = clip = dict(given or {})
+            picture, clip = dict(given or {}), None
         if picture is None:
             raise InputError(_missing(folder))
-        clip = picture if clip is None else clip
         try:
-            for found in (picture, clip):
+            for found in (picture, clip or {}):
                 _check(found, sizes, folder)
             low, high = _bounds(picture, defaults)
-            values = {
+            values: dict[str, Any] = {
                 "patch": sizes[0],
                 "merge": sizes[1],
                 "temporal": sizes[2],
@@ -144,8 +204,12 @@ class PixelSettings:
                 "resample": int(Image.Resampling(_value(picture, defaults, "resample"))),
                 "min_pixels": asked.get("min_pixels") or low,
                 "max_pixels": asked.get("max_pixels") or high,
+                "max_frame_pixels": asked.get("max_frame_pixels"),
+                "clips": clips is not None,
             }
-            values |= _of_clips(clip, picture, asked, defaults)
+            if clip is not None and clips is not None:
+                like = cls(**{**values, "min_pixels": low, "max_pixels": high})
+                values |= _of_clips(clip, clips, like)
         except (TypeError, ValueError, OverflowError) as error:
             raise InputError(
                 f"{folder}: its pixel settings cannot be read ({error}); copy {PICTURES} from the model again"
@@ -153,32 +217,56 @@ class PixelSettings:
         return cls(**{**values, **fixed})
 
 
-def _of_clips(
-    clip: Mapping[str, Any],
-    picture: Mapping[str, Any],
-    asked: Mapping[str, int | None],
-    defaults: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The fields of clips: None where they follow from the pictures', so that whoever asks for other pictures gets
+def _of_clips(clip: Mapping[str, Any], kind: ClipClass, picture: PixelSettings) -> dict[str, Any]:
+    """The fields of clips: None where they are as `picture` has them, so that whoever asks for other pictures gets
     clips like them."""
-    capped = {}
-    if clip.get("cap_pixels_per_frame"):
-        capped["clip_tokens"] = int(_value(clip, CLIP_DEFAULTS, "max_video_tokens"))
-    if clip is picture or clip == picture:
-        return {"max_frame_pixels": asked.get("max_frame_pixels"), **capped}
-    low, high = _bounds(picture, defaults)
-    least, most = _bounds(clip, CLIP_DEFAULTS)
-    colours: dict[str, tuple[float, ...] | None] = {}
-    for name in ("mean", "std"):
-        own = _colours(clip, CLIP_DEFAULTS, f"image_{name}")
-        same = own == _colours(picture, defaults, f"image_{name}")
-        colours[f"frame_{name}"] = None if same else own
-    return {
-        "max_frame_pixels": asked.get("max_frame_pixels") or (None if most == high else most),
-        "min_frame_pixels": None if least == min(low, most) else least,
-        **colours,
-        **capped,
+    usual = kind.defaults
+    mean, std = _colours(clip, usual, "image_mean"), _colours(clip, usual, "image_std")
+    values: dict[str, Any] = {
+        "frame_mean": None if mean == picture.mean else mean,
+        "frame_std": None if std == picture.std else std,
+        "frame_rule": _rule(clip, kind),
     }
+    capped = bool(clip.get("cap_pixels_per_frame"))
+    tokens = int(_value(clip, usual, "max_video_tokens")) if capped else None
+    if kind.whole:
+        side = picture.factor**2
+        caps = [tokens] if tokens else []
+        if picture.max_frame_pixels is not None:
+            caps.append(max(1, picture.max_frame_pixels // side))
+        return {
+            **values,
+            "clip_pixels": _bounds({"size": clip.get("size")}, usual),
+            "max_frame_pixels": min(caps) * side if caps else None,
+        }
+    least, most = _bounds(clip, usual)
+    return {
+        **values,
+        "clip_tokens": tokens,
+        "max_frame_pixels": picture.max_frame_pixels
+        or (None if most == picture.max_pixels else most),
+        "min_frame_pixels": None if least == min(picture.min_pixels, most) else least,
+    }
+
+
+def clip_rule(folder: str, kind: ClipClass) -> FrameRule:
+    """Which frames of a clip the settings beside a folder's weights choose."""
+    return _rule(_saved(folder, "video", None) or {}, kind)
+
+
+def _rule(clip: Mapping[str, Any], kind: ClipClass) -> FrameRule:
+    usual = kind.defaults
+    rate, number = None, None
+    if _value(clip, usual, "do_sample_frames"):
+        number = clip.get("num_frames")
+        rate = _value(clip, usual, "fps") if number is None else None
+    return FrameRule(
+        even=kind.even,
+        least=int(_value(clip, usual, "min_frames")),
+        most=int(_value(clip, usual, "max_frames")),
+        fps=None if rate is None else float(rate),
+        number=None if number is None else int(number),
+    )
 
 
 def has_pixel_settings(folder: str | Path) -> bool:

@@ -104,7 +104,8 @@ class Subject:
 
     def encode(self, policy: Policy, prompt: Prompt, most: int) -> Encoded:
         """A prompt of at most `most` tokens, its clips with as many frames as the model was trained on."""
-        media = [load_media(m, self.data.max_frames, self.data.fps) for m in prompt.media]
+        limits = self.data.max_frames, self.data.fps, policy.processor.settings.frame_rule
+        media = [load_media(m, *limits) for m in prompt.media]
         return policy.encode(prompt, media, most)
 
     def longest_clip(self) -> Prompt:

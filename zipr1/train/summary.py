@@ -133,7 +133,8 @@ def pictures(
         for i, prompt in enumerate(prompts):
             if prompt.task != task or len(prompt.media) != 1 or not results["after"].kept[i]:
                 continue
-            pixels, fps = load_media(prompt.media[0], recipe.data.max_frames, recipe.data.fps)
+            limits = recipe.data.max_frames, recipe.data.fps, policy.processor.settings.frame_rule
+            pixels, fps = load_media(prompt.media[0], *limits)
             encoded = policy.encode(prompt, [(pixels, fps)], recipe.data.max_prompt_tokens)
             visual = np.isin(encoded.ids.numpy(), list(policy.processor.placeholder.values()))
             t, h, w = encoded.visuals[0].grid

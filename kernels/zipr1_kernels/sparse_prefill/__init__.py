@@ -56,7 +56,7 @@ def sparse_prefill(
         return kernel.sparse_prefill(q, k, v, kept, scale=scale)
     if packs and q.device.type == "cuda":
         return packed.sparse_prefill(q, k, v, kept, scale=scale)
-    pays = kept.index.shape[1] >= blocked.LEAST and not kept.everything
+    pays = kept.index.shape[1] >= blocked.least(q.dtype) and not kept.everything
     if dispatch.blocked("sparse_prefill", q, k, v, pays=pays):
         return blocked.sparse_prefill(q, k, v, kept, scale=scale)
     return reference.sparse_prefill(q, k, v, kept, scale=scale)

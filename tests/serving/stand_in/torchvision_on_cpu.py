@@ -1,9 +1,11 @@
-"""Lets the registry's torchvision be imported beside a CPU build of torch, in the environment of these tests.
+"""Lets the registry's torchvision be imported beside a CPU build of torch, in environments of tests: here, and in
+tests/parity.
 
 That torchvision was built against CUDA, so its compiled half does not load, and importing the other half fails since it
 names operators of the compiled one. transformers' processors need the Python half alone. The operators are declared
-just before that import, and never called. vLLM looks at models in processes of its own, so a .pth file brings this
-module into each of them.
+just before that import, and never called. Beside a CUDA build, which torchvision fits, nothing is done.
+
+vLLM looks at models in processes of its own, so a .pth file brings this module into each of them.
 """
 
 import importlib.abc
@@ -34,6 +36,8 @@ class Declare(importlib.abc.MetaPathFinder):
         if name == "torchvision" and not KEEP:
             import torch
 
+            if torch.version.cuda is not None:
+                return
             library = torch.library.Library("torchvision", "DEF")
             KEEP.append(library)
             for operator in OPERATORS:

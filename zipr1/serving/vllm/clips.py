@@ -1,4 +1,4 @@
-"""Clips that come by URL are read as in training: the same reader, and the same frames spread evenly over the clip.
+"""Clips that come by URL are read as in training: the same reader, and the same frames by the family's own rule.
 
 vLLM would take two frames a second, an even number of them, by another reader.
 """
@@ -6,6 +6,7 @@ vLLM would take two frames a second, an even number of them, by another reader.
 from __future__ import annotations
 
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoBackend
 
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Data
-from zipr1.data.video import read
+from zipr1.data.video import FrameRule, read_chosen
+from zipr1.models.families import frame_rule
 
 NAME = "zipr1"
 
@@ -27,21 +29,23 @@ class Clips(VideoBackend):
     def load_bytes(
         cls, data: bytes, num_frames: int = -1, fps: float = -1, **kwargs: Any
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """A clip's file -> frames uint8 `(F, H, W, 3)`, and what vLLM wants to know. -1: all frames, any fps."""
+        """A clip's file -> frames uint8 `(F, H, W, 3)`, and what vLLM wants to know. -1: all frames, any fps. Of kwargs
+        `frame_rule`: the fields of a FrameRule."""
         with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
             file.write(data)
             file.flush()
-            frames, rate = read(
+            frames, chosen, rate, total = read_chosen(
                 Path(file.name),
                 num_frames if num_frames > 0 else None,
                 fps if fps > 0 else None,
+                FrameRule(**kwargs.get("frame_rule", {})),
             )
         return frames, {
-            "total_num_frames": len(frames),
+            "total_num_frames": total,
             "fps": rate,
-            "duration": len(frames) / rate if rate else 0.0,
+            "duration": total / rate if rate else 0.0,
             "video_backend": NAME,
-            "frames_indices": list(range(len(frames))),
+            "frames_indices": chosen.tolist(),
             "do_sample_frames": False,
         }
 
@@ -54,4 +58,5 @@ def options(folder: str) -> dict[str, Any]:
         "video_backend": NAME,
         "num_frames": data.max_frames,
         "fps": -1 if data.fps is None else data.fps,
+        "frame_rule": asdict(frame_rule(folder)),
     }

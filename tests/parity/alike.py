@@ -1,0 +1,84 @@
+"""Two processors' inputs are the same: tokens, grids, seconds and places equal, pixels within one level of rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from zipr1.core.types import Media
+
+EXACT = (
+    "input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts",
+)  # fmt: skip
+PIXELS = {"pixel_values": "image", "pixel_values_videos": "video"}
+QUESTION = {"type": "text", "text": "which digit is green?"}
+
+
+def chat(*parts: Any) -> list[Any]:
+    return [{"role": "user", "content": [*parts, QUESTION]}]
+
+
+def compare_pictures(pair: Any, *images: Any) -> None:
+    messages = chat(*({"type": "image", "image": image} for image in images))
+    ours, theirs = (
+        processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        for processor in (pair.ours, pair.theirs)
+    )  # fmt: skip
+    same_inputs(pair, ours, theirs)
+    same_places(pair, ours, theirs)
+
+
+def compare_clip(pair: Any, pixels: np.ndarray, rate: float, **options: Any) -> None:
+    """options: fps or num_frames, as the processors are asked; without any each goes by the folder's settings."""
+    messages = chat({"type": "video", "video": pixels})
+    text = pair.ours.apply_chat_template(messages, add_generation_prompt=True)
+    own = {} if "num_frames" in options else {"max_frames": 10_000}
+    ours = pair.ours(text=[text], videos=[Media("video", pixels, rate)], **options, **own)
+    if options:
+        options["do_sample_frames"] = True
+    if "num_frames" in options:
+        options["fps"] = None  # the class's own rate and a number exclude each other
+    about = {"total_num_frames": len(pixels), "fps": rate, "frames_indices": [*range(len(pixels))]}
+    theirs = pair.theirs(
+        text=[text], videos=[pixels], video_metadata=[about], return_tensors="pt", **options
+    )
+    same_inputs(pair, ours, theirs)
+    same_places(pair, ours, theirs)
+
+
+def same_inputs(pair: Any, ours: Any, theirs: Any) -> None:
+    """A picture is resized across and then down, each rounded to a level; torch's weights have 16 bits, PIL's more. So
+    a value in ten thousand may be off by a level twice."""
+    assert set(ours) == set(theirs)
+    for name in EXACT:
+        if name in ours:
+            found, wanted = torch.as_tensor(ours[name]), torch.as_tensor(theirs[name])
+            assert found.tolist() == wanted.tolist(), name
+    for name, kind in PIXELS.items():
+        if name in ours:
+            found, wanted = ours[name], theirs[name]
+            assert found.shape == wanted.shape and found.dtype == wanted.dtype, name
+            levels = (found - wanted).abs() * 255 * min(pair.ours.inner.settings.of(kind).std)
+            assert levels.max() <= 2.001, f"{name}: {levels.max()} levels"
+            assert (levels > 1.001).sum() <= max(2, 1e-4 * levels.numel()), name
+
+
+def same_places(pair: Any, ours: Any, theirs: Any) -> None:
+    """Our model's positions on our inputs are the stock class's on transformers' inputs. After a clip of Qwen2-VL and
+    Qwen2.5-VL transformers departs from Qwen's rule, which ours keep to (tests/models/test_positions.py)."""
+    (found, found_delta), (wanted, wanted_delta) = (
+        model.model.get_rope_index(**{n: torch.as_tensor(inputs[n]) for n in EXACT if n in inputs})
+        for model, inputs in ((pair.model, ours), (pair.stock, theirs))
+    )
+    if pair.ours.family.startswith("qwen3") or "video_grid_thw" not in ours:
+        assert torch.equal(found, wanted) and torch.equal(found_delta, wanted_delta)
+        return
+    end = int((ours["mm_token_type_ids"][0] > 0).nonzero()[-1]) + 1
+    assert torch.equal(found[..., :end], wanted[..., :end])
+    after = int(found[..., :end].max()) + 1
+    assert found[:, 0, end:].tolist() == [[*range(after, after + found.shape[-1] - end)]] * 3
+    assert int(found_delta) == after - end

@@ -1,0 +1,55 @@
+"""Pictures of many sizes and modes, as transformers' own processor sees them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from alike import compare_pictures
+from PIL import Image
+
+pytest.importorskip("torchvision", reason="run `make test`")
+
+BOUNDS = {"shortest_edge": 32 * 32, "longest_edge": 640 * 480}
+SIDES = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
+QWEN = {**SIDES, "size": BOUNDS, "image_processor_type": "Qwen2VLImageProcessor"}
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")  # the others' rows have the same classes
+
+# Width and height: single pixels, sides just under and over a multiple of 16, halves that round to even, thin, long,
+# under the least and over the most number of pixels.
+SIZES = [
+    (1, 1), (1, 2), (2, 1), (3, 3), (7, 9), (8, 8), (15, 15), (16, 16), (17, 17), (23, 25),
+    (24, 24), (24, 40), (31, 33), (32, 32), (33, 31), (40, 24), (48, 48), (56, 56), (63, 65), (64, 64),
+    (72, 88), (100, 37), (37, 100), (104, 120), (128, 128), (199, 1), (1, 200), (200, 1), (400, 2), (3, 599),
+    (640, 480), (480, 640), (641, 480), (640, 488), (648, 472), (720, 576), (799, 601), (1000, 8), (9, 1700),
+    (1024, 768), (1279, 721), (1600, 100), (2000, 1500), (3000, 15),
+]  # fmt: skip
+MODES = ["1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB", "PA", "RGBX"]
+
+
+def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    rng = np.random.default_rng(width * 10007 + height)
+    rgb = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    alpha = Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8))
+    if mode in ("RGBA", "LA"):
+        rgb.putalpha(alpha)
+    return rgb.convert("P").convert("PA") if mode == "PA" else rgb.convert(mode)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, opened):
+    return opened(request.param, {"preprocessor_config.json": QWEN})
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_sizes(pair, size):
+    compare_pictures(pair, picture(*size))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes(pair, mode):
+    compare_pictures(pair, picture(70, 50, mode))
+
+
+def test_several_pictures_and_none(pair):
+    compare_pictures(pair, picture(40, 70), picture(90, 30, "L"), picture(64, 64))
+    compare_pictures(pair)
