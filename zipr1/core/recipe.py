@@ -168,7 +168,7 @@ class Budgets(Section):
     low: Share = 0.9375
     high: Share = 0.9775
     low_end: Share | None = None
-    num_generations: Annotated[int, Field(ge=1, le=4096)] = 8
+    num_generations: Annotated[int, Field(ge=1, le=1024)] = 8
     per: Literal["layer", "rollout"] = "layer"
     sampling: Literal["stratified", "independent", "grid"] = "stratified"
 

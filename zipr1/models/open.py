@@ -22,6 +22,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
 from zipr1.core import checksums, distributed
+from zipr1.core.config import show
 from zipr1.core.errors import InputError
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Data, Model, Recipe, Sparse
@@ -240,7 +241,9 @@ def open_model(
     processor = _processor(model, tokenizer, source, settings)
     log.info("%s: %s", settings.path, processor.settings)
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    processor.stop_at([ends] if isinstance(ends, int) else ends or [])
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    _check_tokens(settings.path, "generation_config.json: eos_token_id", ends, len(tokenizer))
+    processor.stop_at(ends)
     model.to(device=chosen, dtype=dtype).eval()
     check_finite(settings.path, model.state_dict().items())
     return Opened(model, processor, settings, source, peft_model)
@@ -308,7 +311,21 @@ def _processor(model: Any, tokenizer: Any, source: ModelSource, settings: Model)
         besides=besides,
     )
     video = config.video_token_id if family.clips else None
+    marks = [config.image_token_id, *([video] if family.clips else [])]
+    _check_tokens(
+        settings.path, "config.json: image_token_id, video_token_id", marks, len(tokenizer)
+    )
     return Processor(tokenizer, pixels, config.image_token_id, video, family.spell)
+
+
+def _check_tokens(path: str, where: str, tokens: list[Any], size: int) -> None:
+    """Raises InputError for numbers that are no words of a tokenizer of so many."""
+    for token in tokens:
+        if type(token) is not int or not 0 <= token < size:
+            raise InputError(
+                f"{path}: {where}: got {show(token)}; a token's number from 0 to {size - 1:,} is allowed; copy the "
+                "model folder again"
+            )
 
 
 def _reference(base: Model, settings: Model) -> dict[str, Any]:
