@@ -49,9 +49,11 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["zipr1.cli", "zipr1.train.loop", "torch.distributed.fsdp"])
 
 
-def be(rank: int, port: int, said: Path, before: Callable[[], None] | None, arguments: list[str]):
-    """One of two ranks, in its own process."""
-    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+def be(
+    rank: int, ranks: int, port: int, said: Path, before: Callable[[], None] | None, arguments: list[str],
+):  # fmt: skip
+    """One of several ranks, in its own process."""
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in launched.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"})
     torch.set_num_threads(1)
@@ -67,29 +69,32 @@ def be(rank: int, port: int, said: Path, before: Callable[[], None] | None, argu
 
 
 def pair(
-    recipe: Path, output: Path, before: Callable[[], None] | None = None, wait: int = 120
-) -> tuple[list[int | None], list[str]]:
-    """Exit codes of two ranks, and what they said. before: called in each, first."""
+    recipe: Path, output: Path, before: Callable[[], None] | None = None, wait: int = 120,
+    ranks: int = 2, lost: int | None = None,
+) -> tuple[list[int | None], list[str]]:  # fmt: skip
+    """Exit codes of two ranks, or more, and what they said. before: called in each, first. lost: a rank that is not
+    waited for."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    said = [recipe.with_name(f"{output.name}-rank{rank}.txt") for rank in range(2)]
+    said = [recipe.with_name(f"{output.name}-rank{rank}.txt") for rank in range(ranks)]
     arguments = [str(recipe), "--output", str(output)]
-    both = [
-        FORKS.Process(target=be, args=(rank, port, said[rank], before, arguments))
-        for rank in range(2)
+    all_ = [
+        FORKS.Process(target=be, args=(rank, ranks, port, said[rank], before, arguments))
+        for rank in range(ranks)
     ]
-    for process in both:
+    for process in all_:
         process.start()
     until = time.monotonic() + wait
     try:
-        for process in both:
+        awaited = [process for rank, process in enumerate(all_) if rank != lost]
+        for process in awaited:
             process.join(max(0.0, until - time.monotonic()))
-        assert all(p.exitcode is not None for p in both), "the ranks wait for each other"
+        assert all(p.exitcode is not None for p in awaited), "the ranks wait for each other"
     finally:
-        for process in both:
+        for process in all_:
             process.kill()
-    return [p.exitcode for p in both], [path.read_text() for path in said]
+    return [p.exitcode for p in all_], [path.read_text() for path in said]
 
 
 def equals_alone(tmp_path: Path, recipe: Path, before: Callable[[], None] | None = None) -> None:

@@ -34,6 +34,7 @@ os.environ |= {
 
 import zipr1
 from zipr1.core.recipe import Model, Sparse
+from zipr1.core.types import Prompt
 from zipr1.data.digits.tasks import vocabulary
 from zipr1.data.embedded import PER_PICTURE, draw
 from zipr1.data.media import load_media
@@ -86,10 +87,8 @@ def words(length: int, count: int) -> list[dict[str, Any]]:
     return [{"prompt_token_ids": rng.choices(range(10, 400), k=length)} for _ in range(count)]
 
 
-def questions(folder: Path, task: str, count: int) -> list[dict[str, Any]]:
-    """Of an embedded task the questions with the most tokens, each about a medium of its own, as vLLM takes them."""
-    from PIL import Image
-
+def longest(folder: Path, task: str, count: int) -> list[tuple[Prompt, str]]:
+    """Of an embedded task the questions with the most tokens, each about a medium of its own, and as rendered text."""
     _, processor = zipr1.load(str(folder))
     made = []
     for prompt in draw("test", task, 4 * PER_PICTURE * count, 0)[::PER_PICTURE]:
@@ -100,6 +99,20 @@ def questions(folder: Path, task: str, count: int) -> list[dict[str, Any]]:
                 item[media.kind] = media.source
         text = processor.apply_chat_template(chat, add_generation_prompt=True)
         ids = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)
+        made.append((ids["input_ids"].shape[1], prompt, text))
+    made.sort(key=lambda one: -one[0])
+    print("tokens of the prompts:", [length for length, _, _ in made[:count]])
+    return [(prompt, text) for _, prompt, text in made[:count]]
+
+
+def questions(folder: Path, task: str, count: int) -> list[dict[str, Any]]:
+    """`longest` as vLLM takes them."""
+    from PIL import Image
+
+    _, processor = zipr1.load(str(folder))
+    made = []
+    for prompt, text in longest(folder, task, count):
+        (media,) = prompt.media
         pixels, fps = load_media(media, processor.max_frames, processor.fps)
         if media.kind == "image":
             data: Any = Image.fromarray(pixels)
@@ -113,11 +126,8 @@ def questions(folder: Path, task: str, count: int) -> list[dict[str, Any]]:
                 "do_sample_frames": False,
             }
             data = (pixels, about)
-        length = ids["input_ids"].shape[1]
-        made.append((length, {"prompt": text, "multi_modal_data": {media.kind: data}}))
-    made.sort(key=lambda one: -one[0])
-    print("tokens of the prompts:", [length for length, _ in made[:count]])
-    return [prompt for _, prompt in made[:count]]
+        made.append({"prompt": text, "multi_modal_data": {media.kind: data}})
+    return made
 
 
 def engines(folder: Path, length: int, requests: int) -> dict[str, Any]:

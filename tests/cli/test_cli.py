@@ -91,6 +91,7 @@ def failing(monkeypatch, error):
         ["eval", "--help"],
         ["eval", "--tasks", "list"],
         ["profile", "--help"],
+        ["compare", "--help"],
         ["export", "--help"],
         ["--version"],
     ],
@@ -214,7 +215,7 @@ def test_arguments_are_judged_before_anything_heavy_is_loaded(recipe, arguments,
 
 
 def test_every_command_has_an_example_and_output_as_o(cli):
-    for name in ("train", "eval", "profile", "export", "env"):
+    for name in ("train", "eval", "profile", "export", "compare", "env"):
         code, out, _ = cli(name, "--help")
         assert code == 0 and f"For example: zipr1 {name}" in " ".join(out.split())
         assert name == "env" or re.search(r"--output +-o ", out)

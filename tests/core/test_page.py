@@ -1,6 +1,5 @@
 """Pages: what is text stays text, whatever it holds; the terminal's tables and pictures as a page takes them."""
 
-import base64
 from html.parser import HTMLParser
 
 import jinja2
@@ -8,7 +7,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from zipr1.core.page import Column, PageTable, embedded, page_table, render
+from zipr1.core.page import Column, PageTable, Tile, compared, page_table, render
 
 NAME = '<b>a|b</b> & "c" {{ 1 }} [red]d[/red]'
 
@@ -37,8 +36,13 @@ class Words(HTMLParser):
 def profile_page(**more):
     values = {
         "title": NAME,
+        "name": NAME,
+        "headline": NAME,
+        "lead": NAME,
+        "advice": NAME,
+        "tiles": [Tile(NAME, NAME, NAME, NAME)],
         "notes": [NAME],
-        "figures": [{"source": "data:image/png;base64,AA==", "words": NAME}],
+        "figures": ["<svg></svg>"],
         "tables": [PageTable(NAME, NAME, [Column(NAME, True), Column("n", False)], [[NAME, "1"]])],
     }
     return render("profile.html", **(values | more))
@@ -47,8 +51,8 @@ def profile_page(**more):
 def test_names_are_text_and_nothing_else():
     page = profile_page()
     words = Words(page)
-    assert "b" not in words.tags and page.startswith("<!doctype html>")
-    for place in ("title", "h1", "h2", "p", "th", "td"):
+    assert words.tags.count("b") == 1 and page.startswith("<!doctype html>")
+    for place in ("title", "h1", "h2", "p", "th", "td", "b", "span"):
         assert (place, NAME) in words.texts, place
 
 
@@ -59,8 +63,8 @@ def test_a_page_needs_nothing_beside_it():
 
 
 def test_a_value_that_is_missing_is_an_error():
-    with pytest.raises(jinja2.UndefinedError, match="notes"):
-        render("profile.html", title="a", figures=[], tables=[])
+    with pytest.raises(jinja2.UndefinedError, match="name"):
+        render("profile.html", title="a", figures=[], tables=[], notes=[])
 
 
 def test_a_table_of_the_terminal():
@@ -75,11 +79,17 @@ def test_a_table_of_the_terminal():
     assert page_table(Table()) == PageTable("", "", [], [])
     page = profile_page(tables=[page_table(table)])
     assert '<th class="left">name</th>' in page and "<th>ms</th>" in page
-    assert '<td class="left">[green]a[/]</td>' in page and "<td>[1]</td>" in page
+    assert '<td class="left" data-name="name">[green]a[/]</td>' in page
+    assert '<td data-name="ms">[1]</td>' in page
 
 
-def test_a_picture_is_inside(tmp_path):
-    path = tmp_path / "a.png"
-    path.write_bytes(b"\x89PNG")
-    start, data = embedded(path).split(",")
-    assert start == "data:image/png;base64" and base64.b64decode(data) == b"\x89PNG"
+@pytest.mark.parametrize(
+    ("dense", "sparse", "words"),
+    [
+        (30.0, 20.0, "1.50x faster than dense"),
+        (20.0, 25.0, "slower than dense (0.80x)"),
+        (20.0, 20.01, "as fast as dense"),
+    ],
+)
+def test_x_is_times_faster(dense, sparse, words):
+    assert compared(dense, sparse) == words

@@ -1,52 +1,20 @@
-"""Figures: the numbers that curves show, and which parts of a picture are dark."""
-
-import json
+"""Figures: which parts of a picture are dark."""
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
+from zipr1.core import plots
 from zipr1.core.errors import InputError
-from zipr1.core.plots import (
-    _curve,
-    curves,
-    darkened,
-    evenly_spaced,
-    frame_at,
-    kept_picture,
-    smooth,
-)
-
-METRICS = {"accuracy": 0.9, "token_ratio": 0.284, "kl": 0.0123}
-
-
-def test_smooth_is_a_running_mean():
-    assert smooth(np.array([0.0, 3.0, 6.0, 9.0]), 3) == pytest.approx([1.5, 3.0, 6.0, 7.5])
-    assert smooth(np.array([1.0, np.nan, 3.0]), 3) == pytest.approx([1.0, 2.0, 3.0])
-
-
-def test_curves(tmp_path):
-    metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text("".join(json.dumps({"step": i, **METRICS}) + "\n" for i in range(30)))
-    path = curves(metrics, tmp_path / "plots" / "curves.png")
-    wide = Image.open(path)
-    assert wide.width > 1000
-    metrics.write_text('{"step": 0, "loss": 1.0, "kl": null}\n')
-    assert Image.open(curves(metrics, tmp_path / "one.png")).width < wide.width
-    for empty in ("", '{"step": 0}\n'):
-        metrics.write_text(empty)
-        with pytest.raises(InputError, match="holds no"):
-            curves(metrics, tmp_path / "none.png")
+from zipr1.core.plots import darkened, evenly_spaced, frame_at, kept_picture
 
 
 def test_kept_picture_darkens_what_was_dropped(tmp_path):
     pixels = np.zeros((56, 56, 3), np.uint8)
     pixels[:, :, 1] = 255
     right = np.tile([False, True], 2)
-    path = kept_picture(
-        pixels, (1, 2, 2), [np.ones(4, bool), right], "Which?", {"dense": "7"}, tmp_path / "k.png"
-    )
+    kept = {"after": [(np.ones(4, bool), 1.0), (right, 0.5)]}
+    path = kept_picture(pixels, (1, 2, 2), kept, "Which?", {"dense": "7"}, tmp_path / "k.png")
     image = np.asarray(Image.open(path).convert("RGB")).astype(int)
     green = (image[..., 1] > 250) & (image[..., 0] < 5)
     dark = image.max(-1) < 60
@@ -58,17 +26,35 @@ def test_kept_picture_darkens_what_was_dropped(tmp_path):
 
 def test_kept_picture_of_a_clip(tmp_path):
     frames = np.random.default_rng(0).integers(0, 255, (8, 28, 28, 3), dtype=np.uint8)
-    one = kept_picture(frames, (1, 2, 2), [np.ones(4)], "q", {}, tmp_path / "1.png")
-    four = kept_picture(frames, (4, 2, 2), [np.ones(16)] * 9, "q", {}, tmp_path / "4.png")
-    assert Image.open(four).height > 2 * Image.open(one).height
+    one = kept_picture(frames, (1, 2, 2), {"a": [(np.ones(4), 1.0)]}, "q", {}, tmp_path / "1.png")
+    layers = [(np.ones(16), 1.0)] * 9
+    four = kept_picture(frames, (4, 2, 2), {"a": layers}, "q", {}, tmp_path / "4.png")
+    both = kept_picture(frames, (4, 2, 2), {"a": layers, "b": layers}, "q", {}, tmp_path / "8.png")
+    heights = [Image.open(path).height for path in (one, four, both)]
+    assert (
+        heights[1] > 2 * heights[0] and heights[2] == heights[1]
+    )  # two of two times, or one of four
+
+
+def test_a_kept_picture_says_the_share_of_all_tokens(tmp_path, monkeypatch):
+    """Of four visual tokens two are kept, which is half of the picture; the title has the table's number, 71 %."""
+    seen = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: seen.append(figure) or path)
+    kept = {name: [(np.array([1, 1, 0, 0]), 0.71)] for name in ("before", "after")}
+    kept_picture(np.zeros((4, 4, 3), np.uint8), (1, 2, 2), kept, "q", {}, tmp_path / "k.png")
+    titles = [ax.get_title() for ax in seen[0].axes]
+    assert titles == ["seen by dense", "layer 1: 71%", "", "layer 1: 71%"]
+    assert [ax.get_ylabel() for ax in seen[0].axes] == ["before", "", "after", ""]
+    assert "kept of all tokens of the prompt" in seen[0].texts[0].get_text()
 
 
 @pytest.mark.parametrize(
     ("pixels", "kept", "message"),
     [
-        (np.zeros((4, 4)), [np.ones(4)], "pixels have shape"),
-        (np.zeros((4, 4, 3)), [np.ones(5)], "layer 0 has 5 flags for a grid of 1 x 2 x 2"),
-        (np.zeros((4, 4, 3)), [], "kept_per_layer is empty"),
+        (np.zeros((4, 4)), {"a": [(np.ones(4), 1.0)]}, "pixels have shape"),
+        (np.zeros((4, 4, 3)), {"a": [(np.ones(5), 1.0)]}, "a: layer 0 has 5 flags for a grid of 1"),
+        (np.zeros((4, 4, 3)), {"a": []}, "kept is empty"),
+        (np.zeros((4, 4, 3)), {}, "kept is empty"),
     ],
 )
 def test_kept_picture_wrong_input(tmp_path, pixels, kept, message):
@@ -96,16 +82,3 @@ def test_shown_frames_of_a_clip():
     assert [frame_at(frames[:1], m, 2)[0, 0, 0] for m in range(2)] == [0, 0]
     assert evenly_spaced(9, 3) == [0, 4, 8] and evenly_spaced(2, 4) == [0, 1]
     assert evenly_spaced(1, 4) == [0]
-
-
-def test_a_curve_shows_each_step_and_a_running_mean():
-    """Of 60 steps: a window of 60 / 20 = 3, cut at the ends; a step without the value is a gap."""
-    rows = [{"step": 10 * i, "kl": 3.0 * i} for i in range(60)]
-    del rows[30]["kl"]
-    ax = Figure().subplots()
-    _curve(ax, rows, "KL", [("kl", "KL", "C3")], share=False)
-    pale, strong = ax.lines
-    assert list(pale.get_xdata()) == list(strong.get_xdata()) == list(range(0, 600, 10))
-    assert np.isnan(pale.get_ydata()[30]) and pale.get_ydata()[29] == 87
-    assert list(strong.get_ydata()[[0, 1, 30, 59]]) == [1.5, 3, 90, 175.5]
-    assert strong.get_ydata()[31] == (93 + 96) / 2

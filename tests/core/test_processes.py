@@ -32,7 +32,7 @@ def test_processes_that_cannot_meet_say_so(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with (
         pytest.raises(InputError, match=r"WORLD_SIZE is 2 .* start them with torchrun"),
-        distributed.joined(torch.device("cpu")),
+        distributed.joined(lambda: torch.device("cpu"), 1.0),
     ):
         pass
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -126,3 +128,83 @@ def test_a_second_signal_while_leaving_changes_nothing(monkeypatch, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == 130 and "error: interrupted" in capsys.readouterr().err
+
+
+def cleaned(done: list[str]):
+    """Cleans up in two places, at each of which another signal comes."""
+
+    @contextlib.contextmanager
+    def folder():
+        try:
+            yield
+        finally:
+            signals.handle(signal.SIGINT)
+            done.append("folder")
+
+    with folder():
+        try:
+            signals.handle(signal.SIGTERM)
+        finally:
+            try:
+                raise OSError("in the way")
+            except OSError:
+                signals.handle(signal.SIGTERM)
+            done.append("file")
+
+
+def test_a_second_signal_does_not_disturb_what_is_cleaned_up_on_the_way_out():
+    done: list[str] = []
+    with pytest.raises(signals.Stopped) as stop:
+        cleaned(done)
+    assert done == ["file", "folder"] and stop.value.number == signal.SIGTERM
+
+
+def test_a_signal_that_foreign_code_has_swallowed_can_be_sent_again():
+    with contextlib.suppress(signals.Stopped):
+        signals.handle(signal.SIGINT)
+    with pytest.raises(signals.Stopped):
+        signals.handle(signal.SIGINT)
+
+
+# Writes beside its folder, is stopped, and takes a while to clean up; so does a thread, after the last line.
+SLOW = """
+import signal, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.default_int_handler)  # ignored, where a shell has put it into the background
+from zipr1 import cli
+threads = ThreadPoolExecutor(1)
+def command(**_):
+    root = Path(sys.argv[2])
+    root.mkdir()
+    (root / "part").write_text("half of it")
+    try:
+        print("writing", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaning", flush=True)
+        time.sleep(0.5)
+        (root / "part").unlink()
+        root.rmdir()
+        threads.submit(lambda: (print("ending", flush=True), time.sleep(0.5)))
+cli.app = command
+cli.program()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_again_and_again_is_one_line(tmp_path, number, code):
+    """While it works, while it cleans up, and while Python ends."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, "export", str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        for word in ("writing", "cleaning", "ending"):
+            assert process.stdout.readline() == f"{word}\n"
+            process.send_signal(number)
+        said = process.stderr.read()
+        assert process.wait() == code
+    name = "interrupted" if code == 130 else "stopped by SIGTERM"
+    assert said == f"error: {name}; nothing was written: the folder is made whole or not at all\n"
+    assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from PIL import Image
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Data
 from zipr1.data import rows
-from zipr1.data.media import FORMATS, only_known_formats, read_image
+from zipr1.data.pictures import FORMATS, only_known_formats, read_image
 
 Image.init()
 

@@ -83,7 +83,33 @@ def test_texts_may_hold_any_character(tmp_path):
     ],
 )
 def test_elements_of_a_list_by_hand(text, wanted):
-    assert _elements(text) == wanted
+    if wanted is None:
+        with pytest.raises(ValueError):  # noqa: PT011  one of three, and none is told as it is
+            list(_elements(text.encode()))
+    else:
+        assert [piece.decode() for piece in _elements(text.encode())] == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b'[{"question": "q", "answer": "x"}, {"question": ', "not JSON"),
+        (b'{"question": "q"}', "dict; allowed: a list of rows; or name it .jsonl"),
+        (b'{"question": "q"}\n{"question": "r"}', "not JSON (Extra data"),
+        (b'[{"question": "q", "answer": "x"}] 7', "not JSON (Extra data"),
+        (b"7", "int; allowed: a list of rows"),
+        (b"   ", "not JSON"),
+    ],
+)
+def test_a_json_file_that_is_no_list_is_one_line_and_no_row(tmp_path, text, words):
+    path = tmp_path / "rows.json"
+    path.write_bytes(text)
+    for settings in (Data(), Data(on_bad_row="skip")):
+        with pytest.raises(InputError, match=r"rows\.json") as told:
+            rows.load(path, settings)
+        assert words in str(told.value) and "\n" not in str(told.value)
+    path.write_bytes(b'\xef\xbb\xbf [{"question": "q", "answer": "x"}]\n')
+    assert len(rows.load(path, Data())) == 1
 
 
 def table(path, **columns):
@@ -177,7 +203,7 @@ print(json.dumps([held("VmHWM") - before, held("VmRSS") - before]))
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+@pytest.mark.parametrize("ending", ["parquet", "jsonl", "json"])
 def test_pictures_of_rows_are_not_held(tmp_path, cache, ending):
     """60 MiB of pictures, in row groups of 10, or as base64 in lines. Most of such a file is noise behind its end."""
     picture = io.BytesIO()
@@ -193,11 +219,17 @@ def test_pictures_of_rows_are_not_held(tmp_path, cache, ending):
     else:
         import base64
 
-        path = tmp_path / "rows.jsonl"
+        path = tmp_path / f"rows.{ending}"
+        before, after = ("", "\n") if ending == "jsonl" else ("[", ",")
         with path.open("w") as file:
             for blob in blobs:
                 uri = "data:image/png;base64," + base64.b64encode(blob).decode()
-                file.write(json.dumps({"question": "q", "image": uri, "answer": "x"}) + "\n")
+                row = json.dumps({"question": "q", "image": uri, "answer": "x"})
+                file.write(before + row + after)
+                before = ""
+            if ending == "json":
+                file.seek(file.tell() - 1)
+                file.write("]")
     most, for_good = growth(path, 120)
     assert for_good < 40, (most, for_good)  # MiB, of which 20 do not depend on the pictures
     assert most < 100, (most, for_good)  # while a row group is decoded

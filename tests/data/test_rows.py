@@ -183,8 +183,8 @@ BAD = {
         "must be the user",
     ),
     "entry": (
-        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}], "answer": "x"},
-        "content entry .*image_url",
+        {"messages": [{"role": "user", "content": [{"type": "input_image"}]}], "answer": "x"},
+        "content entry .*input_image",
     ),
     "no messages": ({"messages": [], "answer": "x"}, "not empty"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,7 +109,11 @@ def test_chat_messages_become_prompts():
     kinds = [part["type"] for part in made.messages[0]["content"]]
     assert kinds == ["image", "video", "text"]
     pixels, clip = (m.source for m in made.media)
-    assert clip == "clip.mp4" and pixels.shape == (3, 4, 3) and np.unique(pixels).tolist() == [128]
+    assert (
+        clip == Path("clip.mp4")
+        and pixels.shape == (3, 4, 3)
+        and np.unique(pixels).tolist() == [128]
+    )
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,10 @@ from zipr1.core.recipe import Model
 from zipr1.data.digits.tasks import prompts
 from zipr1.data.embedded import HELDOUT_SEED, draw
 from zipr1.evaluate import session
-from zipr1.evaluate.answers import Answerer, Conditions, cut
-from zipr1.evaluate.scores import Units, paired
+from zipr1.evaluate.answers import BASE, DIFFERING, UNTRAINED, Answerer, Conditions, cut
 from zipr1.evaluate.session import EvalRequest
 from zipr1.evaluate.suites import LMMS_EVAL, SUITES
+from zipr1.evaluate.units import Units, paired
 from zipr1.models.manifest import TINY
 from zipr1.models.open import resolve
 from zipr1.models.policy import load_policy
@@ -127,9 +127,31 @@ def test_bytes_are_those_of_the_cache(policy, questions):
             assert answer.kv_bytes == kept.kv_bytes  # of one row: no padding
 
 
-def test_pictures_are_drawn_of_different_questions(policy, questions):
-    answered = ask(policy, questions, [1.0, 0.9], shown=3)
-    assert [i for i, a in enumerate(answered) if a.pictures] == [0, 4, 8]
+def test_pictures_are_drawn_of_different_questions_and_where_answers_differ(policy, questions):
+    answered = ask(policy, questions, [1.0, 0.3], shown=3)
+    assert [i for i, a in enumerate(answered) if a.first] == [0, 4, 8]
+    differ = [
+        i for i, a in enumerate(answered) if a.answers[0].text != a.answers[1].text and not a.first
+    ]
+    assert len(differ) > 2 and len(questions) > len(differ) + 3  # of both sorts there are some
+    drawn = [i for i, a in enumerate(answered) if a.pictures and not a.first]
+    assert drawn == differ[:DIFFERING]
+    assert all(set(a.pictures) == {"plain", "0.3"} for a in answered if a.pictures)
+    assert not any(a.pictures for a in ask(policy, questions, [1.0, 0.3], shown=0))
+    assert not any(a.pictures for a in ask(policy, questions, [1.0], shown=3))
+
+
+def test_the_base_answers_dense_and_at_the_highest_p(policy, questions):
+    """A base of the same weights says and keeps what the model itself does; its pictures are drawn beside."""
+    answerer = Answerer(policy, TINY, [1.0, 0.9, 0.5], base=policy, shown=1)
+    assert [v.name for v in answerer.variants] == ["1", "0.9", "0.5", BASE, UNTRAINED]
+    one = answerer.answer([lambda: questions[0]], CONDITIONS)[0]
+    dense, sparse, _, base, untrained = one.answers
+    assert (base.text, base.kv_bytes) == (dense.text, dense.kv_bytes)
+    assert untrained.layer_ratios == sparse.layer_ratios and untrained.token_ratio < 1
+    assert set(one.pictures) == {"plain", "0.9", UNTRAINED}
+    assert one.pictures["0.9"] == one.pictures[UNTRAINED] != one.pictures["plain"]
+    assert all(0 < a.prefill_seconds < a.seconds for a in one.answers)
 
 
 def test_progress_is_seen_while_lmms_eval_is_silenced(policy, questions):
@@ -173,9 +195,9 @@ def test_stops():
 def test_paired_difference_by_hand():
     """Four units of weight 25 in clusters of two: differences 25, 0, -25, -25, so the total is -25; the mean is
     -6.25, cluster sums about it 37.5 and -37.5, V = 2 * 2 * 37.5^2."""
-    weight = np.full(4, 25.0)
-    a = Units(np.array([1.0, 1, 0, 0]), weight, [0, 0, 1, 1])
-    b = Units(np.array([0.0, 1, 1, 1]), weight, [0, 0, 1, 1])
+    weight, names = np.full(4, 25.0), list("abcd")
+    a = Units(np.array([1.0, 1, 0, 0]), weight, [0, 0, 1, 1], names)
+    b = Units(np.array([0.0, 1, 1, 1]), weight, [0, 0, 1, 1], names)
     total, interval = paired(a, b, 1000)
     assert total == -25
     assert interval == pytest.approx([-25 - 1.959963984540054 * 75, -25 + 1.959963984540054 * 75])
@@ -183,7 +205,7 @@ def test_paired_difference_by_hand():
     same = paired(a, a, 100)
     assert same[0] == 0 and same[1][1] == pytest.approx(100 * 1.96**2 / (4 + 1.96**2), rel=1e-3)
     # Units that weigh 3 and 1 count as (3 + 1)^2 / (9 + 1) = 1.6 equal ones.
-    uneven = Units(np.ones(2), np.array([75.0, 25.0]), [0, 1])
+    uneven = Units(np.ones(2), np.array([75.0, 25.0]), [0, 1], ["a", "b"])
     assert paired(uneven, uneven, 100)[1][1] == pytest.approx(
         100 * 1.96**2 / (1.6 + 1.96**2), rel=1e-3
     )
@@ -247,15 +269,17 @@ def test_report_files(evaluated):
     results = json.loads((folder / "results.json").read_text())
     page = (folder / "report.html").read_text()
     assert "<script" not in page and not re.search(r'(src|href)="(?!data:|#)', page)
-    assert page.count("<img") == 2 * 2 * 2  # plain and kept, of two pictures, of two benchmarks
+    # Plain and kept, of the first pictures of two benchmarks and of at most three examples of each sort.
+    assert page.index("What is kept") < page.index("Scores") < page.index("Score over tokens kept")
+    assert page.count("<img") >= 2 * 2 * 2 and page.count("<img") % 2 == 0
     text = (folder / "report.md").read_text()
     for row in results["rows"]:
         assert f"{row['token_ratio']:.1%}" in text and f"{row['token_ratio']:.1%}" in page
     assert "hf download" in text and "hf download" in page
-    # Two benchmarks are two panels beside each other: 10 inches at 130 dots, 2.9 or 2.4 high.
-    for name, height in (("pareto.png", 377), ("layers.png", 312)):
+    # Two benchmarks are two rows of scores over tokens and time, and a row of layers: 4.6 x 3 inches at 130 dots each.
+    for name, height in (("pareto.png", 780), ("layers.png", 390)):
         with Image.open(folder / name) as figure:
-            assert figure.size == (1300, height)
+            assert figure.size == (1196, height)
             assert (31, 119, 180) in set(figure.convert("RGB").getdata())  # a line was drawn
 
 
@@ -444,7 +468,7 @@ def whole(tmp_path_factory):
 
 def measured(folder):
     """What does not depend on the clock: rows, and every answer."""
-    timed = ("seconds", "dense_seconds")
+    timed = ("seconds", "dense_seconds", "speedup", "first_token_ms", "dense_first_token_ms")
     rows = json.loads((folder / "results.json").read_text())["rows"]
     samples = [
         json.loads((folder / f"benchmarks/{name}.json").read_text())["samples"]

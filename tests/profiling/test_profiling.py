@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 
 import pytest
@@ -285,7 +286,8 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
                 row["kv_bytes"] == 4 * 2 * 2 * 32 * 4 * kept
             )  # layers, K and V, heads, dimension, bytes
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and 'src="http' not in page
+    # A layer's phases, two gains and two of memory, as drawings.
+    assert page.count("<svg") == 5 and not re.search(r'(src|href)="http', page)
     assert "MLP" in page and "random tokens" in page
     row = next(r for r in found["rows"] if r["phase"] == "prefill_layer" and r["skip"] == "layer")
     assert f"{row['speedup']:.2f}x" in page and f"{row['speedup']:.2f}x" in err

@@ -21,6 +21,7 @@ import torch
 import zipr1
 from zipr1.core.recipe import Sparse
 from zipr1.core.types import Prompt
+from zipr1.data.digits import tasks
 from zipr1.data.media import load_media
 
 # Both compute in float32 and add in different orders.
@@ -150,6 +151,28 @@ def questions(processor: Any, prompts: list[Prompt]) -> list[dict[str, Any]]:
                 data.setdefault("video", []).append((np.asarray(pixels), known))
         made.append({"prompt": text, "multi_modal_data": data} if data else {"prompt": text})
     return made
+
+
+def others() -> list[Prompt]:
+    """Text alone, two pictures, and several turns."""
+    some = tasks.prompts("test", "digits", 2, 1, 3)
+    words = [{"role": "user", "content": [{"type": "text", "text": "which digit is green?" * 9}]}]
+    two = [
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "image"}, *some[0].messages[0]["content"][1:]],
+        }
+    ]
+    turns = [
+        *some[0].messages,
+        {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
+        {"role": "user", "content": [{"type": "text", "text": "what color is the two?"}]},
+    ]
+    return [
+        Prompt("text", words, (), "", "digits"),
+        Prompt("two", two, (some[0].media[0], some[1].media[0]), "", "digits"),
+        Prompt("turns", turns, some[0].media, "", "digits"),
+    ]
 
 
 @torch.no_grad()

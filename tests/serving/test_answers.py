@@ -4,7 +4,6 @@ import engines
 import pytest
 
 import zipr1
-from zipr1.core.types import Prompt
 from zipr1.data.digits import tasks
 
 pytest.importorskip("vllm")
@@ -41,28 +40,6 @@ def clips(count):
     return tasks.prompts("test", "moving_digits", count // 4, 4, 0)
 
 
-def others():
-    """Text alone, two pictures, and several turns."""
-    some = tasks.prompts("test", "digits", 2, 1, 3)
-    words = [{"role": "user", "content": [{"type": "text", "text": "which digit is green?" * 9}]}]
-    two = [
-        {
-            "role": "user",
-            "content": [{"type": "image"}, {"type": "image"}, *some[0].messages[0]["content"][1:]],
-        }
-    ]
-    turns = [
-        *some[0].messages,
-        {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
-        {"role": "user", "content": [{"type": "text", "text": "what color is the two?"}]},
-    ]
-    return [
-        Prompt("text", words, (), "", "digits"),
-        Prompt("two", two, (some[0].media[0], some[1].media[0]), "", "digits"),
-        Prompt("turns", turns, some[0].media, "", "digits"),
-    ]
-
-
 @pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[2]], ids=str)
 def test_two_hundred_pictures_and_sixty_clips(served, loaded, settings):
     """One by one, and with sixteen in flight."""
@@ -81,7 +58,7 @@ def test_two_hundred_pictures_and_sixty_clips(served, loaded, settings):
 @pytest.mark.parametrize("together", [False, True])
 def test_rules_skips_text_several_pictures_and_turns(served, loaded, settings, together):
     model, processor = loaded
-    prompts = others() + pictures(8) + clips(4)
+    prompts = engines.others() + pictures(8) + clips(4)
     asked = engines.questions(processor, prompts)
     changed = {k: v for k, v in settings.items() if k != "p"}
     with zipr1.sparse(model, settings["p"], **changed), served.settings(**settings):
@@ -93,3 +70,30 @@ def test_rules_skips_text_several_pictures_and_turns(served, loaded, settings, t
         assert all((one.kept == [one.prompt] * 4) == s for one, s in zip(wanted, short))
     else:
         assert all(k < one.prompt for one in wanted for k in one.kept)
+
+
+@pytest.mark.parametrize("skip", ["layer", "attention"])
+def test_dropped_tokens_are_not_computed(served, loaded, skip):
+    """Rows that go through a layer's parts, step by step, while six questions are read at once and answered."""
+    names = ("self_attn.qkv_proj", "self_attn.attn", "self_attn.o_proj", "mlp")
+    layers = served.model.language_model.model.layers
+    seen = {(index, name): [] for index in range(len(layers)) for name in names}
+    hooks = [
+        layers[index]
+        .get_submodule(name)
+        .register_forward_pre_hook(lambda _, given, rows=rows: rows.append(len(given[0])))
+        for (index, name), rows in seen.items()
+    ]
+    prompts = engines.questions(loaded[1], pictures(4) + clips(4)[:2])
+    try:
+        with served.settings(skip=skip, p=0.6):
+            found = served.ask(prompts, 5, ignore_eos=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    total = sum(one.prompt for one in found)
+    for (index, name), rows in seen.items():
+        kept = sum(one.kept[index] for one in found)
+        assert kept < total / 2
+        whole = name == "self_attn.qkv_proj" or (name == "mlp" and skip == "attention")
+        assert rows == [total if whole else kept, 6, 6, 6, 6]

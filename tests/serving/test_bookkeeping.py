@@ -71,6 +71,9 @@ def test_slots_by_hand():
 def read(ledger, masks, **given):
     """Two layers of a step; masks: by layer, what is kept of each prompt that is read, in order."""
     step = Step(ledger, layers=2, size=4, **given)
+    if not step.reading:
+        ledger.end()
+        return step.parts()
     parts = []
     for layer, of_layer in enumerate(masks):
         left = iter(of_layer)
@@ -133,6 +136,43 @@ def test_blocks_of_the_gap_are_stepped_over():
     assert part.table[0, :2].tolist() == [3, 11]
     assert part.slots.tolist() == [11 * 4]
     assert part.lengths.tolist() == [5]
+
+
+def test_where_all_answer_each_layer_has_its_lengths_and_its_next_slots():
+    """Two requests: "a" keeps 3 and 9 of 12, "b" 1 and 2 of 6; they have said 2 and 5 tokens before this one."""
+    ledger = Ledger(2)
+    ledger.begin(step_of(new=[("a", 12, [3, 4, 5]), ("b", 6, [8, 9])]))
+    masks = [[[1] * 3 + [0] * 9, [1] + [0] * 5], [[1] * 9 + [0] * 3, [1, 1] + [0] * 4]]
+    read(
+        ledger,
+        masks,
+        starts=torch.tensor([0, 12, 18]),
+        lengths=torch.tensor([12, 6]),
+        table=torch.tensor([[3, 4, 5], [8, 9, 0]]),
+        tokens=18,
+    )
+    ledger.begin(step_of())
+    # vLLM's lists have room for 15 and 12 tokens. "a" keeps all of its blocks (9 of 12: none is whole), "b" gives one
+    # of four tokens back, its second.
+    first, second = read(
+        ledger,
+        [[], []],
+        starts=torch.tensor([0, 1, 2, 2]),  # a row of padding follows
+        lengths=torch.tensor([15, 12, 0]),
+        table=torch.tensor([[3, 4, 5, 6], [8, 9, 7, 0], [0, 0, 0, 0]]),
+        tokens=2,
+    )
+    assert first.rows is second.rows is None
+    for tensor in (second.starts, second.lengths, second.slots, second.table):
+        assert tensor.is_contiguous()
+    assert first.starts.tolist() == second.starts.tolist() == [0, 1, 2]
+    assert first.lengths.tolist() == [3 + 3, 1 + 6]
+    assert second.lengths.tolist() == [9 + 3, 2 + 6]
+    assert first.table.tolist() == second.table.tolist() == [[3, 4, 5, 6], [8, 7, 0, 0]]
+    assert first.slots.tolist() == [4 * 4 + 1, 7 * 4 + 2]
+    assert second.slots.tolist() == [5 * 4 + 3, 7 * 4 + 3]
+    assert (first.widest, first.longest) == (1, 7)
+    assert (second.widest, second.longest) == (1, 12)
 
 
 def test_after_a_preemption_the_prompt_alone_is_chosen_from():

@@ -35,9 +35,8 @@ def qwen2(tmp_path_factory):
 
 
 def prompts():
-    return tasks.prompts("test", "digits", 4, 1, 0) + tasks.prompts(
-        "test", "moving_digits", 2, 1, 0
-    )
+    pictures = tasks.prompts("test", "digits", 4, 1, 0)
+    return pictures + tasks.prompts("test", "moving_digits", 2, 1, 0) + engines.others()
 
 
 def test_qwen2_vl_says_and_keeps_the_same(qwen2):

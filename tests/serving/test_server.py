@@ -136,7 +136,7 @@ def test_the_log_says_what_is_served_in_one_line(served):
     assert "zipr1: sparse: rule top_p, p 0.6, in all 4 layers" in lines[0]
 
 
-def test_pictures_and_clips_by_url_are_answered_as_by_zipr1(served, folder):
+def test_pictures_clips_text_and_turns_are_answered_as_by_zipr1(served, folder):
     answers_as_zipr1(served, folder)
 
 
@@ -155,7 +155,7 @@ def test_two_ranks_of_tensor_parallelism_choose_and_answer_as_one(folder, tmp_pa
 def answers_as_zipr1(served, folder):
     model, processor = zipr1.load(str(folder))
     prompts = tasks.prompts("test", "digits", 8, 1, 0)
-    prompts += tasks.prompts("test", "moving_digits", 8, 1, 0)
+    prompts += tasks.prompts("test", "moving_digits", 8, 1, 0) + engines.others()
     wanted = engines.reference(model, processor, prompts)
     for prompt, other in zip(prompts, wanted):
         found = served.ask(messages(prompt))

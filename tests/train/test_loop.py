@@ -39,7 +39,8 @@ def test_a_run_leaves_what_the_contract_names(tmp_path, model):
     summary = start(write(tmp_path / "r.yaml", model), out)
     names = {p.name for p in out.iterdir()}
     wanted = (
-        "recipe.yaml run.json metrics.jsonl rollouts.jsonl summary.json checkpoints last curves.png"
+        "recipe.yaml run.json metrics.jsonl rollouts.jsonl summary.json checkpoints last curves.png "
+        "before.json after.json report.html"
     )
     assert set(wanted.split()) <= names
     assert {"kept-digits.png", "kept-moving_digits.png", "kept-hard_digits.png"} <= names
@@ -116,7 +117,8 @@ def test_a_killed_run_goes_on_as_if_nothing_happened(tmp_path, model, kind):
     assert not (broken / "summary.json").exists()
     resumed = start(recipe, broken)
     assert steps(broken) == steps(whole)
-    assert {**resumed, "seconds": 0} == {**summary, "seconds": 0}
+    timed = {"seconds": 0, "costs": 0}
+    assert {**resumed, **timed} == {**summary, **timed}
     assert json.loads((broken / "run.json").read_text())["resumed"]
 
 

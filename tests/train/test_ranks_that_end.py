@@ -78,7 +78,7 @@ from zipr1.cli import main; main()
     report = done.stderr[done.stderr.index("Root Cause") :]
     assert "rank      : 1" in report and "SIGKILL" in report
     said = done.stderr[: done.stderr.index("Traceback")]  # the launcher's own
-    assert "error: rank 0: another rank is gone" in said
+    assert "error: rank 0: rank 1 is gone, last seen in 'step 2: rollout'" in said
     assert (tmp_path / "two" / "last").resolve().name == "step-000001"
     assert not (tmp_path / "two" / "summary.json").exists()
 
@@ -101,7 +101,7 @@ def test_a_rank_that_dies_in_the_update_ends_it(tmp_path, model, kind):
     recipe = write(tmp_path / "r.yaml", model, evaluation=NONE, train={"parallel": kind})
     codes, said = pair(recipe, tmp_path / "two", die_in_the_update)
     assert codes == [1, -signal.SIGKILL]
-    assert "another rank is gone" in said[0] and "Traceback" not in said[0]
+    assert "rank 0: rank 1 is gone, last seen in '" in said[0] and "Traceback" not in said[0]
     assert not (tmp_path / "two" / "summary.json").exists()
 
 

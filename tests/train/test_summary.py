@@ -56,6 +56,9 @@ def test_a_line_says_it():
     )
     assert constraint_lines(summary)[0] == want and len(constraint_lines(summary)) == 2
     assert constraint_lines({"by_task": {"digits": {}}}) == []
+    for difference, said in ((-0.0, "0.00 points lost"), (0.012, "1.20 points gained")):
+        judge(summary := {"by_task": {"a": block(difference, 0.0098, 400)}}, Recipe())
+        assert said in constraint_lines(summary)[0]
 
 
 def test_without_a_mix_the_shares_are_those_of_the_family():

@@ -18,12 +18,13 @@ from rich.text import Text
 from typer.exceptions import TyperException
 
 import zipr1
+from zipr1.cli.compare import compare
 from zipr1.cli.env import env
 from zipr1.cli.eval import evaluate
 from zipr1.cli.export import export
 from zipr1.cli.profile import profile
 from zipr1.cli.train import train
-from zipr1.core import signals, terminal
+from zipr1.core import signals, terminal, watch
 from zipr1.core.errors import ZipError
 from zipr1.core.text import one_line
 
@@ -39,6 +40,7 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(profile)
 app.command()(export)
+app.command()(compare)
 app.command()(env)
 
 # What a stopped command leaves behind.
@@ -47,6 +49,7 @@ LEFT = {
     "eval": "finished benchmarks are kept: the same command goes on",
     "profile": "nothing was written",
     "export": "nothing was written: the folder is made whole or not at all",
+    "compare": "nothing was written",
 }
 
 # What a disk or a file's owner can refuse; any other OSError is ours to explain, with a traceback.
@@ -82,9 +85,16 @@ def _options(
     pass
 
 
-def main() -> None:
-    """The entry point. Always leaves by SystemExit; the handlers of signals are then those of before."""
-    with signals.handled():
+def program() -> None:
+    """What the command `zipr1` runs: `main`, and then the process ends, which no signal disturbs."""
+    main(last=True)
+
+
+def main(last: bool = False) -> None:
+    """One command. Always leaves by SystemExit; the handlers of signals are then those of before, unless the process
+    ends now (`last`)."""
+    watch.say = _say
+    with signals.handled(last):
         _run()
 
 
@@ -136,6 +146,11 @@ def _usage(error: TyperException) -> str:
 
 
 def _leave(message: str, code: int) -> None:
+    _say(message, code)
+    sys.exit(code)
+
+
+def _say(message: str, code: int) -> None:
     """One line on stderr, and with --json one on stdout: `{"error": ..., "exit_code": ...}`."""
     if "--json" in sys.argv:
         print(json.dumps({"error": one_line(message), "exit_code": code}), flush=True)
@@ -143,4 +158,3 @@ def _leave(message: str, code: int) -> None:
     who = f"rank {os.environ.get('RANK')}: " if several else ""
     line = Text.assemble(("error:", "bold red"), f" {who}{one_line(message)}")
     terminal.console(stderr=True).print(line, soft_wrap=True)
-    sys.exit(code)

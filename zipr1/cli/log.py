@@ -41,11 +41,11 @@ def tell_model(given: str | None, line: str, as_json: bool) -> None:
 
 
 @contextmanager
-def busy(as_json: bool) -> Iterator[Console]:
+def busy(as_json: bool, first: str = "loading PyTorch") -> Iterator[Console]:
     """The console of a command that takes long: what it is doing is shown from the first moment on."""
     console = console_of(as_json)
     with activity.shown(console):
-        activity.tell("loading PyTorch")
+        activity.tell(first)
         yield console
 
 

@@ -3,7 +3,8 @@
     activity.tell("reading questions", 120, 2000)      where something takes long; the numbers where they are known
     with activity.shown(console):                      around a command: a spinner in a terminal, else a line a minute
 
-Outside of `shown`, telling does nothing: a program that uses zipr1 as a library stays silent.
+Outside of `shown`, telling shows nothing: a program that uses zipr1 as a library stays silent. Other processes of the
+same run hear of it (watch.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from zipr1.core import watch
 
 T = TypeVar("T")
 
@@ -33,8 +36,10 @@ _open: list[_Shown] = []
 
 def tell(what: str, done: int | None = None, total: int | None = None) -> None:
     """Show `what`, and `done` of `total`; an empty `what` shows nothing until the next call."""
+    count = "" if done is None else f" {done:,}" if total is None else f" {done:,} of {total:,}"
+    if what:
+        watch.at(what + count)
     if _open:
-        count = "" if done is None else f" {done:,}" if total is None else f" {done:,} of {total:,}"
         _open[-1].show(what, count)
 
 

@@ -3,7 +3,8 @@
 Training: every rank reads the same recipe and prompts and keeps the same state; the questions of a step are dealt out
 whole, so a group is never split. Evaluation: questions are dealt out, and every rank scores all answers. Gradients are
 joined by PyTorch's DistributedDataParallel or its fully_shard (FSDP2); nothing
-of that is written here. A rank that dies ends the run: the launcher stops the others and names it.
+of that is written here. A rank that dies, refuses or hangs ends the run, and all tell which one it was
+(zipr1/core/watch.py).
 
 With FSDP2 the policy's weights are whole while it answers, and then the reference's: those parts need no communication,
 and cannot hang when one rank has less to do. Only the update runs in step, and there every rank makes the same number
@@ -17,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -28,16 +28,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from zipr1.core import signals
+from zipr1.core import signals, watch
 from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.text import reason
 
 T = TypeVar("T")
 
-# Seconds that a rank waits before it leaves because another one is gone. The launcher looks every tenth of one and
-# blames the first it misses, so the dead rank must be found before this one is.
-GRACE = 1.0
-
+# How long a word between ranks may take: long enough for any, for a rank that hangs is found by its silence.
+PATIENCE = timedelta(hours=12)
 
 # What a launcher tells a process about the others.
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -108,19 +106,6 @@ def shared_device() -> str | None:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
-def start() -> None:
-    """Join the other processes, if a launcher started several, for work that each does at its own pace: they wait for
-    each other for hours. Raises InputError if they cannot be reached."""
-    if size() > 1 and not dist.is_initialized():
-        meet("gloo", timedelta(hours=12))
-
-
-def stop() -> None:
-    """Part from the other processes, if they have met."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @contextlib.contextmanager
 def hidden_launcher() -> Iterator[None]:
     """Inside, the environment looks like that of a single process, for libraries that share out work by it. The
@@ -132,48 +117,78 @@ def hidden_launcher() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def meet(backend: str, timeout: timedelta | None = None) -> None:
-    """Join the other processes. timeout: of each word between them, by default PyTorch's. Raises InputError if they do
-    not meet."""
+def _store() -> tuple[dist.Store, list[int]]:
+    """Where the ranks of the launcher's variables meet, and the rank in whose process that is, unless it is torchrun's.
+    Waits for that process alone. Raises InputError where there is none."""
+    told = os.environ
     try:
-        dist.init_process_group(backend, timeout=timeout)
-    except (ValueError, RuntimeError) as error:
+        number = int(told["RANK"])
+        keeper = [] if told.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else [0]
+        store = dist.TCPStore(
+            told["MASTER_ADDR"],
+            int(told["MASTER_PORT"]),
+            is_master=number in keeper,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except (KeyError, ValueError, RuntimeError) as error:
+        why = f"{error.args[0]} is not set" if isinstance(error, KeyError) else reason(error, 160)
         raise InputError(
-            f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')} and the processes do not meet ({reason(error, 160)}); "
+            f"WORLD_SIZE is {told.get('WORLD_SIZE')} and the processes do not meet ({why}); "
             "start them with torchrun, or unset WORLD_SIZE"
         ) from None
+    # A launcher that starts all ranks again keeps its store.
+    return dist.PrefixStore(f"zipr1/{told.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), keeper
 
 
 @contextlib.contextmanager
-def joined(where: torch.device) -> Iterator[None]:
-    """Inside, the ranks can talk. where: this rank's device. Raises InputError if they do not meet, and RunError if
-    one of them is gone."""
+def joined(
+    choose: Callable[[], torch.device], minutes: float, backend: str | None = None
+) -> Iterator[torch.device]:
+    """Inside, the ranks can talk, and what ends one of them ends all. Gives what `choose` gives, this rank's device;
+    what that refuses, all ranks refuse. minutes: without a sign of life, after which a rank that the others wait for is
+    said to hang. backend: PyTorch's, by default what the device needs.
+
+    Raises InputError if they do not meet, and in every rank a ZipError with the same reason if one of them has ended
+    with an error, has died, or hangs; the process of one that hangs ends.
+    """
     if size() == 1:
-        yield
+        yield choose()
         return
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    meet("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
-    try:
-        yield
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        signals.hold()  # the launcher's signal, which comes now, would be told as the reason
-        time.sleep(GRACE)
-        raise RunError(
-            "another rank is gone, the launcher names it below (Root Cause); saved checkpoints are complete, the same "
-            "command with --output goes on"
-        ) from None
-    finally:
-        # After an error the others may be gone: torchrun ends them, and there is nobody to say goodbye to.
-        stop()
+    store, keeper = _store()
+    own = store.clone()  # type: ignore[attr-defined]
+    with watch.Watch(own, rank(), size(), 60 * minutes, keeper) as watched:
+        try:
+            where = choose()
+            watched.everyone()
+            backend = backend or ("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
+            dist.init_process_group(
+                backend, store=store, rank=rank(), world_size=size(), timeout=PATIENCE
+            )
+            yield where
+        except BaseException as error:
+            signals.hold()  # the launcher's signal, which comes now, would be told as the reason
+            broken = isinstance(error, RuntimeError) and (
+                isinstance(error, dist.DistError) or "gloo" in str(error)
+            )
+            if not broken:
+                watched.leave(error)
+                raise
+            dead = watched.gone()
+            if watched.ending is not None:
+                raise watched.ending.error() from None
+            raise RunError(watched.judge.gone(dead)) from None
+        finally:
+            # After an error the others may be gone: torchrun ends them, and there is nobody to say goodbye to.
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def gather(value: T) -> list[T]:
     """Everyone's value, by rank. The values are small Python objects."""
     if size() == 1:
         return [value]
+    watch.arrive()
     found: list[Any] = [None] * size()
     dist.all_gather_object(found, value)
     return found
@@ -194,6 +209,7 @@ def first(work: Callable[[], T]) -> T:
             said = [work(), None]
         except ZipError as error:
             said = [None, error]
+    watch.arrive()
     dist.broadcast_object_list(said)
     if said[1] is not None:
         raise said[1]
@@ -223,7 +239,10 @@ def evened(dealt: Sequence[Sequence[int]]) -> list[list[int]]:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A shard's whole tensor; any other as it is. All ranks must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    watch.arrive(meeting=False)
+    return tensor.full_tensor()
 
 
 def whole_state(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -281,6 +300,7 @@ class Parallel:
         and what is computed with them, by default the shards' own; gradients are summed in float32."""
         if size() == 1:
             return
+        watch.arrive()
         if kind == "ddp":
             self.model = DistributedDataParallel(ForwardProxy(model))
             return
@@ -317,6 +337,7 @@ class Parallel:
     def _unsharded(self, work: Callable[[], T], roots: list[Any]) -> T:
         if not roots:
             return work()
+        watch.arrive(meeting=False)
         root, *rest = roots
         parts = [m for m in root.modules() if isinstance(m, FSDPModule)]
 
@@ -340,6 +361,7 @@ class Parallel:
         the model itself."""
         if not self.sharded:
             return work()
+        watch.arrive(meeting=False)
         with torch.no_grad():
             out: T = self.sharded[-1](work)
         return out
@@ -352,8 +374,12 @@ class Parallel:
             loss.backward()
             return out
         waits = contextlib.nullcontext() if last or self.sharded else self.model.no_sync()
+        if self.sharded:
+            watch.arrive(meeting=False)
         with waits:
             loss, out = self.model(work)
+            if self.sharded or last:
+                watch.arrive(meeting=False)
             # Both kinds of wrapper take the mean over ranks.
             (loss * size()).backward()
         return out

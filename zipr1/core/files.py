@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from zipr1.core import watch
 from zipr1.core.errors import InputError, RunError
 
 # Bytes of a file that one thread hashes at a time.
@@ -61,7 +62,8 @@ def sync(path: Path) -> None:
     """Wait until the file's content, or the folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with watch.slow(os.fstat(descriptor).st_size):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -285,6 +285,8 @@ class Train(Section):
     parallel: what several ranks do: `ddp` replicates the model, `fsdp` shards weights, gradients and optimizer.
     param_dtype: with fsdp, what weights are gathered in and computed with (None: model.dtype); the shards, which the
         optimizer changes, stay in model.dtype.
+    stall_minutes: of several ranks, one that the others wait for and that shows no sign of life for so long ends the
+        run. Reading and writing files are signs, as is each pass and each decoder layer.
     """
 
     stage: Literal["rl", "supervised"] = "rl"
@@ -298,6 +300,7 @@ class Train(Section):
     save_total_limit: Positive = 2
     parallel: Literal["ddp", "fsdp"] = "ddp"
     param_dtype: Literal["float32", "bfloat16"] | None = None
+    stall_minutes: Annotated[float, Field(gt=0, le=720)] = 5.0
 
 
 class Supervised(Section):

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("zipr1")
 
+# Keys that do not change what a run computes: another value goes on with it.
+FREE = ("train.stall_minutes:",)
+
 
 class RunDir:
     """One run's folder. Made by `RunDir.open`; `checkpoint` is where to go on from, or None for a fresh start."""
@@ -205,7 +208,7 @@ class RunDir:
                 f"{self.root}: holds a run of this recipe; go on with --resume auto, or give another --output"
             )
         old = load_written(written)
-        changed = differences(old, self.recipe)
+        changed = [d for d in differences(old, self.recipe) if not d.startswith(FREE)]
         more = self.recipe.train.steps > old.train.steps
         if changed and not (more and len(changed) == 1):
             raise InputError(

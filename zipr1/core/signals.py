@@ -3,6 +3,9 @@
 During rollout a signal aborts, and the state before the step is saved; after `optimizer.step` it waits for the end of
 the step. Several ranks wait for a place where all of them agree.
 
+One signal is enough: while it takes the process out, another one changes nothing, so that what is cleaned up on the way
+is cleaned up whole.
+
 `handled` puts the handlers in place and takes them back; `scope` is what `hold` is good for, and ends with it. So a
 program that calls the trainer, or a test, finds its signals as they were.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -40,9 +44,10 @@ _scopes: list[_Scope] = []  # the innermost last
 
 
 @contextlib.contextmanager
-def handled() -> Iterator[None]:
+def handled(last: bool = False) -> Iterator[None]:
     """Inside, SIGTERM and SIGINT raise `Stopped`, or wait; afterwards their handlers are those of before. A signal that
-    was ignored stays so. Only in the main thread."""
+    was ignored stays so. Only in the main thread. last: the process ends afterwards, and they are ignored instead:
+    Python would tell of them with a traceback."""
     before = {}
     with scope():
         try:
@@ -55,7 +60,7 @@ def handled() -> Iterator[None]:
             yield
         finally:
             for number, old in before.items():
-                signal.signal(number, old)
+                signal.signal(number, signal.SIG_IGN if last else old)
 
 
 @contextlib.contextmanager
@@ -70,9 +75,20 @@ def scope() -> Iterator[None]:
 
 def handle(number: int, frame: FrameType | None = None) -> None:
     """The signal handler."""
+    if _leaving():
+        return
     if not (_scopes and _scopes[-1].held):
         raise Stopped(number)
     _scopes[-1].number = number
+
+
+def _leaving() -> bool:
+    """Whether a `Stopped` is on its way up at this moment. Not after foreign code has swallowed it: then the next
+    signal is the first one again."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error is not None
 
 
 def hold() -> None:

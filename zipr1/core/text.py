@@ -35,3 +35,8 @@ def size(count: float) -> str:
         if count >= one:
             return f"{count / one:,.{0 if count >= 100 * one else 1}f} {unit}"
     return f"{count:.0f} B"
+
+
+def times(speedup: float | None) -> str:
+    """How many times faster than dense, above 1 is faster, which is all that `x` means in zipr1; nothing for None."""
+    return "" if speedup is None else f"{speedup:.2f}x"

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    # A picture: a path, encoded, where that is stored, or pixels.
+    Picture: TypeAlias = str | Path | bytes | "Stored" | np.ndarray
 
 
 class Stored(Protocol):
@@ -27,31 +30,60 @@ class Stored(Protocol):
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a chat asks of one picture or clip; it wins over what holds for all. None: nothing is asked.
+
+    fps, min_frames, max_frames: of the frames that are read of a clip; frames: how many exactly. min_pixels,
+    max_pixels: bounds of height x width, of a clip's frame too. height, width: both or none, the size to become, before
+    it is rounded to whole tokens.
+    """
+
+    fps: float | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    frames: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    height: int | None = None
+    width: int | None = None
+
+
+NOTHING = Asked()
+
+
+@dataclass(frozen=True)
 class Media:
     """One picture or clip, not yet decoded.
 
-    source: a path; an encoded picture, as bytes or where it is stored; or pixels already in memory: uint8, `(H, W, 3)`
-        for an image, `(F, H, W, 3)` for a video.
-    fps: frames per second of `source` frames that are in memory; None for images and for files (read there).
+    source: a path; an encoded picture, as bytes or where it is stored; pixels already in memory: uint8, `(H, W, 3)`
+        for an image, `(F, H, W, 3)` for a video; or of a video its frames, each a picture as of an image.
+    fps: frames per second of `source` frames that are no file; None for images and for files (read there).
     size: (frames, height, width, frames per second) of the file, 1 frame and 0.0 for an image; None if it has not been
         opened.
+    asked: what was written beside it in a chat.
     """
 
     kind: Literal["image", "video"]
-    source: str | Path | bytes | Stored | np.ndarray
+    source: str | Path | bytes | Stored | np.ndarray | tuple[Picture, ...]
     fps: float | None = None
     size: tuple[int, int, int, float] | None = field(default=None, compare=False)
+    asked: Asked = NOTHING
 
     @cached_property
     def key(self) -> str:
         """Equal for equal media, so that they are decoded and encoded once."""
+        own = "" if self.asked == NOTHING else f"{self.asked}:"
         if isinstance(self.source, (str, Path)):
-            return f"{self.kind}:{self.source}"
+            return f"{self.kind}:{own}{self.source}"
         if isinstance(self.source, bytes):
-            return f"{self.kind}:{hashlib.sha1(self.source).hexdigest()}"
+            return f"{self.kind}:{own}{hashlib.sha1(self.source).hexdigest()}"
+        if isinstance(self.source, tuple):
+            frames = "\n".join(Media("image", frame).key for frame in self.source)
+            return f"{self.kind}:{own}{self.fps}:{hashlib.sha1(frames.encode()).hexdigest()}"
         if hasattr(self.source, "key"):
-            return f"{self.kind}:{self.source.key}"
-        return f"{self.kind}:{self.fps}:{hashlib.sha1(self.source.tobytes()).hexdigest()}"
+            return f"{self.kind}:{own}{self.source.key}"
+        pixels = hashlib.sha1(self.source.tobytes()).hexdigest()
+        return f"{self.kind}:{own}{self.fps}:{self.source.shape}:{pixels}"
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,24 @@
-"""Media -> pixels: pictures through PIL, clips through video.py, arrays as they are."""
+"""Media -> pixels: pictures through pictures.py, clips through video.py, arrays as they are.
+
+What a chat asks of one medium (`Media.asked`) is honoured here as far as frames are chosen; sizes are the processor's.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import io
-import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from zipr1.core.errors import InputError
 from zipr1.core.types import Media
 from zipr1.data import video
+from zipr1.data.pictures import check_image, open_image, read_image
 
-# All that PIL may open of data: it knows forty more, of which EPS starts Ghostscript.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-
-_ORIENTATION = 0x0112  # EXIF: how the camera was held
+_NO_FRAMES = "a clip of no frames; give at least one picture"
 
 
 def load_media(
@@ -44,37 +43,66 @@ def load_timed(
 ) -> tuple[np.ndarray, float | None, np.ndarray | None]:
     """What `load_media` gives, and the second `(F,)` float64 at which each frame of a clip is shown; None for pictures
     and where the rate is unknown."""
-    if isinstance(media.source, np.ndarray):
-        _check_array(media.kind, media.source)
-        if media.kind == "image":
-            return media.source, None, None
-        clip_fps = media.fps or 0.0
-        asked = len(media.source), clip_fps, max_frames, fps, rule
-        chosen = video.choose(*asked)
-        frame_fps = clip_fps * len(chosen) / len(media.source) or None
-        return media.source[chosen], frame_fps, video.times(*asked)
-    if media.kind == "video":
-        return video.read_timed(as_path(media.source), max_frames, fps, rule)
-    return read_image(_encoded(media.source)), None, None
+    source = media.source
+    if media.kind == "image":
+        if isinstance(source, np.ndarray):
+            _check_array(media.kind, source)
+            return source, None, None
+        return read_image(_encoded(source)), None, None
+    most, fps, rule = limits(media, max_frames, fps, rule)
+    if not isinstance(source, np.ndarray | tuple):
+        return video.read_timed(as_path(source), most, fps, rule)
+    if isinstance(source, np.ndarray):
+        _check_array(media.kind, source)
+    total, clip_fps = len(source), media.fps or 0.0
+    if not total:
+        raise InputError(_NO_FRAMES)
+    chosen = video.choose(total, clip_fps, most, fps, rule)
+    frames = source[chosen] if isinstance(source, np.ndarray) else _stacked(source, chosen)
+    times = chosen / clip_fps if clip_fps > 0 else None
+    return frames, clip_fps * len(chosen) / total or None, times
+
+
+def limits(
+    media: Media, max_frames: int | None, fps: float | None, rule: video.FrameRule
+) -> tuple[int | None, float | None, video.FrameRule]:
+    """The most frames that are read of a clip, at which rate and by which rule: what is asked of it, else the given."""
+    asked = media.asked
+    if asked.frames is not None:
+        return None, None, replace(rule, number=asked.frames)
+    if asked.min_frames is not None:
+        rule = replace(rule, least=asked.min_frames)
+    most = max_frames if asked.max_frames is None else asked.max_frames
+    return most, fps if asked.fps is None else asked.fps, rule
 
 
 def check(media: Media) -> tuple[int, int, int, float]:
     """`Media.size` of a picture or clip: it is opened and decoded. Raises InputError if that fails."""
-    if isinstance(media.source, np.ndarray):
-        frames = media.source[None] if media.kind == "image" else media.source
-        return (*frames.shape[:3], media.fps or 0.0)
-    if media.kind == "video":
-        return video.check(as_path(media.source))
-    return (1, *check_image(_encoded(media.source)), 0.0)
+    source = media.source
+    if media.kind == "image":
+        if isinstance(source, np.ndarray):
+            return (1, *source.shape[:2], 0.0)
+        return (1, *check_image(_encoded(source)), 0.0)
+    if isinstance(source, np.ndarray):
+        size = (*source.shape[:3], media.fps or 0.0)
+    elif isinstance(source, tuple):
+        height, width = _one_size([check(Media("image", frame))[1:3] for frame in source])
+        size = (len(source), height, width, media.fps or 0.0)
+    else:
+        size = video.check(as_path(source))
+    # More frames than there are may not be asked for.
+    video.choose(size[0], size[3], *limits(media, None, None, video.QWEN2_FRAMES))
+    return size
 
 
 def exists(media: Media) -> None:
     """Raise InputError if the file of a picture or clip is missing or empty. It is not decoded."""
-    if isinstance(media.source, str | Path):
-        if media.kind == "video":
-            video.exists(media.source)
-        else:
-            _open(media.source, str(media.source)).close()
+    for source in media.source if isinstance(media.source, tuple) else (media.source,):
+        if isinstance(source, str | Path):
+            if media.kind == "video" and not isinstance(media.source, tuple):
+                video.exists(source)
+            else:
+                open_image(source, str(source)).close()
 
 
 def as_path(source: Any) -> Path:
@@ -84,6 +112,26 @@ def as_path(source: Any) -> Path:
     raise InputError("a video inside the row; give the path of a file")
 
 
+def _stacked(frames: Sequence[Any], chosen: np.ndarray) -> np.ndarray:
+    """The chosen ones of pictures, `(F, H, W, 3)`."""
+    read = [load_timed(Media("image", frames[i]), 1)[0] for i in chosen]
+    _one_size([frame.shape[:2] for frame in read])
+    return np.stack(read)
+
+
+def _one_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Height and width of all frames. Raises InputError where they differ, or there is none."""
+    if not sizes:
+        raise InputError(_NO_FRAMES)
+    for number, (height, width) in enumerate(sizes, 1):
+        if (height, width) != sizes[0]:
+            raise InputError(
+                f"a clip of pictures of different sizes: the first is {sizes[0][1]} x {sizes[0][0]} and number "
+                f"{number} is {width} x {height}; scale them to one size"
+            )
+    return sizes[0]
+
+
 def _encoded(source: Any) -> Path | io.BytesIO:
     """Where PIL reads from: a path, or bytes, read from the dataset they are stored in."""
     if isinstance(source, str | Path):
@@ -91,80 +139,11 @@ def _encoded(source: Any) -> Path | io.BytesIO:
     return io.BytesIO(source if isinstance(source, bytes) else source.read())
 
 
-def _name(source: str | Path | io.BytesIO) -> str:
-    return "image in the row" if isinstance(source, io.BytesIO) else str(source)
-
-
-def read_image(source: str | Path | io.BytesIO, name: str | None = None) -> np.ndarray:
-    """uint8 `(H, W, 3)`, upright by its EXIF orientation. name: for error messages; the path if it is a file."""
-    name = name or _name(source)
-    with _open(source, name) as picture:
-        try:
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise _damaged(name, error) from error
-
-
-def check_image(source: str | Path | io.BytesIO) -> tuple[int, int]:
-    """Height and width. Raises InputError if the file is missing, empty, not a picture or cut off."""
-    name = _name(source)
-    with _open(source, name) as picture:
-        try:
-            sideways = picture.getexif().get(_ORIENTATION, 1) >= 5  # by a quarter turn
-            width, height = picture.size
-            # PIL's verify() does not decode the pixels of most formats: loading them finds files that are cut off.
-            # draft() lets JPEG decode at an eighth of its size.
-            picture.draft("RGB", (picture.width // 8, picture.height // 8))
-            picture.load()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise _damaged(name, error) from error
-    return (width, height) if sideways else (height, width)
-
-
-def _open(source: str | Path | io.BytesIO, name: str) -> Image.Image:
-    if not isinstance(source, io.BytesIO):
-        source = Path(source)
-        if not source.is_file():
-            raise InputError(f"{name}: no such image file; check the path or data.media_root")
-        if source.stat().st_size == 0:
-            raise InputError(f"{name}: the image file is empty (0 bytes); copy it again")
-    try:
-        with warnings.catch_warnings():
-            # A picture too large to be safe is an error here, not a warning that nobody sees.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(source, formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise InputError(f"{name}: not an image; allowed: {', '.join(FORMATS)}") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{name}: too many pixels ({error}); scale it down") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise _damaged(name, error) from error
-
-
-@contextlib.contextmanager
-def only_known_formats() -> Iterator[None]:
-    """Inside, PIL opens no format but those of `FORMATS`, whoever asks: around libraries that open the data's pictures
-    themselves. For the whole process."""
-    stock = Image.open
-
-    def known(fp: Any, mode: str = "r", formats: Any = None) -> Image.Image:
-        return stock(fp, mode, [f for f in FORMATS if formats is None or f in formats])  # type: ignore[arg-type]
-
-    Image.open = known  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        Image.open = stock
-
-
-def _damaged(name: str, error: Exception) -> InputError:
-    return InputError(f"{name}: the image is damaged ({error}); copy it again")
-
-
 def _check_array(kind: str, pixels: np.ndarray) -> None:
     dims = 3 if kind == "image" else 4
     if pixels.dtype != np.uint8 or pixels.ndim != dims or pixels.shape[-1] != 3 or not pixels.size:
         shape = "(H, W, 3)" if kind == "image" else "(F, H, W, 3)"
         raise InputError(
-            f"{kind} in memory: {pixels.dtype} {pixels.shape}; allowed: uint8 {shape}, not empty; convert it"
+            f"{kind} in memory: {pixels.dtype} {pixels.shape}; allowed: uint8 {shape} in the order red, green, blue, "
+            "not empty; convert it, or give pictures of PIL"
         )

@@ -5,9 +5,9 @@ Nothing is opened here: whether pictures and clips can be read is checked in row
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,21 +15,20 @@ import numpy as np
 
 from zipr1.core.errors import InputError
 from zipr1.core.types import Media, Prompt
+from zipr1.data.chat import Entry, medium, parse
 from zipr1.data.formats import ANSWERS, MEDIA, QUESTIONS
 from zipr1.rewards.registry import find
 
 ROLES = ("system", "user", "assistant")
-MAX_PATH_CHARACTERS = 1024
 _PLACEHOLDER = re.compile(r"<(image|video)>")
-_BASE64_IMAGE = re.compile(r"data:image/[\w.+-]+;base64,")
 
 
 class Conversation(NamedTuple):
-    """messages: chat messages that end with the question. sources: (kind, source) of each image or video entry, in
-    the order of the entries. closing_answer: the text of an assistant turn after the question, else None."""
+    """messages: chat messages that end with the question. media: of their image and video entries, in order, with
+    sources. closing_answer: the text of an assistant turn after the question, else None."""
 
     messages: list[dict[str, Any]]
-    sources: list[tuple[str, Any]]
+    media: list[Entry]
     closing_answer: str | None
 
 
@@ -41,12 +40,12 @@ def to_prompt(row: dict[str, Any], default_id: str, root: Path, instruction: str
     """
     row = without_nulls(row)
     listed = {kind: _listed_media(row, kind) for kind in MEDIA}
-    messages, sources, closing_answer = _conversation(row, listed)
-    media = tuple(_media(kind, source, root) for kind, source in sources)
+    messages, entries, closing_answer = _conversation(row, listed)
+    media = tuple(medium(*entry, root) for entry in entries)
     answer, *accepted = _answers(row, closing_answer)
     if instruction:
         messages[-1]["content"].append({"type": "text", "text": f"\n{instruction}"})
-    prompt_id = str(row.get("id", default_id))
+    prompt_id = _said(row.get("id", default_id))
     media_key = "|".join(_identity(m) for m in media) or prompt_id
     return Prompt(
         id=prompt_id,
@@ -86,13 +85,20 @@ def _answers(row: dict[str, Any], closing_answer: str | None) -> list[str]:
                     )
                 if not str(value).strip() or value != value:  # NaN: an empty cell of a table
                     raise InputError(f"{name} is empty; write the right answer")
-            return list(dict.fromkeys(str(value).strip() for value in values))
+            return list(dict.fromkeys(_said(value) for value in values))
     if closing_answer is not None:
         return [closing_answer]
     raise InputError(
         f"no answer; columns: {', '.join(row) or 'none'}; add `answer` or `solution`, or name the column: "
         "data.columns={answer: ITS NAME}"
     )
+
+
+def _said(value: Any) -> str:
+    """As it would be said: 3.0, which tables make of 3 where a cell of the column is empty, is "3"."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)
+    return str(value).strip()
 
 
 def _listed_media(row: dict[str, Any], kind: str) -> list[Any]:
@@ -122,47 +128,56 @@ def _conversation(row: dict[str, Any], listed: dict[str, list[Any]]) -> Conversa
         raise InputError(
             f"`{columns[0]}` is {value!r:.60}; allowed: a list of messages that is not empty"
         )
-    messages = [_message(message) for message in value]
+    made = [_turn(message, any(listed.values())) for message in value]
+    turns = [turn for turn in made if turn is not None]
     closing_answer = None
-    if len(messages) > 1 and messages[-1]["role"] == "assistant":
-        content = messages.pop()["content"]
-        texts = [part["text"] for part in content if part["type"] == "text"]
-        closing_answer = " ".join(texts).strip() or None
-    if messages[-1]["role"] != "user":
-        raise InputError(
-            f"the last message is of role {messages[-1]['role']!r}; it must be the user's question"
-        )
-    parts = [part for message in messages for part in message["content"]]
-    if all(part["type"] == "text" for part in parts):
+    if len(turns) > 1 and turns[-1][0]["role"] == "assistant":
+        said, shown = turns.pop()
+        if shown:
+            raise InputError(f"the closing answer holds an {shown[0].kind}; answers are text")
+        closing_answer = " ".join(part["text"] for part in said["content"]).strip() or None
+    if not turns or turns[-1][0]["role"] != "user":
+        role = turns[-1][0]["role"] if turns else "system"
+        raise InputError(f"the last message is of role {role!r}; it must be the user's question")
+    messages, entries = [message for message, _ in turns], [e for _, own in turns for e in own]
+    if not entries:
         # Without any placeholder the media come first, images before videos, as in TRL and ms-swift.
         question = next(message for message in messages if message["role"] == "user")
-        question["content"][:0] = [
-            {"type": kind} for kind, sources in listed.items() for _ in sources
-        ]
-    return Conversation(messages, _assign_sources(messages, listed), closing_answer)
+        entries = [Entry(kind, None, {}) for kind, sources in listed.items() for _ in sources]
+        question["content"][:0] = [{"type": entry.kind} for entry in entries]
+    return Conversation(messages, _with_sources(entries, listed), closing_answer)
 
 
-def _message(message: Any) -> dict[str, Any]:
-    """One message with its content as a list of entries; placeholders in its text become entries."""
-    if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-        raise InputError(f"message {message!r:.60}; a message has `role` and `content`")
+def _turn(message: Any, listed: bool) -> tuple[dict[str, Any], list[Entry]] | None:
+    """One message with its content as a list of entries, and its media; None for a system message that says nothing,
+    as tables have where there is none. listed: whether the row has media beside its messages, whose places are marked
+    in its texts."""
+    empty = isinstance(message, Mapping) and message.get("content") in ("", None, [])
+    if empty and message.get("role") == "system":
+        return None
+    message, entries = parse(message)
     if message["role"] not in ROLES:
         raise InputError(f"role {message['role']!r}; allowed: {', '.join(ROLES)}")
-    content = message["content"]
-    if isinstance(content, str):
-        content = _split_at_placeholders(content)
-    if not isinstance(content, list) or not content:
-        raise InputError(f"content {content!r:.60}; allowed: text or a list that is not empty")
+    content = message.get("content")
+    written = isinstance(content, str)
+    if not isinstance(content, list):
+        content = [{"type": "text", "text": content}] if written and content else []
+    waiting, parts, marked = iter(entries), [], []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", *MEDIA) or (
-            kind == "text" and not isinstance(part.get("text"), str)
-        ):
-            raise InputError(
-                f"content entry {part!r:.60}; allowed: "
-                '{"type": "text", "text": ...}, {"type": "image"}, {"type": "video"}'
-            )
-    return {"role": message["role"], "content": list(content)}
+        if part["type"] != "text":
+            parts.append(part)
+            marked.append(next(waiting))
+            continue
+        splits = written or (listed and _PLACEHOLDER.search(part["text"]))
+        for piece in _split_at_placeholders(part["text"]) if splits else [part]:
+            parts.append(piece)
+            if piece["type"] != "text":
+                marked.append(Entry(piece["type"], None, {}))
+    if not parts:
+        raise InputError(
+            f"content {message.get('content')!r:.60}; allowed: text or a list that is not empty"
+        )
+    return {**message, "content": parts}, marked
 
 
 def _split_at_placeholders(text: str) -> list[dict[str, Any]]:
@@ -176,61 +191,25 @@ def _split_at_placeholders(text: str) -> list[dict[str, Any]]:
     return content
 
 
-def _assign_sources(
-    messages: list[dict[str, Any]], listed: dict[str, list[Any]]
-) -> list[tuple[str, Any]]:
-    """(kind, source) of each image or video entry: its own (`{"type": "image", "image": path}`) or the next listed one.
-
-    The entries are reduced in place to their type and text. Raises InputError unless every listed medium has exactly
-    one placeholder.
-    """
-    sources = []
+def _with_sources(entries: list[Entry], listed: dict[str, list[Any]]) -> list[Entry]:
+    """Each entry with its own source (`{"type": "image", "image": path}`) or the next listed one. Raises InputError
+    unless every listed medium has exactly one placeholder."""
+    found = []
     remaining = {kind: list(values) for kind, values in listed.items()}
     placeholders = dict.fromkeys(MEDIA, 0)
-    for message in messages:
-        for index, part in enumerate(message["content"]):
-            kind = part["type"]
-            if kind == "text":
-                message["content"][index] = {"type": "text", "text": part["text"]}
-                continue
-            message["content"][index] = {"type": kind}
-            if part.get(kind) is not None:
-                sources.append((kind, part[kind]))
-                continue
-            placeholders[kind] += 1
-            if remaining[kind]:
-                sources.append((kind, remaining[kind].pop(0)))
+    for entry in entries:
+        if entry.source is None:
+            placeholders[entry.kind] += 1
+            if remaining[entry.kind]:
+                entry = entry._replace(source=remaining[entry.kind].pop(0))
+        found.append(entry)
     for kind, number in placeholders.items():
         if number != len(listed[kind]):
             raise InputError(
                 f"{number} {kind} placeholders but {len(listed[kind])} {kind}s; the numbers must be equal; "
                 f"write one <{kind}> for each"
             )
-    return sources
-
-
-def _media(kind: str, value: Any, root: Path) -> Media:
-    """A picture or clip from what a row gives for it: a path, encoded bytes, base64 text, or where bytes are stored."""
-    if isinstance(value, dict) and value.get("bytes"):
-        value = value["bytes"]  # how Hugging Face datasets store pictures in parquet
-    elif isinstance(value, dict):
-        value = value.get("path") or value.get(kind)  # the latter in verl
-    if kind == "image" and isinstance(value, str) and (match := _BASE64_IMAGE.match(value)):
-        try:
-            return Media("image", base64.b64decode(value[match.end() :], validate=True))
-        except ValueError as error:
-            raise InputError(f"{kind} {value:.40}...: not base64 ({error}); give a path") from error
-    if kind == "image" and (isinstance(value, bytes) or hasattr(value, "read")):
-        return Media("image", value)
-    if not isinstance(value, str) or not value:
-        raise InputError(f"{kind} {value!r:.60}; allowed: the path of a file")
-    if re.match(r"(https?|s3|gs)://", value):
-        raise InputError(f"{kind} {value:.80}: a URL; only local files are read; download it first")
-    if len(value) > MAX_PATH_CHARACTERS:
-        raise InputError(
-            f"{kind} {value:.40}...: {len(value):,} characters; give the path of a file"
-        )
-    return Media("image" if kind == "image" else "video", root / value.removeprefix("file://"))
+    return found
 
 
 def _identity(media: Media) -> str:

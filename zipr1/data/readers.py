@@ -7,6 +7,7 @@ bad file. .jsonl and .json need no library, .parquet needs pyarrow, the hub and 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -26,7 +27,9 @@ from zipr1.data.embedded import SOURCES
 
 NumberedRows = Iterator[tuple[int, Callable[[], Any]]]
 
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},]', re.DOTALL)
+_BLANK = b" \t\r\n\xef\xbb\xbf"  # before the list; a file may begin with a byte order mark
+FORGET = 2**24  # bytes of a .json file
 _SLICE = re.compile(r"(.+):\[(-?\d*):(-?\d*)\]")
 
 
@@ -230,45 +233,50 @@ def _jsonl(path: Path) -> NumberedRows:
 
 
 def _json(path: Path) -> NumberedRows:
-    # Bytes that are not UTF-8 are faults of the rows that hold them.
-    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    try:
-        rows = loads(text) if text else []
-    except ValueError as error:
-        pieces = _elements(text)
-        if pieces is None:
-            raise InputError(
-                f"{path}: not JSON ({error}); check quotes, commas and UTF-8"
-            ) from error
-        for number, piece in enumerate(pieces, 1):
-            yield number, lambda piece=piece: _parse(piece)  # type: ignore[misc]
+    """A list of rows, of which one is held at a time."""
+    if not path.stat().st_size:
         return
-    if not isinstance(rows, list):
-        raise InputError(
-            f"{path}: {type(rows).__name__}; allowed: a list of rows; or name it .jsonl"
-        )
-    for number, row in enumerate(rows, 1):
-        yield number, lambda row=row: row  # type: ignore[misc]
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        try:
+            for number, piece in enumerate(_elements(text), 1):
+                yield number, lambda piece=piece: _parse(piece)  # type: ignore[misc]
+        except ValueError as error:  # no list: an object, lines of JSON, or nothing whole
+            why, kind = reason(error), "list"
+            try:
+                kind = type(loads(text[:])).__name__
+            except ValueError as fault:
+                why = reason(fault)
+            problem = f"not JSON ({why}); check quotes, commas and UTF-8"
+            if kind != "list":
+                problem = f"{kind}; allowed: a list of rows; or name it .jsonl"
+            raise InputError(f"{path}: {problem}") from None
 
 
-def _elements(text: str) -> list[str] | None:
-    """The texts of the elements of a JSON list, whatever is wrong within them; None if it is not one whole list."""
-    start, depth, pieces = 0, 0, []
+def _elements(text: mmap.mmap | bytes) -> Iterator[bytes]:
+    """The texts of the elements of a JSON list, whatever is wrong within them, one after the other. Raises ValueError
+    in the end if it is not one whole list."""
+    start, depth, read = 0, 0, 0
     for token in _TOKEN.finditer(text):
-        mark = token[0]
-        if depth == 0 and (mark != "[" or text[: token.start()].strip()):
-            return None
-        if mark in "[{":
+        place = token.start()
+        mark = text[place : place + 1]
+        if depth == 0 and (mark != b"[" or text[:place].strip(_BLANK)):
+            raise ValueError("no list")
+        if mark in b"[{":
             depth += 1
             start = token.end() if depth == 1 else start
-        elif mark in "]}":
+        elif mark in b"]}":
             depth -= 1
-        if (mark == "," and depth == 1) or (depth == 0 and text[start : token.start()].strip()):
-            pieces.append(text[start : token.start()])
+        if (mark == b"," and depth == 1) or (depth == 0 and text[start:place].strip()):
+            yield text[start:place]
             start = token.end()
         if depth == 0:
-            return None if text[token.end() :].strip() else pieces
-    return None
+            if text[token.end() :].strip():
+                raise ValueError("there is more behind the list")
+            return
+        if isinstance(text, mmap.mmap) and start - read > FORGET:
+            read = start // mmap.PAGESIZE * mmap.PAGESIZE
+            text.madvise(mmap.MADV_DONTNEED, 0, read)  # what was read is no longer held in memory
+    raise ValueError("the list does not end")
 
 
 def _parse(text: str | bytes) -> Any:

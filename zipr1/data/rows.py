@@ -79,13 +79,14 @@ def _light(prompt: Prompt, texts: dict[str, str]) -> Prompt:
         for part in message["content"]:
             if len(part.get("text", "")) > SHARED:
                 part["text"] = texts.setdefault(part["text"], part["text"])
-    if not any(isinstance(m.source, bytes) for m in prompt.media):
-        return prompt
-    media = tuple(
-        replace(m, source=kept_picture(m.source)) if isinstance(m.source, bytes) else m
-        for m in prompt.media
-    )
-    return replace(prompt, media=media)
+    media = tuple(replace(m, source=_kept(m.source)) for m in prompt.media)
+    return prompt if media == prompt.media else replace(prompt, media=media)
+
+
+def _kept(source: Any) -> Any:
+    if isinstance(source, tuple):
+        return tuple(_kept(frame) for frame in source)
+    return kept_picture(source) if isinstance(source, bytes) else source
 
 
 class _BadRows:

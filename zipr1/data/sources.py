@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Data
-from zipr1.core.types import Prompt
+from zipr1.core.types import NOTHING, Prompt
 from zipr1.data import embedded, rows
 from zipr1.data.embedded import HELDOUT_SEED, SOURCES
 
@@ -65,10 +66,14 @@ def identity(prompts: Sequence[Prompt]) -> str:
             ).encode()
         )
         for media in prompt.media:
-            if isinstance(media.source, str | Path):
-                path = Path(media.source)
-                size = path.stat().st_size if path.is_file() else None
-                digest.update(f"{media.kind}:{path.name}:{size}".encode())
-            else:
-                digest.update(media.key.encode())
+            if media.asked != NOTHING:
+                digest.update(repr(media.asked).encode())
+            frames = media.source if isinstance(media.source, tuple) else (media.source,)
+            for source in frames:
+                if isinstance(source, str | Path):
+                    path = Path(source)
+                    size = path.stat().st_size if path.is_file() else None
+                    digest.update(f"{media.kind}:{path.name}:{size}".encode())
+                else:
+                    digest.update(replace(media, source=source, asked=NOTHING).key.encode())
     return digest.hexdigest()

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from zipr1.core.errors import InputError
+from zipr1.data.containers import check_whole, is_mirrored, turn_of, turned
 
 log = logging.getLogger("zipr1")
 
@@ -183,7 +184,8 @@ ChooseFrames = Callable[[int, float], np.ndarray]
 def _decode(path: str | Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, float, int]:
     """Chosen frames uint8 `(F, H, W, 3)`, the clip's own frames per second, and how many frames it has."""
     path = exists(path)
-    if reader()[0] != "decord":
+    check_whole(path)
+    if reader()[0] != "decord" or _decord_turns_wrongly(path):
         return _read_pyav(path, choose_frames)
     from decord.base import DECORDError
 
@@ -223,9 +225,11 @@ def _read_decord(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, f
     import decord
 
     clip = decord.VideoReader(str(path), num_threads=1)
-    total, clip_fps = len(clip), float(clip.get_avg_fps())
+    total = len(clip)
     if total == 0:
         raise InputError(f"{path}: the video has no frames; {_HELP}")
+    first, last = clip.get_frame_timestamp([0, total - 1])[:, 0].tolist()
+    clip_fps = _rate(float(clip.get_avg_fps()), total, first, last)
     return clip.get_batch(choose_frames(total, clip_fps).tolist()).asnumpy(), clip_fps, total
 
 
@@ -234,19 +238,22 @@ def _read_pyav(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, flo
 
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
+            stream = container.streams.best("video")
+            if stream is None:
                 raise InputError(f"{path}: the file has no video stream; {_HELP}")
-            stream = container.streams.video[0]
-            clip_fps = float(stream.average_rate or 0)
+            if container.format.name.endswith("_pipe"):
+                raise InputError(f"{path}: a picture and no clip; give a clip's frames as a list")
             # Containers often do not say how many frames they hold: count them, then keep only the chosen ones.
-            total = sum(1 for _ in container.decode(stream))
+            times = [frame.time for frame in container.decode(stream)]
+            total = len(times)
             if total == 0:
                 raise InputError(f"{path}: the video has no frames; {_HELP}")
+            clip_fps = _rate(float(stream.average_rate or 0), total, times[0], times[-1])
         chosen = set(choose_frames(total, clip_fps).tolist())
         with av.open(str(path)) as container:
             frames = [
-                frame.to_ndarray(format="rgb24")
-                for index, frame in enumerate(container.decode(container.streams.video[0]))
+                turned(frame.to_ndarray(format="rgb24"), turn_of(frame))
+                for index, frame in enumerate(container.decode(container.streams.best("video")))
                 if index in chosen
             ]
     except (av.FFmpegError, OSError) as error:
@@ -254,6 +261,27 @@ def _read_pyav(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, flo
             f"{path}: cannot be read as a video ({_first_line(error)}); {_HELP}"
         ) from error
     return np.stack(frames), clip_fps, total
+
+
+def _rate(said: float, total: int, first: float | None, last: float | None) -> float:
+    """Frames a second of a clip: what its file says, unless the times of its first and last frame (seconds) say another
+    rate by more than a tenth, as where frames were dropped and the rate of the camera is still written there."""
+    if total < 2 or first is None or last is None or last <= first:
+        return said
+    measured = (total - 1) / (last - first)
+    return said if abs(said - measured) <= measured / 10 else measured
+
+
+def _decord_turns_wrongly(path: Path) -> bool:
+    """Whether the clip's frames are to be mirrored: decord knows quarter turns alone."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.best("video")
+            return stream is not None and is_mirrored(turn_of(next(container.decode(stream))))
+    except (av.FFmpegError, OSError, StopIteration):
+        return False  # told by whoever decodes it
 
 
 def _first_line(error: Exception) -> str:

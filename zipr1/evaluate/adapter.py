@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Model
-from zipr1.core.types import Media, Prompt
+from zipr1.core.types import Prompt
+from zipr1.data.chat import medium
 from zipr1.evaluate.answers import Answered, Answerer, Conditions
 from zipr1.models.loading import choose_device
 from zipr1.models.open import find_source, inference_dtype
@@ -163,18 +163,17 @@ def prompt_of(name: str, messages: Any) -> Prompt:
             if part.type == "text":
                 content.append({"type": "text", "text": part.text})
                 continue
-            if part.type == "image":
-                source = part.url
-                if not isinstance(source, str):
-                    source = np.ascontiguousarray(np.asarray(source.convert("RGB")))
-                media.append(Media("image", source))
-            elif isinstance(part.url, str) and (part.type == "video" or part.url.endswith(".webm")):
-                # lmms-eval takes a .webm file for sound.
-                media.append(Media("video", part.url))
-            else:
-                raise InputError(
-                    f"{name}: holds {part.type}; pictures, whole clips and text are read"
-                )
+            # lmms-eval takes a .webm file for sound.
+            webm = isinstance(part.url, str) and part.url.endswith(".webm")
+            kind = "image" if part.type == "image" else "video"
+            cut = [at for at in ("start_time", "end_time") if getattr(part, at, None) is not None]
+            if (part.type == "audio" and not webm) or cut:
+                held = f"{cut[0]} of a clip" if cut else part.type
+                raise InputError(f"{name}: holds {held}; pictures, whole clips and text are read")
+            try:
+                media.append(medium(kind, part.url))
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
             content.append({"type": media[-1].kind})
         chat.append({"role": message.role, "content": content})
     return Prompt(name, chat, tuple(media), "")

@@ -1,6 +1,7 @@
 """Questions answered dense and sparse together: media decoded once, seen once, then answered in every variant.
 
-A variant is a value of the selection's p (1.0 is the dense model itself), or the untouched base. Answers are greedy.
+A variant is a value of the selection's p (1.0 is the dense model itself), or the untouched base, dense and at the
+highest p below 1, which shows what training changed. Answers are greedy.
 Not here: where questions come from and what makes an answer right (lmms-eval, in harness.py).
 """
 
@@ -19,7 +20,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.recipe import Data, Recipe, Sparse, Train
 from zipr1.core.types import Prompt
 from zipr1.data.media import load_media
-from zipr1.evaluate import gallery
+from zipr1.models import gallery
 from zipr1.models.batching import by_length
 from zipr1.models.encoder import MediaEncoder, without_patches
 from zipr1.models.policy import Features, Policy
@@ -31,10 +32,12 @@ from zipr1.models.token_budget import token_budget
 # lmms-eval adds this stop where a task names none; answers may well have paragraphs.
 IMPLICIT_STOP = "\n\n"
 BASE = "base"  # the name of the base's variant
+UNTRAINED = "base, sparse"  # and of the base at the highest p below 1
+DIFFERING = 8  # pictures drawn, a benchmark, of questions whose dense and sparse answers differ
 
 
 class Variant(NamedTuple):
-    """One way to answer every question. name: `1`, `0.975`, or `base`. sparse: None is dense.
+    """One way to answer every question. name: `1`, `0.975`, BASE or UNTRAINED. sparse: None is dense.
 
     model: what answers in place of the policy's own model; None is that one.
     """
@@ -50,7 +53,8 @@ class Answer:
     """One answer in one variant. layer_ratios: kept share of the prompt by layer, `(D,)`, ones when dense.
 
     kv_bytes: keys and values of this prompt after its prefill, no padding. seconds: its share of the batch's time in
-    the language model, prefill and decoding. answer_tokens: the end token included.
+    the language model, prefill and decoding; prefill_seconds: to the first token. answer_tokens: the end token
+    included.
     """
 
     text: str
@@ -59,6 +63,7 @@ class Answer:
     seconds: float
     prompt_tokens: int
     answer_tokens: int
+    prefill_seconds: float = 0.0
 
     @property
     def token_ratio(self) -> float:
@@ -70,13 +75,15 @@ class Answer:
 class Answered:
     """One question's answers, in the order of the variants. The seconds are of its media, once for all variants.
 
-    pictures: the picture or clip as it is and darkened where tokens were dropped, as gallery.py draws them.
+    pictures: the picture or clip as it is, and by a variant's name darkened where tokens were dropped, as gallery.py
+    draws them; first: they are drawn whatever the answers are.
     """
 
     answers: list[Answer]
     decoding_seconds: float
     vision_seconds: float
-    pictures: list[str] = field(default_factory=list)
+    pictures: dict[str, str] = field(default_factory=dict)
+    first: bool = False
 
 
 class Conditions(NamedTuple):
@@ -89,12 +96,21 @@ class Conditions(NamedTuple):
     stops: tuple[str, ...] = ()
 
 
+@dataclass
+class _Drawn:
+    """Whose pictures are drawn: of which first questions, by their pictures, and of how many more."""
+
+    first: set[str]
+    differing: int
+
+
 class Answerer:
     """A loaded policy and the variants in which it answers: a value of p each, then the base.
 
     batch: most questions in one forward pass; fewer where the memory of a GPU holds fewer tokens. base: the untouched
-    model that the policy was trained from, dense. shown: of how many questions pictures are drawn. micro_tokens: most
-    tokens in one pass, as a recipe has it; None: what the memory of a GPU holds.
+    model that the policy was trained from. shown: of how many questions, the first ones, pictures are drawn, and 0
+    draws none; else DIFFERING more are drawn whose answers differ. micro_tokens: most tokens in one pass, as a recipe
+    has it; None: what the memory of a GPU holds.
     """
 
     def __init__(
@@ -117,16 +133,19 @@ class Answerer:
             Variant(f"{p:g}", p, None if p >= 1 else sparse.model_copy(update={"p": p}))
             for p in p_values
         )
+        dense = next((v.name for v in self.variants if v.sparse is None), None)
+        sparse_ones = [v for v in self.variants if v.sparse is not None]
+        self.before: str | None = dense  # the variant that a sparse answer is held against, and
+        self.after = max(sparse_ones, key=lambda v: v.p).name if sparse_ones else None  # that one
         if base is not None:
+            self.before = BASE
             self.variants += (Variant(BASE, 1.0, model=base.model),)
+            for most in (v for v in sparse_ones if v.name == self.after):
+                self.variants += (Variant(UNTRAINED, most.p, most.sparse, base.model),)
         self.batch = batch
         self.bound = Recipe(train=Train(micro_tokens=micro_tokens))
         self.shown = shown
-        text = policy.model.config.get_text_config()
-        heads = text.num_key_value_heads
-        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.token_bytes = 2 * heads * dim * policy.decoder.embed_tokens.weight.element_size()
-        self.longest = int(text.max_position_embeddings)
+        self.longest = int(policy.model.config.get_text_config().max_position_embeddings)
 
     def answer(
         self,
@@ -145,7 +164,7 @@ class Answerer:
         try:
             size = self.batch * 4
             encoder = self._encoder(conditions)
-            drawn: set[str] = set()
+            drawn = _Drawn(set(), 0)
             for start in range(0, len(mine), size):
                 chunk = mine[start : start + size]
 
@@ -175,14 +194,13 @@ class Answerer:
         prompts: Sequence[Prompt],
         conditions: Conditions,
         encoder: MediaEncoder,
-        drawn: set[str],
+        drawn: _Drawn,
         tell: Callable[[int], None],
     ) -> list[Answered]:
-        """Answers of some questions. encoder: knows the pictures that were seen last. drawn: pictures that are drawn
+        """Answers of some questions. encoder: knows the pictures that were seen last. drawn: what is drawn
         already; changed here. tell: called after each batch with how many are done."""
         encoded: list[Encoded] = []
         answered: list[Answered] = []
-        pixels: dict[int, np.ndarray] = {}  # of questions whose picture is to be drawn
         features: Features = {}
         # One question at a time: the patches of one exist at once, and what is seen does not depend on the batch.
         for b, prompt in enumerate(prompts):
@@ -195,10 +213,14 @@ class Answerer:
                     torch.cuda.synchronize(self.policy.device)
             answered.append(Answered([], decoded - began, time.perf_counter() - decoded))
             encoded.append(without_patches(one))
-            if len(one.visuals) == 1 and one.picture not in drawn and len(drawn) < self.shown:
-                drawn.add(one.picture)
-                pixels[b], _ = load_media(prompt.media[0], *encoder.frames)
-        kept: dict[int, Any] = {}  # of the first sparse variant
+            if (
+                len(one.visuals) == 1
+                and one.picture not in drawn.first
+                and len(drawn.first) < self.shown
+            ):
+                drawn.first.add(one.picture)
+                answered[b].first = True
+        kept: dict[int, dict[str, Any]] = {}  # by variant
         done = 0
         lengths = [len(e) + conditions.max_new_tokens for e in encoded]
         most = token_budget(self.policy, self.bound, update=False)
@@ -211,18 +233,33 @@ class Answerer:
                     None if variant.sparse is None else Request(variant.sparse),
                     conditions.max_new_tokens,
                     model=variant.model,
+                    timed=True,
                 )
                 seconds = (time.perf_counter() - began) / len(batch)
                 for row, b in enumerate(batch):
-                    answer = self._answer(output, row, len(encoded[b]), seconds, conditions.stops)
-                    answered[b].answers.append(answer)
-                    if b in pixels and output.kept is not None:
-                        kept.setdefault(b, output.kept[row])
+                    answered[b].answers.append(
+                        self._answer(output, row, len(encoded[b]), seconds, conditions.stops)
+                    )
+                    if variant.name in (self.after, UNTRAINED) and output.kept is not None:
+                        kept.setdefault(b, {})[variant.name] = output.kept[row]
             done += len(batch)
             tell(done)
-        for b, positions in kept.items():
-            answered[b].pictures = gallery.draw(self.policy, encoded[b], pixels[b], positions)
+        for b, positions in sorted(kept.items()):
+            if self._worth(answered[b], encoded[b], drawn):
+                frames, _ = load_media(prompts[b].media[0], *encoder.frames)
+                answered[b].pictures = gallery.draw(self.policy, encoded[b], frames, positions)
         return answered
+
+    def _worth(self, answered: Answered, encoded: Encoded, drawn: _Drawn) -> bool:
+        """Whether a question's picture is drawn: one of the first, or one of some whose answers differ."""
+        if answered.first:
+            return True
+        if not self.shown or len(encoded.visuals) != 1 or drawn.differing == DIFFERING:
+            return False
+        said = {v.name: a.text for v, a in zip(self.variants, answered.answers, strict=True)}
+        differs = self.before is not None and said[self.before] != said[self.after or ""]
+        drawn.differing += differs
+        return differs
 
     def _answer(
         self, output: Answers, row: int, length: int, seconds: float, stops: Sequence[str]
@@ -233,8 +270,9 @@ class Answerer:
         return Answer(
             text=cut(self.policy.processor.decode(output.tokens[row]), stops),
             layer_ratios=[count / length for count in counts],
-            kv_bytes=sum(counts) * self.token_bytes,
+            kv_bytes=sum(counts) * self.policy.token_bytes,
             seconds=seconds,
+            prefill_seconds=(output.prefill_seconds or 0.0) / len(output.tokens),
             prompt_tokens=length,
             answer_tokens=len(output.tokens[row]),
         )

@@ -34,10 +34,10 @@ from lmms_eval.tasks import TaskManager
 from PIL import ImageFile
 from tenacity import RetryError, stop_after_attempt
 
-from zipr1.core import distributed
+from zipr1.core import distributed, watch
 from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.text import reason
-from zipr1.data.media import only_known_formats
+from zipr1.data.pictures import only_known_formats
 from zipr1.evaluate import local
 from zipr1.evaluate.adapter import Adapter, AnswerStore
 from zipr1.evaluate.answers import Answered, Answerer, Conditions
@@ -228,9 +228,14 @@ def _load(task: Task, manager: TaskManager, guessed: set[str]) -> Any:
             f"{task.name} is a group or has no answers to generate; name its tasks one by one"
         )
     scorer = objects[0]
-    process = scorer.process_results
+    process, ask = scorer.process_results, scorer.doc_to_text
+
+    def asked(*arguments: Any, **more: Any) -> Any:
+        watch.alive()
+        return ask(*arguments, **more)
 
     def seeded(doc: Any, results: Any, **more: Any) -> Any:
+        watch.alive()
         # Scorers that find no letter guess by random.choice: the same guess for dense and sparse answers.
         known = repr(sorted((k, str(v)[:200]) for k, v in doc.items() if not _heavy(v)))
         random.seed(zlib.crc32(known.encode()))
@@ -240,7 +245,7 @@ def _load(task: Task, manager: TaskManager, guessed: set[str]) -> Any:
             guessed.add(known)
         return result
 
-    scorer.process_results = seeded
+    scorer.process_results, scorer.doc_to_text = seeded, asked
     return scorer
 
 

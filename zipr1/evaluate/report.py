@@ -14,11 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from zipr1.core.jsontext import plain
-from zipr1.core.text import size
+from zipr1.core.text import size, times
 from zipr1.evaluate.folder import Folder
 from zipr1.evaluate.suites import SUITES, Suite
 
 WIDE = 100  # columns of a terminal that shows the whole table
+# Of a row, what a mean over benchmarks has beside the scores.
+MEANS = (
+    "token_ratio", "kv_bytes", "dense_kv_bytes", "first_token_ms", "dense_first_token_ms",
+    "untrained_token_ratio",
+)  # fmt: skip
 
 
 def collect(
@@ -56,7 +61,11 @@ def collect(
 
 
 def averages(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over benchmarks for each p: of images, of videos, of all; MME counts / 28 and OCRBench / 10."""
+    """Means over benchmarks for each p: of images, of videos, of all; MME counts / 28 and OCRBench / 10.
+
+    A benchmark counts as much as any other, however many questions it has: so do its tokens, bytes and milliseconds.
+    speedup is the geometric mean, which is the same whichever of the two is called the faster.
+    """
     rows = []
     groups = {"image": ("image",), "video": ("video",), "all": ("image", "video")}
     for name, kinds in groups.items():
@@ -72,9 +81,30 @@ def averages(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     row[key] = float(
                         np.mean([v / scale for v, (scale, _) in zip(values, at_p, strict=True)])
                     )
-            row["token_ratio"] = float(np.mean([one["token_ratio"] for _, one in at_p]))
+            for key in MEANS:
+                if all(one.get(key) is not None for _, one in at_p):
+                    row[key] = float(np.mean([one[key] for _, one in at_p]))
+            speedups = [s for s in (speedup(one) for _, one in at_p) if s]
+            if len(speedups) == len(at_p):
+                row["speedup"] = float(np.exp(np.mean(np.log(speedups))))
             rows.append(row)
     return rows
+
+
+def speedup(row: dict[str, Any]) -> float | None:
+    """How many times faster than dense all of the language model's work is; above 1 is faster."""
+    if row.get("speedup") or not row.get("seconds"):
+        return row.get("speedup")
+    return float(row["dense_seconds"] / row["seconds"])
+
+
+def leading(results: dict[str, Any]) -> dict[str, Any] | None:
+    """The row that stands for everything: of the highest p below 1, over all benchmarks. None where all is dense."""
+    sparse = [row["p"] for row in results["rows"] if row["p"] < 1]
+    if not sparse:
+        return None
+    means = [row for row in results["averages"] if row["group"] == "all"]
+    return next(row for row in means or results["rows"] if row["p"] == max(sparse))
 
 
 def is_mean(row: Sequence[str]) -> bool:
@@ -95,7 +125,7 @@ def headings(results: dict[str, Any]) -> list[str]:
         f"- {against} (95 %)",
         "kept",
         "KV",
-        "time",
+        "faster",
     ]
 
 
@@ -120,7 +150,7 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
                 difference(row.get(key), row.get(f"{key}_ci"), top),
                 f"{row['token_ratio']:.1%}",
                 size(row["kv_bytes"]),
-                f"{row['seconds'] / row['dense_seconds']:.2f}x" if row["dense_seconds"] else "-",
+                times(speedup(row)) or "-",
             ]
         )
     for row in results["averages"]:
@@ -134,8 +164,8 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
                 score(row.get("sparse"), 100),
                 difference(row.get(key), None, 100),
                 f"{row['token_ratio']:.1%}",
-                "",
-                "",
+                size(row["kv_bytes"]) if "kv_bytes" in row else "",
+                times(row.get("speedup")),
             ]
         )
     return rows
@@ -153,7 +183,7 @@ def table(results: dict[str, Any], width: int = 120) -> Table:
         caption_justify="left",
     )
     names = headings(results)
-    left_out = () if width >= WIDE else ("KV", "time")
+    left_out = () if width >= WIDE else ("KV", "faster")
     there = [k for k, name in enumerate(names) if name not in left_out]
     for k in there:
         shown.add_column(names[k], justify="right" if k else "left", no_wrap=True)
@@ -174,10 +204,11 @@ def caption(results: dict[str, Any], width: int = 120) -> str:
     text = "dense: these weights with p = 1"
     if results["base"]:
         text = f"base: {results['base']}, untouched, dense; {text}"
-    text += "; kept: tokens, mean over layers"
+    text += "; kept: of all tokens of a prompt, mean over layers"
     if width < WIDE:
         return text
-    return f"{text}; KV: bytes after a prefill; time: in the language model, of dense's"
+    text += "; KV: bytes after a prefill; faster: dense time / this time in the language model"
+    return text + (", in means the geometric one" if results["averages"] else "")
 
 
 def score(value: float | None, top: float) -> str:

@@ -1,28 +1,21 @@
 """From lmms-eval's samples to scores that can be compared pair by pair.
 
-A benchmark's score is a weighted sum over its units (a question; for MME the two questions about a picture; for
-MMBench the rotations of one question). With s_u and t_u in [0, 1] the results of two models on unit u and weights w_u,
-
-    difference = sum_u w_u (s_u - t_u),    V = G / (G - 1) * sum_g ( sum_{u in g} (w_u (s_u - t_u) - difference / n) )^2
-
-over clusters g of units that share a picture or clip; 95 % interval: difference +- 1.96 sqrt(V). Where no unit
-differs, +- 1.96^2 / (N + 1.96^2) of the whole range, with N = (sum_u w_u)^2 / sum_u w_u^2, as in core/statistics.py.
-The weighted sum of one model's units must be lmms-eval's own number; where it is not, that is corrected or noted, and
-the report says so.
+A benchmark's score is a weighted sum over its units (units.py): a question; for MME the two questions about a picture;
+for MMBench the rotations of one question. The weighted sum of one model's units must be lmms-eval's own number; where
+it is not, that is corrected or noted, and the report says so.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from zipr1.core.statistics import Z
 from zipr1.evaluate.harness import Scored
 from zipr1.evaluate.suites import SUITES, Suite
+from zipr1.evaluate.units import Units, question_name
 
 # Fields of a sample's document that say which picture or clip it is about.
 CLUSTERS = (
@@ -36,19 +29,6 @@ CLUSTERS = (
     "image_id",
 )
 PAIRS = (("parsed_pred", "answer"), ("pred_answer", "answer"), ("pred", "ground_truth"))
-
-
-@dataclass
-class Units:
-    """score: `(n,)` in [0, 1], or None where samples hold no number. weight: `(n,)`, summing to the highest score."""
-
-    score: np.ndarray | None
-    weight: np.ndarray
-    cluster: list[Any]
-
-    @property
-    def total(self) -> float | None:
-        return None if self.score is None else float((self.score * self.weight).sum())
 
 
 def right(value: Any) -> float:
@@ -79,6 +59,12 @@ def _cluster(sample: dict[str, Any], index: int) -> Any:
     return next((str(doc[name]) for name in CLUSTERS if doc.get(name)), f"#{index}")
 
 
+def name_of(sample: dict[str, Any]) -> str:
+    """What a sample's question is called in every evaluation."""
+    question = sample.get("arguments", [""])[0]
+    return question_name(sample.get("doc_id", ""), question, sample.get("target", ""))
+
+
 def _mean(scored: Scored, variant: int, top: float) -> Units:
     pairs = _values(scored, variant)
     try:
@@ -88,7 +74,8 @@ def _mean(scored: Scored, variant: int, top: float) -> Units:
     if score is not None and len(score) and (score.min() < 0 or score.max() > 1):
         score = None
     clusters = [_cluster(sample, i) for i, (sample, _) in enumerate(pairs)]
-    return Units(score, np.full(len(pairs), top / max(1, len(pairs))), clusters)
+    names = [name_of(sample) for sample, _ in pairs]
+    return Units(score, np.full(len(pairs), top / max(1, len(pairs))), clusters, names)
 
 
 def _macro(field: str) -> Callable[[Scored, int, float], Units]:
@@ -99,7 +86,7 @@ def _macro(field: str) -> Callable[[Scored, int, float], Units]:
         kinds = [value[field] for _, value in _values(scored, variant)]
         sizes = Counter(kinds)
         weight = np.array([top / len(sizes) / sizes[kind] for kind in kinds])
-        return Units(plain.score, weight, plain.cluster)
+        return Units(plain.score, weight, plain.cluster, plain.name)
 
     return units
 
@@ -113,7 +100,7 @@ def _mme(scored: Scored, variant: int, top: float) -> Units:
     sizes = Counter(category for category, _ in right_of)
     score = np.array([(n / 2 + (n == 2)) / 2 for n in right_of.values()])
     weight = np.array([200 / sizes[category] for category, _ in right_of])
-    return Units(score, weight, list(right_of))
+    return Units(score, weight, list(right_of), [f"{a}/{b}" for a, b in right_of])
 
 
 def _mmbench(scored: Scored, variant: int, top: float) -> Units:
@@ -126,7 +113,8 @@ def _mmbench(scored: Scored, variant: int, top: float) -> Units:
     # A limit may leave rotations without their question, which lmms-eval does not count.
     whole = {q: some for q, some in rotations.items() if any(r["index"] < 1_000_000 for r in some)}
     score = [mmbench_evaluator.eval_result(some, "static")[0] for some in whole.values()]
-    return Units(np.array(score, float), np.full(len(whole), top / len(whole)), list(whole))
+    weight = np.full(len(whole), top / len(whole))
+    return Units(np.array(score, float), weight, list(whole), [str(q) for q in whole])
 
 
 UNITS: dict[str, Callable[[Scored, int, float], Units]] = {
@@ -145,7 +133,10 @@ def suite_units(suite: Suite, scored: Sequence[Scored], variant: int) -> Units:
     if all(part.score is not None for part in parts):
         score = np.concatenate([part.score for part in parts if part.score is not None])
     clusters = [(k, c) for k, part in enumerate(parts) for c in part.cluster]
-    return Units(score, np.concatenate([part.weight for part in parts]), clusters)
+    names = [
+        f"{one.task.name}/{n}" for one, part in zip(scored, parts, strict=True) for n in part.name
+    ]
+    return Units(score, np.concatenate([part.weight for part in parts]), clusters, names)
 
 
 def suite_score(
@@ -184,18 +175,3 @@ def _noted(notes: list[str], note: str, value: float) -> float:
     if note not in notes:
         notes.append(note)
     return value
-
-
-def paired(a: Units, b: Units, top: float) -> tuple[float, list[float]] | None:
-    """(score of a - score of b, its 95 % interval) over the same units; None where samples hold no numbers."""
-    if a.score is None or b.score is None or len(a.score) != len(b.score) or not len(a.score):
-        return None
-    d = a.weight * (a.score - b.score)
-    index = {c: i for i, c in enumerate(dict.fromkeys(a.cluster))}
-    groups = len(index)
-    total = float(d.sum())
-    sums = np.bincount([index[c] for c in a.cluster], d - total / len(d))
-    variance = groups / (groups - 1) * float((sums**2).sum()) if groups > 1 else 0.0
-    trials = groups if d.any() else float(a.weight.sum() ** 2 / (a.weight**2).sum())
-    half = Z * np.sqrt(variance) if variance > 1e-18 else Z * Z / (trials + Z * Z) * top
-    return total, [max(-top, total - float(half)), min(top, total + float(half))]

@@ -32,6 +32,8 @@ from zipr1.models.open import ModelSource, find_source, inference_dtype
 from zipr1.models.policy import Policy, load_policy
 
 if TYPE_CHECKING:
+    import torch
+
     from zipr1.evaluate.answers import Answerer, Conditions
 
 # Recipe keys that mean something here.
@@ -42,6 +44,7 @@ READ = (
     "data.fps",
     "train.max_new_tokens",
     "evaluation.batch",
+    "train.stall_minutes",
 )
 BATCH = 16
 
@@ -79,11 +82,14 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
     recipe, keys = _settings(request, source)
     p_values = _p_values(request.p_values, recipe)
     _check_data_root(request.data_root, suites)
-    distributed.start()
-    held = contextlib.ExitStack()
-    try:
+
+    def choose() -> torch.device:
+        return choose_device(request.device or distributed.shared_device())
+
+    # The ranks exchange answers alone, and may share a GPU.
+    minutes = recipe.train.stall_minutes
+    with distributed.joined(choose, minutes, "gloo") as device, contextlib.ExitStack() as held:
         # 2. the model, and the one it was trained from
-        device = request.device or distributed.shared_device()
         recipe = _with_dtype(recipe, device)
         activity.tell(f"opening {request.model}")
         policy = load_policy(recipe.model, device)
@@ -103,9 +109,8 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
         }
         # 3. where results go; what is there already
         root = request.output or default_root(request.model, meta)
-        if distributed.is_first():
-            held.enter_context(claimed(root))
-        folder = Folder.open(root, meta)
+        distributed.first(lambda: held.enter_context(claimed(root)))
+        folder = distributed.first(lambda: Folder.open(root, meta))
         loud = distributed.rank() == 0
         quiet = console if loud else terminal.console(io.StringIO())
         quiet.print(
@@ -141,9 +146,6 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
         results = report.collect(folder, suites, meta, info, version)
         if loud:
             write(folder, results, quiet)
-    finally:
-        held.close()
-        distributed.stop()
     if results["errors"]:
         names = ", ".join(error["task"] for error in results["errors"])
         raise RunError(
@@ -246,8 +248,8 @@ def _settings(request: EvalRequest, source: ModelSource) -> tuple[Recipe, set[st
     return validate(values, "command line", keys), set(keys)
 
 
-def _with_dtype(recipe: Recipe, device: str | None) -> Recipe:
-    dtype = inference_dtype(recipe.model.dtype, choose_device(device))
+def _with_dtype(recipe: Recipe, device: torch.device) -> Recipe:
+    dtype = inference_dtype(recipe.model.dtype, device)
     model = recipe.model.model_copy(update={"dtype": dtype})
     return recipe.model_copy(update={"model": model})
 
@@ -265,7 +267,7 @@ def _frame_bound(policy: Policy) -> dict[str, int]:
 
 
 def _base(
-    request: EvalRequest, source: ModelSource, recipe: Recipe, device: str | None
+    request: EvalRequest, source: ModelSource, recipe: Recipe, device: torch.device
 ) -> tuple[Policy | None, str | None, str | None]:
     """The untouched model that a run or an exported folder was trained from: (it, its name, why there is none).
 
@@ -280,10 +282,13 @@ def _base(
     settings = recipe.model.model_copy(
         update={"path": origin["path"], "revision": origin["revision"]}
     )
+    base, failure = None, None
     try:
-        return load_policy(settings, device), settings.path, None
+        base = load_policy(settings, device)
     except InputError as error:
-        return None, None, f"the base is not measured ({error})"
+        failure = f"the base is not measured ({error})"
+    failure = distributed.agree(failure)  # all ranks measure it, or none
+    return (base, settings.path, None) if failure is None else (None, None, failure)
 
 
 def _measure_all(

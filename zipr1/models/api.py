@@ -6,17 +6,17 @@ pictures, decord or PyAV for clips, the same on every machine, with no need for 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from zipr1.core.errors import InputError
 from zipr1.core.load import validate
 from zipr1.core.recipe import Sparse
 from zipr1.core.types import Media
+from zipr1.data.chat import OPTIONS, asked_of, medium, parse
 from zipr1.data.media import load_timed
 from zipr1.models.inputs import model_inputs
 from zipr1.models.loading import WEIGHT_DTYPES, choose_device, save_processor
@@ -25,7 +25,15 @@ from zipr1.models.processors import Processor
 from zipr1.models.sparse.session import session_of
 from zipr1.models.visual import Visual
 
-KINDS = ("image", "video")
+# Options of a call that hold for all of its media; and those that say what is so anyway, with the values that do.
+LIMITS = ("fps", "sample_fps", "max_frames")
+TAKEN = (*OPTIONS["video"], "padding", "padding_side")
+OF_CALLS = {
+    "truncation": (False,),
+    "add_special_tokens": (False,),
+    "do_sample_frames": (True,),
+    "return_mm_token_type_ids": (True,),
+}
 # Keys of a recipe's `model` section that `load` takes beside those of `sparse`.
 MODEL_KEYS = ("revision", "trust_remote_code", *BOUNDS)
 
@@ -109,25 +117,32 @@ class ChatProcessor:
         """One conversation, or a list of them, as text or, with `tokenize`, as model inputs.
 
         conversation: messages `{"role", "content"}`; content is text or a list of `{"type": "text", "text"}`,
-        `{"type": "image", "image": X}` and `{"type": "video", "video": X}`. X is a path, a PIL picture, a uint8
-        array `(H, W, 3)` or `(F, H, W, 3)`, or a list of pictures for a clip (`"fps"` beside it: frames a second).
+        `{"type": "image", "image": X}` and `{"type": "video", "video": X}`, or in the other forms of data/chat.py. X is
+        a path, a data URI of a picture, its bytes, a PIL picture, a uint8 array `(H, W, 3)` or `(F, H, W, 3)`, or a
+        list of pictures for a clip. Beside it: `fps` (of a list or an array the rate of its frames, of a file the rate
+        to read it at), `num_frames`, `max_frames`, `min_pixels`, `max_pixels`, `resized_height`, `resized_width`.
+
+        options: the same for all media that say nothing themselves, and variables of the chat template.
         """
-        several = not (len(conversation) and isinstance(conversation[0], Mapping))
-        chats = [self._parted(chat) for chat in (conversation if several else [conversation])]
+        several, conversations = _conversations(conversation)
+        chats = [self._parted(chat) for chat in conversations]
+        variables = {k: v for k, v in options.items() if k not in TAKEN and k not in OF_CALLS}
+        self._check_variables(variables)
         texts = [
             self.inner.text(
-                messages, add_generation_prompt, continue_final_message=continue_final_message
+                messages,
+                add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **variables,
             )
             for messages, _ in chats
         ]
+        options = {k: v for k, v in options.items() if k not in variables}
+        options |= processor_kwargs or {}
         if not tokenize:
+            _check_options(options)
             return texts if several else texts[0]
-        inputs = self._inputs(
-            texts,
-            [media for _, media in chats],
-            return_tensors,
-            {**options, **(processor_kwargs or {})},
-        )
+        inputs = self._inputs(texts, [media for _, media in chats], return_tensors, options)
         return inputs if return_dict else inputs["input_ids"]
 
     def __call__(
@@ -150,7 +165,7 @@ class ChatProcessor:
         for one in texts:
             found = sorted((p, k) for k, name in names.items() for p in _places(one, name))
             try:
-                media.append([_media(kind, next(queues[kind])) for _, kind in found])
+                media.append([medium(kind, next(queues[kind])) for _, kind in found])
             except StopIteration:
                 raise InputError(
                     "processor: the text has more placeholders than there are images and videos; give one each"
@@ -186,75 +201,88 @@ class ChatProcessor:
 
     def _parted(self, chat: Any) -> tuple[list[dict[str, Any]], list[Media]]:
         """Messages as templates take them, and their media in order."""
+        if not isinstance(chat, Sequence) or isinstance(chat, str) or not len(chat):
+            raise InputError(f"chat {chat!r:.60}; allowed: a list of messages that is not empty")
         messages, media = [], []
         for message in chat:
-            content = message["content"]
-            if isinstance(content, str):
-                messages.append({"role": message["role"], "content": content})
-                continue
-            parts: list[dict[str, Any]] = []
-            for part in content:
-                kind = part.get("type")
-                if kind not in KINDS:
-                    parts.append(dict(part))
-                    continue
-                source = next(
-                    (part[k] for k in (kind, "path", "url") if part.get(k) is not None), None
-                )
+            parsed, entries = parse(message)
+            messages.append(parsed)
+            for kind, source, asked in entries:
                 if source is None:
                     raise InputError(
                         f"a {kind} of the chat has no source; write {{'type': '{kind}', '{kind}': PATH or pixels}}"
                     )
-                media.append(_media(kind, source, part.get("fps")))
-                parts.append({"type": kind})
-            messages.append({"role": message["role"], "content": parts})
+                media.append(medium(kind, source, asked))
         return messages, media
+
+    def _check_variables(self, variables: Mapping[str, Any]) -> None:
+        """Raise InputError for options that neither the processor nor the chat template knows."""
+        template = str(variables.get("chat_template") or self.chat_template)
+        for name in variables:
+            if name != "chat_template" and not re.search(rf"\b{re.escape(name)}\b", template):
+                raise InputError(
+                    f"processor: {name} is not handled, and the chat template has no such variable; allowed: "
+                    f"{', '.join(TAKEN)}"
+                )
 
     def _inputs(
         self, texts: list[str], media: list[list[Media]], tensors: str, options: dict[str, Any]
     ) -> Any:
         if tensors != "pt":
             raise InputError(f"processor: return_tensors={tensors!r}; allowed: 'pt'")
-        options = {k: v for k, v in options.items() if v is not None}
-        most, fps, rule = self.max_frames, self.fps, self.inner.settings.frame_rule
-        if "num_frames" in options:
-            if "fps" in options:
-                raise InputError("processor: num_frames and fps exclude each other; give one")
-            most, fps, rule = None, None, replace(rule, number=options.pop("num_frames"))
-        most, fps = options.pop("max_frames", most), options.pop("fps", fps)
-        if options.pop("padding_side", "left") != "left":
-            raise InputError("processor: padding_side; allowed: 'left', for answers follow prompts")
-        options.pop("padding", None)  # a batch is always padded
-        unknown = [k for k, v in options.items() if v is not False]
-        if unknown:
-            raise InputError(
-                f"processor: {unknown[0]} is not handled; allowed: fps, num_frames, max_frames, padding, return_tensors"
-            )
+        most, fps, asked = _check_options(options)
         rows: list[tuple[Any, list[Visual]]] = []
         for text, some in zip(texts, media, strict=True):
             visuals = []
             for m in some:
-                pixels, frame_fps, times = load_timed(m, most, fps, rule)
-                visuals.append(self.inner.visual(m.kind, pixels, frame_fps, times=times))
+                m = _completed(m, asked)
+                pixels, frame_fps, times = load_timed(
+                    m,
+                    self.max_frames if most is None else most,
+                    self.fps if fps is None else fps,
+                    self.inner.settings.frame_rule,
+                )
+                visuals.append(self.inner.visual(m.kind, pixels, frame_fps, times, asked=m.asked))
             rows.append((self.inner.ids(text, visuals), visuals))
         return model_inputs(rows, self.inner, self.family)
 
 
-def _media(kind: Any, source: Any, fps: float | None = None) -> Media:
-    if isinstance(source, Media):
-        return source
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        raise InputError(f"{source}: not fetched from here; download the {kind} and give its path")
-    if isinstance(source, (str, Path)):
-        return Media(kind, source)
-    if isinstance(source, (list, tuple)):
-        source = np.stack([_pixels(frame) for frame in source])
-    return Media(kind, _pixels(source), fps if kind == "video" else None)
+def _conversations(given: Any) -> tuple[bool, Any]:
+    """Whether these are several conversations, and a list of them."""
+    if not isinstance(given, Sequence) or isinstance(given, str) or not len(given):
+        raise InputError(
+            f"conversation {given!r:.60}; allowed: a list of messages that is not empty, or a list of such lists"
+        )
+    several = not isinstance(given[0], Mapping)
+    return several, given if several else [given]
 
 
-def _pixels(source: Any) -> np.ndarray:
-    """A PIL picture as uint8 `(H, W, 3)`; arrays as they are."""
-    return np.asarray(source.convert("RGB") if hasattr(source, "convert") else source)
+def _check_options(options: Mapping[str, Any]) -> tuple[int | None, float | None, dict[str, Any]]:
+    """max_frames and fps of clips, and what is asked of all media, by the names in chat.OPTIONS. Raises InputError for
+    options that are not handled."""
+    asked: dict[str, Any] = {}
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name == "padding_side" and value != "left":
+            raise InputError("processor: padding_side; allowed: 'left', for answers follow prompts")
+        if name in OPTIONS["video"]:
+            asked[name] = value
+        elif name not in ("padding", "padding_side") and value not in OF_CALLS.get(name, ()):
+            raise InputError(
+                f"processor: {name} is not handled; allowed: {', '.join(TAKEN)}, return_tensors"
+            )
+    whole = asked_of("video", asked)
+    return whole.max_frames, whole.fps, asked
+
+
+def _completed(media: Media, asked: Mapping[str, Any]) -> Media:
+    """The medium with what is asked of all, where it says nothing of the kind itself."""
+    own = {k: v for k, v in asked.items() if k in OPTIONS[media.kind] and k not in LIMITS}
+    if not own:
+        return media
+    given = {k: v for k, v in vars(media.asked).items() if v is not None}
+    return replace(media, asked=replace(asked_of(media.kind, own), **given))
 
 
 def _flat(given: Any, clips: bool = False) -> list[Any]:

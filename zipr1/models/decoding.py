@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from zipr1.core import watch
 from zipr1.core.text import reason
 from zipr1.models.batching import choose
 from zipr1.models.transfer import send
@@ -89,6 +90,7 @@ class Steps:
         every, step = LOOK.get(device.type, 1), self.again
         self.choose(hidden)
         for made in range(1, most):
+            watch.alive()
             if made % every == 0 and not bool(self.alive.any()):
                 return made
             if fixed and made == 2 and device.type == "cuda" and most - made >= CAPTURED:

@@ -24,7 +24,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe
 from zipr1.core.types import Media, Prompt
 from zipr1.data import video
-from zipr1.data.media import load_timed
+from zipr1.data.media import limits, load_timed
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
 from zipr1.models.visual import Visual
@@ -89,7 +89,9 @@ class MediaEncoder:
 
     def _decode(self, media: Media) -> Visual:
         pixels, fps, times = load_timed(media, *self.frames)
-        return self.policy.processor.visual(media.kind, pixels, fps, self.frame_pixels, times)
+        return self.policy.processor.visual(
+            media.kind, pixels, fps, times, frame_pixels=self.frame_pixels, asked=media.asked
+        )
 
     def fitting(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Prompts with one placeholder for each medium and at most `data.max_prompt_tokens` tokens, found from the
@@ -123,10 +125,13 @@ class MediaEncoder:
                 fps: float | None = None
                 times = None
                 if media.kind == "video":
-                    times = video.times(total, own, *self.frames)
-                    rows = len(video.choose(total, own, *self.frames))
+                    chosen = video.choose(total, own, *limits(media, *self.frames))
+                    times = chosen / own if own > 0 else None
+                    rows = len(chosen)
                     total, fps = rows, own * rows / total
-                visuals.append(processor.planned(media.kind, total, height, width, fps, times))
+                visuals.append(
+                    processor.planned(media.kind, total, height, width, fps, times, media.asked)
+                )
             length = processor.length(processor.text(prompt.messages), visuals)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None

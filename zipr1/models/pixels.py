@@ -16,6 +16,7 @@ from transformers.utils.hub import cached_file
 
 from zipr1.core.errors import InputError
 from zipr1.core.jsontext import loads
+from zipr1.core.types import NOTHING, Asked
 from zipr1.data.video import QWEN2_FRAMES, FrameRule
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -94,7 +95,8 @@ class PixelSettings:
     bounded besides only by max_frame_pixels. shared: in what `of` gives, the frames that share such bounds; 0: none.
 
     tile: pixels on a side of the one square that a picture is made, 0 for any size; besides: its tokens that show no
-    part of it. clips: whether videos are handled."""
+    part of it. clips: whether videos are handled. size: height and width that are asked of one picture or clip, in
+    place of its own."""
 
     patch: int = 14
     merge: int = 2
@@ -115,16 +117,30 @@ class PixelSettings:
     frame_rule: FrameRule = QWEN2_FRAMES
     clip_pixels: tuple[int, int] | None = None
     shared: int = 0
+    size: tuple[int, int] | None = None
 
     def of(
-        self, kind: str, frame_pixels: int | None = None, frames: int | None = None
+        self,
+        kind: str,
+        frame_pixels: int | None = None,
+        frames: int | None = None,
+        asked: Asked = NOTHING,
     ) -> PixelSettings:
         """Those of an `image` or a `video`. frame_pixels: a lower upper bound of a clip's frame, if it is one. frames:
-        how many the clip has, where that bounds each of them."""
+        how many the clip has, where that bounds each of them. asked: of this one; bounds of a picture take the place of
+        the model's, those of a clip's frames lower them, as in Qwen's utilities. Raises InputError where tiles forbid
+        it.
+        """
+        sizes = (asked.min_pixels, asked.max_pixels, asked.height)
+        if self.tile and any(size is not None for size in sizes):
+            raise InputError(
+                f"a size is asked of one {kind} (max_pixels, resized_height or the like), and this model makes every "
+                f"picture {self.tile} x {self.tile}; leave it out"
+            )
         if kind == "image":
-            return self
+            return self._with_asked(asked, asked.max_pixels or self.max_pixels)
         low, high = self._clip_bounds(frame_pixels, frames)
-        return replace(
+        own = replace(
             self,
             min_pixels=low,
             max_pixels=high,
@@ -132,6 +148,15 @@ class PixelSettings:
             mean=self.frame_mean or self.mean,
             std=self.frame_std or self.std,
         )
+        most = (asked.max_pixels or high) * (own.shared or 1)
+        return own._with_asked(asked, min(high, most))
+
+    def _with_asked(self, asked: Asked, high: int) -> PixelSettings:
+        if asked == NOTHING:
+            return self
+        least = asked.min_pixels * (self.shared or 1) if asked.min_pixels else self.min_pixels
+        size = None if asked.height is None or asked.width is None else (asked.height, asked.width)
+        return replace(self, min_pixels=min(least, high), max_pixels=high, size=size)
 
     def _clip_bounds(self, frame_pixels: int | None, frames: int | None) -> tuple[int, int]:
         if self.clip_pixels is not None:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from zipr1.core import distributed, watch
 from zipr1.core.distributed import Parallel, whole_state
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Model, Train
@@ -68,6 +69,9 @@ class Policy:
         self.vision_calls = 0
         self._blocked: torch.Tensor | None = None  # placeholders, where logits are
         self.parallel = Parallel()
+        if distributed.size() > 1:
+            for layer in self.decoder.layers:
+                layer.register_forward_hook(_show_life)
         if settings.gradient_checkpointing:
             # The older name is deprecated where the newer one exists.
             newer = getattr(model, "activation_checkpointing_enable", None)
@@ -82,6 +86,14 @@ class Policy:
     def positions(self) -> int:
         """Of prompt and answer together, at most: `max_position_embeddings`."""
         return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in one layer."""
+        text = self.model.config.get_text_config()
+        heads = text.num_key_value_heads
+        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return int(2 * heads * dim * self.decoder.embed_tokens.weight.element_size())
 
     def tower(self) -> list[torch.nn.Parameter]:
         """Parameters of what sees."""
@@ -136,17 +148,19 @@ class Policy:
     def encode(
         self,
         prompt: Prompt,
-        media: Sequence[tuple[np.ndarray, float | None] | Visual],
+        media: Sequence[tuple[Any, ...] | Visual],
         max_tokens: int,
     ) -> Encoded:
-        """Tokenise `prompt`; media: its decoded pixels (uint8) and their frames per second, in order; or
-        what was made of them before.
+        """Tokenise `prompt`; media, in order: what `load_timed` gives of each (pixels and frames per second are
+        enough), or what was made of it before.
 
         Raises InputError for placeholders that do not match, or a prompt over max_tokens.
         """
         try:
             visuals = [
-                one if isinstance(one, Visual) else self.processor.visual(m.kind, *one)
+                one
+                if isinstance(one, Visual)
+                else self.processor.visual(m.kind, *one, asked=m.asked)
                 for m, one in zip(prompt.media, media, strict=True)
             ]
             ids = self.processor.ids(self.processor.text(prompt.messages), visuals)
@@ -203,6 +217,7 @@ class Policy:
                 ]
                 for group in groups(places, [len(todo[k].visuals[i].patches) for k, i in places]):
                     visuals = [todo[k].visuals[i] for k, i in group]
+                    watch.alive()
                     split = self.family.encode_vision(inner, kind, visuals, self.device)
                     self.vision_calls += len(visuals)
                     parts.update(zip(group, split, strict=True))
@@ -312,10 +327,11 @@ class Policy:
         temperature: float = 1.0,
         model: Any = None,
         greedy: torch.Tensor | None = None,
+        timed: bool = False,
     ) -> Answers:
         """Answers to all rows together: sparse under `request`, dense without or where it keeps all.
 
-        uniforms, temperature, greedy: see `sampling.sample`. model: the reference's, or None.
+        uniforms, temperature, greedy, timed: see `sampling.sample`. model: the reference's, or None.
         """
         model = model or self.model
         inputs, valid = self.rows(encoded, features, None, True, model)
@@ -335,6 +351,7 @@ class Policy:
                 uniforms=uniforms,
                 temperature=temperature,
                 greedy=greedy,
+                timed=timed,
             )
 
     def weights(self) -> dict[str, torch.Tensor] | None:
@@ -365,7 +382,15 @@ class Policy:
             ) from None
 
 
-def load_policy(settings: Model, device: str | None = None, seed: int = 0) -> Policy:
+def _show_life(layer: torch.nn.Module, inputs: Any, output: Any) -> None:
+    """A layer was passed; and, where there is a gradient, that it has come back."""
+    watch.alive()
+    states = output[0] if isinstance(output, tuple) else output
+    if states.requires_grad:
+        states.register_hook(lambda gradient: watch.alive())
+
+
+def load_policy(settings: Model, device: str | torch.device | None = None, seed: int = 0) -> Policy:
     """The model a recipe names. Raises InputError if it cannot be loaded or is of an unknown family."""
     opened = open_model(settings, device, seed)
     return Policy(opened.model, opened.processor, settings.path, opened.settings)

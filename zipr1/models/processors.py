@@ -19,6 +19,7 @@ from PIL import Image
 
 from zipr1.core.errors import InputError
 from zipr1.core.text import reason
+from zipr1.core.types import NOTHING, Asked
 from zipr1.models.pixels import PixelSettings
 from zipr1.models.visual import UNKNOWN_FPS, Visual, patch_times
 
@@ -30,6 +31,7 @@ def fit_size(height: int, width: int, settings: PixelSettings) -> tuple[int, int
     Raises InputError for an aspect ratio over 200, which the model has never seen.
     """
     factor, low, high = settings.factor, settings.min_pixels, settings.max_pixels
+    height, width = settings.size or (height, width)
     frames, counted = 1, 1
     if settings.shared:
         # A single frame is a clip of two alike.
@@ -153,20 +155,23 @@ class Processor:
         kind: str,
         pixels: np.ndarray,
         fps: float | None,
-        frame_pixels: int | None = None,
         times: Sequence[float] | np.ndarray | None = None,
+        *,
+        frame_pixels: int | None = None,
+        asked: Asked = NOTHING,
     ) -> Visual:
-        """pixels: uint8 `(H, W, 3)` or `(F, H, W, 3)`; fps of the frames given. frame_pixels: as in
-        `PixelSettings.of`. times: the second at which each frame is shown; None: one after the other at `fps`.
+        """pixels: uint8 `(H, W, 3)` or `(F, H, W, 3)`; fps of the frames given. times: the second at which each frame
+        is shown; None: one after the other at `fps`. frame_pixels, asked: as in `PixelSettings.of`.
 
         Raises InputError for a clip where the family's are not handled."""
         self._handled(kind)
-        if self.settings.tile:
+        frames = pixels[None] if pixels.ndim == 3 else pixels
+        settings = self.settings.of(kind, frame_pixels, len(frames), asked)
+        if settings.tile:
             patches, grid = square(pixels, self.settings)
             tokens = math.prod(grid) // self.settings.merge**2 + self.settings.besides
             return Visual(kind, patches, grid, 0.0, tokens)
-        frames = pixels[None] if pixels.ndim == 3 else pixels
-        patches, grid = patchify(frames, self.settings.of(kind, frame_pixels, len(frames)))
+        patches, grid = patchify(frames, settings)
         return self._visual(kind, patches, grid, fps, len(frames), times)
 
     def planned(
@@ -177,10 +182,11 @@ class Processor:
         width: int,
         fps: float | None,
         times: Sequence[float] | np.ndarray | None = None,
+        asked: Asked = NOTHING,
     ) -> Visual:
         """What `visual` gives for frames of this size, without patches."""
         self._handled(kind)
-        settings = self.settings.of(kind, frames=frames)
+        settings = self.settings.of(kind, frames=frames, asked=asked)
         if settings.tile:
             side = settings.tile // settings.patch
             tokens = side**2 // settings.merge**2 + settings.besides

@@ -10,6 +10,7 @@ Shapes: B rows, L slots, T answer tokens, D decoder layers, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ class Answers:
     float32. counts `(B, D)`: prompt tokens in the physical cache (None when dense). kept[b][d]: ascending int32
     positions in the unpadded prompt. record: what `kept` is made of, on the device. probe_audit_mass: `(b,)` score mass
     that held-out probes give to kept tokens, of audited rows, on the device. kv_bytes: of the prompts' keys and
-    values."""
+    values. prefill_seconds: of the whole batch, where it was asked for."""
 
     tokens: list[torch.Tensor]
     logprobs: list[torch.Tensor]
@@ -44,6 +45,7 @@ class Answers:
     record: Record | None
     probe_audit_mass: torch.Tensor | None
     kv_bytes: int
+    prefill_seconds: float | None = None
 
 
 def prefill(
@@ -117,6 +119,7 @@ def sample(
     uniforms: torch.Tensor | None = None,
     temperature: float = 1.0,
     greedy: torch.Tensor | None = None,
+    timed: bool = False,
 ) -> Answers:
     """Prefill of left-padded prompts, then a token of every row at a time, until all have ended.
 
@@ -126,10 +129,15 @@ def sample(
         uniforms: `(B, >= max_new_tokens)` in [0, 1): row b samples its t-th token by inverse CDF of uniforms[b, t], so
             that what a row samples does not depend on its batch. None: all rows are greedy.
         greedy: `(B,)` bool, rows that take the likeliest token all the same.
+        timed: give `prefill_seconds`, for which a GPU is waited for once more.
 
     Raises RunError where the model's output is not finite, which would pass for a wrong answer.
     """
+    began = time.perf_counter()
     states, cache = prefill(model, inputs, valid, run, read_at=last_column(valid))
+    if timed and states.device.type == "cuda":
+        torch.cuda.synchronize(states.device)
+    prefilled = time.perf_counter() - began
     hidden, rows = states[:, -1], len(valid)
     dense = run.request is None
     counts = None if dense else cache.prompt_counts()
@@ -169,6 +177,7 @@ def sample(
         record=run.record,
         probe_audit_mass=None if run.record is None else run.record.probe_audit_mass(),
         kv_bytes=held,
+        prefill_seconds=prefilled if timed else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Figures of a profile: where a layer's time goes, gains over length, memory."""
+"""Figures of a profile: where a layer's time goes; gains and memory over length, where there are lengths to compare."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zipr1.core.plots import save
+from zipr1.core.plots import drawing, plain_axes, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,26 +16,55 @@ COLOURS = {
     "projections": "#4C78A8", "attention": "#F58518", "mlp": "#9DB5D3", "norms": "#BAB0AC",
     "scoring": "#E45756", "selection": "#B279A2", "gathers": "#72B7B2", "other": "#D8D2C4",
 }  # fmt: skip
-LINES = {"attention": "#F58518", "layer": "#4C78A8"}
+# Of each way to skip, the lines of a figure: more keep ratios or batches take the next shade.
+LINES = {
+    "attention": ("#F58518", "#FFBF79", "#A85A00", "#FFD8AD"),
+    "layer": ("#4C78A8", "#9ECAE9", "#1F4E79", "#C6DBEF"),
+    "none": ("#4D4D4D", "#8C8C8C", "#262626", "#BFBFBF"),
+}
+SIZE = (4.6, 3.0)  # inches of a panel
+# By file: what its panels show, as (phase, key of a row, title, unit, factor).
+OVER_LENGTH = {
+    "speedup": (
+        ("prefill_layer", "speedup", "Prefill of a layer: times faster than dense", "x", 1.0),
+        ("decode", "speedup", "Decoding step: times faster than dense", "x", 1.0),
+    ),
+    "memory": (
+        ("kv_cache", "kv_bytes", "Keys and values after the prefill", "MiB", 2**-20),
+        ("prefill", "peak_bytes", "Peak of tensors within the prefill", "MiB", 2**-20),
+    ),
+}
 
 
-def draw(result: Mapping[str, Any], layer: Sequence[Row], folder: Path) -> list[tuple[Path, str]]:
-    """PNG files and what each shows. layer: the rows whose phases are stacked."""
-    out = []
-    if layer:
-        out.append(_phases(layer, folder / "phases.png"))
-        out.append(_gains(result, folder / "speedup.png"))
-        out.append(_memory(result, folder / "memory.png"))
+def draw(result: Mapping[str, Any], layer: Sequence[Row], folder: Path) -> list[str]:
+    """Writes phases.png, and with several lengths speedup.png and memory.png; their panels as SVG text.
+
+    layer: the rows whose phases are stacked. A single length makes no line: its numbers are in the tables.
+    """
+    if not layer:
+        return []
+    save(_phases(layer), folder / "phases.png", dpi=150)
+    out = [drawing(_phases(layer))]
+    for name, panels in OVER_LENGTH.items():
+        there = [panel for panel in panels if _lines(result, panel[0], panel[1])]
+        if there:
+            save(_figure(result, there), folder / f"{name}.png", dpi=150)
+            out += [drawing(_figure(result, [panel])) for panel in there]
+        else:
+            (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier call with more lengths
     return out
 
 
-def _phases(layer: Sequence[Row], path: Path) -> tuple[Path, str]:
+def _phases(layer: Sequence[Row]) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.6, 0.75 * len(layer) + 1.5), layout="constrained")
+    figure = Figure(
+        figsize=(SIZE[0], 0.55 * len(layer) + 1.5), layout="constrained", facecolor="white"
+    )
     ax = figure.subplots()
     names = [
-        "dense" if r["skip"] == "none" else f"skip: {r['skip']}, {r['keep']:.0%}" for r in layer
+        "dense" if r["skip"] == "none" else f"skip: {r['skip']}\n{r['keep']:.0%} kept"
+        for r in layer
     ]
     left = [0.0] * len(layer)
     for phase, colour in COLOURS.items():
@@ -44,86 +73,82 @@ def _phases(layer: Sequence[Row], path: Path) -> tuple[Path, str]:
             ax.barh(names, widths, left=left, color=colour, label=phase)
             left = [a + b for a, b in zip(left, widths, strict=True)]
     ax.invert_yaxis()
-    ax.set_xlabel("ms")
+    plain_axes(ax, f"A layer's prefill, {_place(layer[0])}")
+    ax.grid(visible=False)
+    ax.set_xlabel("ms", fontsize=8)
     ax.set_xlim(0, 1.02 * max(left))
-    ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=8, fontsize=8, frameon=False)
-    words = f"Prefill of one decoder layer by phase, {layer[0]['length']:,} tokens, batch {layer[0]['batch']}"
-    ax.set_title(words, loc="left", fontsize=10)
-    return save(figure, path, dpi=150), words
+    figure.legend(loc="outside lower center", ncols=4, fontsize=7.5, frameon=False)
+    return figure
 
 
-def _gains(result: Mapping[str, Any], path: Path) -> tuple[Path, str]:
-    """Speed-up of a layer and of decoding over length, each with its bound as a dashed line."""
+def _figure(result: Mapping[str, Any], panels: Sequence[tuple[str, str, str, str, float]]) -> Any:
     from matplotlib.figure import Figure
 
-    panels = [("prefill_layer", "Prefill, decoder layer"), ("decode", "Decoding step")]
-    figure = Figure(figsize=(8.6, 3.4), layout="constrained")
-    for ax, (phase, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        rows = [r for r in result["rows"] if r["phase"] == phase and r.get("skip") in LINES]
-        for key, same in _series(rows).items():
-            skip, keep, batch = key
-            lengths = [r["length"] for r in same]
-            colour = LINES[skip]
-            label = f"{skip}, {keep:.0%} kept" + (f", batch {batch}" if batch > 1 else "")
-            ax.plot(lengths, [r["speedup"] for r in same], "o-", color=colour, label=label, ms=4)
-            ax.plot(lengths, [r["bound"] for r in same], "--", color=colour, lw=1)
+    figure = Figure(
+        figsize=(SIZE[0] * len(panels), SIZE[1]), layout="constrained", facecolor="white"
+    )
+    axes = figure.subplots(1, len(panels), squeeze=False).ravel()
+    for ax, (phase, key, title, unit, factor) in zip(axes, panels, strict=True):
+        _over_length(ax, _lines(result, phase, key), key, title, unit, factor)
+    return figure
+
+
+def _over_length(
+    ax: Axes, lines: Mapping[str, tuple[str, list[Row]]], key: str, title: str, unit: str, factor: float,
+) -> None:  # fmt: skip
+    """Lines over the prompt's length; of speed-ups the bound is dashed, and dense is a line at 1."""
+    most, lengths, dashed = 0.0, set(), False
+    for label, (colour, rows) in lines.items():
+        x = [row["length"] for row in rows]
+        y = [row[key] * factor for row in rows]
+        lengths.update(x)
+        most = max(most, *y)
+        ax.plot(x, y, "o-", color=colour, label=label, ms=4, lw=1.4)
+        if key == "speedup":
+            bound = [row["bound"] for row in rows]
+            most = max(most, *bound)
+            ax.plot(x, bound, "--", color=colour, lw=1, label="_" if dashed else "at most, here")
+            dashed = True
+    plain_axes(ax, title)
+    if key == "speedup":
         ax.axhline(1, color="0.6", lw=0.8)
-        if len({r["length"] for r in rows}) > 1:
-            ax.set_xscale("log", base=2)
-        most = max((max(r["speedup"], r["bound"]) for r in rows), default=1.0)
-        _over_length(ax, rows, title, "dense / sparse time", max(1.0, most))
-    return save(
-        figure, path, dpi=150
-    ), "How many times faster than dense, over the prompt's length; dashed: the bound"
-
-
-def _memory(result: Mapping[str, Any], path: Path) -> tuple[Path, str]:
-    """KV cache and peak of the prefill over length."""
-    from matplotlib.figure import Figure
-
-    panels = [
-        ("kv_cache", "kv_bytes", "KV cache"),
-        ("prefill", "peak_bytes", "Peak of the prefill"),
-    ]
-    figure = Figure(figsize=(8.6, 3.0), layout="constrained")
-    for ax, (phase, key, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        rows = [r for r in result["rows"] if r["phase"] == phase and key in r]
-        batch = min(r["batch"] for r in rows)
-        rows = [r for r in rows if r["batch"] == batch]
-        # The dashed line last: where both ways to skip hold the same, both are seen.
-        for (skip, keep, _), same in sorted(
-            _series(rows).items(), key=lambda s: s[0][0] == "attention"
-        ):
-            name = "dense" if skip == "none" else f"{skip}, {keep:.0%} kept"
-            ax.plot(
-                [r["length"] for r in same], [r[key] / 2**20 for r in same], marker="o",
-                color=LINES.get(skip, "0.3"), label=name, ms=4,
-                ls="--" if skip == "attention" else "-",
-            )  # fmt: skip
-        most = max(r[key] for r in rows) / 2**20
-        _over_length(ax, rows, f"{title}, batch {batch}", "MiB", most)
-    return save(
-        figure, path, dpi=150
-    ), "Memory: keys and values after the prefill; all tensors alive at once within it"
-
-
-def _over_length(ax: Axes, rows: Sequence[Row], title: str, value: str, most: float) -> None:
-    """Titles, ticks and legend of a panel over the prompt's length. value: what is drawn, of at most `most`."""
-    lengths = sorted({r["length"] for r in rows})
-    ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
+        most = max(most, 1.0)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sorted(lengths), [f"{n:,}" for n in sorted(lengths)])
     ax.minorticks_off()
     ax.set_ylim(0, 1.15 * most)
-    ax.set_title(title, loc="left", fontsize=10)
-    ax.set_xlabel("prompt tokens")
-    ax.set_ylabel(value)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=7.5, frameon=False)
+    ax.set_xlabel("prompt tokens", fontsize=8)
+    ax.set_ylabel(unit, fontsize=8)
+    ax.legend(fontsize=7, frameon=False)
 
 
-def _series(rows: Sequence[Row]) -> dict[tuple[str, float, int], list[Row]]:
-    """Rows that belong on one line, by length; realised ratios of a real prompt are rounded."""
-    out: dict[tuple[str, float, int], list[Row]] = {}
+def _lines(result: Mapping[str, Any], phase: str, key: str) -> dict[str, tuple[str, list[Row]]]:
+    """By label the colour and the rows of each line that has two lengths at least. Lines of the same numbers are one,
+    with both names: one would hide the other."""
+    series: dict[tuple[str, float, int], list[Row]] = {}
+    rows = [r for r in result["rows"] if r["phase"] == phase and key in r]
     for row in sorted(rows, key=lambda r: int(r["length"])):
-        out.setdefault((row["skip"], round(row["keep"], 2), row["batch"]), []).append(row)
+        if key != "speedup" or row["skip"] != "none":
+            # Realised ratios of a real prompt are rounded.
+            series.setdefault((row["skip"], round(row["keep"], 2), row["batch"]), []).append(row)
+    several = len({batch for _, _, batch in series}) > 1
+    merged: dict[tuple[Any, ...], list[tuple[str, float, int]]] = {}
+    for place, same in series.items():
+        if len(same) > 1:
+            numbers = (*place[1:], *(float(row[key]) for row in same))
+            merged.setdefault(numbers, []).append(place)
+    used = dict.fromkeys(LINES, 0)
+    out = {}
+    for places in merged.values():
+        skip, keep, batch = places[0]
+        name = "dense" if skip == "none" else f"{' and '.join(p[0] for p in places)}, {keep:.0%}"
+        label = name + (f", batch {batch}" if several else "")
+        shades = LINES[skip]
+        out[label] = (shades[used[skip] % len(shades)], series[places[0]])
+        used[skip] += 1
     return out
+
+
+def _place(row: Row) -> str:
+    batch = f", batch {row['batch']}" if row["batch"] > 1 else ""
+    return f"{row['length']:,} tokens{batch}"

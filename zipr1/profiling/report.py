@@ -10,10 +10,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from zipr1.core.files import write_whole
+from zipr1.core.files import write_whole, writing
 from zipr1.core.jsontext import dumps
-from zipr1.core.page import embedded, page_table, render
-from zipr1.core.text import mib
+from zipr1.core.page import Tile, compared, page_table, render
+from zipr1.core.text import mib, size, times
 from zipr1.models.cost import tera
 from zipr1.profiling import plots
 
@@ -49,10 +49,6 @@ def place(row: Row) -> list[str]:
     keep = f"{row['keep']:.0%}" if row["keep"] >= 0.1 else f"{row['keep']:.1%}"
     tokens = f"{row['length']:,}"
     return [tokens if row["batch"] == 1 else f"{row['batch']} x {tokens}", keep, skip]
-
-
-def times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
 
 
 def ms(value: float) -> str:
@@ -236,12 +232,37 @@ def longest(result: Mapping[str, Any]) -> list[Row]:
     return out
 
 
+def leading(result: Mapping[str, Any]) -> tuple[Row, Row] | None:
+    """The rows of the time to the first token that stand for everything: dense, and the faster way to skip, both at the
+    longest length, the least batch and the least keep ratio. None where nothing was measured."""
+    layers = longest(result)
+    firsts = {_key(row): row for row in rows_of(result, "ttft")}
+    there = [firsts[_key(row)] for row in layers if _key(row) in firsts]
+    sparse = [row for row in there if row["skip"] != "none"]
+    if not sparse or there[0]["skip"] != "none":
+        return None
+    return there[0], min(sparse, key=lambda row: float(row["ms"]))
+
+
+def advice(result: Mapping[str, Any]) -> str:
+    """Why sparse is not faster, and which command shows where it is; empty where it is faster."""
+    lead = leading(result)
+    if lead is None or lead[1]["speedup"] > 1:
+        return ""
+    length = lead[1]["length"]
+    return (
+        f"Sparse is not faster here: at {length:,} tokens, choosing tokens and moving rows costs more than they save. "
+        "Longer prompts and larger models gain: zipr1 profile --model qwen2.5-vl-3b --lengths 1024"
+    )
+
+
 def write(result: Mapping[str, Any], folder: Path) -> Path:
     """profile.json, the figures and report.html, into `folder`, which is made. Returns the page's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "profile.json", dumps(result) + "\n")
     path = folder / "report.html"
-    write_whole(path, page(result, plots.draw(result, longest(result), folder)))
+    with writing(folder, "run again"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "profile.json", dumps(result) + "\n")
+        write_whole(path, page(result, plots.draw(result, longest(result), folder)))
     return path
 
 
@@ -249,19 +270,71 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     """The tables and the conditions of their numbers, on the terminal."""
     for one in tables(result):
         console.print(one)
-    for note in notes(result):
+    for note in [one for one in (advice(result), *notes(result)) if one]:
         console.print(note, style="dim", highlight=False, markup=False)
 
 
-def page(result: Mapping[str, Any], figures: Sequence[tuple[Path, str]]) -> str:
-    """The whole report. figures: PNG files and what each shows."""
+def page(result: Mapping[str, Any], figures: Sequence[str]) -> str:
+    """The whole report. figures: SVG text."""
+    lead = leading(result)
+    name = result["model"]["name"]
     return render(
         "profile.html",
-        title=f"zipr1 profile: {result['model']['name']}",
-        notes=notes(result),
-        figures=[{"source": embedded(path), "words": words} for path, words in figures],
+        title=f"zipr1 profile: {name}",
+        name=name,
+        headline=_headline(lead),
+        lead=_lead(result, lead),
+        advice=advice(result),
+        tiles=[] if lead is None else _tiles(result, *lead),
+        figures=list(figures),
         tables=[page_table(one) for one in tables(result)],
+        notes=notes(result),
     )
+
+
+def _headline(lead: tuple[Row, Row] | None) -> str:
+    if lead is None:
+        return "Nothing was measured"
+    words = compared(lead[0]["ms"], lead[1]["ms"])
+    return f"{words[0].upper()}{words[1:]} to the first token"
+
+
+def _lead(result: Mapping[str, Any], lead: tuple[Row, Row] | None) -> str:
+    if lead is None:
+        return ""
+    row = lead[1]
+    batch = f", batch {row['batch']}" if row["batch"] > 1 else ""
+    source = result["model"]["input"]
+    return (
+        f"From dense to sparse with skip: {row['skip']}; {row['length']:,} tokens{batch}, {source}."
+    )
+
+
+def _tiles(result: Mapping[str, Any], dense: Row, sparse: Row) -> list[Tile]:
+    """Tokens, time to the first token, decoding and memory, at the place of both rows."""
+    kept = place(sparse)[1]
+    tiles = [
+        Tile("tokens kept", "100%", kept, "of the prompt, mean over layers"),
+        Tile(
+            "to the first token", f"{ms(dense['ms'])} ms", f"{ms(sparse['ms'])} ms",
+            compared(dense["ms"], sparse["ms"]),
+        ),
+    ]  # fmt: skip
+    steps = {_key(row): row for row in rows_of(result, "decode")}
+    caches = {_key(row): row for row in rows_of(result, "kv_cache")}
+    old, new = steps.get(_key(dense)), steps.get(_key(sparse))
+    if old is not None and new is not None:
+        words = compared(old["ms"], new["ms"])
+        tiles.append(
+            Tile("decoding, tokens a second", f"{old['tokens_per_s']:,.0f}", f"{new['tokens_per_s']:,.0f}", words)
+        )  # fmt: skip
+    if _key(sparse) in caches:
+        cache = caches[_key(sparse)]
+        saved = f"{1 - cache['kv_bytes'] / cache['dense_kv_bytes']:.1%} saved"
+        tiles.append(
+            Tile("keys and values", size(cache["dense_kv_bytes"]), size(cache["kv_bytes"]), saved)
+        )  # fmt: skip
+    return tiles
 
 
 def _key(row: Row) -> tuple[Any, ...]:

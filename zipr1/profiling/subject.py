@@ -13,7 +13,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.recipe import Data, Model, Sparse
 from zipr1.core.types import Media, Prompt
 from zipr1.data.digits import tasks
-from zipr1.data.media import load_media
+from zipr1.data.media import load_timed
 from zipr1.models import cost
 from zipr1.models.loading import choose_device, random_model
 from zipr1.models.open import find_source, inference_dtype
@@ -105,7 +105,7 @@ class Subject:
     def encode(self, policy: Policy, prompt: Prompt, most: int) -> Encoded:
         """A prompt of at most `most` tokens, its clips with as many frames as the model was trained on."""
         limits = self.data.max_frames, self.data.fps, policy.processor.settings.frame_rule
-        media = [load_media(m, *limits) for m in prompt.media]
+        media = [load_timed(m, *limits) for m in prompt.media]
         return policy.encode(prompt, media, most)
 
     def longest_clip(self) -> Prompt:

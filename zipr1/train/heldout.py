@@ -30,7 +30,8 @@ from zipr1.train import chunks
 class Result:
     """Answers to held-out questions, in their order. correct, token_ratio: float arrays `(n,)`; layer_ratios `(n, D)`;
     said: the answers' texts; kept[i][d]: positions kept of question i at layer d, empty when dense; probe_audit_mass:
-    mean score mass of other, held-out probes that the kept tokens hold."""
+    mean score mass of other, held-out probes that the kept tokens hold; first_token_ms: a question's share of its
+    batch's prefill; kv_bytes: of a prompt, after its prefill. Both are means, 0 where nobody knows."""
 
     prompts: Sequence[Prompt]
     correct: np.ndarray
@@ -39,6 +40,8 @@ class Result:
     said: list[str]
     probe_audit_mass: float = 1.0
     kept: list[list[torch.Tensor]] = field(default_factory=list)
+    first_token_ms: float = 0.0
+    kv_bytes: float = 0.0
 
     def part(self, rows: Sequence[int]) -> dict[str, Any]:
         """Accuracy with its 95 % interval, clustered by picture, and token ratio of some questions."""
@@ -60,6 +63,8 @@ class Result:
             self.said,
             self.probe_audit_mass,
             self.kept,
+            self.first_token_ms,
+            self.kv_bytes,
         )
 
     def groups(self, key: Callable[[Prompt], str]) -> dict[str, dict[str, Any]]:
@@ -81,9 +86,9 @@ def joined(prompts: Sequence[Prompt], parts: Sequence[tuple[Any, ...]]) -> Resul
     lists = [[one for part in parts for one in part[k]] for k in (3, 5)]
     said, kept = ([values[i] for i in order] for values in lists)
     sizes = [len(part[0]) for part in parts]
-    mass = float(np.average([part[4] for part in parts], weights=sizes))
+    mass, *costs = (float(np.average([p[k] for p in parts], weights=sizes)) for k in (4, 6, 7))
     correct, ratio, layers = arrays
-    return Result(prompts, correct, ratio, layers, said, mass, kept)
+    return Result(prompts, correct, ratio, layers, said, mass, kept, *costs)
 
 
 def evaluate(
@@ -118,6 +123,8 @@ def evaluate(
                     mass.append(answers.probe_audit_mass)
         tell(chunk.places[-1] + 1)
     for result, mass in zip(results, masses, strict=True):
+        result.first_token_ms /= max(1, len(prompts))
+        result.kv_bytes /= max(1, len(prompts))
         if mass:
             result.probe_audit_mass = float(torch.cat(mass).mean())
     return results
@@ -134,9 +141,11 @@ def _answers(
     length = recipe.train.max_new_tokens
     if setting is None:
         with policy.reference() as model:
-            return policy.generate(encoded, features.reference, None, length, model=model)
+            return policy.generate(
+                encoded, features.reference, None, length, model=model, timed=True
+            )
     request = Request(setting, audit=range(len(encoded)))
-    return policy.generate(encoded, features.policy, request, length)
+    return policy.generate(encoded, features.policy, request, length, timed=True)
 
 
 def _note(
@@ -147,7 +156,8 @@ def _note(
     encoded: Sequence[Encoded],
     answers: Answers,
 ) -> None:
-    """Put the answers of one pass into the result. places: of its rows among all prompts."""
+    """Put the answers of one pass into the result, sums in place of means. places: of its rows among all prompts."""
+    result.first_token_ms += 1e3 * (answers.prefill_seconds or 0.0)
     for row, i in enumerate(places):
         prompt, text = result.prompts[i], policy.processor.decode(answers.tokens[row])
         result.said[i] = text
@@ -156,3 +166,5 @@ def _note(
             result.layer_ratios[i] = answers.counts[row].numpy() / len(encoded[row])
             result.token_ratio[i] = result.layer_ratios[i].mean()
             result.kept[i] = answers.kept[row]
+        shares = result.layer_ratios[i].sum()
+        result.kv_bytes += float(shares) * len(encoded[row]) * policy.token_bytes

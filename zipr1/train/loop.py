@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from zipr1.core import activity, distributed, signals
+from zipr1.core import activity, distributed, signals, watch
 from zipr1.core.folders import claimed
 from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe
@@ -27,6 +27,7 @@ from zipr1.core.types import Prompt
 from zipr1.data import sources
 from zipr1.data.sampler import PromptSampler
 from zipr1.models.encoder import MediaEncoder, effective
+from zipr1.models.loading import choose_device
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
 from zipr1.rewards.registry import check_answers
@@ -37,6 +38,7 @@ from zipr1.train.loggers import board
 from zipr1.train.memory_check import rehearse
 from zipr1.train.metrics import rollout_lines, step_metrics
 from zipr1.train.optim import Optimizers
+from zipr1.train.page import RunPage
 from zipr1.train.progress import Progress
 from zipr1.train.rollout import Batch, roll_out, together
 from zipr1.train.summary import finish, measure_before
@@ -58,17 +60,22 @@ def run(
     output, resume: as of `folders.claimed`; name: what a new folder under runs/ is called by. Stopped by a signal, it
     saves what is done and raises `Stopped` again. The state of signals is then as it was.
     """
-    check(recipe)
+
+    def begin() -> torch.device:
+        check(recipe)
+        return choose_device(distributed.device(device))
+
     # Products of float32 numbers on a GPU: eight times the speed for ten bits of mantissa. A CPU is not concerned.
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(recipe.seed)
     # The scope of signals is the outermost: a launcher's may come while the ranks part, and is not the reason.
     with signals.scope(), contextlib.ExitStack() as owned:
-        if distributed.is_first():  # before minutes of loading, and to the very end
-            output = owned.enter_context(claimed(output, resume, name))
-        activity.tell(f"opening {recipe.model.path}")
-        policy = load_policy(recipe.model, distributed.device(device), recipe.seed)
-        with distributed.joined(policy.device), contextlib.ExitStack() as opened:
+        minutes = recipe.train.stall_minutes
+        with distributed.joined(begin, minutes) as where, contextlib.ExitStack() as opened:
+            # The folder is ours before minutes of loading, and to the very end.
+            output = distributed.first(lambda: owned.enter_context(claimed(output, resume, name)))
+            activity.tell(f"opening {recipe.model.path}")
+            policy = load_policy(recipe.model, where, recipe.seed)
             try:
                 return _run(policy, recipe, output, resume, command, console, opened)
             finally:
@@ -98,21 +105,24 @@ def _run(
     folder.writes = distributed.is_first()
     start = folder.start_step
     on = f", which goes on after step {start} of {recipe.train.steps}" if start else ""
-    for line in [f"run: {folder.root}{on}", *effective(first, policy)]:
+    where = f"run: {folder.root}{on}; watch it: {folder.root / 'report.html'}"
+    for line in [where, *effective(first, policy)]:
         console.print(line, soft_wrap=True, highlight=False)
     writer = opened.enter_context(board(recipe, folder.root, folder.start_step))
     # 3. the reference, and how it answers
     if recipe.train.stage == "rl":
         policy.keep_reference()
     before = measure_before(policy, recipe, questions, folder)
+    page = RunPage(folder, recipe)
+    page.begin(policy, questions, before)
     # 4. the weights to go on from, on all devices, and the optimizer
     state, optimizer = start_or_resume(policy, recipe, folder)
     # 5. train; what is loaded stays, and Python need not walk through it again to find out, 0.2 s each time
     gc.collect()
     gc.freeze()
-    train(policy, recipe, pictures, prompts, optimizer, state, folder, writer, console)
+    train(policy, recipe, pictures, prompts, optimizer, state, folder, page, writer, console)
     # 6. what it was worth
-    return finish(policy, recipe, questions, before, folder, state["seconds"], console)
+    return finish(policy, recipe, questions, before, folder, state["seconds"], page, console)
 
 
 def load_questions(
@@ -140,6 +150,7 @@ def train(
     optimizer: Optimizers,
     state: dict[str, Any],
     folder: RunDir,
+    page: RunPage,
     writer: Callable[[int, Mapping[str, Any]], None],
     console: Console,
 ) -> None:
@@ -157,12 +168,14 @@ def train(
             progress.begin()
             for step in range(done, steps):
                 began = time.monotonic()
+                watch.at(f"step {step + 1}: data")
                 # 2. a step. Dropout alone uses the global generator; a resumed run must find it as an unbroken one does
                 torch.manual_seed(recipe.seed * 1_000_003 + step)
                 optimizer.set_rate(optim.learning_rate(recipe.optim, step, steps))
                 make = supervised_step if recipe.train.stage == "supervised" else rl_step
                 metrics, batch = make(policy, recipe, pictures, deck, optimizer, state, step)
                 # 3. its numbers
+                watch.at(f"step {step + 1}: numbers and checkpoint")
                 metrics["lr"] = optimizer.param_groups[0]["lr"]
                 state["seconds"] += time.monotonic() - began
                 remember(state, metrics)
@@ -172,6 +185,7 @@ def train(
                 done, true = step + 1, snapshot(state)
                 writer(step, metrics)
                 progress.update(step, metrics)
+                page.update(metrics, batch)
                 # 4. a checkpoint
                 if done == steps or (every and done % every == 0):
                     save(folder, policy, optimizer, named, state, done)
@@ -184,6 +198,7 @@ def train(
             signals.hold()  # once is enough: a second signal must not spoil what the first one saves
             if done != folder.start_step:
                 save(folder, policy, optimizer, named, true, done)
+            page.stopped(done)
             stop.note = f"step {done} is saved; go on with --resume {folder.root}"
             raise
     signals.release()
@@ -206,12 +221,14 @@ def rl_step(
     drawn = deck.draw(step, controller.kind_weights(boost))
     asked, encoded, places = take(pictures, drawn)
     clock.append(time.monotonic())
+    watch.at(f"step {step + 1}: vision")
     trained = policy.settings.train_vision
     seen = policy.parallel.run_unsharded(
         lambda: pictures.encode_vision(encoded), policy=trained, reference=trained
     )
     clock.append(time.monotonic())
     # 2. roll out every question at every budget
+    watch.at(f"step {step + 1}: rollout")
     known = state["right"]
     batch = roll_out(
         policy, recipe, asked, encoded, seen.policy, step, seen.reference, known, places
@@ -222,6 +239,7 @@ def rl_step(
     # 3. weigh saved tokens: toward the target, within the constraint
     controller.update(batch.checks, step / recipe.train.steps)
     # 4. rewards, advantages, and the clipped update, while threads decode the next step's media
+    watch.at(f"step {step + 1}: update")
     following = deck.draw(step + 1, controller.kind_weights(boost))
     pictures.ahead([following[i] for i in distributed.deal(len(following))])
     order = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
@@ -266,6 +284,7 @@ def supervised_step(
     else:
         portion = supervised.own_lessons(policy, recipe, step, stage)
     # 2. the gradient and the step
+    watch.at(f"step {step + 1}: update")
     policy.model.train()
     optimizer.zero_grad()
     value, right = supervised.backward(policy, recipe, portion)

@@ -91,7 +91,7 @@ def by_tokens(pictures: MediaEncoder, prompts: Sequence[Prompt]) -> list[Prompt]
 def _length(pictures: MediaEncoder, prompt: Prompt, counted: dict[bytes, int]) -> int:
     """Tokens of a prompt whose media have sizes, counted once for those that read alike; 0 for one that is too long and
     may be skipped. counted: changed here. Raises InputError for one that may not."""
-    text = repr((prompt.messages, [(m.kind, m.size) for m in prompt.media]))
+    text = repr((prompt.messages, [(m.kind, m.size, m.asked) for m in prompt.media]))
     name = hashlib.blake2b(text.encode(), digest_size=16).digest()
     if name not in counted:
         try:

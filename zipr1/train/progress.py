@@ -180,8 +180,10 @@ def constraint_lines(summary: Mapping[str, Any]) -> list[str]:
         said = block.get("constraint")
         if not said:
             continue
+        points = f"{100 * abs(said['lost']):.2f}"
+        way = "gained" if said["lost"] < 0 and points != "0.00" else "lost"
         line = (
-            f"{task}: {said['verdict']}, {100 * said['lost']:.2f} points lost "
+            f"{task}: {said['verdict']}, {points} points {way} "
             f"(standard error {100 * said['error']:.2f}), {100 * said['allowed']:g} allowed"
         )
         if said["verdict"] == "not shown" and said["questions"] is not None:

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from zipr1.core import activity, distributed
 from zipr1.core.errors import InputError
-from zipr1.core.plots import curves, kept_picture
+from zipr1.core.plots import kept_picture
 from zipr1.core.recipe import Recipe, Sparse
 from zipr1.core.records import read
 from zipr1.core.rundir import RunDir
 from zipr1.core.statistics import Z, paired_difference, verdict
 from zipr1.core.types import Prompt
 from zipr1.data import embedded
-from zipr1.data.media import load_media
+from zipr1.data.media import load_timed
 from zipr1.models.policy import Policy
 from zipr1.train.heldout import Result, evaluate, joined
 from zipr1.train.metrics import question
+from zipr1.train.page import RunPage, shown_first
 from zipr1.train.progress import constraint_lines, summary_table
 
-BEFORE = "before.json"
+BEFORE, AFTER = "before.json", "after.json"
 
 
 def measure(
@@ -75,9 +76,10 @@ def finish(
     before: dict[str, Result],
     folder: RunDir,
     seconds: float,
+    page: RunPage,
     console: Console,
 ) -> dict[str, Any]:
-    """Measure the trained model, write summary.json, curves.png and kept-*.png, print the table."""
+    """Measure the trained model, write summary.json, after.json, the page and its figures, print the table."""
     results = dict(before)
     if recipe.evaluation.after:
         wanted: list[Sparse | None] = (
@@ -105,17 +107,26 @@ def finish(
         if name != "dense":
             summary[name]["heldout_mass"] = result.probe_audit_mass
             summary[name]["token_ratio_by_layer"] = result.layer_ratios.mean(0).tolist()
+    summary["costs"] = {
+        name: {"first_token_ms": result.first_token_ms, "kv_bytes": result.kv_bytes}
+        for name, result in results.items()
+        if result.first_token_ms
+    }
     folder.write_summary(summary)
+    if "after" in results:
+        folder.write_json(AFTER, {"after": _packed(results["after"])})
     if not folder.writes:
         return summary
-    with contextlib.suppress(InputError):
-        curves(folder.root / "metrics.jsonl", folder.root / "curves.png")
+    activity.tell("drawing the report")
     if "after" in results:
         pictures(policy, recipe, prompts, results, folder.root)
+    page.finished(policy, prompts, results, summary)
+    activity.tell("")
+    if "after" in results:
         console.print(summary_table(summary))
         for line in constraint_lines(summary):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
-    console.print(f"everything is in {folder.root}", soft_wrap=True, highlight=False)
+    console.print(f"report: {page.path}", soft_wrap=True, highlight=False)
     made = f"a plain Hugging Face folder of it: zipr1 export {folder.root} --to DIR"
     console.print(made, soft_wrap=True, highlight=False)
     return summary
@@ -128,29 +139,37 @@ def pictures(
     results: dict[str, Result],
     root: Path,
 ) -> None:
-    """kept-<task>.png: for each task, the first question with one picture, and what each layer kept of it."""
-    for task in dict.fromkeys(p.task for p in prompts):
-        for i, prompt in enumerate(prompts):
-            if prompt.task != task or len(prompt.media) != 1 or not results["after"].kept[i]:
-                continue
-            limits = recipe.data.max_frames, recipe.data.fps, policy.processor.settings.frame_rule
-            pixels, fps = load_media(prompt.media[0], *limits)
-            encoded = policy.encode(prompt, [(pixels, fps)], recipe.data.max_prompt_tokens)
-            visual = np.isin(encoded.ids.numpy(), list(policy.processor.placeholder.values()))
-            t, h, w = encoded.visuals[0].grid
-            merge = policy.processor.settings.merge
-            kept = []
-            for positions in results["after"].kept[i]:
+    """kept-<task>.png: for each task, the first question with one picture, and what each layer kept of it before and
+    after training."""
+    for task, i in shown_first(prompts).items():
+        rows = {
+            f"{name} training": results[name]
+            for name in ("before", "after")
+            if name in results and results[name].kept[i]
+        }
+        if "after training" not in rows:
+            continue
+        prompt = prompts[i]
+        limits = recipe.data.max_frames, recipe.data.fps, policy.processor.settings.frame_rule
+        seen = load_timed(prompt.media[0], *limits)
+        encoded = policy.encode(prompt, [seen], recipe.data.max_prompt_tokens)
+        visual = np.isin(encoded.ids.numpy(), list(policy.processor.placeholder.values()))
+        t, h, w = encoded.visuals[0].grid
+        merge = policy.processor.settings.merge
+        kept: dict[str, list[tuple[np.ndarray, float]]] = {}
+        for name, result in rows.items():
+            kept[name] = []
+            for positions in result.kept[i]:
                 mask = np.zeros(len(visual), dtype=bool)
                 mask[positions.numpy()] = True
-                kept.append(mask[visual][: t * (h // merge) * (w // merge)])
-            answers = {name: r.said[i] for name, r in results.items() if name != "before"}
-            answers["right"] = prompt.answer
-            kept_picture(
-                pixels, (t, h // merge, w // merge), kept, question(prompt.messages), answers,
-                root / f"kept-{task}.png",
-            )  # fmt: skip
-            break
+                cells = mask[visual][: t * (h // merge) * (w // merge)]
+                kept[name].append((cells, float(mask.mean())))
+        answers = {name: r.said[i] for name, r in results.items() if name != "before"}
+        answers["right"] = prompt.answer
+        kept_picture(
+            seen[0], (t, h // merge, w // merge), kept, question(prompt.messages), answers,
+            root / f"kept-{task}.png",
+        )  # fmt: skip
 
 
 def judge(summary: dict[str, Any], recipe: Recipe) -> None:
@@ -213,6 +232,17 @@ def _packed(result: Result) -> dict[str, Any]:
         "layer_ratios": result.layer_ratios.tolist(),
         "said": result.said,
         "heldout": result.probe_audit_mass,
+        "picture": [p.picture or p.id for p in result.prompts],
+        "task": [p.task for p in result.prompts],
+        "question": [question(p.messages) for p in result.prompts],
+        "answer": [p.answer for p in result.prompts],
+        "first_token_ms": result.first_token_ms,
+        "kv_bytes": result.kv_bytes,
+        # Of those whose pictures are shown.
+        "kept": {
+            str(i): [positions.tolist() for positions in result.kept[i]]
+            for i in shown_first(result.prompts).values()
+        },
     }
 
 
@@ -239,7 +269,10 @@ def _check_saved(
 
 def _unpacked(prompts: Sequence[Prompt], saved: dict[str, Any]) -> Result:
     layers = np.array(saved["layer_ratios"])
+    kept: list[list[torch.Tensor]] = [[] for _ in prompts]
+    for i, positions in saved.get("kept", {}).items():
+        kept[int(i)] = [torch.tensor(one, dtype=torch.int32) for one in positions]
     return Result(
-        prompts, np.array(saved["correct"]), layers.mean(1), layers, saved["said"],
-        probe_audit_mass=saved["heldout"], kept=[[] for _ in prompts],
+        prompts, np.array(saved["correct"]), layers.mean(1), layers, saved["said"], saved["heldout"], kept,
+        saved.get("first_token_ms", 0.0), saved.get("kv_bytes", 0.0),
     )  # fmt: skip

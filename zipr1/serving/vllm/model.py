@@ -64,6 +64,8 @@ class Decoder:
         if index == 0:
             self.step = self.begin(metadata[self.names[0]], layer.self_attn.attn)
         assert self.step is not None
+        if not self.step.reading:  # every layer's lengths are announced
+            return stock(positions, hidden_states, residual)  # type: ignore[no-any-return]
         attention = layer.self_attn
         if residual is None:
             residual = hidden_states
@@ -120,7 +122,7 @@ class Decoder:
             make = attn.get_attn_backend().get_builder_cls()
             device = metadata.seq_lens.device
             self.builder = make(spec, self.names, self.config, device)
-        return Step(
+        step = Step(
             self.ledger,
             starts=metadata.query_start_loc,
             lengths=metadata.seq_lens,
@@ -129,6 +131,10 @@ class Decoder:
             size=spec.block_size,
             layers=len(self.names),
         )
+        if not step.reading:
+            for name, part in zip(self.names, step.parts(), strict=True):
+                self.announce(name, part)
+        return step
 
     def announce(self, name: str, part: Part) -> None:
         """Puts a layer's own lengths and slots where vLLM's attention looks for them."""
@@ -136,8 +142,8 @@ class Decoder:
         assert isinstance(context.attn_metadata, dict)
         assert isinstance(context.slot_mapping, dict)
         common = CommonAttentionMetadata(
-            query_start_loc=part.starts,
-            query_start_loc_cpu=part.starts.cpu(),
+            query_start_loc=part.starts.to(part.table.device),
+            query_start_loc_cpu=part.starts,
             seq_lens=part.lengths,
             num_reqs=len(part.lengths),
             num_actual_tokens=len(part.slots),

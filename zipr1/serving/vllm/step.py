@@ -20,9 +20,9 @@ from zipr1.serving.vllm.ledger import Entry, Ledger
 class Part:
     """What a layer does of a step, in n of its rows, for R requests.
 
-    rows: `(n,)` int64, ascending; None: all. starts: `(R + 1,)` int32, where each request's rows begin. lengths: `(R,)`
-    int32, tokens it then has in this layer's cache. slots: `(n,)` int64 of the rows' keys and values. table: `(R, W)`
-    int32 blocks. widest, longest: the most rows of a request, the most tokens in the cache.
+    rows: `(n,)` int64, ascending; None: all. starts: `(R + 1,)` int32 on the host, where each request's rows begin.
+    lengths: `(R,)` int32, tokens it then has in this layer's cache. slots: `(n,)` int64 of the rows' keys and values.
+    table: `(R, W)` int32 blocks. widest, longest: the most rows of a request, the most tokens in the cache.
     """
 
     rows: torch.Tensor | None
@@ -92,6 +92,22 @@ class Step:
         gaps = gaps.to(table.device)
         self.table = without_gaps(table[:count], gaps[:, 0], gaps[:, 1])
 
+    def parts(self) -> list[Part]:
+        """Of every layer, where no prompt is read: all lengths are then known before a layer runs."""
+        device = self.table.device
+        # Contiguous by layer: kernels take a row's address and trust in what follows.
+        lengths = (self.kept.T + self.later).contiguous()
+        layers, requests = lengths.shape
+        starts = torch.arange(requests + 1, dtype=torch.int32)
+        row = torch.arange(requests).repeat(layers).to(device)
+        place = (lengths - 1).flatten().to(device)
+        own = slots(self.table, row, place, self.size).view(layers, requests)
+        longest = lengths.amax(1).tolist()
+        lengths = lengths.int().to(device)
+        return [
+            Part(None, starts, lengths[n], own[n], self.table, 1, longest[n]) for n in range(layers)
+        ]
+
     def part(self, layer: int, choose: Callable[[int, int], torch.Tensor]) -> Part:
         """choose: rows start .. end - 1 of a prompt -> `(end - start,)` bool, what the layer keeps of it."""
         device = self.table.device
@@ -120,7 +136,7 @@ class Step:
             None
             if all_kept
             else torch.cat([chosen.get(n, own[n : n + 1]) for n in range(len(counts))]),
-            starts.int().to(device),
+            starts.int(),
             lengths.int().to(device),
             slots(self.table, request.to(device), place.to(device), self.size),
             self.table,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,34 +16,41 @@ from zipr1.models.processors import Encoded
 
 SIDE = 192  # px of the longer side of a shown frame
 MOMENTS = 4  # steps of time shown of a clip
+PLAIN = "plain"
 
 
 def draw(
-    policy: Policy, encoded: Encoded, pixels: np.ndarray, kept: Sequence[torch.Tensor]
-) -> list[str]:
-    """`[as it is, what is kept]` of a question's only picture or clip (moments side by side).
+    policy: Policy,
+    encoded: Encoded,
+    pixels: np.ndarray,
+    kept: Mapping[str, Sequence[torch.Tensor]],
+) -> dict[str, str]:
+    """A question's only picture or clip (moments side by side): as it is by the name PLAIN, and what is kept by name.
 
-    pixels: uint8 `(H, W, 3)` or `(F, H, W, 3)`. kept: by layer, positions in the prompt.
+    pixels: uint8 `(H, W, 3)` or `(F, H, W, 3)`. kept: by a variant's name and by layer, positions in the prompt.
     """
     visual = np.isin(encoded.ids.numpy(), list(policy.processor.placeholder.values()))
-    shares = np.zeros(len(visual))
-    for positions in kept:
-        shares[positions.numpy()] += 1 / len(kept)
     t, h, w = encoded.visuals[0].grid
     merge = policy.processor.settings.merge
     # A family may have more tokens after these, which show no part of the picture.
     cells = t * (h // merge) * (w // merge)
-    share = shares[visual][:cells].reshape(t, h // merge, w // merge)
+    shares: dict[str, np.ndarray] = {}
+    for name, layers in kept.items():
+        share = np.zeros(len(visual))
+        for positions in layers:
+            share[positions.numpy()] += 1 / len(layers)
+        shares[name] = share[visual][:cells].reshape(t, h // merge, w // merge)  # type: ignore[assignment]
     frames = pixels[None] if pixels.ndim == 3 else pixels
-    plain, lit = [], []
+    drawn: dict[str, list[np.ndarray]] = {PLAIN: [], **{name: [] for name in kept}}
     for moment in evenly_spaced(t, MOMENTS):
         frame = Image.fromarray(frame_at(frames, moment, t))
         scale = SIDE / max(frame.size)
         size = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
         picture = np.asarray(frame.resize(size, Image.Resampling.BICUBIC), np.float32) / 255
-        plain.append(picture)
-        lit.append(darkened(picture, share[moment]))
-    return [_jpeg(plain), _jpeg(lit)]
+        drawn[PLAIN].append(picture)
+        for name, share in shares.items():
+            drawn[name].append(darkened(picture, share[moment]))
+    return {name: _jpeg(pictures) for name, pictures in drawn.items()}
 
 
 def _jpeg(frames: Sequence[np.ndarray]) -> str:

@@ -1,0 +1,141 @@
+"""Who stands still, from what ranks tell of themselves; and what of it a rank does."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from zipr1.core import activity, distributed, files, watch
+from zipr1.core.errors import InputError, RunError
+from zipr1.core.load import validate
+from zipr1.core.watch import Ending, Judge, Sign
+
+
+def judge(*signs: Sign | None, limit: float = 60) -> Judge:
+    """Of ranks that told these signs at second 10, and nothing after."""
+    made = Judge(len(signs), limit)
+    for rank, sign in enumerate(signs):
+        if sign is not None:
+            made.note(rank, sign, 10)
+    return made
+
+
+def test_who_has_not_come_where_the_others_wait_is_named_once_it_is_silent():
+    found = judge(Sign("rollout", 5), Sign("rollout", 4), Sign("update", 5, 2))
+    assert found.stuck(69) == [] and found.stuck(71) == [1]
+    found.note(1, Sign("rollout", 4, count=1), 60)  # a sign of life
+    assert found.stuck(119) == [] and found.stuck(121) == [1]
+    found.note(1, Sign("rollout", 5), 125)
+    # All are at the same place, but for one that did some of the work after it.
+    assert found.stuck(186) == [0, 1]
+
+
+@pytest.mark.parametrize("minutes", [0, -1.0, 721.0, "5"])
+def test_a_limit_that_is_none_is_refused_by_name(minutes):
+    """Above 720 the words between ranks would end first."""
+    with pytest.raises(InputError, match=r"train\.stall_minutes: "):
+        validate({"train": {"stall_minutes": minutes}})
+    assert timedelta(minutes=720) == distributed.PATIENCE
+
+
+def test_who_waits_is_never_named_while_the_others_are_at_work():
+    """However long: an evaluation, a download, a checkpoint that is written by one alone."""
+    found = judge(Sign("held-out", 5), Sign("held-out", 4))
+    for second in range(10, 5000, 50):
+        found.note(1, Sign("held-out", 4, count=second), second)
+        assert found.stuck(second + 49) == []
+
+
+def test_time_that_a_disk_may_take_is_added():
+    found = judge(Sign("saving", 4, more=30), Sign("saving", 5))
+    assert found.stuck(99) == [] and found.stuck(101) == [0]
+
+
+def test_a_rank_that_never_came_is_named_from_the_start():
+    found = judge(Sign("starting"), None, Sign("starting"))
+    assert found.stuck(59) == [] and found.stuck(61) == [1]
+    text = found.text([1])
+    assert text.startswith("rank 1 did not come within 1 min 0 s; ranks 0 and 2 wait in 'starting'")
+
+
+def test_nobody_waits_for_the_last_one():
+    ended = Sign("done", 9, ended=True)
+    assert judge(ended, Sign("pictures", 9), ended).stuck(10**6) == []
+    assert judge(ended, Sign("pictures", 9), Sign("pictures", 8)).stuck(100) == [2]
+
+
+def test_all_may_stand_still_together():
+    """As where the network between them is gone."""
+    found = judge(Sign("step 1: update", 3), Sign("step 1: update", 3))
+    assert found.stuck(71) == [0, 1]
+    told = "ranks 0 and 1 have shown no sign of life for 1 min 0 s, last seen in 'step 1: update'; "
+    assert found.text([0, 1]).startswith(told + "what is saved is complete")
+
+
+def test_the_line_says_who_where_and_what_to_do():
+    signs = [Sign("step 3: update", 7), Sign("step 3: rollout", 6), Sign("step 3: rollout", 7)]
+    assert judge(*signs, limit=300).text([1]) == (
+        "rank 1 has shown no sign of life for 5 min 0 s, last seen in 'step 3: rollout'; ranks 0 and 2 wait in "
+        "'step 3: update' (rank 0), 'step 3: rollout' (rank 2); what is saved is complete, the same command with "
+        "--output goes on (train.stall_minutes sets the limit)"
+    )
+
+
+def test_ranks_that_died_are_told_apart_from_one_that_nobody_knows():
+    found = judge(Sign("a"), Sign("step 2: rollout"))
+    assert found.gone([1]).startswith("rank 1 is gone, last seen in 'step 2: rollout'; ")
+    assert found.gone([]).startswith("another rank is gone, the launcher names it below")
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(watch, "_here", watch._Here())
+    return watch._here
+
+
+def test_what_is_told_to_people_is_told_to_the_other_ranks(here):
+    activity.tell("reading rows", 1200, 4000)
+    assert here.doing == "reading rows 1,200 of 4,000" and here.count == 1
+    activity.tell("")  # hides the line; the work goes on
+    assert here.doing == "reading rows 1,200 of 4,000"
+
+
+def test_places_count_from_the_last_word_that_all_exchanged(here):
+    """How many passes a rank made before it does not matter: ranks have different numbers of them."""
+    for _ in range(3):
+        watch.arrive(meeting=False)
+    assert (here.meetings, here.passes) == (0, 3)
+    watch.arrive()
+    assert (here.meetings, here.passes) == (1, 0)
+
+
+def test_a_disk_that_is_waited_for_gets_the_time_of_a_slow_one(here, tmp_path, monkeypatch):
+    (tmp_path / "f").write_bytes(b"x" * 50_000_000)
+    seen = []
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: seen.append(here.more))
+    files.sync(tmp_path / "f")
+    assert seen == [5.0] and here.more == 0  # 50 MB at 10 MB a second
+
+
+def test_what_the_process_reads_and_writes_is_counted(tmp_path):
+    before = watch.moved()
+    if not before:
+        pytest.skip("/proc/self/io is not there")
+    (tmp_path / "f").write_bytes(b"x" * 3_000_000)
+    (tmp_path / "f").read_bytes()
+    assert watch.moved() - before > 6_000_000
+
+
+def test_a_rank_that_arrives_after_the_end_is_told_why(here, monkeypatch):
+    class Ended:
+        ending = Ending([1], 2, "rank 1 ended: no such file")
+
+    monkeypatch.setattr(watch, "_watches", [Ended()])
+    watch.alive()  # in other threads too: says nothing
+    with pytest.raises(InputError, match="rank 1 ended: no such file") as told:
+        watch.arrive()
+    assert told.value.exit_code == 2
+    for code in (1, 143):
+        error = Ending([1], code, "x").error()
+        assert isinstance(error, RunError) and error.exit_code == code

@@ -1,0 +1,365 @@
+"""Which of several processes stands still, known to all of them without a word from it.
+
+Each rank writes into the store at which they meet, from a thread and twice a second: how often it has come to a place
+where ranks wait for each other, a count of its signs of life, and what it is doing; and it reads what the others wrote.
+A rank that the others wait for, and that shows no sign for `train.stall_minutes`, ends the run: so does one that leaves
+with an error. All ranks then tell the same reason.
+
+    watch.at("step 3, rollout")      what this rank does from here on; activity.tell tells it too
+    watch.alive()                    a sign of life, where something is done again and again: it costs an addition
+    watch.arrive()                   before this rank waits for others
+
+Signs of life are these, and that the process reads or writes: a model that is downloaded or a checkpoint that is
+written slowly is no rank that hangs. Alone, all of this only counts. Not here: the ranks' own words (distributed.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from zipr1.core import signals
+from zipr1.core.errors import InputError, RunError, ZipError
+from zipr1.core.text import duration, one_line
+
+EVERY = 0.5  # seconds between two looks
+# Looks after which a rank that was told goes: the others have read why by then.
+HEARD = 3
+# Seconds that a rank has to end by itself. A launcher gives 30, and then kills without a word.
+GRACE = 20.0
+# Bytes a second that a process at work reads or writes at least, where it does nothing else; what a thread that logs
+# writes is less.
+MOVING = 100_000
+# Bytes a second that any disk takes: waiting for them is no standstill.
+SLOWEST = 10_000_000
+
+ADVICE = "what is saved is complete, the same command with --output goes on"
+NOTHING = "-"  # in the store
+
+
+class Ending(NamedTuple):
+    """Why all ranks end. ranks: whose fault it is; text: for people; code: what the processes exit with."""
+
+    ranks: list[int]
+    code: int
+    text: str
+
+    def error(self) -> ZipError:
+        error = InputError(self.text) if self.code == InputError.exit_code else RunError(self.text)
+        error.exit_code = self.code
+        return error
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a rank tells. meetings: words that it has exchanged with the others; passes: places where it waited for them
+    since; count: of signs of life; more: seconds beyond the limit that what it does may take; ended: it needs nobody
+    any more."""
+
+    doing: str
+    meetings: int = 0
+    passes: int = 0
+    count: int = 0
+    more: float = 0.0
+    ended: bool = False
+
+
+class _Here:
+    """This process's sign, as it grows."""
+
+    def __init__(self) -> None:
+        self.doing, self.more, self.ended = "starting", 0.0, False
+        self.meetings = self.passes = self.count = 0
+
+    def sign(self) -> Sign:
+        return Sign(self.doing, self.meetings, self.passes, self.count, self.more, self.ended)
+
+
+_here = _Here()
+_watches: list[Watch] = []  # of this process: one or none
+
+
+def at(doing: str) -> None:
+    """What this rank is doing from here on, in a few words."""
+    _here.doing = doing
+    _here.count += 1
+
+
+def alive() -> None:
+    """Something was done again."""
+    _here.count += 1
+
+
+def arrive(meeting: bool = True) -> None:
+    """This rank is about to wait for others, at a place to which all come equally often. meeting: all of them exchange
+    a word here; else a part of the work between two such places is done. Raises ZipError if the run is to end."""
+    if meeting:
+        _here.meetings, _here.passes = _here.meetings + 1, 0
+    else:
+        _here.passes += 1
+    if _watches and _watches[-1].ending is not None:
+        raise _watches[-1].ending.error()
+
+
+@contextlib.contextmanager
+def slow(count: int) -> Iterator[None]:
+    """Inside, the process waits until `count` bytes are on a disk, and shows no sign of life."""
+    _here.more, before = count / SLOWEST, _here.more
+    try:
+        yield
+    finally:
+        _here.more = before
+        _here.count += 1
+
+
+def say(message: str, code: int) -> None:
+    """Last words of a process that cannot come to the end of its program. The command line puts its own here."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+class Judge:
+    """Which ranks the others wait for in vain, from what all tell. limit: seconds without a sign of life."""
+
+    def __init__(self, size: int, limit: float) -> None:
+        self.limit = limit
+        self.signs: list[Sign | None] = [None] * size
+        self.since = [0.0] * size
+
+    def note(self, rank: int, sign: Sign | None, now: float) -> None:
+        if sign != self.signs[rank]:
+            self.signs[rank], self.since[rank] = sign, now
+
+    def stuck(self, now: float) -> list[int]:
+        """None while one of those that are not as far as the others is at work: it is waited for rightly."""
+        far = {
+            rank: (sign.meetings, sign.passes) if sign else (-1, 0)
+            for rank, sign in enumerate(self.signs)
+            if sign is None or not sign.ended
+        }
+        if len(far) < 2:
+            return []  # nobody waits
+        late = [rank for rank, place in far.items() if place == min(far.values())]
+        return late if all(self._is_still(rank, now) for rank in late) else []
+
+    def _is_still(self, rank: int, now: float) -> bool:
+        sign = self.signs[rank]
+        return now - self.since[rank] > self.limit + (sign.more if sign else 0.0)
+
+    def text(self, late: Sequence[int]) -> str:
+        """What is told of `stuck` ranks: who, since when, where they were last, and where the others are."""
+        limit = duration(self.limit)
+        signs = {rank: self.signs[rank] for rank in late}
+        parts = []
+        if never := [rank for rank, sign in signs.items() if sign is None]:
+            parts.append(f"{_named(never)} did not come within {limit}")
+        if silent := {rank: sign.doing for rank, sign in signs.items() if sign is not None}:
+            has = "has" if len(silent) == 1 else "have"
+            parts.append(
+                f"{_named(list(silent))} {has} shown no sign of life for {limit}, last seen in {_places(silent)}"
+            )
+        waiting = {
+            rank: sign.doing
+            for rank, sign in enumerate(self.signs)
+            if rank not in late and sign is not None and not sign.ended
+        }
+        if waiting:
+            parts.append(
+                f"{_named(list(waiting))} {'waits' if len(waiting) == 1 else 'wait'} in {_places(waiting)}"
+            )
+        return "; ".join([*parts, f"{ADVICE} (train.stall_minutes sets the limit)"])
+
+    def gone(self, dead: Sequence[int]) -> str:
+        """What is told of ranks whose word broke off; none: nobody knows which one it was."""
+        if not dead:
+            return f"another rank is gone, the launcher names it below (Root Cause); {ADVICE}"
+        last = {rank: sign.doing for rank in dead if (sign := self.signs[rank])}
+        return f"{_named(dead)} {'is' if len(dead) == 1 else 'are'} gone, last seen in {_places(last)}; {ADVICE}"
+
+
+def _named(ranks: Sequence[int]) -> str:
+    *most, last = [str(rank) for rank in ranks]
+    return f"ranks {', '.join(most)} and {last}" if most else f"rank {last}"
+
+
+def _places(doing: dict[int, str]) -> str:
+    """What ranks are doing; of several that do not do the same, who does what."""
+    places: dict[str, list[int]] = {}
+    for rank, what in doing.items():
+        places.setdefault(what, []).append(rank)
+    if len(places) == 1:
+        return repr(next(iter(places)))
+    return ", ".join(f"{what!r} ({_named(ranks)})" for what, ranks in places.items())
+
+
+class Watch(threading.Thread):
+    """The thread of one rank. store: a connection of its own, for one that waits is waited for. limit: in seconds.
+    keeper: the rank in whose process the store is, if it is in one.
+
+    ending: why all ranks end, once it is known.
+    """
+
+    def __init__(
+        self, store: Any, rank: int, size: int, limit: float, keeper: Sequence[int] = ()
+    ) -> None:
+        super().__init__(name="watch", daemon=True)
+        self.store, self.rank, self.size, self.keeper = store, rank, size, keeper
+        store.set_timeout(timedelta(seconds=limit))
+        self.every = min(EVERY, limit / 10)
+        self.judge = Judge(size, limit)
+        self.ending: Ending | None = None
+        self._closed = threading.Event()
+        self._beat, self._moved = 0, moved()
+        self._leaving = False
+
+    def __enter__(self) -> Watch:
+        global _here
+        _here = _Here()
+        for name in ("end", *map(str, range(self.size))):
+            self.store.compare_set(name, "", NOTHING)
+        self._tell()
+        _watches.append(self)
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _here.ended = True
+        self._closed.set()
+        _watches.remove(self)
+        with contextlib.suppress(RuntimeError):  # the rank that keeps the store may have gone
+            self._tell()
+            if self.rank in self.keeper:
+                self._outstay()
+
+    def _outstay(self) -> None:
+        """Give the others the time to hear what there is to hear, before the store goes with this process."""
+        until = time.monotonic() + HEARD * self.every
+        while time.monotonic() < until and not all(sign and sign.ended for _, sign in self._told()):
+            time.sleep(self.every / 10)
+
+    def _told(self) -> list[tuple[int, Sign | None]]:
+        """What each rank told last."""
+        names = [str(rank) for rank in range(self.size)]
+        return [_read(text) for text in self.store.multi_get(names)]
+
+    def everyone(self) -> None:
+        """Wait until all ranks have come here. Raises ZipError if the run is to end."""
+        arrive()
+        self._tell()
+        while not all(sign and sign.meetings for _, sign in self._told()):
+            if self.ending is not None:
+                raise self.ending.error()
+            time.sleep(self.every / 10)
+
+    def leave(self, error: BaseException) -> None:
+        """This rank ends with an error: tell the others, and give them the time to read it."""
+        if self.ending is not None:
+            return
+        self._leaving = True
+        code = getattr(error, "exit_code", 1)
+        kind = "" if isinstance(error, ZipError) else f"{type(error).__name__}: "
+        said = kind + one_line(error, 400)
+        if isinstance(error, signals.Stopped):
+            code, said = 128 + error.number, f"stopped by signal {error.number}"
+        text = f"rank {self.rank} ended, in {_here.doing!r}: {said}"
+        with contextlib.suppress(RuntimeError):
+            if self._end(Ending([self.rank], code, text)).ranks == [self.rank]:
+                time.sleep(HEARD * self.every)
+
+    def gone(self) -> list[int]:
+        """Ranks that tell nothing any more, though they have not ended. Takes a few looks, and longer while a busy
+        machine leaves it open which one it is."""
+        try:
+            before, until = self._told(), time.monotonic() + 4 * HEARD * self.every
+            time.sleep(HEARD * self.every)
+            while True:
+                silent = [
+                    rank
+                    for rank, (told, now) in enumerate(zip(before, self._told(), strict=True))
+                    if rank != self.rank and now == told and now[1] and not now[1].ended
+                ]
+                if len(silent) < 2 or self.ending or time.monotonic() > until:
+                    return silent
+                time.sleep(self.every)
+        except RuntimeError:  # the store's: who keeps it is gone
+            return list(self.keeper)
+
+    def run(self) -> None:
+        clock, looked = 0.0, time.monotonic()
+        try:
+            while self.ending is None:
+                if self._closed.wait(self.every):
+                    return
+                # A machine that was suspended, or is too busy for this thread, has not watched.
+                now = time.monotonic()
+                clock, looked = clock + min(now - looked, 3 * self.every), now
+                self._look(clock)
+        except RuntimeError:  # the store's: who keeps it is gone
+            if self._closed.wait(self.judge.limit):
+                return
+            self.ending = Ending([], 1, self.judge.gone(self.keeper))
+        if self.ending is not None:
+            self._part(self.ending)
+
+    def _look(self, clock: float) -> None:
+        now = moved()
+        if now - self._moved > MOVING * self.every:
+            _here.count += 1
+        self._moved = now
+        self._tell()
+        self._hear(clock)
+        if self.ending is None and (late := self.judge.stuck(clock)):
+            self._end(Ending(late, 1, self.judge.text(late)))
+
+    def _tell(self) -> None:
+        self._beat += 1
+        self.store.set(str(self.rank), json.dumps([self._beat, vars(_here.sign())]))
+
+    def _hear(self, clock: float) -> None:
+        end, *told = self.store.multi_get(["end", *map(str, range(self.size))])
+        if end.decode() != NOTHING:
+            self.ending = Ending(*json.loads(end))
+        for rank, text in enumerate(told):
+            self.judge.note(rank, _read(text)[1], clock)
+
+    def _end(self, ending: Ending) -> Ending:
+        """The first reason is everyone's."""
+        said = self.store.compare_set("end", NOTHING, json.dumps(ending))
+        self.ending = Ending(*json.loads(said))
+        return self.ending
+
+    def _part(self, ending: Ending) -> None:
+        """See to it that this process ends, wherever it waits."""
+        signals.hold()  # the launcher's, which comes when the first rank is gone, is not the reason
+        hangs = self.rank in ending.ranks and not self._leaving
+        if not self._closed.wait(HEARD * self.every if hangs else GRACE):
+            with contextlib.suppress(OSError, ValueError):
+                say(ending.text, ending.code)
+            os._exit(ending.code)
+
+
+def _read(text: bytes) -> tuple[int, Sign | None]:
+    """What a rank has told: how often, and its sign."""
+    if text.decode() == NOTHING:
+        return -1, None
+    beat, sign = json.loads(text)
+    return beat, Sign(**sign)
+
+
+def moved() -> int:
+    """Bytes that this process has read and written, whatever from; 0 where the system does not count them."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return sum(
+            int(line.split(":")[1]) for line in lines if not line.startswith(("sys", "canc"))
+        )
+    except (OSError, ValueError, IndexError):
+        return 0
