@@ -27,7 +27,7 @@ from zipr1.core.errors import ZipError
 from zipr1.evaluate import plots
 from zipr1.export import session as exports
 from zipr1.models.open import find_source
-from zipr1.train import summary
+from zipr1.train.page import RunPage
 
 QUIET = Console(quiet=True)
 VALUES: list[Any] = [
@@ -163,7 +163,8 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture
 def brief(monkeypatch):
     """What takes long and reads no file is left out."""
-    monkeypatch.setattr(summary, "curves", lambda *a: None)
+    monkeypatch.setattr(RunPage, "_curves", lambda self: None)
+    monkeypatch.setattr(RunPage, "_write", lambda self, *a: None)
     monkeypatch.setattr(exports, "reference", lambda *a: None)
     checked = {"questions": "", "n": 0, "logits_error": 0.0, "limit": 1.0, "same_text": 0}
     monkeypatch.setattr(exports, "compare", lambda *a: checked)

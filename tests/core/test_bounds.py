@@ -21,7 +21,8 @@ from zipr1.core.errors import InputError, ZipError
 from zipr1.core.load import load, validate
 from zipr1.core.recipe import LARGEST, Recipe
 from zipr1.train import dry_run as plan
-from zipr1.train import loop, summary
+from zipr1.train import loop
+from zipr1.train.page import RunPage
 from zipr1.train.validate import MOST_EMBEDDED, check
 
 QUIET = Console(quiet=True)
@@ -161,7 +162,8 @@ def merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("key", [k for k in KEYS if not k.startswith("supervised")])
 def test_what_is_within_bounds_works_or_is_one_line(key, model, tmp_path, monkeypatch):
     """A step of training, and a dry run for keys that decide how much there is: ends well, or in a ZipError."""
-    monkeypatch.setattr(summary, "curves", lambda *a: None)
+    monkeypatch.setattr(RunPage, "_curves", lambda self: None)
+    monkeypatch.setattr(RunPage, "_write", lambda self, *a: None)
     base = tmp_path / "base.yaml"
     tinyruns.write(
         base, model, data={"prompts": 4, "heldout_prompts": 1},
