@@ -28,6 +28,7 @@ from zipr1.models.foreign import foreign
 from zipr1.models.pixels import WHOLE, PixelSettings, read_json
 from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.tensors import check_finite, check_names, refuse, shapes
+from zipr1.models.trust import refuse_code
 
 # The run's own display shows what goes on; bars of loading and saving shards would break it.
 transformers.utils.logging.disable_progress_bar()
@@ -100,7 +101,8 @@ def from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[A
 def whole_model(kind: Any, folder: str, **options: Any) -> Any:
     """A model of transformers' class `kind` whose every weight comes from the folder's safetensors. Raises InputError,
     with the names, where one is missing, of another shape, or not the model's: transformers makes random weights of the
-    first two and drops the third, with a warning."""
+    first two and drops the third, with a warning. And where config.json asks for code of the hub."""
+    refuse_code(folder, options.get("revision"))
     try:
         with quiet_report():
             model, found = kind.from_pretrained(
