@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import pytest
@@ -17,7 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from rich.console import Console
 
-from zipr1.core.errors import InputError, ZipError
+from zipr1.core.errors import InputError, RunError
 from zipr1.core.load import load, validate
 from zipr1.core.recipe import LARGEST, Recipe
 from zipr1.train import dry_run as plan
@@ -127,19 +128,28 @@ def test_what_is_out_of_bounds_is_one_line(key, tmp_path):
 
 # --- within the bounds, on a model and data that are here
 
-# Their largest values take as long as they say; these are tried in their place.
-LONG = {"budgets.num_generations": 64, "ppo.epochs": 8, "train.prompts_per_step": 16}
+# Largest values that take as long as they say, and what is tried in their place; and those that the model or other keys
+# bound more closely, each tried alone below.
+LONG = {
+    "budgets.num_generations": 64,
+    "ppo.epochs": 8,
+    "train.prompts_per_step": 16,
+    "model.lora.rank": 256,
+}
+ALONE = ("train.max_new_tokens", "data.prompts", "data.heldout_prompts", "data.max_prompt_tokens",
+         "sparse.dense_below", "budgets.low", "budgets.low_end", "model.min_pixels")  # fmt: skip
+SECTIONS = sorted({key.partition(".")[0] for key in KEYS} - {"supervised"})
 
 
-def extreme(key: str) -> list[Any]:
-    """The largest value of a number that is allowed, and the least where that is not a plain 0 or 1."""
+def extreme(key: str, least: bool) -> Any:
+    """The largest value of a number that is allowed, or the least."""
     kind, bounds = KEYS[key]
-    high = limit(bounds, (Le, Lt))
-    assert high is not None
-    if any(isinstance(b, Lt) for b in bounds):
-        high = math.nextafter(high, 0)
-    values = [kind(LONG.get(key, high))]
-    return [*values, 1e-30] if any(isinstance(b, Gt) for b in bounds) else values
+    low, high = limit(bounds, (Ge, Gt)), limit(bounds, (Le, Lt))
+    assert low is not None and high is not None
+    if least:
+        return 1e-30 if any(isinstance(b, Gt) for b in bounds) else kind(low)
+    high = math.nextafter(high, 0) if any(isinstance(b, Lt) for b in bounds) else high
+    return kind(LONG.get(key, high))
 
 
 @pytest.fixture(scope="module")
@@ -159,29 +169,52 @@ def merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-@pytest.mark.parametrize("key", [k for k in KEYS if not k.startswith("supervised")])
-def test_what_is_within_bounds_works_or_is_one_line(key, model, tmp_path, monkeypatch):
-    """A step of training, and a dry run for keys that decide how much there is: ends well, or in a ZipError."""
-    monkeypatch.setattr(RunPage, "_curves", lambda self: None)
-    monkeypatch.setattr(RunPage, "_write", lambda self, *a: None)
-    base = tmp_path / "base.yaml"
+def base(path: Path, model: Path) -> dict[str, Any]:
+    """A recipe of one small step."""
     tinyruns.write(
-        base, model, data={"prompts": 4, "heldout_prompts": 1},
+        path, model, data={"prompts": 4, "heldout_prompts": 1},
         budgets={"num_generations": 2}, train={"steps": 1, "prompts_per_step": 1, "max_new_tokens": 2},
         evaluation={"before": False, "after": False},
     )  # fmt: skip
-    if key == "train.steps":  # a thousand million of them are a dry run's alone
+    return dict(yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize("least", [False, True])
+@pytest.mark.parametrize("section", SECTIONS)
+def test_all_numbers_of_a_section_at_their_bounds(section, least, model, tmp_path, monkeypatch):
+    """A dry run and a step of training work, or the step ends in one line: a loss may overflow."""
+    monkeypatch.setattr(RunPage, "_write", lambda self, *a: None)
+    monkeypatch.setattr(RunPage, "_curves", lambda self: None)
+    values = base(tmp_path / "base.yaml", model)
+    for key in KEYS:
+        if key.partition(".")[0] == section and not (key in ALONE or (least and key in LONG)):
+            values = merged(values, recipe(key, extreme(key, least)))
+    if section == "data" and least:
+        values = merged(values, {"data": {"mix": {"digits": 1.0}}})  # no shares at all are refused
+    settings = validate(values)
+    plan.dry_run(settings, "cpu", QUIET)
+    if section == "train" and not least:  # a thousand million steps
         monkeypatch.setattr(loop, "train", lambda *a, **b: None)
-    for number, value in enumerate(extreme(key)):
-        settings = validate(merged(yaml.safe_load(base.read_text()), recipe(key, value)))
-        said = ""
-        try:
-            if key.startswith(("data.", "train.", "evaluation.", "seed")):
-                plan.dry_run(settings, "cpu", QUIET)
-            loop.run(settings, tmp_path / f"run{number}", "never", "cpu", [], QUIET)
-        except ZipError as error:
-            said = str(error)
-        assert "\n" not in said
+    said = ""
+    try:
+        loop.run(settings, tmp_path / "run", "never", "cpu", [], QUIET)
+    except RunError as error:
+        said = str(error)
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("key", ALONE)
+def test_what_the_model_or_other_keys_bound_is_one_line(key, model, tmp_path):
+    kind, _ = KEYS[key]
+    largest = 0.99 if kind is float else extreme(key, least=False)
+    values = merged(base(tmp_path / "base.yaml", model), recipe(key, largest))
+    if kind is float or key == "data.max_prompt_tokens":
+        plan.dry_run(validate(values), "cpu", QUIET)
+        return
+    with pytest.raises(InputError) as told:
+        plan.dry_run(validate(values), "cpu", QUIET)
+    line = str(told.value)
+    assert "\n" not in line and ("pixels" in line or "tokens" in line or key in line), line
 
 
 def test_what_was_accepted_without_a_word():

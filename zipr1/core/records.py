@@ -18,6 +18,7 @@ from zipr1.core.jsontext import loads
 Share = Annotated[float, Field(ge=0, le=1)]
 Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 Count = Annotated[int, Field(ge=0)]
+Position = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 class Record(BaseModel):
@@ -40,13 +41,16 @@ class Run(Record):
 
 class Answers(Record):
     """One of the two parts of before.json: of each held-out question its name, how right the answer was, the share of
-    tokens that each layer kept, and the answer."""
+    tokens that each layer kept, and the answer; of some, by their number, the positions that each layer kept."""
 
     ids: list[str]
     correct: list[Share]
     layer_ratios: list[list[Share]]
     said: list[str]
     heldout: float
+    kept: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], list[list[Position]]] = {}
+    first_token_ms: float = 0.0
+    kv_bytes: float = 0.0
 
 
 class Pressure(Record):

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.files import write_whole
@@ -36,6 +36,9 @@ class Row(Record):
     seconds: float
     dense_kv_bytes: float
     dense_seconds: float
+    speedup: float | None = None
+    first_token_ms: float | None = None
+    dense_first_token_ms: float | None = None
     dense: float | None
     sparse: float | None
     difference: float | None
@@ -43,6 +46,8 @@ class Row(Record):
     base: float | None = None
     base_difference: float | None = None
     base_difference_ci: Interval | None = None
+    untrained: float | None = None
+    untrained_token_ratio: float | None = None
 
 
 # A page holds them as they are.
@@ -60,9 +65,19 @@ class Example(Record):
     question: str
     target: str
     said: dict[str, str]
+    right: dict[str, float | None]
     p: float
-    token_ratio: float
-    pictures: Annotated[list[Base64], Field(min_length=2, max_length=2)]
+    before: str
+    after: str
+    token_ratio: dict[str, float]
+    pictures: dict[str, Base64]
+    first: bool
+
+    @model_validator(mode="after")
+    def _both(self) -> Example:
+        if not {self.before, self.after} <= self.said.keys():
+            raise ValueError("no answer of `before` or of `after`")
+        return self
 
 
 class Benchmark(Record):
@@ -77,7 +92,7 @@ class Benchmark(Record):
     prompt_tokens: float
     decoding_seconds: float
     vision_seconds: float
-    layers: dict[Annotated[str, Field(pattern=r"^[0-9.]+(e-[0-9]+)?$")], list[float]]
+    layers: dict[Annotated[str, Field(pattern=r"^([0-9.]+(e-[0-9]+)?|base, sparse)$")], list[float]]
     lmms_eval: str | None = None
     gallery: list[Example]
 

@@ -260,6 +260,11 @@ def _check_saved(
                 f"{path}: {name}.{key} has {len(saved[key])} entries for {len(prompts)} questions; the file was "
                 f"changed or is damaged: {then}"
             )
+    if strange := [i for i in saved.get("kept", {}) if int(i) >= len(prompts)]:
+        raise InputError(
+            f"{path}: {name}.kept has a question {strange[0]} of {len(prompts)}, from 0 on; the file was changed or is "
+            f"damaged: {then}"
+        )
     if any(len(ratios) != layers for ratios in saved["layer_ratios"]):
         raise InputError(
             f"{path}: {name}.layer_ratios has not {layers} numbers for each question, one a layer; the file was "
