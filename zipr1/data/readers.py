@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import mmap
 import re
-import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-from zipr1.core import extras
+from zipr1.core import extras, hub
 from zipr1.core.errors import InputError, Missing
 from zipr1.core.jsontext import lines, loads
 from zipr1.core.recipe import Data
@@ -37,22 +35,23 @@ _SLICE = re.compile(r"(.+):\[(-?\d*):(-?\d*)\]")
 class StoredPicture:
     """An encoded picture in a dataset on disk (memory-mapped), read when it is needed.
 
-    position: in the list that the cell of `column` holds; None where the cell is the picture itself.
+    place: the way to it from its row: a column, then positions in lists and names of fields.
     """
 
     table: Any
     fingerprint: str
     row: int
-    column: str
-    position: int | None
+    place: tuple[str | int, ...]
 
     @property
     def key(self) -> str:
-        return f"{self.fingerprint}:{self.row}:{self.column}:{self.position}"
+        return ":".join(map(str, (self.fingerprint, self.row, *self.place)))
 
     def read(self) -> bytes:
-        value = self.table[self.row][self.column]
-        return bytes((value if self.position is None else value[self.position])["bytes"])
+        value = self.table[self.row]
+        for step in self.place:
+            value = value[step]
+        return bytes(value["bytes"])
 
 
 def read(source: str, data: Data) -> tuple[str, Path, NumberedRows]:
@@ -73,6 +72,10 @@ def read(source: str, data: Data) -> tuple[str, Path, NumberedRows]:
         if not path.is_file():
             raise Missing(f"{path}: no such data file; check data.source and data.heldout")
         return path.name, path.parent, _limited(READERS[path.suffix.lower()](path), data)
+    if path.is_file():
+        raise InputError(
+            f"{path}: a data file that ends in {path.suffix or 'nothing'}; allowed: {', '.join(READERS)}; convert it"
+        )
     if path.is_dir() and (files := _split_files(path, split)):
         return f"{path.name} ({split})", path, _limited(_chained(files), data)
     if path.is_dir() or _is_hub_id(str(path)):
@@ -133,7 +136,7 @@ def _datasets(path: Path, split: str, data: Data) -> NumberedRows:
             table = datasets.load_from_disk(str(path))
             table = table[split] if isinstance(table, dict) else table
         else:
-            with contextlib.nullcontext() if path.is_dir() else _offline_if_unreachable(datasets):
+            with contextlib.nullcontext() if path.is_dir() else hub.offline_if_unreachable():
                 table = datasets.load_dataset(
                     str(path), data.subset, split=split, streaming=data.streaming
                 )
@@ -145,10 +148,12 @@ def _datasets(path: Path, split: str, data: Data) -> NumberedRows:
         datasets.exceptions.DatasetsError,
     ) as error:
         kind, hint = InputError, "check the folder, data.subset and the split after the colon"
+        came = f"does not load ({reason(error)})"
         if not path.is_dir():
-            kind = Missing
-            hint = f"check the name and the network, or download it first (hf download --repo-type dataset {path})"
-        raise kind(f"{path} ({split}): does not load ({reason(error)}); {hint}") from error
+            kind, hint = Missing, hub.how_to_get(str(path), "dataset")
+            why = hub.unreachable()
+            came = came if why is None else f"is not on this machine, and {why}"
+        raise kind(f"{path} ({split}): {came}; {hint}") from error
     for column, feature in (table.features or {}).items():
         raw = _undecoded(datasets, feature)
         if raw is not None:
@@ -162,68 +167,37 @@ def _datasets(path: Path, split: str, data: Data) -> NumberedRows:
         yield index + 1, lambda index=index: _with_stored_pictures(table, fingerprint, index)  # type: ignore[misc]
 
 
-@contextlib.contextmanager
-def _offline_if_unreachable(datasets: Any) -> Iterator[None]:
-    """Within it, where the hub's host name cannot be resolved, the libraries take what was downloaded before instead of
-    trying again for a minute. Afterwards they are as they were: another source may be on a network that works by then.
-
-    datasets: the library, imported before, because it copies huggingface_hub's constant on import.
-    """
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE or _hub_is_known(constants.ENDPOINT):
-        yield
-        return
-    modules: tuple[Any, ...] = (constants, datasets.config)
-    before = [module.HF_HUB_OFFLINE for module in modules]
-    try:
-        for module in modules:
-            module.HF_HUB_OFFLINE = True
-        yield
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value
-
-
-def _hub_is_known(endpoint: str) -> bool:
-    """Whether the host of a URL has an address; nothing is sent to it."""
-    try:
-        socket.getaddrinfo(urlparse(endpoint).hostname, 443)
-    except OSError:
-        return False
-    return True
-
-
 def _undecoded(datasets: Any, feature: Any) -> Any:
-    """The same feature with pictures and clips left as bytes or paths; None where it has none."""
-    for name in ("Image", "Video"):
-        kind = getattr(datasets, name, None)
-        if kind is None:
-            continue
-        if isinstance(feature, kind):
-            return kind(decode=False)
-        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-        if isinstance(inner, kind):
-            raw = kind(decode=False)
-            return [raw] if isinstance(feature, list) else datasets.List(raw)
+    """The same feature with pictures and clips left as bytes or paths, however deep they lie; None: it has none."""
+    kinds = [getattr(datasets, name, ()) for name in ("Image", "Video")]
+    if any(isinstance(feature, kind) for kind in kinds):
+        return type(feature)(decode=False)
+    if isinstance(feature, dict):
+        raw = {name: _undecoded(datasets, inner) for name, inner in feature.items()}
+        if any(raw.values()):
+            return {name: raw[name] or inner for name, inner in feature.items()}
+    elif isinstance(feature, list):
+        inner = _undecoded(datasets, feature[0])
+        return inner and [inner]
+    elif hasattr(feature, "feature"):  # List and LargeList
+        inner = _undecoded(datasets, feature.feature)
+        return inner and replace(feature, feature=inner)
     return None
 
 
 def _with_stored_pictures(table: Any, fingerprint: str, index: int) -> dict[str, Any]:
     """A row whose encoded pictures stay in the table: each becomes a StoredPicture."""
 
-    def stored(value: Any, column: str, position: int | None) -> Any:
-        if isinstance(value, dict) and value.get("bytes"):
-            return StoredPicture(table, fingerprint, index, column, position)
+    def stored(value: Any, place: tuple[str | int, ...]) -> Any:
+        if isinstance(value, dict):
+            if value.get("bytes"):
+                return StoredPicture(table, fingerprint, index, place)
+            return {name: stored(inner, (*place, name)) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [stored(inner, (*place, position)) for position, inner in enumerate(value)]
         return value
 
-    row = dict(table[index])
-    for column, value in row.items():
-        if isinstance(value, list):
-            row[column] = [stored(one, column, position) for position, one in enumerate(value)]
-        else:
-            row[column] = stored(value, column, None)
-    return row
+    return {column: stored(value, (column,)) for column, value in table[index].items()}
 
 
 def _jsonl(path: Path) -> NumberedRows:

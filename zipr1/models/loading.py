@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
+import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from zipr1_kernels import unusable
 
-from zipr1.core.errors import InputError
+from zipr1.core import hub
+from zipr1.core.errors import InputError, Missing
 from zipr1.core.recipe import Lora, Model
 from zipr1.core.text import reason
 from zipr1.models import adapters, families, misshapen
@@ -29,6 +31,8 @@ from zipr1.models.pixels import WHOLE, PixelSettings, read_json
 from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.tensors import check_finite, check_names, refuse, shapes
 from zipr1.models.trust import refuse_code
+
+log = logging.getLogger("zipr1")
 
 # The run's own display shows what goes on; bars of loading and saving shards would break it.
 transformers.utils.logging.disable_progress_bar()
@@ -56,6 +60,17 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
+def without_plans(device: torch.device) -> None:
+    """Switch cuDNN's form of torch's attention off, for the whole process, where `device` is a GPU.
+
+    It plans for every shape of its input anew, tens of milliseconds of the host each, and here the shape changes: the
+    number of kept tokens from layer to layer and prompt to prompt, that of dense decoding with every token. For those
+    who measure one shape again and again (zipr1/profiling) it stays as torch has it.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def find_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,17 +96,23 @@ def choose_dtype(settings: Model, device: torch.device) -> torch.dtype:
 def from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model and tokenizer of a folder or a hub id. Raises InputError where they do not load."""
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    hint = "check the folder"
-    if not Path(folder).is_dir():
-        hint = f"download it first (hf download {folder}) or unset HF_HUB_OFFLINE"
-        if not os.environ.get("HF_HUB_OFFLINE"):
-            hint = f"check the name and the network, or download it first (hf download {folder})"
+    away = not Path(folder).is_dir()
+    hint = hub.how_to_get(folder, "model") if away else "check the folder"
     with foreign(f"model.path: {settings.path} does not load", hint):
-        config = AutoConfig.from_pretrained(folder, **options)
-        families.find(config.model_type, settings.path)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        tokenizer("a word", add_special_tokens=False)  # with settings of a wrong type it fails here
-        model = whole_model(AutoModelForImageTextToText, folder, dtype=dtype, **options)
+        try:
+            config = AutoConfig.from_pretrained(folder, **options)
+            families.find(config.model_type, settings.path)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            tokenizer("a word", add_special_tokens=False)  # settings of a wrong type fail here
+            model = whole_model(AutoModelForImageTextToText, folder, dtype=dtype, **options)
+            _drop_inert(model.generation_config, settings.path)
+        except OSError:
+            why = hub.unreachable() if away else None
+            if why is None:
+                raise
+            raise Missing(
+                f"model.path: {settings.path} is not on this machine, or not all of it, and {why}; {hint}"
+            ) from None
     template = _chat_template(folder, settings.revision)
     if template is not None:
         tokenizer.chat_template = template
@@ -137,6 +158,22 @@ def quiet_report() -> Iterator[None]:
         yield
     finally:
         transformers.utils.logging.set_verbosity(before)
+
+
+def _drop_inert(config: Any, path: str) -> None:
+    """Unset what a generation_config.json sets and its own mode of generation does not use, such as a temperature
+    beside `do_sample: false`: transformers refuses to save it once anything else in it was changed."""
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        inert = re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)
+        for name in inert:
+            setattr(config, name, None)
+        log.warning(
+            "%s: its generation_config.json sets %s, which its other settings leave without effect; left out",
+            path,
+            ", ".join(inert),
+        )
 
 
 def _chat_template(folder: str, revision: str | None) -> str | dict[str, str] | None:
@@ -225,6 +262,7 @@ def save_processor(tokenizer: Any, settings: PixelSettings, family: str, folder:
     known_as = families.FAMILIES[family]
     processor = {"processor_class": known_as.processor}
     image = {"image_processor_type": known_as.pixels, **_pixel_values(settings)}
+    image |= known_as.whole(settings.tile)
     parts: dict[str, Any] = {"image_processor": image}
     if known_as.clips is not None:
         video = {"video_processor_type": known_as.video, **_clip_values(settings)}

@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
-from zipr1.core import checksums, distributed
+from zipr1.core import checksums, distributed, hub
 from zipr1.core.config import show
 from zipr1.core.errors import InputError
 from zipr1.core.load import load_written
@@ -195,7 +195,7 @@ def stored_dtype(path: str, revision: str | None = None) -> str:
     if source.base is not None:
         return stored_dtype(source.base.path, revision or source.base.revision)
     try:
-        with foreign(source.place, "its dtype is not known"):
+        with foreign(source.place, "its dtype is not known"), hub.offline_if_unreachable():
             config = AutoConfig.from_pretrained(
                 source.place, revision=revision, trust_remote_code=False
             )
@@ -232,13 +232,15 @@ def open_model(
     if settings.path == "scratch":
         model, tokenizer = _from_scratch(settings, seed)
     else:
-        model, tokenizer = _load(source, settings, dtype, merge_adapter)
+        with hub.offline_if_unreachable():
+            model, tokenizer = _load(source, settings, dtype, merge_adapter)
     if families.find(str(model.config.model_type), settings.path).qwen_positions:  # type: ignore[union-attr]
         positions.correct(model)
     peft_model = None
     if source.adapter is not None and not merge_adapter:
         peft_model = with_adapter(model, source.adapter)
-    processor = _processor(model, tokenizer, source, settings)
+    with hub.offline_if_unreachable():
+        processor = _processor(model, tokenizer, source, settings)
     log.info("%s: %s", settings.path, processor.settings)
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
