@@ -186,13 +186,13 @@ class Folder:
         return dict(values)
 
     def save(self, name: str, values: dict[str, Any]) -> None:
-        (self.root / "benchmarks").mkdir(exist_ok=True)
         self.write(f"benchmarks/{name}.json", dumps(values) + "\n")
 
     def write(self, name: str, text: str) -> None:
         """A whole file, replaced at once."""
         path = self.root / name
         try:
+            path.parent.mkdir(exist_ok=True)
             write_whole(path, text)
         except OSError as error:
             raise RunError(
