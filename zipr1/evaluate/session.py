@@ -162,9 +162,11 @@ def write(folder: Folder, results: dict[str, Any], console: Console) -> None:
     folder.write("results.json", dumps(results, indent=2) + "\n")
     names = dict.fromkeys(row["task"] for row in results["rows"])
     records = [record for record in map(folder.read, names) if record is not None]
+    activity.tell("drawing the report")
     drawings = plots.draw(records, results, folder.root) if records else {}
     folder.write("report.md", report.markdown(results, records, list(drawings)))
     folder.write("report.html", html.page(results, records, drawings))
+    activity.tell("")
     if results["rows"]:
         console.print(report.table(results, console.width))
     for note in results["notes"]:
