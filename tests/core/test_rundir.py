@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kills import killed
 
 from zipr1.core import checksums, files, machine
 from zipr1.core.checksums import is_complete
@@ -206,26 +207,9 @@ def test_what_a_killed_write_left_is_cleared_when_the_run_goes_on(root):
     assert names(root) == ["checkpoints", "recipe.yaml", "run.json"]
 
 
-def started_in(root, at):
-    """A start in another process that is killed before its `at`-th word to the file system; whether it was."""
-    pid = os.fork()
-    if not pid:
-        events = 0
-
-        def hook(name, arguments):
-            nonlocal events
-            if name in ("open", "os.mkdir", "os.rename", "os.remove", "os.truncate"):
-                if str(root) not in str(arguments):
-                    return
-                events += 1
-                if events == at:
-                    os._exit(9)
-
-        sys.addaudithook(hook)
-        with claimed(root) as folder:
-            RunDir.open(Recipe(), folder, info={"versions": {}, "command": ["x"]})
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+def start(root):
+    with claimed(root) as folder:
+        RunDir.open(Recipe(), folder, info={"versions": {}, "command": ["x"]})
 
 
 def test_any_prefix_of_a_start_is_a_fresh_start(tmp_path):
@@ -235,7 +219,7 @@ def test_any_prefix_of_a_start_is_a_fresh_start(tmp_path):
     while True:
         at += 1
         root = tmp_path / f"run{at}"
-        if not started_in(root, at):
+        if not killed(root, at, lambda root=root: start(root)):
             break
         begun.append((root / "recipe.yaml").exists())
         recipe = Recipe() if begun[-1] else other

@@ -376,3 +376,82 @@ def test_a_host_name_that_is_not_found_leaves_the_process_online(hub, monkeypatc
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
     assert len(rows.load("one/second", Data())) == 3
     assert tried == [("one/first", True, True), ("one/second", False, False)]
+
+
+def _nested(datasets, folder):
+    """Rows whose pictures lie within messages, as TRL writes them; in frames of clips; and beside a null."""
+    picture = datasets.Image()
+    text = datasets.Value("string")
+    part = {"type": text, "text": text, "image": picture}
+    message = {"role": text, "content": datasets.List(part)}
+    features = {
+        "messages": datasets.List(message),
+        "videos": datasets.List(datasets.List(picture)),
+        "answer": text,
+    }
+    a, b = str(folder / "a.png"), str(folder / "b.png")
+    ask = {"type": "text", "text": "<video>what?", "image": None}
+    said = [{"role": "user", "content": [{"type": "image", "text": None, "image": a}, ask]}]
+    return datasets.Dataset.from_dict(
+        {"messages": [said, said], "videos": [[[a, a]], [[b]]], "answer": ["x", "y"]},
+        features=datasets.Features(features),
+    )
+
+
+@pytest.mark.parametrize("how", ["saved", "parquet", "folder of parquet", "streamed"])
+def test_pictures_within_messages_and_clips(hub, folder, tmp_path, how):
+    made = _nested(hub[0], folder)
+    (tmp_path / "set").mkdir()
+    source = tmp_path / "set"
+    if how == "saved":
+        made.save_to_disk(source)
+    else:
+        made.to_parquet(source / ("train.parquet" if how == "parquet" else "part.parquet"))
+        source = source / "train.parquet" if how == "parquet" else source
+    one, two = rows.load(str(source), Data(streaming=how == "streamed", prompts=2))
+    assert [m.kind for m in one.media] == ["image", "video"]
+    wanted = {name: np.asarray(Image.open(folder / f"{name}.png").convert("RGB")) for name in "ab"}
+    assert np.array_equal(load_media(one.media[0], 8)[0], wanted["a"])
+    assert np.array_equal(load_media(one.media[1], 8)[0], np.stack([wanted["a"]] * 2))
+    assert np.array_equal(load_media(two.media[1], 8)[0], wanted["b"][None])
+    assert [m.size[:3] for m in one.media] == [
+        (1, *wanted["a"].shape[:2]), (2, *wanted["a"].shape[:2]),
+    ]  # fmt: skip
+    assert len({one.media[1].key, two.media[1].key}) == 2
+    if how == "saved":  # they stay there until they are needed
+        assert not isinstance(one.media[0].source, bytes)
+
+
+def test_a_clip_within_a_saved_row_is_refused_as_such(hub, tmp_path):
+    datasets, _ = hub
+    video.write(tmp_path / "a.mp4", np.zeros((4, 64, 64, 3), np.uint8), 10)
+    made = {"problem": ["<video>q"], "video": [str(tmp_path / "a.mp4")], "answer": ["1"]}
+    table = datasets.Dataset.from_dict(made).cast_column("video", datasets.Video())
+    table.save_to_disk(tmp_path / "set")
+    with pytest.raises(InputError, match="row 1: a video inside the row; give the path of a file"):
+        rows.load(str(tmp_path / "set"), Data())
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.txt", "t.xlsx", "t"])
+def test_a_file_of_another_kind_is_not_called_missing(tmp_path, name):
+    (tmp_path / name).write_text("question,answer\nq,a\n")
+    for source in (str(tmp_path / name), f"{tmp_path / name}:[:-1]"):
+        with pytest.raises(
+            InputError, match=rf"{name}: a data file that ends in .*; allowed: \.jsonl"
+        ):
+            rows.load(source, Data())
+    with pytest.raises(Missing, match="no such file"):
+        rows.load(str(tmp_path / "gone.csv"), Data())
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (3.0, "3"), (-2.0, "-2"), (2.5, "2.5"), (1e6, "1000000"), (1e22, "1e+22"),
+        ("3.0", "3.0"), (7, "7"), (True, "True"),
+    ],
+)  # fmt: skip
+def test_whole_numbers_of_a_table_are_whole(folder, value, wanted):
+    """A column of pandas with an empty cell holds 3.0 where 3 was meant: whatever reads the answer, it is 3."""
+    (prompt,) = read(folder, {"question": "q", "answer": value, "id": 5.0})
+    assert prompt.answer == wanted and prompt.id == "5"

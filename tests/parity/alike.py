@@ -20,34 +20,43 @@ def chat(*parts: Any) -> list[Any]:
     return [{"role": "user", "content": [*parts, QUESTION]}]
 
 
-def compare_pictures(pair: Any, *images: Any) -> None:
-    messages = chat(*({"type": "image", "image": image} for image in images))
-    ours, theirs = (
+def compare_pictures(pair: Any, *images: Any, theirs: Any = None) -> None:
+    """theirs: what transformers is given in place of the images, if it is something else."""
+    found, wanted = (
         processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            chat(*({"type": "image", "image": image} for image in given)),
+            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
         )
-        for processor in (pair.ours, pair.theirs)
+        for processor, given in (
+            (pair.ours, images), (pair.theirs, images if theirs is None else [theirs])
+        )
     )  # fmt: skip
-    same_inputs(pair, ours, theirs)
-    same_places(pair, ours, theirs)
+    same_inputs(pair, found, wanted)
+    same_places(pair, found, wanted)
 
 
-def compare_clip(pair: Any, pixels: np.ndarray, rate: float, **options: Any) -> None:
-    """options: fps or num_frames, as the processors are asked; without any each goes by the folder's settings."""
-    messages = chat({"type": "video", "video": pixels})
-    text = pair.ours.apply_chat_template(messages, add_generation_prompt=True)
+def compare_clip(
+    pair: Any, pixels: np.ndarray, rate: float, ours: Any = None, **options: Any
+) -> None:
+    """ours: the clip as zipr1 is given it, where these are not the pixels. options: fps or num_frames, as the
+    processors are asked; without any each goes by the folder's settings."""
+    if ours is None:
+        ours = Media("video", pixels, rate)
+    text = pair.ours.apply_chat_template(
+        chat({"type": "video", "video": pixels}), add_generation_prompt=True
+    )
     own = {} if "num_frames" in options else {"max_frames": 10_000}
-    ours = pair.ours(text=[text], videos=[Media("video", pixels, rate)], **options, **own)
+    found = pair.ours(text=[text], videos=[ours], **options, **own)
     if options:
         options["do_sample_frames"] = True
     if "num_frames" in options:
         options["fps"] = None  # the class's own rate and a number exclude each other
     about = {"total_num_frames": len(pixels), "fps": rate, "frames_indices": [*range(len(pixels))]}
-    theirs = pair.theirs(
+    wanted = pair.theirs(
         text=[text], videos=[pixels], video_metadata=[about], return_tensors="pt", **options
     )
-    same_inputs(pair, ours, theirs)
-    same_places(pair, ours, theirs)
+    same_inputs(pair, found, wanted)
+    same_places(pair, found, wanted)
 
 
 def same_inputs(pair: Any, ours: Any, theirs: Any) -> None:

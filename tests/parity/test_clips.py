@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
+import av
 import numpy as np
 import pytest
-from alike import compare_clip
+from alike import chat, compare_clip, same_inputs
+from PIL import Image
 from test_pictures import QWEN, SIDES
+
+from zipr1.data import video
 
 pytest.importorskip("torchvision", reason="run `make test`")
 
@@ -80,3 +85,64 @@ def pair(request, opened):
 def test_kinds(pair, kind):
     frames, height, width, fps, options = KINDS[kind]
     compare_clip(pair, clip(frames, height, width), fps, **options)
+
+
+def test_a_single_frame(opened):
+    """transformers refuses one to Qwen3-VL, where it is two alike here (tests/models/test_pixels.py)."""
+    for family in ("qwen2_vl", "qwen2_5_vl"):
+        compare_clip(opened(family, files(family)), clip(1, 48, 64), 2.0)
+
+
+def test_a_list_of_frames(opened):
+    """Whose rate nobody knows: two a second as in Qwen's own code, where transformers assumes 24."""
+    frames = [Image.fromarray(frame) for frame in clip(7, 48, 64)]
+    pair = opened("qwen2_5_vl", files("qwen2_5_vl"))
+    text = pair.ours.apply_chat_template(chat({"type": "video", "video": frames}))
+    ours, theirs = (
+        processor(text=[text], videos=[frames], return_tensors="pt")
+        for processor in (pair.ours, pair.theirs)
+    )
+    assert ours.pop("second_per_grid_ts").tolist() == [2 / 2]
+    assert theirs.pop("second_per_grid_ts").tolist() == pytest.approx([2 / 24])
+    same_inputs(pair, ours, theirs)
+    frames_with_a_rate = [chat({"type": "video", "video": frames, "fps": 4.0})]
+    timed = pair.ours.apply_chat_template(frames_with_a_rate, tokenize=True)
+    assert timed["second_per_grid_ts"].tolist() == [2 / 4]
+
+
+def written(path: Any, frames: np.ndarray, times: list[int], turn: Any = None) -> None:
+    """A file whose frames are shown at these milliseconds. turn: a, b, c, d of its display matrix."""
+    with av.open(str(path), "w", format="mp4") as out:
+        stream = out.add_stream("libx264", rate=10)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        if turn is not None:
+            a, b, c, d = turn
+            stream.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30))
+        for pixels, time in zip(frames, times, strict=True):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+
+
+def decoded(path: Any) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.mark.parametrize("asked", [{}, {"fps": 2}, {"num_frames": 6}], ids=str)
+def test_files(pair, asked, tmp_path):
+    pixels = clip(24, 64, 96)
+    steady, slower = (
+        [i * 100 for i in range(24)],
+        [i * 60 + (i > 11) * (i - 11) * 90 for i in range(24)],
+    )
+    written(tmp_path / "plain.mp4", pixels, steady)
+    written(tmp_path / "turned.mp4", pixels, steady, (0, 65536, -65536, 0))
+    written(tmp_path / "variable.mp4", pixels, slower)
+    for name, turns in (("plain", 0), ("turned", -1), ("variable", 0)):
+        path = str(tmp_path / f"{name}.mp4")
+        frames = np.ascontiguousarray(np.rot90(decoded(path), turns, (1, 2)))
+        compare_clip(pair, frames, video.check(path)[3], ours=path, **asked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from alike import compare_pictures
-from PIL import Image
+from PIL import Image, ImageOps
 
 pytest.importorskip("torchvision", reason="run `make test`")
 
@@ -23,7 +23,7 @@ SIZES = [
     (640, 480), (480, 640), (641, 480), (640, 488), (648, 472), (720, 576), (799, 601), (1000, 8), (9, 1700),
     (1024, 768), (1279, 721), (1600, 100), (2000, 1500), (3000, 15),
 ]  # fmt: skip
-MODES = ["1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB", "PA", "RGBX"]
+MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"]
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -33,6 +33,12 @@ def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
     if mode in ("RGBA", "LA"):
         rgb.putalpha(alpha)
     return rgb.convert("P").convert("PA") if mode == "PA" else rgb.convert(mode)
+
+
+def turned_by(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -53,3 +59,32 @@ def test_modes(pair, mode):
 def test_several_pictures_and_none(pair):
     compare_pictures(pair, picture(40, 70), picture(90, 30, "L"), picture(64, 64))
     compare_pictures(pair)
+
+
+FILES = {
+    "png": ("RGB", "PNG", {}),
+    "grey png": ("L", "PNG", {}),
+    "palette": ("P", "PNG", {}),
+    "clear colour of a palette": ("P", "PNG", {"transparency": 3}),
+    "clear grey": ("L", "PNG", {"transparency": 128}),
+    "clear colour": ("RGB", "PNG", {"transparency": (10, 20, 30)}),
+    "jpeg": ("RGB", "JPEG", {"quality": 40}),
+    "grey jpeg": ("L", "JPEG", {}),
+    "cmyk jpeg": ("CMYK", "JPEG", {}),
+    "turned jpeg": ("RGB", "JPEG", {"exif": turned_by(6)}),
+    "mirrored jpeg": ("RGB", "JPEG", {"exif": turned_by(5)}),
+    "webp": ("RGB", "WEBP", {"lossless": True}),
+    "clear webp": ("RGBA", "WEBP", {"lossless": True}),
+    "gif": ("P", "GIF", {}),
+    "bmp": ("RGB", "BMP", {}),
+    "tiff": ("RGB", "TIFF", {}),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files(pair, kind, tmp_path):
+    """transformers is given the opened picture, upright: of a path it would forget what is transparent."""
+    mode, form, options = FILES[kind]
+    picture(70, 50, mode).save(tmp_path / "file", form, **options)
+    with Image.open(tmp_path / "file") as opened:
+        compare_pictures(pair, str(tmp_path / "file"), theirs=ImageOps.exif_transpose(opened))

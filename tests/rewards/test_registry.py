@@ -13,7 +13,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.recipe import Data, Recipe, Rewards
 from zipr1.core.types import Prompt
 from zipr1.data.rows import load
-from zipr1.rewards.registry import check_answers, find, reward_of
+from zipr1.rewards.registry import REWARDS, check_answers, examples, find, reward_of
 
 ROOT = Path(__file__).parents[2]
 EVIL = """
@@ -203,3 +203,50 @@ def test_a_dry_run_tells_of_answers_that_nobody_can_earn(tmp_path):
     )
     assert done.returncode == 2
     assert "choice gives 'cat' no full reward" in " ".join((done.stdout + done.stderr).split())
+
+
+def test_each_check_is_shown_with_what_it_makes_of_an_answer(evil):
+    """Three checks of five questions; a user's own is not called, for it may be slow or cost money."""
+    (evil / "evil.py").write_text("def run(said, wanted): raise RuntimeError")
+    asked = [*_asked("AC", "B", reward="choice"), *_asked("3", reward="number"), *_asked("x", "y")]
+    assert examples(asked, Recipe(rewards=Rewards(check="evil.py:run"))) == [
+        "reward choice: checks 2 questions; 'AC', said word for word, earns 1",
+        "reward number: checks 1 questions; '3', said word for word, earns 1",
+        "reward evil.py:run: checks 2 questions",
+    ]
+    assert examples(_asked("cat", reward="choice"), Recipe())[0].endswith("earns 0")
+
+
+# The same number as people and tables write it; and what looks like it and is another.
+SAME = [
+    ("3.0", "3"), ("3", "3.0"), ("-2.0", "-2"), ("1,000", "1000"), ("1000", "1,000.0"), ("12,345,678", "12345678"),
+    ("1 000", "1000"), ("-5", "\u22125"), ("\u22125", "-5"), ("\u20135", "-5"), ("- 5", "-5"),
+    ("\u22121,000.0", "-1000"), ("$1,000.00", "$1000"), ("3.0 %", "3%"),
+]  # fmt: skip
+OTHER = [
+    ("5", "-5"),
+    ("1,000", "1"),
+    ("3.05", "3.5"),
+    ("30", "3.0"),
+    ("10", "1.0"),
+    ("1000", "1,00"),
+]
+
+
+@pytest.mark.parametrize("name", ["exact", "number", "relaxed", "regression"])
+def test_one_number_written_in_many_ways(name):
+    check = find(name)
+    for said, wanted in SAME:
+        assert check(said, wanted) == 1.0, (said, wanted)
+    for said, wanted in OTHER:
+        assert check(said, wanted) < 1.0, (said, wanted)
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_a_whole_number_of_a_table_is_earned_under_every_check(tmp_path, name):
+    """JSON of a column with an empty cell says 3.0 where 3 was meant."""
+    path = tmp_path / "rows.jsonl"
+    answer = "A" if name == "choice" else 3.0
+    path.write_text(json.dumps({"question": "q", "answer": answer}) + "\n")
+    (prompt,) = load(path, Data())
+    assert find(name)("A" if name == "choice" else "3", prompt.answer) == 1.0

@@ -1,12 +1,14 @@
 """The same answers, kept tokens and log-probabilities as `zipr1.load(folder).generate`, whatever is in flight."""
 
+from importlib.util import find_spec
+
 import engines
 import pytest
 
 import zipr1
 from zipr1.data.digits import tasks
 
-pytest.importorskip("vllm")
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="run `make vllm`")
 
 # Kept shares from 3 to 60 %: at the smaller ones few answers are what the dense model says.
 SETTINGS = [
@@ -40,6 +42,8 @@ def clips(count):
     return tasks.prompts("test", "moving_digits", count // 4, 4, 0)
 
 
+@pytest.mark.door("vLLM")
+@pytest.mark.asked("qwen2_5_vl", "pictures", "clips")
 @pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[2]], ids=str)
 def test_two_hundred_pictures_and_sixty_clips(served, loaded, settings):
     """One by one, and with sixteen in flight."""
@@ -54,6 +58,8 @@ def test_two_hundred_pictures_and_sixty_clips(served, loaded, settings):
             print(settings, f"together: {together}, apart: {engines.apart(found, wanted):.1e}")
 
 
+@pytest.mark.door("vLLM")
+@pytest.mark.asked("qwen2_5_vl", "text", "several media")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("together", [False, True])
 def test_rules_skips_text_several_pictures_and_turns(served, loaded, settings, together):

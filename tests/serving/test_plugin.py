@@ -19,6 +19,8 @@ from zipr1.serving.vllm import limits
 from zipr1.serving.vllm.settings import KEY, asked, marked, wanted
 
 ROOT = Path(__file__).parents[2]
+# Of Qwen2-VL and Qwen2.5-VL, as their processors choose frames.
+RULE = {"even": True, "least": 4, "most": 768, "fps": None, "number": None}
 
 
 def plain(**changed):
@@ -178,16 +180,21 @@ def test_clips_are_read_with_the_recipes_frames(folder, tmp_path, monkeypatch):
         ({"fps": 4.0}, (None, 4.0)),
         ({}, (None, None)),
     ):
-        frames, about = loader.load_bytes(data, **given)
+        frames, about = loader.load_bytes(data, **given, frame_rule=RULE)
         expected, rate = video.read(tmp_path / "clip.mp4", *meant)
         assert np.array_equal(frames, expected)
-        assert len(frames) == about["total_num_frames"] == len(about["frames_indices"])
-        assert about["fps"] == pytest.approx(rate)
+        # The whole clip is told, and which of its frames these are: vLLM reckons their times.
+        assert (about["total_num_frames"], about["duration"]) == (23, pytest.approx(2.3))
+        assert about["frames_indices"] == video.choose(23, 10.0, *meant).tolist()
+        assert len(frames) / about["duration"] == pytest.approx(rate)
         assert about["do_sample_frames"] is False
-    assert clips.options(str(folder)) == {"video_backend": "zipr1", "num_frames": 16, "fps": -1}
-    assert clips.options(str(tmp_path))["num_frames"] == 16
+    frames, about = loader.load_bytes(data, num_frames=5, frame_rule={**RULE, "even": False})
+    assert about["frames_indices"] == [0, 6, 11, 16, 22]
+    known = {"video_backend": "zipr1", "num_frames": 16, "fps": -1, "frame_rule": RULE}
+    assert clips.options(str(folder)) == known
+    assert clips.options(str(tmp_path)) == known
     (tmp_path / "recipe.yaml").write_text("data: {max_frames: 7, fps: 1.5}\n")
-    assert clips.options(str(tmp_path)) == {"video_backend": "zipr1", "num_frames": 7, "fps": 1.5}
+    assert clips.options(str(tmp_path)) == {**known, "num_frames": 7, "fps": 1.5}
 
 
 class TestWithVllm:
@@ -226,7 +233,12 @@ class TestWithVllm:
         assert scheduler.max_num_encoder_input_tokens >= 4000
         assert scheduler.encoder_cache_size >= 8000
         clips = config.model_config.get_multimodal_config().media_io_kwargs["video"]
-        assert clips == {"video_backend": "zipr1", "num_frames": 16, "fps": -1}
+        assert clips == {
+            "video_backend": "zipr1",
+            "num_frames": 16,
+            "fps": -1,
+            "frame_rule": RULE,
+        }
         (line,) = said
         for part in (
             "zipr1: sparse: rule top_p, p 0.6, in all 4 layers; dropped tokens skip the whole layer",

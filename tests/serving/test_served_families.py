@@ -1,5 +1,7 @@
 """Qwen2-VL beside Qwen2.5-VL, and prompts of which all is kept: what vLLM says without us."""
 
+from importlib.util import find_spec
+
 import engines
 import pytest
 import tinymodels
@@ -10,7 +12,7 @@ from zipr1.data.digits import tasks
 from zipr1.models.loading import save_folder
 from zipr1.serving.vllm.settings import KEY, marked
 
-pytest.importorskip("vllm")
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="run `make vllm`")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,8 @@ def prompts():
     return pictures + tasks.prompts("test", "moving_digits", 2, 1, 0) + engines.others()
 
 
+@pytest.mark.door("vLLM")
+@pytest.mark.asked("qwen2_vl", "pictures", "clips", "text", "several media")
 def test_qwen2_vl_says_and_keeps_the_same(qwen2):
     folder, sparse = qwen2
     model, processor = zipr1.load(str(folder), **sparse.model_dump())

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import engines
@@ -21,6 +22,8 @@ import pytest
 import tinyruns
 
 import zipr1
+from zipr1.core.types import Media
+from zipr1.data import video
 from zipr1.data.digits import tasks
 
 pytest.importorskip("vllm")
@@ -136,8 +139,8 @@ def test_the_log_says_what_is_served_in_one_line(served):
     assert "zipr1: sparse: rule top_p, p 0.6, in all 4 layers" in lines[0]
 
 
-def test_pictures_clips_text_and_turns_are_answered_as_by_zipr1(served, folder):
-    answers_as_zipr1(served, folder)
+def test_pictures_clips_text_and_turns_are_answered_as_by_zipr1(served, folder, tmp_path):
+    answers_as_zipr1(served, folder, tmp_path)
 
 
 def test_two_ranks_of_tensor_parallelism_choose_and_answer_as_one(folder, tmp_path, monkeypatch):
@@ -147,15 +150,23 @@ def test_two_ranks_of_tensor_parallelism_choose_and_answer_as_one(folder, tmp_pa
     server = Server(folder, tmp_path / "log", *options, VLLM_CPU_OMP_THREADS_BIND="nobind")
     try:
         server.wait()
-        answers_as_zipr1(server, folder)
+        answers_as_zipr1(server, folder, tmp_path)
     finally:
         server.stop()
 
 
-def answers_as_zipr1(served, folder):
+def longer_clip(prompt, path):
+    """The same question about a clip of more frames than are read of one: forty, of which sixteen are."""
+    frames, _ = video.read(prompt.media[0].source)
+    video.write(path, np.concatenate([frames] * 4)[:40], 10.0)
+    return replace(prompt, media=(Media("video", str(path)),))
+
+
+def answers_as_zipr1(served, folder, tmp_path):
     model, processor = zipr1.load(str(folder))
     prompts = tasks.prompts("test", "digits", 8, 1, 0)
     prompts += tasks.prompts("test", "moving_digits", 8, 1, 0) + engines.others()
+    prompts.append(longer_clip(prompts[8], tmp_path / "clip.mp4"))
     wanted = engines.reference(model, processor, prompts)
     for prompt, other in zip(prompts, wanted):
         found = served.ask(messages(prompt))

@@ -11,7 +11,7 @@ import mmap
 import re
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,22 +37,23 @@ _SLICE = re.compile(r"(.+):\[(-?\d*):(-?\d*)\]")
 class StoredPicture:
     """An encoded picture in a dataset on disk (memory-mapped), read when it is needed.
 
-    position: in the list that the cell of `column` holds; None where the cell is the picture itself.
+    place: the way to it from its row: a column, then positions in lists and names of fields.
     """
 
     table: Any
     fingerprint: str
     row: int
-    column: str
-    position: int | None
+    place: tuple[str | int, ...]
 
     @property
     def key(self) -> str:
-        return f"{self.fingerprint}:{self.row}:{self.column}:{self.position}"
+        return ":".join(map(str, (self.fingerprint, self.row, *self.place)))
 
     def read(self) -> bytes:
-        value = self.table[self.row][self.column]
-        return bytes((value if self.position is None else value[self.position])["bytes"])
+        value = self.table[self.row]
+        for step in self.place:
+            value = value[step]
+        return bytes(value["bytes"])
 
 
 def read(source: str, data: Data) -> tuple[str, Path, NumberedRows]:
@@ -73,6 +74,10 @@ def read(source: str, data: Data) -> tuple[str, Path, NumberedRows]:
         if not path.is_file():
             raise Missing(f"{path}: no such data file; check data.source and data.heldout")
         return path.name, path.parent, _limited(READERS[path.suffix.lower()](path), data)
+    if path.is_file():
+        raise InputError(
+            f"{path}: a data file that ends in {path.suffix or 'nothing'}; allowed: {', '.join(READERS)}; convert it"
+        )
     if path.is_dir() and (files := _split_files(path, split)):
         return f"{path.name} ({split})", path, _limited(_chained(files), data)
     if path.is_dir() or _is_hub_id(str(path)):
@@ -195,35 +200,36 @@ def _hub_is_known(endpoint: str) -> bool:
 
 
 def _undecoded(datasets: Any, feature: Any) -> Any:
-    """The same feature with pictures and clips left as bytes or paths; None where it has none."""
-    for name in ("Image", "Video"):
-        kind = getattr(datasets, name, None)
-        if kind is None:
-            continue
-        if isinstance(feature, kind):
-            return kind(decode=False)
-        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-        if isinstance(inner, kind):
-            raw = kind(decode=False)
-            return [raw] if isinstance(feature, list) else datasets.List(raw)
+    """The same feature with pictures and clips left as bytes or paths, however deep they lie; None: it has none."""
+    kinds = [getattr(datasets, name, ()) for name in ("Image", "Video")]
+    if any(isinstance(feature, kind) for kind in kinds):
+        return type(feature)(decode=False)
+    if isinstance(feature, dict):
+        raw = {name: _undecoded(datasets, inner) for name, inner in feature.items()}
+        if any(raw.values()):
+            return {name: raw[name] or inner for name, inner in feature.items()}
+    elif isinstance(feature, list):
+        inner = _undecoded(datasets, feature[0])
+        return inner and [inner]
+    elif hasattr(feature, "feature"):  # List and LargeList
+        inner = _undecoded(datasets, feature.feature)
+        return inner and replace(feature, feature=inner)
     return None
 
 
 def _with_stored_pictures(table: Any, fingerprint: str, index: int) -> dict[str, Any]:
     """A row whose encoded pictures stay in the table: each becomes a StoredPicture."""
 
-    def stored(value: Any, column: str, position: int | None) -> Any:
-        if isinstance(value, dict) and value.get("bytes"):
-            return StoredPicture(table, fingerprint, index, column, position)
+    def stored(value: Any, place: tuple[str | int, ...]) -> Any:
+        if isinstance(value, dict):
+            if value.get("bytes"):
+                return StoredPicture(table, fingerprint, index, place)
+            return {name: stored(inner, (*place, name)) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [stored(inner, (*place, position)) for position, inner in enumerate(value)]
         return value
 
-    row = dict(table[index])
-    for column, value in row.items():
-        if isinstance(value, list):
-            row[column] = [stored(one, column, position) for position, one in enumerate(value)]
-        else:
-            row[column] = stored(value, column, None)
-    return row
+    return {column: stored(value, (column,)) for column, value in table[index].items()}
 
 
 def _jsonl(path: Path) -> NumberedRows:

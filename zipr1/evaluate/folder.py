@@ -68,7 +68,8 @@ class Folder:
                     raise InputError(
                         f"{output}: is not empty and holds no evaluation; give another --output"
                     )
-                (output / "benchmarks").mkdir(parents=True, exist_ok=True)
+                # Nothing else before eval.json: a kill leaves a folder that is still empty.
+                output.mkdir(parents=True, exist_ok=True)
                 folder.write("eval.json", dumps(meta, indent=2) + "\n")
         except InputError:
             raise

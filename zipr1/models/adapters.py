@@ -11,10 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from zipr1.core.errors import InputError
+from zipr1.core.jsontext import loads
 from zipr1.core.text import reason
 from zipr1.models.tensors import check_finite, check_names, shapes
 
 WEIGHTS = "adapter_model.safetensors"
+# A decoder's embeddings and what makes logits: one tensor in models that tie them.
+ENDS = ("embed_tokens", "lm_head")
 
 
 def with_adapter(model: Any, folder: Path) -> Any:
@@ -26,6 +29,14 @@ def with_adapter(model: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     tensors = read(folder)
+    changed = [n for n in tensors if any(end in n for end in ENDS) and "token_adapter" not in n]
+    if any("lora_" in name for name in changed) and _settings(folder).get("ensure_weight_tying"):
+        raise InputError(
+            f"{folder}: its adapters change embeddings and logits by one and the same change (ensure_weight_tying), "
+            "which is not handled; train them without it"
+        )
+    if changed:
+        _untie(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is missing is told below, by name
@@ -37,6 +48,29 @@ def with_adapter(model: Any, folder: Path) -> Any:
         ) from None
     _check(adapted, folder, tensors)
     return adapted
+
+
+def _untie(model: Any) -> None:
+    """Give a model whose embeddings also make its logits weights of their own for the two, in memory and in its config.
+
+    An adapter that changes one of them changes it alone; merged into weights that both use it would change the other.
+    """
+    ins, outs = model.get_input_embeddings(), model.get_output_embeddings()
+    if outs is not None and outs.weight is ins.weight:
+        outs.weight = torch.nn.Parameter(
+            outs.weight.detach().clone(), requires_grad=outs.weight.requires_grad
+        )
+    for config in (model.config, model.config.get_text_config()):
+        if hasattr(config, "tie_word_embeddings"):
+            config.tie_word_embeddings = False
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """adapter_config.json; what is wrong with it peft tells."""
+    try:
+        return dict(loads((folder / "adapter_config.json").read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def restore(adapted: Any, folder: Path) -> None:
@@ -69,10 +103,12 @@ def _check(adapted: Any, folder: Path, tensors: dict[str, torch.Tensor]) -> None
     from peft import get_peft_model_state_dict
 
     wanted = shapes(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    # peft writes whole embeddings beside the adapters when their size was changed for it, and reads them back.
+    # peft writes whole embeddings beside the adapters where these are on them, or their size was changed, and reads
+    # them back.
+    whole = tuple(f"{end}.{part}" for end in ENDS for part in ("weight", "base_layer.weight"))
     found = {
         name: shape
         for name, shape in shapes(tensors).items()
-        if name in wanted or not name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        if name in wanted or not name.endswith(whole)
     }
     check_names(str(folder / WEIGHTS), wanted, found)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,8 @@ from zipr1.models import adapters, families
 from zipr1.models.pixels import WHOLE, PixelSettings, read_json
 from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.tensors import check_finite, check_names, refuse, shapes
+
+log = logging.getLogger("zipr1")
 
 # The run's own display shows what goes on; bars of loading and saving shards would break it.
 transformers.utils.logging.disable_progress_bar()
@@ -85,6 +89,7 @@ def from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[A
         families.find(config.model_type, settings.path)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = whole_model(AutoModelForImageTextToText, folder, dtype=dtype, **options)
+        _drop_inert(model.generation_config, settings.path)
         template = _chat_template(folder, settings.revision)
         if template is not None:
             tokenizer.chat_template = template
@@ -138,6 +143,22 @@ def quiet_report() -> Iterator[None]:
         yield
     finally:
         transformers.utils.logging.set_verbosity(before)
+
+
+def _drop_inert(config: Any, path: str) -> None:
+    """Unset what a generation_config.json sets and its own mode of generation does not use, such as a temperature
+    beside `do_sample: false`: transformers refuses to save it once anything else in it was changed."""
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        inert = re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)
+        for name in inert:
+            setattr(config, name, None)
+        log.warning(
+            "%s: its generation_config.json sets %s, which its other settings leave without effect; left out",
+            path,
+            ", ".join(inert),
+        )
 
 
 def _chat_template(folder: str, revision: str | None) -> str | dict[str, str] | None:

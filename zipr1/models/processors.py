@@ -213,7 +213,7 @@ class Processor:
         tokens = math.prod(grid) // self.settings.merge**2
         if kind == "image":
             return Visual(kind, patches, grid, 0.0, tokens)
-        # One second where the frames' rate is unknown, as transformers assumes.
+        # One second where the frames' rate is unknown: two frames a second, as in Qwen's own code.
         seconds = self.settings.temporal / fps if fps else 1.0
         if times is None:
             times = np.arange(frames) / (fps or UNKNOWN_FPS)

@@ -150,6 +150,23 @@ def reward_of(prompt: Prompt, recipe: Recipe) -> Reward:
 TRIED = 20_000
 
 
+def examples(prompts: Sequence[Prompt], recipe: Recipe) -> list[str]:
+    """A line for each check that these questions have: how many, and what the first right answer earns when it is said
+    word for word. A user's own check is named and not called."""
+    named: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        named.setdefault(prompt.reward or recipe.rewards.check, []).append(prompt)
+    lines = []
+    for name, asked in named.items():
+        line = f"reward {name}: checks {len(asked):,} questions"
+        if name in REWARDS:
+            first = asked[0]
+            earned = reward_of(first, recipe)(first.answer, first.answer)
+            line += f"; {first.answer!r:.60}, said word for word, earns {earned:g}"
+        lines.append(line)
+    return lines
+
+
 def check_answers(prompts: Sequence[Prompt], recipe: Recipe) -> None:
     """Warns of right answers that their own reward does not call right, of the first TRIED questions: nobody can earn
     it. Raises InputError if none can be earned. Rewards of a user's own are left out: they may be slow, or cost money.

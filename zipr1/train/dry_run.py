@@ -28,7 +28,7 @@ from zipr1.models.encoder import MediaEncoder, effective
 from zipr1.models.open import is_here
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
-from zipr1.rewards.registry import check_answers
+from zipr1.rewards.registry import check_answers, examples
 from zipr1.train import supervised
 from zipr1.train.metrics import question
 from zipr1.train.rollout import roll_out
@@ -46,6 +46,8 @@ def dry_run(recipe: Recipe, device: str | None, console: Console) -> dict[str, A
     check(recipe)
     unchecked: list[str] = []
     prompts = _prompts(recipe, unchecked)
+    for line in examples([*prompts[0], *prompts[1]], recipe) if prompts is not None else ():
+        console.print(line, soft_wrap=not console.is_terminal, highlight=False, markup=False)
     policy = _policy(recipe, device, unchecked)
     shape = memory.bundled_shape(recipe.model.path)
     if policy is not None:
