@@ -123,6 +123,7 @@ class Case:
     ranks: int = 2
     lost: bool = False
     soon: bool = False
+    parallel: str = "ddp"
 
 
 CASES = {
@@ -130,6 +131,7 @@ CASES = {
     "opening the data": Case(in_opening_the_data, 0, "opening "),
     "rollout": Case(in_rollout, 1, "step 2: rollout", ranks=3),
     "update": Case(in_update, 0, "step 1: update"),
+    "sharded update": Case(in_update, 0, "step 1: update", parallel="fsdp"),
     "saving": Case(in_saving, 0, "step 2: numbers and checkpoint"),
     "coming": Case(before_it_comes, 2, "", ranks=3, lost=True, soon=True),
     "frozen": Case(frozen, 1, "step 1: data", lost=True),
@@ -144,9 +146,10 @@ def hung(tmp_path_factory, model) -> dict[str, Any]:
     def one(name: str) -> Any:
         case = CASES[name]
         train = {"steps": 2, "save_every": 1, "stall_minutes": (LIMIT if case.soon else 300) / 60}
+        train["parallel"] = case.parallel
         recipe = write(folder / f"{name}.yaml", model, train=train, evaluation=NONE)
         lost = case.who if case.lost else None
-        said = pair(recipe, folder / name, case.before, 60, case.ranks, lost)
+        said = pair(recipe, folder / name, case.before, 120, case.ranks, lost)
         return (*said, recipe, folder / name)
 
     with ThreadPoolExecutor(len(CASES)) as pool:

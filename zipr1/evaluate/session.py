@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from zipr1.core import activity, distributed, extras, terminal
+from zipr1.core import activity, distributed, extras, hub, terminal
 from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.folders import claimed
 from zipr1.core.jsontext import dumps
@@ -23,7 +23,7 @@ from zipr1.core.recipe import Recipe
 from zipr1.core.text import one_line, reason
 from zipr1.evaluate.folder import Folder, default_root, identity
 from zipr1.evaluate.request import EvalRequest, check, settings
-from zipr1.evaluate.suites import GROUPS, LMMS_EVAL, SUITES, Suite, resolve
+from zipr1.evaluate.suites import GROUPS, LMMS_EVAL, SUITES, WITH_LOGIN, Suite, resolve
 from zipr1.models.loading import choose_device
 from zipr1.models.manifest import read
 from zipr1.models.open import ModelSource, find_source, inference_dtype
@@ -80,6 +80,7 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
         # 3. where results go; what is there already
         root = request.output or default_root(request.model, meta)
         distributed.first(lambda: held.enter_context(claimed(root)))
+        # By the first alone: another would find a folder that is neither empty nor an evaluation yet.
         folder = distributed.first(lambda: Folder.open(root, meta))
         loud = distributed.rank() == 0
         quiet = console if loud else terminal.console(io.StringIO())
@@ -102,6 +103,7 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
                 f"lmms-eval {version} is installed; benchmarks and scores were tested with {LMMS_EVAL}",
                 soft_wrap=True, highlight=False,
             )  # fmt: skip
+        quiet.print(without_login(request, suites), end="", soft_wrap=True, highlight=False)
         # 4. one benchmark after another, each written when it is done
         from zipr1.evaluate.answers import Answerer
 
@@ -114,13 +116,16 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
         from zipr1.evaluate import report
 
         results = report.collect(folder, suites, meta, info, version)
-        if loud:
+        if loud and results["rows"]:
             write(folder, results, quiet)
     if results["errors"]:
         names = ", ".join(error["task"] for error in results["errors"])
+        there = "no report is written"
+        if results["rows"]:
+            there = f"what was measured is in {folder.root}"
         raise RunError(
-            f"{len(results['errors'])} of {len(suites)} benchmarks have no result ({names}); the others are in "
-            f"{folder.root}, and the same command tries again"
+            f"{len(results['errors'])} of {len(suites)} benchmarks have no result ({names}); {there}, and the same "
+            "command tries again"
         )
     return results
 
@@ -176,6 +181,17 @@ def _silence() -> Iterator[None]:
         yield
     finally:
         warnings.filters[:] = filters  # type: ignore[index]
+
+
+def without_login(request: EvalRequest, suites: Sequence[Suite]) -> str:
+    """A line that says which benchmarks ask for a login to the hub where nobody is logged in; empty where none does."""
+    asking = [suite.name for suite in suites if suite.name in WITH_LOGIN]
+    if not asking or request.data_root is not None or hub.logged_in() or hub.unreachable():
+        return ""
+    return (
+        "nobody is logged in to the hub, and lmms-eval's task files ask for a login to download "
+        f"{', '.join(asking)}: {hub.LOGIN}\n"
+    )
 
 
 def _suites(names: Sequence[str]) -> list[Suite]:

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import json
 import logging
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -23,7 +22,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from zipr1_kernels import unusable
 
-from zipr1.core.errors import InputError
+from zipr1.core import hub
+from zipr1.core.errors import InputError, Missing
 from zipr1.core.recipe import Lora, Model
 from zipr1.core.text import reason
 from zipr1.models import adapters, families
@@ -96,16 +96,14 @@ def from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[A
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        hint = "check the folder"
+        kind, hint = InputError, "check the folder"
+        came = f"does not load ({reason(error, 300)})"
         if not Path(folder).is_dir():
-            hint = f"download it first (hf download {folder}) or unset HF_HUB_OFFLINE"
-            if not os.environ.get("HF_HUB_OFFLINE"):
-                hint = (
-                    f"check the name and the network, or download it first (hf download {folder})"
-                )
-        raise InputError(
-            f"model.path: {settings.path} does not load ({reason(error, 300)}); {hint}"
-        ) from None
+            hint = hub.how_to_get(folder, "model")
+            why = hub.unreachable()
+            if why is not None and isinstance(error, OSError):
+                kind, came = Missing, f"is not on this machine, or not all of it, and {why}"
+        raise kind(f"model.path: {settings.path} {came}; {hint}") from None
     return model, tokenizer
 
 

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from zipr1.core import activity, distributed, signals, watch
+from zipr1.core.errors import Missing
 from zipr1.core.folders import claimed
 from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe
@@ -75,7 +76,10 @@ def run(
             # The folder is ours before minutes of loading, and to the very end.
             output = distributed.first(lambda: owned.enter_context(claimed(output, resume, name)))
             activity.tell(f"opening {recipe.model.path}")
-            policy = load_policy(recipe.model, where, recipe.seed)
+            try:
+                policy = load_policy(recipe.model, where, recipe.seed)
+            except Missing as error:  # all that has to be brought here, at once
+                raise Missing("; ".join([str(error), *sources.missing(recipe.data)])) from None
             try:
                 return _run(policy, recipe, output, resume, command, console, opened)
             finally:
