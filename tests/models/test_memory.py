@@ -174,7 +174,7 @@ def test_a_plan_needs_no_datasets_library_and_a_known_model_needs_no_network(mon
     path = next(p for p in RECIPES if p.stem == "qwen2vl")
     result = dry_run(load(path), None, Console(quiet=True))
     assert "needs the datasets library" in result["not_checked"]
-    with pytest.raises(InputError, match=r"model\.path: nobody/nothing does not load"):
+    with pytest.raises(InputError, match=r"model\.path: nobody/nothing is not on this machine"):
         dry_run(load(path, ["model.path=nobody/nothing"]), None, Console(quiet=True))
 
 

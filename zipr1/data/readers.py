@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import mmap
 import re
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-from zipr1.core import extras
+from zipr1.core import extras, hub
 from zipr1.core.errors import InputError, Missing
 from zipr1.core.jsontext import lines, loads
 from zipr1.core.recipe import Data
@@ -138,7 +136,7 @@ def _datasets(path: Path, split: str, data: Data) -> NumberedRows:
             table = datasets.load_from_disk(str(path))
             table = table[split] if isinstance(table, dict) else table
         else:
-            with contextlib.nullcontext() if path.is_dir() else _offline_if_unreachable(datasets):
+            with contextlib.nullcontext() if path.is_dir() else hub.offline_if_unreachable():
                 table = datasets.load_dataset(
                     str(path), data.subset, split=split, streaming=data.streaming
                 )
@@ -150,10 +148,12 @@ def _datasets(path: Path, split: str, data: Data) -> NumberedRows:
         datasets.exceptions.DatasetsError,
     ) as error:
         kind, hint = InputError, "check the folder, data.subset and the split after the colon"
+        came = f"does not load ({reason(error)})"
         if not path.is_dir():
-            kind = Missing
-            hint = f"check the name and the network, or download it first (hf download --repo-type dataset {path})"
-        raise kind(f"{path} ({split}): does not load ({reason(error)}); {hint}") from error
+            kind, hint = Missing, hub.how_to_get(str(path), "dataset")
+            why = hub.unreachable()
+            came = came if why is None else f"is not on this machine, and {why}"
+        raise kind(f"{path} ({split}): {came}; {hint}") from error
     for column, feature in (table.features or {}).items():
         raw = _undecoded(datasets, feature)
         if raw is not None:
@@ -165,38 +165,6 @@ def _datasets(path: Path, split: str, data: Data) -> NumberedRows:
     fingerprint = str(getattr(table, "_fingerprint", path))
     for index in range(len(table)):
         yield index + 1, lambda index=index: _with_stored_pictures(table, fingerprint, index)  # type: ignore[misc]
-
-
-@contextlib.contextmanager
-def _offline_if_unreachable(datasets: Any) -> Iterator[None]:
-    """Within it, where the hub's host name cannot be resolved, the libraries take what was downloaded before instead of
-    trying again for a minute. Afterwards they are as they were: another source may be on a network that works by then.
-
-    datasets: the library, imported before, because it copies huggingface_hub's constant on import.
-    """
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE or _hub_is_known(constants.ENDPOINT):
-        yield
-        return
-    modules: tuple[Any, ...] = (constants, datasets.config)
-    before = [module.HF_HUB_OFFLINE for module in modules]
-    try:
-        for module in modules:
-            module.HF_HUB_OFFLINE = True
-        yield
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value
-
-
-def _hub_is_known(endpoint: str) -> bool:
-    """Whether the host of a URL has an address; nothing is sent to it."""
-    try:
-        socket.getaddrinfo(urlparse(endpoint).hostname, 443)
-    except OSError:
-        return False
-    return True
 
 
 def _undecoded(datasets: Any, feature: Any) -> Any:

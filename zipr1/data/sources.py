@@ -13,10 +13,10 @@ from typing import Literal
 
 import numpy as np
 
-from zipr1.core.errors import InputError
+from zipr1.core.errors import InputError, Missing
 from zipr1.core.recipe import Data
 from zipr1.core.types import NOTHING, Prompt
-from zipr1.data import embedded, rows
+from zipr1.data import embedded, readers, rows
 from zipr1.data.embedded import HELDOUT_SEED, SOURCES
 
 Split = Literal["train", "heldout"]
@@ -53,6 +53,25 @@ def load(data: Data, split: Split, seed: int) -> list[Prompt]:
     )
     chosen = [prompts[i] for i in order]
     return chosen if split == "train" else chosen[: data.heldout_prompts]
+
+
+def missing(data: Data) -> list[str]:
+    """What of the recipe's data sets is not here and how to get it, a message for each; one row of the others is read.
+
+    For who is about to fail for another reason, such as a model that is not here either.
+    """
+    found: dict[str, str] = {}
+    for source in (data.source, data.heldout):
+        if source is None or source in SOURCES or source == "validation":
+            continue
+        try:
+            _, _, numbered = readers.read(source, data)
+            next(numbered, None)
+        except Missing as error:
+            found.setdefault(source.partition(":")[0], str(error))
+        except InputError:
+            pass  # told when it is read in earnest
+    return list(found.values())
 
 
 def identity(prompts: Sequence[Prompt]) -> str:

@@ -1,7 +1,7 @@
 """The policy as a model of lmms-eval: its chat layout, around what answers.py does.
 
     simple_evaluate(model=Adapter(AnswerStore(answerer), 0), ...)      in a process that has loaded a policy
-    lmms-eval --model zipr1 --model_args pretrained=RUN,budget=0.975 --tasks mme
+    python -m lmms_eval --model zipr1 --model_args pretrained=RUN --tasks mme
 
 An AnswerStore answers every document of a benchmark once, in all variants; an Adapter for each variant reads from it.
 """
@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
+from loguru import logger
 
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Model
 from zipr1.core.types import Prompt
 from zipr1.data.chat import medium
 from zipr1.evaluate.answers import Answered, Answerer, Conditions
+from zipr1.evaluate.suites import SUITES
+from zipr1.models.api import changed
 from zipr1.models.loading import choose_device
 from zipr1.models.open import find_source, inference_dtype
 from zipr1.models.policy import load_policy
@@ -69,8 +72,10 @@ class AnswerStore:
 class Adapter(lmms):
     """store, or for lmms-eval's own command line: pretrained (what --model takes), budget, batch_size, device.
 
+    budget: p; None is what `pretrained` was trained for, as for `zipr1.load`, and 1.0 is dense.
     variant: the number of the variant whose answers `generate_until` gives. conditions: what to hold all questions to;
-    None takes the tasks' own length of answers. change: makes of (task, answer) what the task's scorer is to see.
+    None takes the tasks' own length of answers, and their suites' frames of clips.
+    change: makes of (task, answer) what the task's scorer is to see.
     """
 
     is_simple = False
@@ -82,7 +87,7 @@ class Adapter(lmms):
         conditions: Conditions | None = None,
         change: Callable[[str, str], str] = lambda task, text: text,
         pretrained: str = "tiny",
-        budget: float = 1.0,
+        budget: float | None = None,
         batch_size: int | str = 1,
         device: str | None = None,
         **unknown: Any,
@@ -94,10 +99,12 @@ class Adapter(lmms):
                 f"--model_args {next(iter(unknown))}: unknown; allowed: pretrained, budget, batch_size, device"
             )
         if store is None:
-            sparse = find_source(pretrained).sparse
+            source = find_source(pretrained)
+            sparse = changed(source.sparse, budget, {}, "--model_args budget")
+            logger.info(f"{pretrained}: p = {sparse.p:g}, sparsity of {source.sparse_from}")
             dtype = inference_dtype("auto", choose_device(device))
             policy = load_policy(Model.model_validate({"path": pretrained, "dtype": dtype}), device)
-            store = AnswerStore(Answerer(policy, sparse, [float(budget)], int(batch_size), shown=0))
+            store = AnswerStore(Answerer(policy, sparse, [sparse.p], int(batch_size), shown=0))
         self.store = store
         self.variant = variant
         self.conditions = conditions
@@ -119,9 +126,9 @@ class Adapter(lmms):
     ) -> dict[Conditions, dict[Document, Callable[[], Prompt]]]:
         """What is asked of each document, by the conditions that it is answered under."""
         asked: dict[Conditions, dict[Document, Callable[[], Prompt]]] = {}
-        common = self.conditions or Conditions(max_new_tokens=0)
         for request in requests:
             settings = request.args[2]
+            common = self.conditions or _conditions_of(_document(request).task)
             stops = settings.get("until") or ()
             stops = (stops,) if isinstance(stops, str) else tuple(stops)
             longest = common.max_new_tokens or int(settings.get("max_new_tokens") or MAX_NEW_TOKENS)
@@ -147,6 +154,14 @@ class Adapter(lmms):
 
     def clean(self) -> None:
         """Nothing: lmms-eval's own would delete the modules of a model that is asked again."""
+
+
+def _conditions_of(task: str) -> Conditions:
+    """The frames that the suite of a task of lmms-eval allows its clips; length of answers is left to the task."""
+    for suite in SUITES.values():
+        if any(task == own.name for own in suite.tasks):
+            return Conditions(0, suite.frames, suite.fps, suite.frame_pixels)
+    return Conditions(max_new_tokens=0)
 
 
 def _document(request: Instance) -> Document:

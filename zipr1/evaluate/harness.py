@@ -34,7 +34,7 @@ from lmms_eval.tasks import TaskManager
 from PIL import ImageFile
 from tenacity import RetryError, stop_after_attempt
 
-from zipr1.core import distributed, watch
+from zipr1.core import distributed, hub, watch
 from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.text import reason
 from zipr1.data.pictures import only_known_formats
@@ -105,6 +105,7 @@ def measure(
             distributed.hidden_launcher(),
             _home(suite, folder, data_root),
             _few_tries(),
+            hub.offline_if_unreachable(),
         ):
             manager = _manager(suite, folder, limit, data_root)
             scored = [
@@ -281,22 +282,37 @@ def _reason(error: BaseException, suite: Suite, task: Task, manager: TaskManager
             break
         error = inner
     text = reason(error, 240)
-    hub = task.hub or str(manager._get_config(task.name).get("dataset_path", ""))
+    data = task.hub or str(manager._get_config(task.name).get("dataset_path", ""))
+    copied = local.how_to_get(suite, None, data)
     kind = type(error).__name__
-    missing = ("ConnectionError", "LocalTokenNotFoundError", "LocalEntryNotFoundError", "OfflineModeIsEnabled",
-               "DatasetNotFoundError", "ConnectTimeout", "GatedRepoError", "RepositoryNotFoundError",
-               "HfHubHTTPError", "ConnectError")  # fmt: skip
-    if kind in missing or "offline" in text.lower():
-        return f"{suite.name}: its data set {hub} is not here ({kind}); {local.how_to_get(suite, None, hub)}"
+    if kind == "LocalTokenNotFoundError":
+        return (
+            f"{suite.name}: lmms-eval's task asks for a login to the hub, and nobody is logged in here: {hub.LOGIN}; "
+            f"or without one, {copied}"
+        )
+    if kind in ("DatasetNotFoundError", "GatedRepoError", "RepositoryNotFoundError") or (
+        kind == "HfHubHTTPError" and re.search(r"\b40[13]\b", text)
+    ):
+        way = hub.LOGIN if not hub.logged_in() else "accept its terms on its page of the hub"
+        return f"{suite.name}: the hub does not hand out its data set {data} ({text}); {way}"
+    if (
+        kind in ("ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled",
+                 "ConnectTimeout", "HfHubHTTPError", "ConnectError")
+        or "offline" in text.lower()
+    ):  # fmt: skip
+        return (
+            f"{suite.name}: its data set {data} is not here, and {hub.unreachable() or text}; "
+            f"{copied}"
+        )
     if (
         isinstance(error, SystemExit)
         or "does not exist" in text
         or isinstance(error, FileNotFoundError)
     ):
-        return f"{suite.name}: a file is missing ({text}); {local.how_to_get(suite, None, hub)}"
+        return f"{suite.name}: a file is missing ({text}); {copied}"
     if isinstance(error, KeyError | IndexError):
         return (
-            f"{suite.name}: {task.name} finds no {text} in the data; copy the data set {hub} again"
+            f"{suite.name}: {task.name} finds no {text} in the data; copy the data set {data} again"
         )
     return f"{suite.name}: {task.name} failed in lmms-eval ({kind}: {text})"
 
@@ -322,9 +338,9 @@ def _home(suite: Suite, folder: Path, data_root: Path | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _few_tries() -> Iterator[None]:
-    """Scoring fails at once, and loading too without a network: trying again would change nothing."""
+    """Scoring fails at once, and loading too without a network or a login: trying again would change nothing."""
     retried: Sequence[Any] = [ConfigurableTask.process_results]
-    if local.offline():
+    if hub.unreachable() is not None or not hub.logged_in():
         retried = [*retried, ConfigurableTask.download]
     states = [(f.retry, f.retry.stop) for f in retried if hasattr(f, "retry")]
     for state, _ in states:

@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from zipr1.evaluate.suites import GROUPS, SUITES
+from zipr1.core import hub
+from zipr1.evaluate.suites import GROUPS, SUITES, TASK_FILES, WITH_LOGIN
 
 WIDE = 110  # columns of a terminal that has room for kind and metric
 
@@ -17,6 +18,14 @@ def show(console: Console) -> None:
     for name, members in GROUPS.items():
         console.print(Text.assemble((name, "bold"), f": {', '.join(members)}"))
     console.print("zipr1 eval --tasks NAME also takes any other task of lmms-eval", style="dim")
+    console.print(
+        f"lmms-eval's task files ask for a login to the hub ({hub.LOGIN}) for {', '.join(WITH_LOGIN)}",
+        style="dim", highlight=False,
+    )  # fmt: skip
+    console.print(
+        f"lmms-eval's own command line finds the embedded ones with --include_path {TASK_FILES}",
+        style="dim", highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def suite_table(wide: bool) -> Table:

@@ -6,19 +6,12 @@ where that code looks for them, below a HF_HOME of our own.
 
 from __future__ import annotations
 
-import importlib.resources
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from zipr1.core.errors import InputError
-from zipr1.core.files import replacing
-from zipr1.data.embedded import HELDOUT_SEED, draw
-from zipr1.evaluate.suites import LMMS_EVAL, SUITES, Suite, Task
+from zipr1.evaluate.suites import LMMS_EVAL, SUITES, TASK_FILES, Suite, Task
 
 CLIPS = (".mp4", ".mkv", ".avi", ".mov", ".webm")
 EMBEDDED_QUESTIONS = 2000
@@ -40,31 +33,12 @@ def overlay(task: Task, yaml: Path, files: Sequence[Path], folder: Path) -> Path
 
 def embedded(suite: Suite, folder: Path, limit: int | None) -> None:
     """The overlay of an embedded benchmark: the held-out questions of training runs, the first `limit` of them."""
-    yaml = Path(str(importlib.resources.files("zipr1"))) / "evaluate" / "tasks" / "embedded.yaml"
-    data = folder / f"{suite.name}.parquet"
-    _write_questions(suite.name, min(limit or EMBEDDED_QUESTIONS, EMBEDDED_QUESTIONS), data)
-    overlay(suite.tasks[0], yaml, [data], folder)
-
-
-def _write_questions(task: str, number: int, path: Path) -> None:
-    import datasets
-    from PIL import Image
-
-    rows: dict[str, list[Any]] = {
-        name: [] for name in ("id", "picture", "kind", "messages", "answer", "media")
+    values = {
+        "include": str(TASK_FILES / f"{suite.name}.yaml"),
+        "task": suite.name,
+        "dataset_kwargs": {"questions": min(limit or EMBEDDED_QUESTIONS, EMBEDDED_QUESTIONS)},
     }
-    for prompt in draw("test", task, number, HELDOUT_SEED):
-        media = prompt.media[0]
-        for name in ("id", "picture", "kind", "answer"):
-            rows[name].append(getattr(prompt, name))
-        rows["messages"].append(json.dumps(prompt.messages))
-        if isinstance(media.source, np.ndarray):
-            rows["media"].append(Image.fromarray(media.source))
-        else:
-            rows["media"].append(str(media.source))
-    table = datasets.Dataset.from_dict(rows)
-    with replacing(path) as temporary:  # another process may make the same file
-        table.to_parquet(temporary)
+    (folder / f"{suite.name}.yaml").write_text(json.dumps(values))  # JSON is YAML
 
 
 def copies(suite: Suite, root: Path, folder: Path, tasks_folder: Path) -> None:
@@ -130,7 +104,10 @@ def _is_of(path: Path, task: Task, several: bool) -> bool:
 
 
 def how_to_get(suite: Suite, root: Path | None, hub: str = "") -> str:
-    """The exact commands that bring a benchmark's data. hub: its data set where the suite does not name one."""
+    """The exact commands that bring a benchmark's data, on a machine that has network and login and on this one.
+
+    hub: its data set where the suite does not name one.
+    """
     hub = suite.tasks[0].hub or hub
     if suite.name not in SUITES:
         return f"on a machine with a network: hf download --repo-type dataset {hub}, then copy its HF_HOME here"
@@ -139,7 +116,3 @@ def how_to_get(suite: Suite, root: Path | None, hub: str = "") -> str:
     unpack = f", unpack its archives in {base / suite.name}" if suite.kind == "video" else ""
     again = f"zipr1 eval --tasks {suite.name} --data-root {base}"
     return f"on a machine with a network: {command}{unpack}, then: {again}"
-
-
-def offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")

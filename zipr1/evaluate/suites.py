@@ -8,12 +8,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from zipr1.core.errors import InputError
 
 # The version of lmms-eval whose tasks and metrics these are, and that the tests run.
 LMMS_EVAL = "0.7.3"
+# The embedded benchmarks as lmms-eval reads them, by its own command line too.
+TASK_FILES = Path(__file__).with_name("tasks")
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ GROUPS = {
     "video": ("videomme", "mvbench", "longvideobench", "mlvu", "egoschema", "nextqa"),
 }
 GROUPS["paper13"] = GROUPS["image"] + GROUPS["video"]
+# Of those, the ones whose task files ask for a login to the hub (`token: True`), whether or not the data needs one.
+WITH_LOGIN = tuple(name for name in GROUPS["paper13"] if name not in ("textvqa", "mmmu_pro"))
 
 
 def resolve(names: Sequence[str], others: Sequence[str] = ()) -> list[Suite]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
+from zipr1.core import hub
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.text import reason
 
@@ -14,12 +14,10 @@ def check(name: str) -> None:
     """Raises InputError for what can be known wrong before anything is exported: the name, no network, no login."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(f"--push {name}: give the repository as OWNER/NAME")
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if hub.asked_offline():
         raise InputError("--push: HF_HUB_OFFLINE is set; unset it, or leave --push out")
-    from huggingface_hub import get_token
-
-    if get_token() is None:
-        raise InputError("--push: nobody is logged in to the hub; hf auth login, or set HF_TOKEN")
+    if not hub.logged_in():
+        raise InputError(f"--push: nobody is logged in to the hub; {hub.LOGIN}")
 
 
 def upload(folder: Path, name: str) -> str:

@@ -19,12 +19,13 @@ from zipr1.core.types import Media
 from zipr1.data.chat import OPTIONS, asked_of, medium, parse
 from zipr1.data.media import load_timed
 from zipr1.models.inputs import model_inputs
-from zipr1.models.loading import WEIGHT_DTYPES, choose_device, save_processor
+from zipr1.models.loading import WEIGHT_DTYPES, choose_device, save_processor, without_plans
 from zipr1.models.open import BOUNDS, find_source, open_model, stored_dtype
 from zipr1.models.processors import Processor
 from zipr1.models.sparse.session import session_of
 from zipr1.models.visual import Visual
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # Options of a call that hold for all of its media; and those that say what is so anyway, with the values that do.
 LIMITS = ("fps", "sample_fps", "max_frames")
 TAKEN = (*OPTIONS["video"], "padding", "padding_side")
@@ -55,6 +56,7 @@ def load(
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise InputError(f"{where}: dtype {dtype!r}; allowed: {', '.join(WEIGHT_DTYPES)}")
     place = choose_device(device)
+    without_plans(place)
     if dtype is None:
         dtype = "float32" if place.type == "cpu" else stored_dtype(path, wanted.revision)
     opened = open_model(wanted.model_copy(update={"dtype": dtype}), place)
@@ -299,7 +301,13 @@ def _flat(given: Any, clips: bool = False) -> list[Any]:
 
 
 def _is_clip(item: Sequence[Any]) -> bool:
-    return bool(item) and all(hasattr(f, "convert") or getattr(f, "ndim", 0) == 3 for f in item)
+    """Whether these are frames of one clip, and not clips."""
+    return bool(item) and all(
+        hasattr(frame, "convert")
+        or getattr(frame, "ndim", 0) == 3
+        or str(frame).lower().endswith(PICTURES)
+        for frame in item
+    )
 
 
 def _places(text: str, name: str) -> list[int]:

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import json
 import logging
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -23,7 +22,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from zipr1_kernels import unusable
 
-from zipr1.core.errors import InputError
+from zipr1.core import hub
+from zipr1.core.errors import InputError, Missing
 from zipr1.core.recipe import Lora, Model
 from zipr1.core.text import reason
 from zipr1.models import adapters, families
@@ -57,6 +57,17 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         # Triton's kernels and whatever names no device run on the current GPU, which else is the first one.
         torch.cuda.set_device(chosen)
     return chosen
+
+
+def without_plans(device: torch.device) -> None:
+    """Switch cuDNN's form of torch's attention off, for the whole process, where `device` is a GPU.
+
+    It plans for every shape of its input anew, tens of milliseconds of the host each, and here the shape changes: the
+    number of kept tokens from layer to layer and prompt to prompt, that of dense decoding with every token. For those
+    who measure one shape again and again (zipr1/profiling) it stays as torch has it.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
@@ -96,16 +107,14 @@ def from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[A
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        hint = "check the folder"
+        kind, hint = InputError, "check the folder"
+        came = f"does not load ({reason(error, 300)})"
         if not Path(folder).is_dir():
-            hint = f"download it first (hf download {folder}) or unset HF_HUB_OFFLINE"
-            if not os.environ.get("HF_HUB_OFFLINE"):
-                hint = (
-                    f"check the name and the network, or download it first (hf download {folder})"
-                )
-        raise InputError(
-            f"model.path: {settings.path} does not load ({reason(error, 300)}); {hint}"
-        ) from None
+            hint = hub.how_to_get(folder, "model")
+            why = hub.unreachable()
+            if why is not None and isinstance(error, OSError):
+                kind, came = Missing, f"is not on this machine, or not all of it, and {why}"
+        raise kind(f"model.path: {settings.path} {came}; {hint}") from None
     return model, tokenizer
 
 
@@ -247,6 +256,7 @@ def save_processor(tokenizer: Any, settings: PixelSettings, family: str, folder:
     known_as = families.FAMILIES[family]
     processor = {"processor_class": known_as.processor}
     image = {"image_processor_type": known_as.pixels, **_pixel_values(settings)}
+    image |= known_as.whole(settings.tile)
     parts: dict[str, Any] = {"image_processor": image}
     if known_as.clips is not None:
         video = {"video_processor_type": known_as.video, **_clip_values(settings)}

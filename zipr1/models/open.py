@@ -21,11 +21,12 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
-from zipr1.core import checksums, distributed
+from zipr1.core import checksums, distributed, hub
 from zipr1.core.errors import InputError
 from zipr1.core.jsontext import loads
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Data, Model, Recipe, Sparse
+from zipr1.core.runs import names_nothing
 from zipr1.models import families, manifest, positions
 from zipr1.models.adapters import with_adapter
 from zipr1.models.loading import (
@@ -136,7 +137,7 @@ def resolve(path: str) -> str:
                 f"model.path: {path} has no config.json; give a model folder, a run, a hub id or 'tiny'"
             )
         return str(folder)
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if names_nothing(path):
         raise InputError(
             f"model.path: {path} does not exist; give a model folder, a run, a hub id or 'tiny'"
         )
@@ -182,9 +183,10 @@ def stored_dtype(path: str, revision: str | None = None) -> str:
     if source.base is not None:
         return stored_dtype(source.base.path, revision or source.base.revision)
     try:
-        config = AutoConfig.from_pretrained(
-            source.place, revision=revision, trust_remote_code=False
-        )
+        with hub.offline_if_unreachable():
+            config = AutoConfig.from_pretrained(
+                source.place, revision=revision, trust_remote_code=False
+            )
     except (OSError, ValueError):
         return "auto"
     return next((name for name, known in WEIGHT_DTYPES.items() if known == config.dtype), "auto")
@@ -218,13 +220,15 @@ def open_model(
     if settings.path == "scratch":
         model, tokenizer = _from_scratch(settings, seed)
     else:
-        model, tokenizer = _load(source, settings, dtype, merge_adapter)
+        with hub.offline_if_unreachable():
+            model, tokenizer = _load(source, settings, dtype, merge_adapter)
     if families.find(str(model.config.model_type), settings.path).qwen_positions:  # type: ignore[union-attr]
         positions.correct(model)
     peft_model = None
     if source.adapter is not None and not merge_adapter:
         peft_model = with_adapter(model, source.adapter)
-    processor = _processor(model, tokenizer, source, settings)
+    with hub.offline_if_unreachable():
+        processor = _processor(model, tokenizer, source, settings)
     log.info("%s: %s", settings.path, processor.settings)
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     processor.stop_at([ends] if isinstance(ends, int) else ends or [])

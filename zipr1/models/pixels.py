@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 from transformers.utils.hub import cached_file
 
+from zipr1.core import hub
 from zipr1.core.errors import InputError
 from zipr1.core.jsontext import loads
 from zipr1.core.types import NOTHING, Asked
@@ -364,7 +365,8 @@ def _check(found: Mapping[str, Any], sizes: tuple[int, int, int], folder: str | 
 def _missing(folder: str | Path) -> str:
     hint = "copy it from the model that this one was made from"
     if not Path(folder).is_dir():
-        hint = f"download it (hf download {folder} {PICTURES}) or unset HF_HUB_OFFLINE"
+        unset = " or unset HF_HUB_OFFLINE" if hub.asked_offline() else ""
+        hint = f"download it (hf download {folder} {PICTURES}){unset}"
     return (
         f"model.path: {folder} has no pixel settings ({PICTURES}, or {WHOLE} with image_processor), and without them "
         f"pictures would be resized and normalised by guess; {hint}"
