@@ -54,7 +54,7 @@ def table(a: Side, b: Side, pairs: Sequence[Pair], width: int = WIDE) -> Table:
         box=SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
-        caption=f"A: {a.name}; B: {b.name}; B - A: over the questions that both answered, where there are some; kept: of "
+        caption=f"A: {a.name}; B: {b.name}; B - A: over the questions that both answered, if any; kept: of "
         f"all tokens of a prompt{more if wide else ''}",
         caption_justify="left",
     )
