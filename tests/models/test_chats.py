@@ -432,3 +432,15 @@ def test_sizes_of_one_picture_in_every_family(family, tmp_path, folder):
     with pytest.raises(InputError, match=r"a size is asked of one image \(max_pixels"):
         made(processor, part)
     assert len(made(processor, {"type": "image", "image": Image.open(folder / "a.png")}))
+
+
+def test_a_call_takes_frames_by_their_paths(processor, folder):
+    """A list in the list is one clip; clips stay clips."""
+    mark = "<|vision_start|><|video_pad|><|vision_end|>q"
+    paths = [str(folder / "a.png")] * 4
+    inputs = processor(text=mark, videos=[paths])
+    assert grids(inputs) == {"video_grid_thw": [[2, 8, 8]]}
+    both = processor(text=[mark, mark], videos=[[str(folder / "a.mp4")], [str(folder / "a.mp4")]])
+    assert grids(both) == {"video_grid_thw": [[8, 8, 8]] * 2}
+    with pytest.raises(InputError, match="a picture and no clip"):
+        processor(text=mark, videos=paths[:1])
