@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import zipr1_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -42,10 +43,22 @@ FREE = (
     "_local_scalar_dense",
 )
 
+# Those that are two: their first argument is copied, and the copy is changed.
+TWICE = (
+    "index_copy",
+    "index_fill",
+    "index_put",
+    "index_add",
+    "masked_fill",
+    "scatter",
+    "constant_pad_nd",
+)
+
 # Kernels that each operation launches on a GPU, with what its wrapper does before (kernels/zipr1_kernels/*/kernel.py);
-# `packed_attention` is torch's own, which is one.
+# `packed_attention` is torch's own, which is one, and so is torch's RMS norm.
 KERNELS = {
-    "probe_scores": 3, "select_top_p": 1, "select_top_k": 2, "select_threshold": 1, "pack_indices": 3, "kv_compact": 2,
+    "probe_scores": 3, "select_top_p": 1, "select_top_k": 2, "select_threshold": 1, "pack_indices": 3, "pack_each": 3,
+    "kv_compact": 1,
     "sparse_prefill": 6, "packed_attention": 1, "sparse_decode": 2,
 }  # fmt: skip
 
@@ -118,7 +131,8 @@ class Gpu(TorchDispatchMode):
             made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
             alias = [r.alias_info for r in func._schema.returns]
             view = bool(alias) and all(a is not None and not a.is_write for a in alias)
-            self.launches += not view and name not in FREE and any(x.numel() for x in made)
+            if not view and name not in FREE and any(x.numel() for x in made):
+                self.launches += 1 + (name in TWICE)
         if not target:
             return out
         same = {id(x.held): x for x in before if isinstance(x, OnGpu)}
@@ -154,7 +168,7 @@ class Gpu(TorchDispatchMode):
         elif name in ("_to_copy", "copy_") and self.crosses(name, before, there, target):
             if there and not target:
                 self.wait("a copy to the host")
-            elif not kwargs.get("non_blocking"):
+            elif not (kwargs.get("non_blocking") or (name == "copy_" and args[2:3] == (True,))):
                 self.wait("a copy from ordinary memory")
 
     @staticmethod
@@ -197,11 +211,22 @@ def _tensor(gpu: Gpu) -> Callable[..., torch.Tensor]:
 
 def _kernel(gpu: Gpu, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
     def counted(*args: Any, **kwargs: Any) -> Any:
-        with gpu.counted_as(KERNELS[name], waits=name == "pack_indices"):
+        packs = name in ("pack_indices", "pack_each")
+        with gpu.counted_as(KERNELS[name] * (len(args) if packs else 1), waits=packs):
             out = run(*args, **kwargs)
-            if name == "pack_indices":  # the kernel writes these along
-                _ = out.flat, out.starts
+            for kept in (out if isinstance(out, tuple) else (out,)) if packs else ():
+                _ = kept.flat, kept.starts, kept.places  # the kernel writes these along
             return out
+
+    return counted
+
+
+def _once(gpu: Gpu, stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A function of torch that is one kernel on a GPU and several elsewhere."""
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with gpu.counted_as(1):
+            return stock(*args, **kwargs)
 
     return counted
 
@@ -213,21 +238,16 @@ def gpu() -> Iterator[Gpu]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "tolist", _tolist(counting))
         patch.setattr(torch, "tensor", _tensor(counting))
-        from zipr1.models.sparse import context, gate, retain, rules, selection
+        from zipr1.models.sparse import context, gate, packing, retain, rules, selection
 
-        for module in (context, gate, retain, rules, selection):
+        for module in (context, gate, packing, retain, rules, selection):
             for name in KERNELS:
                 if hasattr(module, name):
                     patch.setattr(
                         module, name, _kernel(counting, name, getattr(zipr1_kernels, name))
                     )
-        stock = torch.nn.functional.scaled_dot_product_attention
-
-        def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
-            with counting.counted_as(1):
-                return stock(*args, **kwargs)
-
-        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+        for name in ("scaled_dot_product_attention", "rms_norm"):
+            patch.setattr(F, name, _once(counting, getattr(F, name)))
         with counting:
             yield counting
 

@@ -38,7 +38,9 @@ def load(
     run's; no file of a folder can set the last one. device: None takes CUDA where there is one. dtype: float32,
     bfloat16 or float16; None is float32 on a CPU and that of the weights elsewhere.
 
-    The model is transformers' own class: `generate`, pipelines and padded batches work as usual.
+    The model is transformers' own class: `generate`, pipelines and padded batches work as usual. On an NVIDIA GPU,
+    loading switches cuDNN's attention off for the process, which plans anew for each length of its input; undo it with
+    `torch.backends.cuda.enable_cudnn_sdp(True)`.
     """
     from zipr1.models.api import load
 

@@ -96,7 +96,6 @@ class Problem:
         self.probes = slots.expand(batch, -1).contiguous()
         self.every = torch.ones(batch, length, dtype=torch.bool, device=device)
         self.none = ~self.every
-        self.valid = torch.ones_like(self.probes, dtype=torch.bool)
         shares = [
             keep * (0.4 + 1.2 * b / max(1, batch - 1)) if ragged else keep for b in range(batch)
         ]
@@ -121,14 +120,14 @@ class Problem:
 
     def score(self) -> torch.Tensor:
         index = self.probes[:, None, :, None].expand(-1, self.shape.q_heads, -1, self.shape.dim)
-        return probe_scores(self.q.gather(2, index), self.k, self.probes, self.valid, self.every)
+        return probe_scores(self.q.gather(2, index), self.k, self.probes, self.every)
 
     def score_backward(self) -> Run:
         """Gradients of the scores alone; their forward pass is done beforehand."""
         index = self.probes[:, None, :, None].expand(-1, self.shape.q_heads, -1, self.shape.dim)
         with torch.enable_grad():
             leaves = [self.q.gather(2, index).requires_grad_(), self.k.detach().requires_grad_()]
-            scores = probe_scores(*leaves, self.probes, self.valid, self.every)
+            scores = probe_scores(*leaves, self.probes, self.every)
         grad = torch.linspace(-1, 1, scores.numel(), device=scores.device).view_as(scores)
         return lambda: torch.autograd.grad(scores, leaves, grad, retain_graph=True)
 

@@ -230,13 +230,12 @@ def problem_of(
     count = min(128, length)
     probes = torch.arange(length - count, length, device=context.device).expand(rows, -1)
     probes = probes - probes % 3
-    valid = torch.ones_like(probes, dtype=torch.bool)
-    valid[0, : count // 4] = False
+    probes[0, : count // 4] = -1
     every = torch.ones(rows, length, dtype=torch.bool, device=context.device)
     every[2, : length // 5] = False
 
     def score(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return probe_scores(q, k, probes, valid, every)
+        return probe_scores(q, k, probes, every)
 
     return score, [q[:, :, :count], k], True
 

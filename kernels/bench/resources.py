@@ -35,17 +35,19 @@ WARPS, BLOCKS = 64, 32
 ONES = ("H", "G", "R", "queries", "shares")
 
 FLOATS = {"Lse", "Delta", "Most", "Total", "Part", "Scores", "Budget", "Share"}
-LONGS = {"Index", "Count", "Flat"}
+LONGS = {"Index", "Count", "Flat", "Places"}
 BYTES = {"Valid", "Cand", "Always", "Keep"}
 REALS = {"scale", "factor"}
+COLUMNS_OUT = {"Out": "*fp32", "Count": "*fp32"}
 
 # module, table of configurations (or one), kernel, whether it belongs to a backward pass, arguments that differ from
 # the rules above, further constants.
 KERNELS: list[tuple[str, str, str, bool, dict[str, str], dict[str, Any]]] = [
-    ("probe_scores", "FORWARD", "lse_kernel", False, {}, {}),
+    ("probe_scores", "FORWARD", "lse_kernel", False, {}, {"MAPPED": False}),
+    ("probe_scores", "FORWARD", "lse_kernel", False, {}, {"MAPPED": True}),
     ("probe_scores", "FORWARD", "join_kernel", False, {}, {"SHARES": 32, "BLOCK": 64}),
-    ("probe_scores", "COLUMNS", "columns_kernel", False, {"Out": "*fp32", "Count": "*fp32"}, {"NORM": True}),
-    ("probe_scores", "COLUMNS", "columns_kernel", False, {"Out": "*fp32", "Count": "*fp32"}, {"NORM": False}),
+    ("probe_scores", "COLUMNS", "columns_kernel", False, COLUMNS_OUT, {"NORM": True, "MAPPED": True}),
+    ("probe_scores", "COLUMNS", "columns_kernel", False, COLUMNS_OUT, {"NORM": False, "MAPPED": False}),
     ("probe_scores", "QUERIES", "queries_grad_kernel", True, {"Grad": "*fp32"}, {}),
     ("probe_scores", "KEYS", "keys_grad_kernel", True, {"Grad": "*fp32"}, {}),
     ("select_top_p", "SELECT", "select_kernel", False, {}, {"MODE": 0}),
@@ -96,7 +98,7 @@ def signature(kernel: Any, special: dict[str, str], dtype: str) -> dict[str, str
             kind = "*i64"
         elif name in BYTES:
             kind = "*u8"
-        elif name in ("Slot", "Starts"):
+        elif name in ("Slot", "Starts", "Rows"):
             kind = "*i32"
         elif name in REALS:
             kind = "fp32"

@@ -16,6 +16,7 @@ from zipr1_kernels.probe_scores import probe_scores
 from zipr1_kernels.probe_scores.reference import probe_scores as probe_scores_reference
 from zipr1_kernels.select_top_p import (
     cut_points,
+    pack_each,
     pack_indices,
     select_threshold,
     select_top_k,
@@ -33,6 +34,7 @@ __all__ = [
     "cut_points",
     "kv_compact",
     "kv_compact_reference",
+    "pack_each",
     "pack_indices",
     "packed_attention",
     "probe_scores",

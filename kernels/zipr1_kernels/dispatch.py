@@ -112,10 +112,10 @@ def forced(path: str) -> bool:
     return _state.path == path
 
 
-def library(op: str, *tensors: torch.Tensor, cannot: str | None = None) -> bool:
-    """Whether `op`, which has no kernel of ours, is to run torch's special form of it on these tensors.
+def library(op: str, *tensors: torch.Tensor, cannot: str | None = None, name: str = "") -> bool:
+    """Whether `op`, which has no kernel of ours, is to run a library's special form of it on these tensors.
 
-    cannot: why there is none for them. The choice is remembered for `ran`.
+    cannot: why there is none for them. name: of the form. The choice is remembered for `ran`.
     """
     reason = cannot
     if _state.path == "torch":
@@ -126,7 +126,7 @@ def library(op: str, *tensors: torch.Tensor, cannot: str | None = None) -> bool:
         reason = "switched off by ZIPR1_KERNELS"
     elif tensors[0].device.type != "cuda":
         reason = "not on a GPU"
-    _state.ran[op] = f"torch: {reason}" if reason else "torch: its variable-length attention"
+    _state.ran[op] = f"torch: {reason or name}"
     return not reason
 
 

@@ -6,8 +6,8 @@ TRL lives in an environment of its own, made on the first call (`--venv`) with t
 take turns, `--rounds` times, each in a fresh process with the same number of threads; the first step of a process is
 left out. Both train all weights but the frozen tower's in float32 with AdamW, sample at temperature 1, and hold a KL
 to a frozen reference. Ours prunes the prompt and adds its efficiency term (without the constraint, which asks each
-question once more); TRL runs dense. A second table tells where our step goes: the model's forward and backward passes,
-the optimizer, and the rest, which is the loop's overhead.
+question once more); TRL runs dense. `--device cuda` puts both on a GPU, which nobody has done yet. A second table tells
+where our step goes: the model's forward and backward passes, the optimizer, and the rest, which is the loop's overhead.
 
 --model tiny: the embedded model, whose answers end after a token or two. RUN: `tiny` after a run of recipes/tiny.yaml.
 Both prune as that recipe says. 3b: random weights with the proportions of Qwen2.5-VL-3B at an eighth of its width and
@@ -91,7 +91,7 @@ def workload(folder: Path, kind: str) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def ours(folder: Path, steps: int, questions: int) -> dict[str, Any]:
+def ours(folder: Path, steps: int, questions: int, device: str) -> dict[str, Any]:
     """Seconds of each step, and of what: `zipr1 train`'s own step on the rows."""
     import torch
 
@@ -113,7 +113,8 @@ def ours(folder: Path, steps: int, questions: int) -> dict[str, Any]:
         optim=Optim(lr=1e-6, lr_scheduler_type="constant_with_warmup"),
         train=Train(steps=steps, prompts_per_step=questions, max_new_tokens=NEW_TOKENS),
     )
-    policy = load_policy(recipe.model, "cpu")
+    policy = load_policy(recipe.model, device)
+    wait = torch.cuda.synchronize if policy.device.type == "cuda" else lambda: None
     prompts = data.load(recipe.data, "train", 0)
     policy.keep_reference()
     optimizer = optim.build(policy.trainable(), recipe.optim)
@@ -127,10 +128,12 @@ def ours(folder: Path, steps: int, questions: int) -> dict[str, Any]:
             if running:
                 return call(*args, **kwargs)
             running.append(name)
+            wait()
             began = time.perf_counter()
             try:
                 return call(*args, **kwargs)
             finally:
+                wait()
                 spent[name] += time.perf_counter() - began
                 running.pop()
 
@@ -150,6 +153,7 @@ def ours(folder: Path, steps: int, questions: int) -> dict[str, Any]:
     for step in range(steps):
         before, began = dict(spent), time.perf_counter()
         metrics, _ = loop.rl_step(policy, recipe, pictures, deck, optimizer, state, step)
+        wait()
         seconds.append(time.perf_counter() - began)
         split.append({k: spent[k] - before[k] for k in spent})
         tokens.append(metrics["answer_tokens"])
@@ -157,7 +161,7 @@ def ours(folder: Path, steps: int, questions: int) -> dict[str, Any]:
     return {"seconds": seconds, "split": split, "answer_tokens": tokens, "kept": ratios}
 
 
-def theirs(folder: Path, steps: int, questions: int) -> dict[str, Any]:
+def theirs(folder: Path, steps: int, questions: int, device: str) -> dict[str, Any]:
     """Seconds of each step of GRPOTrainer on the same rows."""
     import torch
 
@@ -198,6 +202,8 @@ def theirs(folder: Path, steps: int, questions: int) -> dict[str, Any]:
             self.began = time.perf_counter()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if device == "cuda":
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - self.began)
 
     settings = trl.GRPOConfig(
@@ -212,7 +218,7 @@ def theirs(folder: Path, steps: int, questions: int) -> dict[str, Any]:
         lr_scheduler_type="constant",
         max_steps=steps,
         gradient_checkpointing=False,
-        use_cpu=True,
+        use_cpu=device == "cpu",
         bf16=False,
         report_to=[],
         save_strategy="no",
@@ -228,7 +234,7 @@ def theirs(folder: Path, steps: int, questions: int) -> dict[str, Any]:
     return {"seconds": seconds, "answer_tokens": lengths, "trl": trl.__version__}
 
 
-def child(python: Path, side: str, folder: Path, steps: int, questions: int) -> dict[str, Any]:
+def child(python: Path, side: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     command = [
         str(python),
         __file__,
@@ -236,11 +242,10 @@ def child(python: Path, side: str, folder: Path, steps: int, questions: int) -> 
         side,
         "--folder",
         str(folder),
-        "--steps",
-        str(steps),
-        "--questions",
-        str(questions),
+        "--device",
+        options.device,
     ]
+    command += ["--steps", str(options.steps), "--questions", str(options.questions)]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )
@@ -262,6 +267,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=8, help="in a step")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--venv", type=Path, default=ROOT / "build" / "trl")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -269,7 +275,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.side:
         work = {"zipr1": ours, "trl": theirs}[options.side]
-        print(json.dumps(work(options.folder, options.steps, options.questions)), flush=True)
+        result = work(options.folder, options.steps, options.questions, options.device)
+        print(json.dumps(result), flush=True)
         gc.unfreeze()
         return
     python = install(options.venv)
@@ -279,7 +286,7 @@ def main() -> None:
         workload(folder, options.model)
         for _ in range(options.rounds):
             for side, run_by in (("zipr1", Path(sys.executable)), ("trl", python)):
-                found[side].append(child(run_by, side, folder, options.steps, options.questions))
+                found[side].append(child(run_by, side, folder, options))
     rows = []
     print(
         f"{options.questions} questions x {GROUP} answers a step, at most {NEW_TOKENS} tokens each"

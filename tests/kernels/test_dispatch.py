@@ -39,7 +39,7 @@ def every_operation(device=DEVICE):
     every = torch.ones(2, 80, dtype=torch.bool, device=device)
     with use("triton"):
         index = probes[:, None, :, None].expand(-1, 4, -1, 16)
-        scores = probe_scores(q.gather(2, index), k, probes, probes >= 0, every)
+        scores = probe_scores(q.gather(2, index), k, probes, every)
         p = torch.tensor([0.3, 0.8], device=device)
         kept = pack_indices(select_top_p(scores, p, every, ~every))
         out = sparse_prefill(q, k, v, kept)

@@ -95,16 +95,13 @@ def test_scores_and_their_gradients(shape):
     probes[:, : count // 2] = torch.linspace(
         0, length - count - 1, count // 2, device=DEVICE
     ).long()
-    valid = torch.ones_like(probes, dtype=torch.bool)
-    valid[0, ::5] = False
+    probes[0, ::5] = -1
     candidates = torch.ones(rows, length, dtype=torch.bool, device=DEVICE)
     candidates[0, : length // 2] = False
     q = normal(rows, q_heads, count, 128, seed=0, dtype=dtype)
     k = normal(rows, heads, length, 128, seed=1, dtype=dtype)
     grad = normal(1, 1, rows, length, seed=2, dtype=torch.float32)[0, 0]
-    compare(
-        "probe_scores", lambda q, k: probe_scores(q, k, probes, valid, candidates), [q, k], grad
-    )
+    compare("probe_scores", lambda q, k: probe_scores(q, k, probes, candidates), [q, k], grad)
 
 
 @pytest.mark.parametrize("shape", REAL)
@@ -153,9 +150,7 @@ def test_shares_of_the_keys_are_joined(rows, monkeypatch):
     for programs in (1, 24, 264, 10**6):
         monkeypatch.setattr(probing, "PROGRAMS", programs)
         with use("triton"):
-            found.append(
-                probe_scores(q, k, probes, torch.ones_like(probes, dtype=torch.bool), every)
-            )
+            found.append(probe_scores(q, k, probes, every))
         assert ran("probe_scores") == "triton"
     assert probing._span(300, 1, 64) == 64 and probing._span(20_000, 10**6, 64) == 20_032
     assert (found[0][0, 130:] > 0).all()

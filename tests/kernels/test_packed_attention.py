@@ -1,9 +1,13 @@
 """Attention of rows that lie one after the other, and the ways torch has of computing it."""
 
+import importlib.machinery
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
-from zipr1_kernels import Kept, pack_indices, packed_attention, ran, sparse_prefill, use
+from zipr1_kernels import Kept, pack_each, pack_indices, packed_attention, ran, sparse_prefill, use
 from zipr1_kernels import causal as attention
 from zipr1_kernels.packed_attention import library
 from zipr1_kernels.sparse_prefill import packed
@@ -68,6 +72,21 @@ def test_the_pack_kernel_writes_them_too(path):
     assert kept.total == int(keep.sum())
 
 
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=pytest.mark.interpreted)])
+def test_several_masks_are_packed_as_each_is_alone(path):
+    masks = [torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
+             for shape in ((3, 9), (2, 40), (1, 1))]  # fmt: skip
+    masks[0][1] = False
+    with use(path):
+        together, alone = pack_each(*masks), [pack_indices(keep) for keep in masks]
+    assert ran("pack_indices").startswith(path)
+    for one, other, keep in zip(together, alone, masks, strict=True):
+        assert one.keep.tolist() == other.keep.tolist()
+        assert (one.least, one.total, one.length) == (other.least, other.total, keep.shape[1])
+        for name in ("index", "count", "flat", "starts", "places"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_equals_brute_force_and_its_gradients(name, heads):
@@ -117,15 +136,16 @@ def flash(q, k, v, starts, longest, scale):
 @pytest.mark.parametrize("heads", [2, 4])
 @pytest.mark.parametrize("widths", [(8, 8), (13, 12)])
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_every_signature_of_the_library_is_met(function, heads, widths, scale, monkeypatch):
-    monkeypatch.setattr(library, "function", lambda: function)
+def test_every_signature_of_the_library_is_met(function, heads, widths, scale):
+    (own,) = library.providers(torch.device("cpu"))
     kept = kept_of("ragged")
     q = normal(kept.total, 4, widths[0])
     k, v = (
         normal(kept.total, heads, widths[0], seed=1),
         normal(kept.total, heads, widths[1], seed=2),
     )
-    got = library.packed_attention(q, k, v, kept, scale=scale)
+    provider = own._replace(run=function)
+    got = library.packed_attention(provider, q, k, v, kept, scale=scale)
     want = brute(q, k, v, kept.count.tolist(), scale or widths[0] ** -0.5)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
@@ -133,9 +153,10 @@ def test_every_signature_of_the_library_is_met(function, heads, widths, scale, m
 def test_this_torchs_own_signature_is_one_of_them():
     import inspect
 
-    known = set(inspect.signature(library.function()).parameters)
+    (own,) = library.providers(torch.device("cpu"))
+    known = set(inspect.signature(own.run).parameters)
     required = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
-    assert list(inspect.signature(library.function()).parameters)[:7] == required
+    assert list(inspect.signature(own.run).parameters)[:7] == required
     assert {"is_causal"} <= known or {"window_size", "scale"} <= known
 
 
@@ -179,20 +200,110 @@ def test_the_form_for_a_gpu_stays_off_torchs_slow_path(dim, values, dtype, monke
 
 def test_why_the_library_is_not_taken(monkeypatch):
     x = normal(4, 2, 8).bfloat16()
-    assert library.cannot(x, x, x) is None
-    assert (
-        library.cannot(x.float(), x, x)
-        == "torch has no variable-length attention for torch.float32"
-    )
+    assert library.choose(x, x, x).name == "its variable-length attention"
+    assert library.choose(x.float(), x, x) == "no variable-length attention for torch.float32"
     wide = x.repeat(1, 1, 40)
-    assert library.cannot(wide, wide, x) == "head dimension 320 is above 256"
-    monkeypatch.setattr(library, "function", lambda: None)
-    assert library.cannot(x, x, x) == "this torch has no variable-length attention"
+    assert library.choose(wide, wide, x) == "head dimension 320 is above 256"
+    monkeypatch.setattr(library, "providers", lambda device: ())
+    assert library.choose(x, x, x) == "this torch has no variable-length attention"
     kept = pack_indices(torch.ones(1, 4, dtype=torch.bool))
     packed_attention(x, x, x, kept)
     assert ran("packed_attention") == "torch: not on a GPU" or DEVICE == "cuda"
     with pytest.raises(ValueError, match=r"3 tokens and kept has 4; give those of kept\.flat"):
         packed_attention(x[:3], x[:3], x[:3], kept)
+
+
+def by_3(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+         softmax_scale=None, causal=False, window_size=(-1, -1)):  # fmt: skip
+    assert causal and cu_seqlens_k is cu_seqlens_q and max_seqlen_k == max_seqlen_q
+    return flash(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale)
+
+
+def by_4(
+    q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, softmax_scale=None, causal=False
+):
+    assert causal and cu_seqlens_k is cu_seqlens_q
+    longest = int(cu_seqlens_q.diff().max())
+    return flash(q, k, v, cu_seqlens_q, longest, softmax_scale), "normalisers"
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Stand-ins for the two packages: given what is to be installed, it tells what a GPU of that capability has."""
+
+    def put(*names, major):
+        modules = {"flash_attn_interface": by_3, "flash_attn": None, "flash_attn.cute": by_4}
+        for name in names:
+            module = types.ModuleType(name)
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            if modules[name] is not None:
+                module.flash_attn_varlen_func = modules[name]
+            monkeypatch.setitem(sys.modules, name, module)
+        found = {"flash-attn-4"} if "flash_attn.cute" in names else set()
+        monkeypatch.setattr(library, "_distributed", found.__contains__)
+        return library._providers.__wrapped__(major)
+
+    return put
+
+
+BOTH = ("flash_attn_interface", "flash_attn", "flash_attn.cute")
+
+
+@pytest.mark.parametrize(
+    ("names", "major", "wanted"),
+    [
+        ((), 9, []),
+        (BOTH, 0, []),
+        (BOTH, 8, []),
+        (BOTH[:1], 9, ["FlashAttention 3"]),
+        (BOTH[:1], 10, []),
+        (BOTH[1:], 9, ["FlashAttention 4"]),
+        (BOTH[1:], 10, ["FlashAttention 4"]),
+        (BOTH, 9, ["FlashAttention 3", "FlashAttention 4"]),
+        (("flash_attn",), 9, []),  # version 2 alone
+    ],
+)
+def test_flash_attention_is_taken_where_it_is_installed(names, major, wanted, installed):
+    found = installed(*names, major=major)
+    assert [provider.name for provider in found] == [*wanted, "its variable-length attention"]
+
+
+@pytest.mark.parametrize("major", [9, 10])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_flash_attention_gets_what_its_signature_asks_for(major, heads, installed):
+    kept = kept_of("ragged")
+    inputs = [normal(kept.total, h, d, seed=d) for h, d in ((4, 13), (heads, 13), (heads, 12))]
+    provider = installed(*BOTH, major=major)[0]
+    assert provider.name == f"FlashAttention {3 if major == 9 else 4}"
+    for scale in (None, 0.3):
+        got = library.packed_attention(provider, *inputs, kept, scale=scale)
+        want = brute(*inputs, kept.count.tolist(), scale or 13**-0.5)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_a_flash_attention_that_cannot_is_passed_over(installed, monkeypatch, caplog):
+    found = installed(*BOTH[1:], major=10)
+    monkeypatch.setattr(library, "providers", lambda device: found)
+    x = torch.zeros(3, 2, 136, dtype=torch.bfloat16)
+    assert library.choose(x, x, x).name == "its variable-length attention"
+    assert library.choose(x[..., :128], x[..., :128], x[..., :128]).name == "FlashAttention 4"
+    monkeypatch.delattr(sys.modules["flash_attn.cute"], "flash_attn_varlen_func")
+    (own,) = library._providers.__wrapped__(10)
+    assert own.name == "its variable-length attention"
+    assert "FlashAttention 4 is installed and does not load" in caplog.text
+
+
+def test_the_name_of_what_ran_is_told(installed, monkeypatch):
+    """On a made-up GPU: the choice looks at nothing but the device's kind."""
+    from zipr1_kernels import dispatch
+
+    class Somewhere:
+        device = torch.device("cuda:0")
+
+    assert dispatch.library("packed_attention", Somewhere(), name="FlashAttention 3")
+    assert ran("packed_attention") == "torch: FlashAttention 3"
+    assert not dispatch.library("packed_attention", Somewhere(), cannot="no such width")
+    assert ran("packed_attention") == "torch: no such width"
 
 
 @pytest.mark.gpu
@@ -210,7 +321,7 @@ def test_the_librarys_attention_is_right_on_the_card(heads, dtype):
         with use(path):
             out = packed_attention(*inputs, kept)
         results.append([out, *torch.autograd.grad(out, inputs, grad.to(dtype).to(kind))])
-    assert ran("packed_attention") == "torch: its variable-length attention"
+    assert ran("packed_attention") == f"torch: {library.providers(grad.device)[0].name}"
     for right, plain, ours in zip(*results, strict=True):
         allowed = 2 * (plain.double() - right).abs().max()
         allowed = allowed + torch.finfo(dtype).eps * right.abs().max()

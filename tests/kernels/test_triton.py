@@ -145,11 +145,11 @@ def probing(rows, count, length):
     generator = torch.Generator().manual_seed(5)
     probes = torch.randint(0, length, (rows, count), generator=generator)
     probes[:, -1] = length - 1
-    valid = torch.rand(rows, count, generator=generator) < 0.8
-    valid[:, -1] = True
+    there = torch.rand(rows, count, generator=generator) < 0.8
+    there[:, -1] = True
     candidates = torch.rand(rows, length, generator=generator) < 0.9
     candidates[:, -1] = True
-    return probes.to(DEVICE), valid.to(DEVICE), candidates.to(DEVICE)
+    return probes.where(there, -1).to(DEVICE), candidates.to(DEVICE)
 
 
 @pytest.mark.parametrize("shape", SCORES)
@@ -178,24 +178,43 @@ def test_scores_in_each_dtype(dtype):
     )
 
 
+def test_scores_of_rows_that_share_keys():
+    """Probes as strided views, and rows of them that name the same row of keys."""
+    probes, candidates = probing(2, 9, 45)
+    which = torch.tensor([1, 0, 1], device=DEVICE)
+    probes = probes[which].clone()
+    probes[2] = probes[2].flip(0)
+    wide = normal(3, 4, 12, 32)
+    assert not wide[:, :, 2:11].is_contiguous()
+    grad = normal(1, 1, 3, 45, seed=2)[0, 0]
+    for graded in (None, grad):
+        results = both(
+            "probe_scores",
+            lambda q, k: probe_scores(q[:, :, 2:11], k, probes, candidates, rows=which),
+            [wide, normal(2, 2, 45, 32, seed=1)],
+            graded,
+        )
+        as_good(results, FLOOR[torch.float32])
+
+
 def test_scores_never_read_what_does_not_count():
-    probes, valid, candidates = probing(2, 9, 45)
-    valid[1, 0] = False
-    probes[0, 1], valid[0, 1] = 0, True  # a probe that sees no candidate
+    probes, candidates = probing(2, 9, 45)
+    probes[1, 0] = -1
+    probes[0, 1] = 0  # sees no candidate
     candidates[0, :3] = False
     q, k = normal(2, 4, 9, 16), normal(2, 2, 45, 16, seed=1)
-    q.transpose(1, 2)[~valid] = torch.nan
+    q.transpose(1, 2)[probes < 0] = torch.nan
     k.transpose(1, 2)[~candidates] = torch.nan
     inputs = [x.requires_grad_() for x in (q, k)]
     with use("triton"):
-        scores = probe_scores(*inputs, probes, valid, candidates)
+        scores = probe_scores(*inputs, probes, candidates)
         grads = torch.autograd.grad(scores.square().sum(), inputs)
     assert ran("probe_scores") == "triton"
     assert scores.isfinite().all() and (scores[~candidates] == 0).all()
     assert all(x.isfinite().all() for x in grads)
     assert (grads[1].transpose(1, 2)[~candidates] == 0).all()
     with use("torch"):
-        torch.testing.assert_close(scores, probe_scores(*inputs, probes, valid, candidates))
+        torch.testing.assert_close(scores, probe_scores(*inputs, probes, candidates))
 
 
 @pytest.mark.parametrize("length", [1, 7, 100, 2500])
@@ -272,6 +291,34 @@ def test_compaction_copies_to_the_bit(dtype):
     assert ran("kv_compact") == "triton"
     for a, b in zip(got, want, strict=True):
         assert a.stride() == b.stride() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_packed_tokens_are_laid_out_by_row(path):
+    """Of tokens one after the other, each row's, its last one repeated: what compacting the whole gives."""
+    keep = mask(3, 77, 0.4)
+    keep[1] = False
+    keep[1, 5] = True
+    k, v = normal(3, 2, 77, 17), normal(3, 2, 77, 24, seed=1)
+    with use(path):
+        kept = pack_indices(keep)
+        flat = [x.transpose(1, 2).flatten(0, 1)[kept.flat] for x in (k, v)]
+        got = kv_compact(*flat, kept)
+    assert ran("kv_compact") == ("triton" if path == "triton" else "torch: forced")
+    counts = keep.sum(1).tolist()
+    longest, places, begin = max(counts), [], 0
+    for count in counts:
+        places.append([begin + min(i, count - 1) for i in range(longest)])
+        begin += count
+    assert kept.places.tolist() == places and kept.places.dtype == torch.int64
+    assert kept.starts.tolist() == [0, counts[0], counts[0] + 1, begin]
+    assert kept.flat.tolist() == keep.flatten().nonzero()[:, 0].tolist()
+    with use("torch"):
+        want = kv_compact(k, v, kept)
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape and torch.equal(a, b)
+    with pytest.raises(ValueError, match=r"k has shape \(5, 2, 17\).*\(T, H, D\) = "):
+        kv_compact(flat[0][:5], flat[1][:5], kept)
 
 
 def test_what_a_kernel_cannot_do_is_done_by_torch_and_said():

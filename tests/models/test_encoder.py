@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import standingpu
 import tinymodels
 import torch
 from PIL import Image
@@ -211,3 +212,34 @@ def test_pictures_that_are_remembered_leave_no_patches_behind(monkeypatch):
     assert [len(e) for e in pictures.encode(prompts)] == [
         len(e) for e in tinymodels.encode(tinymodels.shared(), prompts)
     ]
+
+
+def test_of_more_pictures_than_fit_the_first_are_remembered():
+    """Each in its turn, round after round: those remembered are not seen again, and nothing is copied for the rest."""
+    prompts = tinymodels.mixed()
+    policy = tinymodels.make()
+    pictures = MediaEncoder(policy, recipe())
+    sizes = {e.picture: f.nbytes for e in pictures.encode(prompts)
+             for f in [pictures.encode_vision([e]).policy[e.picture]]}  # fmt: skip
+    first, second = list(sizes)[:2]
+    small = MediaEncoder(policy, recipe(), most=sizes[first] + sizes[second])
+    calls = []
+    for _ in range(3):
+        before = policy.vision_calls
+        for prompt in prompts:
+            small.encode_vision(small.encode([prompt]))
+        calls.append(policy.vision_calls - before)
+        assert list(small.seen) == list(small.visuals) == [first, second]
+    assert calls == [4, 2, 2] and small.held == small.most
+
+
+def test_remembering_a_picture_makes_no_gpu_wait():
+    policy = tinymodels.make()
+    pictures = MediaEncoder(policy, recipe())
+    encoded = pictures.encode(tinymodels.mixed())
+    made = policy.encode_vision(encoded)
+    with standingpu.gpu() as gpu:
+        for one in encoded:
+            pictures._remember(one.picture, one, standingpu.OnGpu(made[one.picture]))
+        assert not gpu.waits and gpu.launches == 4
+    assert all(torch.equal(pictures.seen[name], made[name]) for name in made)

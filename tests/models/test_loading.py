@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Model
+from zipr1.core.recipe import Model, Sparse
 from zipr1.models import loading
 from zipr1.models.api import load
 from zipr1.models.open import resolve
@@ -193,6 +193,45 @@ def test_the_gpu_that_is_chosen_is_the_current_one(asked, wanted, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: None)
     assert loading.choose_device(asked) == torch.device(asked or "cuda")
     assert chosen == ([] if wanted is None else [wanted])
+
+
+def test_cudnns_attention_is_off_where_lengths_change(monkeypatch, tmp_path):
+    """Off on a GPU alone, by a stand-in for the switch; and train, evaluation and `zipr1.load` flip it, profile not."""
+    from rich.console import Console
+
+    from zipr1.core.load import validate
+    from zipr1.evaluate import answers
+    from zipr1.models import api
+    from zipr1.profiling import subject
+    from zipr1.train import loop
+
+    flipped = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", flipped.append)
+    loading.without_plans(torch.device("cpu"))
+    assert flipped == []
+    loading.without_plans(torch.device("cuda:1"))
+    assert flipped == [False]
+
+    class Asked(Exception):
+        pass
+
+    def asked(device):
+        raise Asked(device)
+
+    for module in (api, answers, loop):
+        monkeypatch.setattr(module, "without_plans", asked)
+    policy = load_policy(Model(path="tiny"), "cpu")
+    for door in (
+        lambda: load("tiny", None, "cpu", None, {}),
+        lambda: answers.Answerer(policy, Sparse(), [1.0]),
+        lambda: loop.run(
+            validate({"model": {"path": "tiny"}}), tmp_path / "run", "auto", "cpu", ["zipr1"], Console(quiet=True)
+        ),
+    ):  # fmt: skip
+        with pytest.raises(Asked, match="cpu"):
+            door()
+    subject.load("tiny", None, "cpu", "auto", None)
+    assert flipped == [False]
 
 
 @pytest.mark.parametrize("place", ["chat_template.json", "processor_config.json", "tokenizer"])

@@ -3,11 +3,19 @@
 import pytest
 import torch
 
-from zipr1.core.recipe import Probes
+from zipr1.core.recipe import Probes, Sparse
 from zipr1.models.sparse.hashing import mix, splitmix64, uniforms
 from zipr1.models.sparse.probes import probe_positions, probe_slots
 from zipr1.models.sparse.record import LayerRecord, Record
+from zipr1.models.sparse.request import Request, dense_below, settled
 from zipr1.models.sparse.rules import RULES, Draw, select
+from zipr1.models.sparse.selection import (
+    AUDIT_PROBES,
+    AUDIT_SEED,
+    Heads,
+    ProbeRange,
+    Selector,
+)
 
 
 def test_splitmix64_known_values():
@@ -76,6 +84,53 @@ def test_probe_slots_do_not_depend_on_padding_or_batch():
         assert (slots[b][valid[b]] - offset).tolist() == alone.tolist()
     assert valid.sum(-1).tolist() == [5, 3, 5]
     assert slots[1].tolist() == [17, 18, 19, 19, 19]
+
+
+def test_prompts_too_short_to_gain_stay_dense_by_the_kind_of_device():
+    """384 on a CPU is measured (docs/results.md), 4,096 on a GPU estimated; what is set holds everywhere."""
+    for device, below in (("cpu", 384), ("cuda:1", 4096)):
+        where = torch.device(device)
+        assert dense_below(Sparse(), where) == below
+        assert settled(Sparse(p=0.5), where) == Sparse(p=0.5, dense_below=below)
+        assert [dense_below(Sparse(dense_below=n), where) for n in (0, 7)] == [0, 7]
+    candidates = torch.arange(400) < torch.tensor([383, 384])[:, None]
+    request = Request(Sparse())
+    selector = Selector(request, candidates, ProbeRange.of(candidates), 2, torch.device("cpu"))
+    assert selector.dense.tolist() == [True, False]
+
+
+def test_the_audit_is_the_mass_that_probes_of_its_own_give_to_the_kept():
+    """Each layer and audited row by itself, with softmax in loops; probes that took part in the choice are left out."""
+    layers, length, heads, dim = 2, 24, 2, 4
+    candidates = torch.arange(length) >= torch.tensor([0, 9, 2])[:, None]
+    request = Request(Sparse(p=0.6, dense_below=0, probes=Probes(recent=2, random=3)), audit=(2, 1))
+    asking = ProbeRange.of(candidates)
+    selector = Selector(request, candidates, asking, layers, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+    shares = torch.zeros(layers, 2)
+    left_out = 0
+    for layer in range(layers):
+        q, k = (torch.randn(3, heads, length, dim, generator=generator) for _ in range(2))
+        keep = selector.choose(layer, Heads.given(q, k, 0.7)).keep
+        for place, row in enumerate(request.audit):
+            start, count = asking.offsets[row], asking.lengths[row]
+            fresh = probe_positions(count, (layer,), AUDIT_SEED, 0, AUDIT_PROBES)[0].tolist()
+            used = probe_positions(count, (layer,), 0, 2, 3)[0].tolist()
+            mass = torch.zeros(length)
+            seen = torch.zeros(length)
+            for at in fresh:
+                left_out += at in used
+                if at not in used:
+                    visible = slice(start, start + at + 1)
+                    seen[visible] += 1
+                    for h in range(heads):
+                        mass[visible] += (k[row, h, visible] @ q[row, h, start + at] * 0.7).softmax(
+                            0
+                        )
+            mass /= seen.clamp_min(1)
+            shares[layer, place] = mass[keep[row]].sum() / mass.sum()
+    assert left_out > 0 and bool((shares < 1).all())
+    torch.testing.assert_close(selector.record.probe_audit_mass(), shares.mean(0))
 
 
 def batch():

@@ -24,7 +24,7 @@ def layer():
 
 
 def scores_of(q, k, probes, candidates):
-    return probe_scores(q, k, probes, torch.ones_like(probes, dtype=torch.bool), candidates)
+    return probe_scores(q, k, probes, candidates)
 
 
 def brute_expected_ratio(scores, candidates, always):

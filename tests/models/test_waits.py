@@ -1,5 +1,7 @@
 """How often a GPU would be waited for and what it would be given, counted on a stand-in (standingpu.py)."""
 
+import contextlib
+import itertools
 import logging
 
 import pytest
@@ -9,9 +11,10 @@ import torch
 from standingpu import DEVICE, OnGpu
 from tinysteps import gradients, recipe, roll, with_train
 
-from zipr1.core.recipe import Efficiency, Ppo, Probes, Sparse
+from zipr1.core.recipe import Efficiency, Model, Ppo, Probes, Sparse
 from zipr1.models import decoding, sampling
-from zipr1.models.sparse.patch import sparse_attention
+from zipr1.models.policy import load_policy
+from zipr1.models.sparse.patch import attributes, sparse_attention
 from zipr1.models.sparse.request import Request
 
 LAYERS = tinymodels.TEXT["num_hidden_layers"]
@@ -34,6 +37,21 @@ def prompts():
     policy = tinymodels.make()
     encoded = tinymodels.encode(policy, tinymodels.mixed())
     return policy, encoded, policy.encode_vision(encoded)
+
+
+def launches_of_layers(policy, gpu, run):
+    """What a GPU is given from the start of one decoder layer to that of the next, for all but the last one."""
+    marks = []
+    with contextlib.ExitStack() as undo:
+        for layer in policy.decoder.layers:
+
+            def forward(*args, stock=layer.forward, **kwargs):
+                marks.append(gpu.launches)
+                return stock(*args, **kwargs)
+
+            undo.enter_context(attributes(layer, forward=forward))
+        run()
+    return [later - earlier for earlier, later in itertools.pairwise(marks)]
 
 
 def there(policy, features):
@@ -84,7 +102,9 @@ def test_a_prefill_waits_once_a_layer_and_decoding_once_in_eight_tokens(skip, au
     wanted = generate(policy, encoded, features, request, 18)
     with standingpu.gpu() as gpu:
         features = there(policy, features)
-        generate(policy, encoded, features, request, 1)
+        of_layers = launches_of_layers(
+            policy, gpu, lambda: generate(policy, encoded, features, request, 1)
+        )
         prefill, launches = gpu.waits.copy(), gpu.launches
         gpu.waits.clear()
         got = generate(policy, encoded, features, request, 18)
@@ -93,11 +113,34 @@ def test_a_prefill_waits_once_a_layer_and_decoding_once_in_eight_tokens(skip, au
     assert sum(inside.values()) <= LAYERS, inside
     assert prefill.total() <= LAYERS + 2, prefill  # what was chosen, and what was kept
     assert (gpu.waits - prefill).total() <= 17 // 8, gpu.waits - prefill
+    assert len(of_layers) == LAYERS - 1 and max(of_layers) <= 50, of_layers
     assert step <= 50 * LAYERS + 40
     for one, other in zip(wanted.tokens, got.tokens, strict=True):
         assert one.tolist() == other.tolist()
     for one, other in zip(wanted.kept, got.kept, strict=True):
         assert [x.tolist() for x in one] == [x.tolist() for x in other]
+
+
+# In Qwen3-VL the norms of heads are four more (of the probes, of all keys, of the kept tokens' both), and transformers'
+# adding of features to the first layers four.
+@pytest.mark.parametrize(
+    ("family", "most"),
+    [("qwen2_vl", 50), ("llava_onevision", 50), ("smolvlm", 50), ("qwen3_vl", 58)],
+)
+def test_a_layer_in_16_bits_is_launched_as_seldom(family, most, tmp_path):
+    settings_of = Model(path=str(tinymodels.folder(family, tmp_path)), dtype="bfloat16")
+    policy = load_policy(settings_of, "cpu")
+    encoded = tinymodels.encode(
+        policy, [tinymodels.prompt(0, "image"), tinymodels.prompt(1, "image")]
+    )
+    features = policy.encode_vision(encoded)
+    with standingpu.gpu() as gpu:
+        features = there(policy, features)
+        request = Request(settings(skip="layer"), audit=(0,))
+        of_layers = launches_of_layers(
+            policy, gpu, lambda: generate(policy, encoded, features, request, 1)
+        )
+    assert 40 < max(of_layers) <= most, of_layers
 
 
 @pytest.mark.parametrize("kv", ["evict", "retain"])
@@ -113,6 +156,43 @@ def test_a_prompt_of_a_users_own_waits_for_its_mask_besides(kv):
         with sparse_attention(policy.model, Request(settings(skip="layer", kv=kv)), begin):
             policy.decoder(**inputs, attention_mask=mask, use_cache=True)
     assert gpu.waits.total() <= LAYERS + 1, gpu.waits
+
+
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+@torch.no_grad()
+def test_a_later_turn_of_a_conversation_waits_once_a_layer_too(skip):
+    from zipr1.models.sparse import retain
+
+    policy, encoded, features = prompts()
+    request = Request(settings(skip=skip, kv="retain"))
+    ids = torch.arange(40, 48).view(1, -1).expand(len(encoded), -1)
+
+    def turns(features, place, gpu):
+        inputs, valid = policy.rows(encoded, features, None, left=True)
+        mask = torch.cat([valid, torch.ones(ids.shape, dtype=torch.bool)], 1).long()
+        at = valid.shape[1] + torch.arange(ids.shape[1]).expand(3, *ids.shape)
+        first = valid.long()
+        first, mask, at, more = (place(x) for x in (first, mask, at, ids))
+        with sparse_attention(policy.model, request, retain.begin) as run:
+            out = policy.decoder(**inputs, attention_mask=first, use_cache=True)
+            before = gpu.waits.total()
+            out = policy.decoder(
+                input_ids=more, attention_mask=mask, position_ids=at, use_cache=True,
+                past_key_values=out.past_key_values,
+            )  # fmt: skip
+            waited = gpu.waits.total() - before
+        return out.last_hidden_state, run.record.kept_positions(), waited
+
+    wanted, kept, _ = turns(features, lambda x: x, standingpu.Gpu())
+    with standingpu.gpu() as gpu:
+        got, found, waited = turns(there(policy, features), OnGpu, gpu)
+    assert waited <= LAYERS + 2, (
+        gpu.waits
+    )  # which tokens are real, of this turn and of those before
+    assert [[x.tolist() for x in row] for row in found] == [
+        [x.tolist() for x in row] for row in kept
+    ]
+    torch.testing.assert_close(got.held, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["answers", "cut+pathwise", "pathwise+through"])

@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tinyruns import start, steps, write
 
-from zipr1.core import checksums, signals
+from zipr1.core import checksums, distributed, signals
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.load import load
 from zipr1.train import loggers, loop
@@ -152,7 +152,8 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path, model):
 
 @pytest.mark.parametrize("moment", ["looking", "stepping"])
 def test_a_signal_in_the_middle_of_a_step_saves_a_true_state(tmp_path, model, monkeypatch, moment):
-    """While a step looks, the state before it is saved; once weights change, the state after it."""
+    """While a step looks, the state before it is saved; once weights change, the state after it. Ctrl-C again, while
+    that is written and while the run cleans up, changes nothing."""
     recipe = write(tmp_path / "r.yaml", model, train={"steps": 4, "save_every": 0})
     start(recipe, tmp_path / "whole")
     name = "update" if moment == "looking" else "step_metrics"
@@ -164,10 +165,21 @@ def test_a_signal_in_the_middle_of_a_step_saves_a_true_state(tmp_path, model, mo
             signals.handle(signal.SIGTERM)
         return original(*arguments)
 
+    def again(function):
+        def called(*arguments):
+            if len(calls) >= 3:
+                signals.handle(signal.SIGINT)
+            return function(*arguments)
+
+        return called
+
     monkeypatch.setattr(loop, name, interrupted)
+    monkeypatch.setattr(loop, "save", again(loop.save))
+    monkeypatch.setattr(distributed.Parallel, "close", again(distributed.Parallel.close))
     with pytest.raises(signals.Stopped) as stop:
         start(recipe, tmp_path / "run")
     monkeypatch.undo()
+    assert stop.value.number == signal.SIGTERM and not (tmp_path / "run" / ".lock").exists()
     done = 2 if moment == "looking" else 3
     assert f"step {done} is saved" in stop.value.note
     assert (tmp_path / "run" / "last").resolve().name == f"step-{done:06d}"

@@ -208,7 +208,7 @@ def test_the_range_of_thresholds_narrows_over_half_of_the_steps():
 
 
 def test_pictures_are_seen_once_a_run_within_a_bound():
-    """A remembered picture gives the same features as a fresh one, and what is forgotten is seen again."""
+    """A remembered picture gives the same features as a fresh one, and what does not fit is seen again."""
     policy = tinymodels.make()
     prompts = tinymodels.mixed()
     fresh = MediaEncoder(policy, recipe())
@@ -222,7 +222,7 @@ def test_pictures_are_seen_once_a_run_within_a_bound():
     second = fresh.encode_vision(again).policy
     assert policy.vision_calls == 4
     assert all(torch.equal(first[name], second[name]) for name in first)
-    # Room for the picture seen last alone, asked for in another order: it depends on nothing else.
+    # Room for one picture, asked for in another order: it depends on nothing else.
     small = MediaEncoder(policy, recipe(), most=max(f.nbytes for f in first.values()))
     for turn in (prompts, prompts[::-1]):
         seen = small.encode_vision(small.encode(turn)).policy

@@ -28,7 +28,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _ORIENTATION = 0x0112  # EXIF: how the camera was held
 _BITS_PER_SAMPLE = 258  # TIFF
 _DEEP = ("I", "F")  # PIL's modes of levels that are no bytes begin so
-_HANDLED = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")
+# Modes that every PIL turns into RGB; of the others a check has to try.
+_CERTAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
 
 def rgb(picture: Image.Image, name: str = "a picture in memory") -> np.ndarray:
@@ -38,20 +39,25 @@ def rgb(picture: Image.Image, name: str = "a picture in memory") -> np.ndarray:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith(_DEEP):
             return _of_levels(picture, bits, name)
-        if picture.mode not in _HANDLED:
-            raise InputError(
-                f"{name}: its colours are {picture.mode}; allowed: RGB, grey, palette, CMYK, with or without "
-                "transparency; save it as RGB"
-            )
+        picture.load()
+        return _over_white(picture, name)
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _damaged(name, error) from error
+
+
+def _over_white(picture: Image.Image, name: str) -> np.ndarray:
+    try:
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             paper = Image.new("RGBA", picture.size, (255, 255, 255, 255))
             picture = Image.alpha_composite(paper, picture)
         return np.asarray(picture.convert("RGB"))
-    except InputError:
-        raise
-    except (OSError, SyntaxError, ValueError) as error:
-        raise _damaged(name, error) from error
+    except ValueError:
+        raise InputError(
+            f"{name}: its colours are {picture.mode}, which PIL does not turn into RGB; save it as RGB"
+        ) from None
 
 
 def _of_levels(picture: Image.Image, bits: int | None, name: str) -> np.ndarray:
@@ -115,7 +121,7 @@ def check_image(source: str | Path | io.BytesIO) -> tuple[int, int]:
             # By a quarter turn; PIL tells the size of a TIFF as it is seen.
             sideways = picture.format != "TIFF" and picture.getexif().get(_ORIENTATION, 1) >= 5
             width, height = picture.size
-            if picture.mode not in _HANDLED:
+            if picture.mode not in _CERTAIN:
                 rgb(picture, name)
             # PIL's verify() does not decode the pixels of most formats: loading them finds files that are cut off.
             # draft() lets JPEG decode at an eighth of its size.

@@ -23,6 +23,7 @@ from zipr1.data.media import load_media
 from zipr1.models import gallery
 from zipr1.models.batching import by_length
 from zipr1.models.encoder import MediaEncoder, without_patches
+from zipr1.models.loading import without_plans
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
 from zipr1.models.sampling import Answers
@@ -128,6 +129,7 @@ class Answerer:
                 raise InputError(
                     f"--budget {p}: outside (0, 1]; give shares such as 0.975, or 1.0 for dense"
                 )
+        without_plans(policy.device)
         self.policy = policy
         self.variants = tuple(
             Variant(f"{p:g}", p, None if p >= 1 else sparse.model_copy(update={"p": p}))

@@ -38,6 +38,7 @@ from zipr1.models.loading import choose_device
 from zipr1.models.manifest import read
 from zipr1.models.open import ModelSource, find_source, inference_dtype
 from zipr1.models.policy import Policy, load_policy
+from zipr1.models.sparse.request import settled
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +102,7 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
         recipe = _with_dtype(recipe, device)
         activity.tell(f"opening {request.model}")
         policy = load_policy(recipe.model, device)
+        recipe = recipe.model_copy(update={"sparse": settled(recipe.sparse, policy.device)})
         base, base_name, base_note = _base(request, source, recipe, device)
         meta = {
             "model": request.model,

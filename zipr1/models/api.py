@@ -19,7 +19,7 @@ from zipr1.core.types import Media
 from zipr1.data.chat import OPTIONS, asked_of, medium, parse
 from zipr1.data.media import load_timed
 from zipr1.models.inputs import model_inputs
-from zipr1.models.loading import WEIGHT_DTYPES, choose_device, save_processor
+from zipr1.models.loading import WEIGHT_DTYPES, choose_device, save_processor, without_plans
 from zipr1.models.open import BOUNDS, find_source, open_model, stored_dtype
 from zipr1.models.processors import Processor
 from zipr1.models.sparse.session import session_of
@@ -55,6 +55,7 @@ def load(
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise InputError(f"{where}: dtype {dtype!r}; allowed: {', '.join(WEIGHT_DTYPES)}")
     place = choose_device(device)
+    without_plans(place)
     if dtype is None:
         dtype = "float32" if place.type == "cpu" else stored_dtype(path, wanted.revision)
     opened = open_model(wanted.model_copy(update={"dtype": dtype}), place)

@@ -11,7 +11,6 @@ so their order does not matter.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -31,7 +30,9 @@ from zipr1.models.visual import Visual
 
 log = logging.getLogger("zipr1")
 
-# Bytes of features that are remembered, of the pictures seen last: in the memory of the CPU, which has more.
+# Bytes of features that are remembered, of the pictures seen first, in the memory of the CPU, which has more. Training
+# comes back to a picture when it has gone through all others: of more pictures than fit, those seen last would all be
+# forgotten before they are needed, and each be copied for nothing.
 MOST = 2**30
 
 
@@ -55,7 +56,7 @@ class MediaEncoder:
         rule = policy.processor.settings.frame_rule
         self.frames = recipe.data.max_frames, recipe.data.fps, rule
         self.most = 0 if policy.settings.train_vision else most
-        self.seen: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self.seen: dict[str, torch.Tensor] = {}
         self.visuals: dict[str, tuple[Visual, ...]] = {}
         self.coming: dict[str, Future[Visual]] = {}
         self.held = 0
@@ -195,17 +196,14 @@ class MediaEncoder:
             )
 
     def _remember(self, name: str, one: Encoded, features: torch.Tensor) -> None:
-        if name not in self.seen:
-            self.held += features.nbytes
-            self.visuals[name] = without_patches(one).visuals
-            self.seen[name] = kept = features.cpu()
-            if features.is_cuda:
-                self.seen[name] = kept.pin_memory()
-        self.seen.move_to_end(name)
-        while self.held > self.most:
-            oldest, dropped = self.seen.popitem(last=False)
-            self.held -= dropped.nbytes
-            del self.visuals[oldest]
+        if name in self.seen or self.held + features.nbytes > self.most:
+            return
+        self.held += features.nbytes
+        self.visuals[name] = without_patches(one).visuals
+        # Pinned, so that no copy is waited for, in either direction: the GPU alone reads and writes it, in order.
+        kept = torch.empty(features.shape, dtype=features.dtype, pin_memory=features.is_cuda)
+        kept.copy_(features, non_blocking=True)
+        self.seen[name] = kept
 
 
 def without_patches(encoded: Encoded) -> Encoded:
@@ -230,6 +228,8 @@ def effective(encoded: Sequence[Encoded], policy: Policy) -> list[str]:
         if not seen:
             continue
         most = "one tile" if settings.tile else f"at most {settings.of(kind).max_pixels:,}"
+        if kind == "video" and settings.clip_pixels is not None:
+            most += " over all frames"
         parts = [
             f"{_between([v.grid[1] * settings.patch for v in seen])} x "
             f"{_between([v.grid[2] * settings.patch for v in seen])} pixels ({most})"

@@ -59,6 +59,17 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
+def without_plans(device: torch.device) -> None:
+    """Switch cuDNN's form of torch's attention off, for the whole process, where `device` is a GPU.
+
+    It plans for every shape of its input anew, tens of milliseconds of the host each, and here the shape changes: the
+    number of kept tokens from layer to layer and prompt to prompt, that of dense decoding with every token. For those
+    who measure one shape again and again (zipr1/profiling) it stays as torch has it.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def find_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -245,6 +256,7 @@ def save_processor(tokenizer: Any, settings: PixelSettings, family: str, folder:
     known_as = families.FAMILIES[family]
     processor = {"processor_class": known_as.processor}
     image = {"image_processor_type": known_as.pixels, **_pixel_values(settings)}
+    image |= known_as.whole(settings.tile)
     parts: dict[str, Any] = {"image_processor": image}
     if known_as.clips is not None:
         video = {"video_processor_type": known_as.video, **_clip_values(settings)}

@@ -92,7 +92,8 @@ def _known(given: dict[str, Any], allowed: set[str], where: str) -> None:
 
 
 def build_model(tokenizer: Any, config: dict[str, Any], seed: int) -> torch.nn.Module:
-    """`config`: `family`, and keyword arguments for the `text` and `vision` configs. Weights from `seed`."""
+    """`config`: `family`, and keyword arguments for the `text` and `vision` configs. Weights from `seed`, the same
+    on every device: drawn on the CPU."""
     _known(config, {"family", "words", "pixels", "text", "vision"}, "model.config")
     family = config.get("family", "qwen2_5_vl")
     if family not in FAMILIES:

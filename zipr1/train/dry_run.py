@@ -28,6 +28,7 @@ from zipr1.models.encoder import MediaEncoder, effective
 from zipr1.models.open import is_here
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
+from zipr1.models.sparse.request import dense_below
 from zipr1.rewards.registry import check_answers, examples
 from zipr1.train import supervised
 from zipr1.train.metrics import question
@@ -151,7 +152,8 @@ def _tried(
     pictures = MediaEncoder(policy, recipe)
     prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     samples, encoded = pictures.usable((prompts or questions)[:SAMPLED])
-    check_lengths(recipe, [len(sample) for sample in encoded])
+    limit = dense_below(recipe.sparse, policy.device)
+    check_lengths(recipe, [len(sample) for sample in encoded], limit)
     for prompt, sample in list(zip(samples, encoded, strict=True))[:2]:
         _show(policy, prompt, sample, console)
     for line in effective(encoded, policy):

@@ -28,9 +28,10 @@ from zipr1.core.types import Prompt
 from zipr1.data import sources
 from zipr1.data.sampler import PromptSampler
 from zipr1.models.encoder import MediaEncoder, effective
-from zipr1.models.loading import choose_device
+from zipr1.models.loading import choose_device, without_plans
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
+from zipr1.models.sparse.request import dense_below, settled
 from zipr1.rewards.registry import check_answers
 from zipr1.train import chunks, optim, supervised
 from zipr1.train.checkpoints import remember, save, snapshot, start_or_resume
@@ -80,6 +81,8 @@ def run(
                 policy = load_policy(recipe.model, where, recipe.seed)
             except Missing as error:  # all that has to be brought here, at once
                 raise Missing("; ".join([str(error), *sources.missing(recipe.data)])) from None
+            without_plans(policy.device)
+            recipe = recipe.model_copy(update={"sparse": settled(recipe.sparse, policy.device)})
             try:
                 return _run(policy, recipe, output, resume, command, console, opened)
             finally:
@@ -140,8 +143,9 @@ def load_questions(
     prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     if recipe.data.on_bad_row == "skip":
         questions = chunks.readable(pictures, questions)
-    _, first = pictures.usable(prompts[: FIRST if recipe.sparse.dense_below else 1], least=0)
-    check_lengths(recipe, [len(encoded) for encoded in first])
+    limit = dense_below(recipe.sparse, pictures.policy.device)
+    _, first = pictures.usable(prompts[: FIRST if limit else 1], least=0)
+    check_lengths(recipe, [len(encoded) for encoded in first], limit)
     return prompts, questions, first
 
 

@@ -26,7 +26,7 @@ from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
 from zipr1.models.sparse import thresholds
 from zipr1.models.sparse.record import Record
-from zipr1.models.sparse.request import Request
+from zipr1.models.sparse.request import Request, dense_below
 from zipr1.models.token_budget import token_budget
 from zipr1.rewards.registry import reward_of
 from zipr1.train.controller import Check
@@ -227,7 +227,7 @@ def cut_logprobs(record: Record | None, recipe: Recipe, low: float) -> torch.Ten
         recipe.budgets.per,
     )
     # Too short to be pruned: keeping everything was no choice.
-    short = record.lengths < recipe.sparse.dense_below
+    short = record.lengths < dense_below(recipe.sparse, record.candidates.device)
     return logp.masked_fill(short, 0.0).cpu()
 
 

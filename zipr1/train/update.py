@@ -22,7 +22,7 @@ from zipr1.models.processors import Encoded
 from zipr1.models.sparse import thresholds
 from zipr1.models.sparse.patch import SparseRun, sparse_attention
 from zipr1.models.sparse.record import Record
-from zipr1.models.sparse.request import Request
+from zipr1.models.sparse.request import Request, dense_below
 from zipr1.models.token_budget import token_budget
 from zipr1.models.transfer import send
 from zipr1.train import losses
@@ -269,7 +269,7 @@ def efficiency_loss(
     # An all-wrong group is not paid for saving, here as in the reward.
     short, weights = send(
         device,
-        torch.tensor([length < recipe.sparse.dense_below for length in lengths]),
+        torch.tensor(lengths) < dense_below(recipe.sparse, device),
         rows.weights[:, chosen] * rows.opened[chosen],
     )
     if "pathwise" in methods:

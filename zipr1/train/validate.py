@@ -80,9 +80,9 @@ def check(recipe: Recipe) -> None:
 FIRST = 16
 
 
-def check_lengths(recipe: Recipe, lengths: Sequence[int]) -> None:
-    """InputError if not one of the first prompts is long enough to be sparse: nothing could be learned."""
-    limit = recipe.sparse.dense_below
+def check_lengths(recipe: Recipe, lengths: Sequence[int], limit: int) -> None:
+    """InputError if not one of the first prompts is long enough to be sparse: nothing could be learned. limit: tokens
+    below which a prompt stays dense."""
     if recipe.train.stage == "rl" and lengths and max(lengths) < limit:
         raise InputError(
             f"the first {len(lengths)} prompts have {max(lengths)} tokens at most and stay dense below "

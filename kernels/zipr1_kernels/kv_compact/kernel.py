@@ -1,4 +1,4 @@
-"""Compaction in Triton: kept keys and values copied by one launch. Arguments as in `kv_compact/__init__.py`."""
+"""Compaction in Triton: kept keys and values copied by one launch. Arguments as in reference.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from zipr1_kernels.kept import Kept
 from zipr1_kernels.launch import Config, launch, padded, rows_of
 
 FORWARD = Config(1, 32, 4, 1)
@@ -32,14 +31,16 @@ def compact_kernel(
     tl.store(NewV + to * DV + value_dims, v, mask=live & (value_dims < DV))
 
 
-def kv_compact(k: torch.Tensor, v: torch.Tensor, kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the public function; without a gradient."""
+def kv_compact(
+    k: torch.Tensor, v: torch.Tensor, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values `(B, H, L, D)` at `index` `(B, n)`; without a gradient."""
     batch, heads, _, dim = k.shape
-    n, values = kept.index.shape[1], v.shape[3]
+    n, values = index.shape[1], v.shape[3]
     k, v = rows_of(k), rows_of(v)
     small_k, small_v = k.new_empty(batch, n, heads, dim), v.new_empty(batch, n, heads, values)
     launch(compact_kernel, (triton.cdiv(n, FORWARD.columns), heads, batch),
-        k, v, small_k, small_v, kept.index, heads, n, *k.stride()[:3], *v.stride()[:3],
+        k, v, small_k, small_v, index.contiguous(), heads, n, *k.stride()[:3], *v.stride()[:3],
         D=dim, BD=padded(dim), DV=values, BV=padded(values), BN=FORWARD.columns, **FORWARD.options,
     )  # fmt: skip
     return small_k.transpose(1, 2), small_v.transpose(1, 2)

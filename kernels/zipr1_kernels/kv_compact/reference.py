@@ -1,15 +1,15 @@
-"""Gathering tokens in plain PyTorch. Arguments as in `kv_compact/__init__.py`."""
+"""Gathering tokens in plain PyTorch."""
 
 from __future__ import annotations
 
 import torch
 
-from zipr1_kernels.kept import Kept
 
-
-def kv_compact(k: torch.Tensor, v: torch.Tensor, kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the public function."""
-    return gather_tokens(k, kept.index), gather_tokens(v, kept.index)
+def kv_compact(
+    k: torch.Tensor, v: torch.Tensor, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values `(B, H, L, D)` at `index` `(B, n)`."""
+    return gather_tokens(k, index), gather_tokens(v, index)
 
 
 def gather_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

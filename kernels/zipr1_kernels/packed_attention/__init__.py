@@ -14,8 +14,9 @@ def packed_attention(
 ) -> torch.Tensor:
     """Each token attends to those of its own row up to itself: `sparse_prefill` of tokens that were gathered before.
 
-    On a GPU torch's own variable-length attention runs where it can: unlike its padded attention on cuDNN it plans
-    nothing for a new length, and needs no padding. Elsewhere rows are padded to the longest and `sparse_prefill` runs.
+    On a GPU a variable-length attention runs where it can, FlashAttention 3 or 4 where installed, else torch's own:
+    unlike torch's padded attention on cuDNN it plans nothing for a new length, and needs no padding. Elsewhere rows are
+    padded to the longest and `sparse_prefill` runs.
 
     Args:
         q: `(T, HQ, D)`; k: `(T, H, D)`; v: `(T, H, DV)`; HQ is a multiple of H. The kept tokens of all rows in the
@@ -34,8 +35,11 @@ def packed_attention(
     checks.same_dtype(q=q, k=k, v=v)
     if kept.total is not None and kept.total != tokens:
         raise ValueError(f"{tokens} tokens and kept has {kept.total}; give those of kept.flat")
-    if dispatch.library("packed_attention", q, k, v, kept.index, cannot=library.cannot(q, k, v)):
-        return library.packed_attention(q, k, v, kept, scale=scale)
+    provider = library.choose(q, k, v)
+    cannot, name = (provider, "") if isinstance(provider, str) else (None, provider.name)
+    if dispatch.library("packed_attention", q, k, v, kept.index, cannot=cannot, name=name):
+        assert not isinstance(provider, str)
+        return library.packed_attention(provider, q, k, v, kept, scale=scale)
     # Which uses this operation, so it is not imported above.
     from zipr1_kernels.sparse_prefill import blocked, sparse_prefill
 

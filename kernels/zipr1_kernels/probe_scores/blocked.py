@@ -21,9 +21,9 @@ def probe_scores(
     q_probe: torch.Tensor,
     k: torch.Tensor,
     probes: torch.Tensor,
-    probe_valid: torch.Tensor,
     candidates: torch.Tensor,
     *,
+    rows: torch.Tensor | None = None,
     scale: float | None = None,
     normalise: bool = True,
 ) -> torch.Tensor:
@@ -35,11 +35,11 @@ def probe_scores(
     dtype = torch.promote_types(q_probe.dtype, torch.float32)
     total = torch.zeros(batch, length, dtype=dtype)
     seen = torch.zeros(batch, length, dtype=dtype)
-    for b in range(batch):
-        slots = candidates[b].nonzero()[:, 0]
+    for b, row in enumerate(range(batch) if rows is None else rows.tolist()):
+        slots = candidates[row].nonzero()[:, 0]
         # Probes by falling slot, seen as the number of candidates up to it: then block after block sees less.
-        reach = torch.searchsorted(slots, probes[b].contiguous(), right=True)
-        real = (probe_valid[b] & (reach > 0)).nonzero()[:, 0]
+        reach = torch.searchsorted(slots, probes[b].to(slots.dtype).contiguous(), right=True)
+        real = (reach > 0).nonzero()[:, 0]
         if not len(real):
             continue
         reach, order = reach[real].sort(descending=True)
@@ -49,7 +49,7 @@ def probe_scores(
         # Made once: blocks of this size come from the system and go back to it, a page fault for every 4 KB.
         room = [torch.empty(step * groups * len(slots), dtype=dtype) for _ in range(2)]
         for h in range(heads):
-            keys = k[b, h] if len(slots) == length else k[b, h, slots]
+            keys = k[row, h] if len(slots) == length else k[row, h, slots]
             keys = keys.to(dtype).mT
             queries = q_probe[b, h * groups : (h + 1) * groups, real].transpose(0, 1)
             queries = (queries.to(dtype) * scale).contiguous()  # (R, G, D)

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from zipr1_kernels import dispatch
 from zipr1_kernels.launch import (
     INTERPRETED,
     LOG2E,
@@ -52,17 +53,16 @@ PROGRAMS, MOST_SHARES, JOINED = 264, 32, 64
 
 @triton.jit
 def _rows(
-    Q, Slot, b, h, m0, H, R, GR,
+    Q, Slot, b, h, m0, R, GR, sqb, sqh, sql,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """Queries `(BM, BD)` and the slots they reach `(BM,)`, -1 for rows that do not count, whose queries are 0."""
     rows = m0 + tl.arange(0, BM)
     dims = tl.arange(0, BD)
     slot = tl.load(Slot + b * R + rows % R, mask=rows < GR, other=-1)
-    start = ((b * H + h) * GR).to(tl.int64)
-    q = tl.load(
-        Q + (start + rows[:, None]) * D + dims, mask=(slot >= 0)[:, None] & (dims < D), other=0.0
-    )
+    head = h * (GR // R) + rows // R
+    at = b.to(tl.int64) * sqb + head.to(tl.int64) * sqh + (rows % R) * sql
+    q = tl.load(Q + at[:, None] + dims, mask=(slot >= 0)[:, None] & (dims < D), other=0.0)
     if UP:
         q = q.to(tl.float32)
     return q, slot
@@ -103,19 +103,23 @@ def _weights(q, k, cols, cand, slot, lse, scale, PREC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["L", "span"])
 def lse_kernel(
-    Q, K, Slot, Cand, Share, H, R, GR, L, scale, skb, skh, skl, span, shares,
+    Q, K, Slot, Cand, Share, H, R, GR, L, scale, sqb, sqh, sql, skb, skh, skl, span, shares, Rows,
+    MAPPED: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """Share `(shares, B, H, GR)`: base-2 logarithm of each row's sum of exponentials over keys span * i .. of the i-th
     share; inf for a row that sees none of them, as is for the whole what `join_kernel` finds when all are."""
     m0, h, pair = tl.program_id(0) * BM, tl.program_id(1), tl.program_id(2)
     b, share = pair // shares, pair % shares
-    q, slot = _rows(Q, Slot, b, h, m0, H, R, GR, D, BD, BM, UP)
+    row = b
+    if MAPPED:
+        row = tl.load(Rows + b)
+    q, slot = _rows(Q, Slot, b, h, m0, R, GR, sqb, sqh, sql, D, BD, BM, UP)
     most = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     begin = share * span
     for n0 in range(begin, tl.minimum(begin + span, tl.max(slot, 0) + 1), BN):
-        k, cols, cand = _keys(K, Cand, b, h, n0, L, skb, skh, skl, False, D, BD, BN, UP)
+        k, cols, cand = _keys(K, Cand, row, h, n0, L, skb, skh, skl, False, D, BD, BN, UP)
         x = tl.dot(q, tl.trans(k), input_precision=PREC) * scale
         x = tl.where(cand[None, :] & (cols[None, :] <= slot[:, None]), x, -float("inf"))
         new = tl.maximum(most, tl.max(x, 1))
@@ -147,19 +151,22 @@ def join_kernel(Share, Lse, total, shares, SHARES: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def columns_kernel(
-    Q, K, Slot, Cand, Lse, Out, Count, H, R, GR, L, scale, skb, skh, skl,
-    NORM: tl.constexpr,
+    Q, K, Slot, Cand, Lse, Out, Count, H, R, GR, L, scale, sqb, sqh, sql, skb, skh, skl, Rows,
+    NORM: tl.constexpr, MAPPED: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """Out `(B, L)`: the weights summed over heads and probes; Count `(B, L)`: how many probes see a column."""
     n0, b = tl.program_id(0) * BN, tl.program_id(1)
+    row = b
+    if MAPPED:
+        row = tl.load(Rows + b)
     total = tl.zeros([BN], tl.float32)
     cols = n0 + tl.arange(0, BN)
-    cand = tl.load(Cand + b * L + cols, mask=cols < L, other=0) != 0
+    cand = tl.load(Cand + row * L + cols, mask=cols < L, other=0) != 0
     for h in range(H):
-        k, _, _ = _keys(K, Cand, b, h, n0, L, skb, skh, skl, False, D, BD, BN, UP)
+        k, _, _ = _keys(K, Cand, row, h, n0, L, skb, skh, skl, False, D, BD, BN, UP)
         for m0 in range(0, GR, BM):
-            q, slot = _rows(Q, Slot, b, h, m0, H, R, GR, D, BD, BM, UP)
+            q, slot = _rows(Q, Slot, b, h, m0, R, GR, sqb, sqh, sql, D, BD, BM, UP)
             rows = m0 + tl.arange(0, BM)
             lse = tl.load(Lse + (b * H + h) * GR + rows, mask=rows < GR, other=float("inf"))
             total += tl.sum(_weights(q, k, cols, cand, slot, lse, scale, PREC), 0)
@@ -177,12 +184,12 @@ def columns_kernel(
 
 @triton.jit
 def queries_grad_kernel(
-    Q, K, Slot, Cand, Lse, Grad, Delta, DQ, H, R, GR, L, scale, factor, skb, skh, skl,
+    Q, K, Slot, Cand, Lse, Grad, Delta, DQ, H, R, GR, L, scale, factor, sqb, sqh, sql, skb, skh, skl,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """DQ, and Delta: each row's weighted mean of the columns' gradients. scale is in base 2, factor as it is given."""
     m0, h, b = tl.program_id(0) * BM, tl.program_id(1), tl.program_id(2)
-    q, slot = _rows(Q, Slot, b, h, m0, H, R, GR, D, BD, BM, UP)
+    q, slot = _rows(Q, Slot, b, h, m0, R, GR, sqb, sqh, sql, D, BD, BM, UP)
     rows = m0 + tl.arange(0, BM)
     at = (b * H + h) * GR + rows
     lse = tl.load(Lse + at, mask=rows < GR, other=float("inf"))
@@ -207,7 +214,7 @@ def queries_grad_kernel(
 
 @triton.jit
 def keys_grad_kernel(
-    Q, K, Slot, Cand, Lse, Grad, Delta, DK, H, R, GR, L, factor, scale, skb, skh, skl,
+    Q, K, Slot, Cand, Lse, Grad, Delta, DK, H, R, GR, L, factor, scale, sqb, sqh, sql, skb, skh, skl,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """DK `(B, H, L, D)`, contiguous; 0 where no candidate is."""
@@ -216,7 +223,7 @@ def keys_grad_kernel(
     grad = tl.load(Grad + b * L + cols, mask=cols < L, other=0.0)
     dk = tl.zeros([BN, BD], tl.float32)
     for m0 in range(0, GR, BM):
-        q, slot = _rows(Q, Slot, b, h, m0, H, R, GR, D, BD, BM, UP)
+        q, slot = _rows(Q, Slot, b, h, m0, R, GR, sqb, sqh, sql, D, BD, BM, UP)
         rows = m0 + tl.arange(0, BM)
         at = (b * H + h) * GR + rows
         lse = tl.load(Lse + at, mask=rows < GR, other=float("inf"))
@@ -244,25 +251,27 @@ def _span(length: int, blocks: int, columns: int) -> int:
 
 class _ProbeScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, probes, valid, candidates, scale, normalise):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, q, k, probes, candidates, rows_of_keys, scale, normalise):  # type: ignore[no-untyped-def]
         batch, q_heads, count, dim = q.shape
         heads, length = k.shape[1], k.shape[2]
-        q, k = q.contiguous(), rows_of(k)
-        slots = probes.masked_fill(~valid, -1).to(torch.int32)
+        q, k = rows_of(q), rows_of(k)
+        slots = probes.to(torch.int32).contiguous()
+        mapped = rows_of_keys is not None
+        which = rows_of_keys.to(torch.int32).contiguous() if mapped else slots
         candidates = candidates.contiguous().view(torch.uint8)
         rows = q_heads // heads * count
         lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=k.device)
         out = torch.empty(batch, length, dtype=torch.float32, device=k.device)
         seen = torch.empty_like(out)
         config = table(FORWARD, k.device)[padded(dim)]
-        sizes = (heads, count, rows, length, scale * LOG2E, *k.stride()[:3])
+        sizes = (heads, count, rows, length, scale * LOG2E, *q.stride()[:3], *k.stride()[:3])
         blocks = triton.cdiv(rows, config.rows) * heads * batch
         span = _span(length, blocks, config.columns)
         shares = triton.cdiv(length, span)
         part = lse if shares == 1 else lse.new_empty(shares, *lse.shape)
         launch(
             lse_kernel, (triton.cdiv(rows, config.rows), heads, batch * shares),
-            q, k, slots, candidates, part, *sizes, span, shares, **_shape(config, k),
+            q, k, slots, candidates, part, *sizes, span, shares, which, MAPPED=mapped, **_shape(config, k),
         )  # fmt: skip
         if shares > 1:
             launch(
@@ -272,8 +281,8 @@ class _ProbeScores(torch.autograd.Function):
         inputs = (q, k, slots, candidates, lse)
         config = table(COLUMNS, k.device)[padded(dim)]
         launch(
-            columns_kernel, (triton.cdiv(length, config.columns), batch), *inputs, out, seen, *sizes,
-            NORM=normalise, **_shape(config, k),
+            columns_kernel, (triton.cdiv(length, config.columns), batch), *inputs, out, seen, *sizes, which,
+            NORM=normalise, MAPPED=mapped, **_shape(config, k),
         )  # fmt: skip
         ctx.save_for_backward(*inputs, seen)
         ctx.scale, ctx.normalise = scale, normalise
@@ -288,12 +297,13 @@ class _ProbeScores(torch.autograd.Function):
         grad = grad.float().contiguous()
         if ctx.normalise:
             grad = grad / seen
-        delta, dq = torch.empty_like(lse), torch.empty_like(q)
+        delta, dq = torch.empty_like(lse), torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
         inputs = (q, k, slots, candidates, lse, grad, delta)
         sizes = (heads, count, rows, length)
         options = {"scale": ctx.scale * LOG2E, "factor": ctx.scale}
-        options |= dict(zip(("skb", "skh", "skl"), k.stride()[:3], strict=True))
+        for x, names in ((q, ("sqb", "sqh", "sql")), (k, ("skb", "skh", "skl"))):
+            options |= dict(zip(names, x.stride()[:3], strict=True))
         config = table(QUERIES, k.device)[padded(dim)]
         launch(
             queries_grad_kernel, (triton.cdiv(rows, config.rows), heads, batch),
@@ -311,15 +321,17 @@ def probe_scores(
     q_probe: torch.Tensor,
     k: torch.Tensor,
     probes: torch.Tensor,
-    probe_valid: torch.Tensor,
     candidates: torch.Tensor,
     *,
+    rows: torch.Tensor | None = None,
     scale: float | None = None,
     normalise: bool = True,
 ) -> torch.Tensor:
     """See the public function."""
     scale = q_probe.shape[3] ** -0.5 if scale is None else scale
-    out: torch.Tensor = _ProbeScores.apply(
-        q_probe, k, probes, probe_valid, candidates, scale, normalise
-    )
+    if rows is not None and dispatch.graded(
+        q_probe, k
+    ):  # the backward kernels know one key row for each of queries
+        k, candidates, rows = k.index_select(0, rows), candidates.index_select(0, rows), None
+    out: torch.Tensor = _ProbeScores.apply(q_probe, k, probes, candidates, rows, scale, normalise)
     return out

@@ -12,9 +12,9 @@ def probe_scores(
     q_probe: torch.Tensor,
     k: torch.Tensor,
     probes: torch.Tensor,
-    probe_valid: torch.Tensor,
     candidates: torch.Tensor,
     *,
+    rows: torch.Tensor | None = None,
     scale: float | None = None,
     normalise: bool = True,
 ) -> torch.Tensor:
@@ -23,16 +23,19 @@ def probe_scores(
     heads, length = k.shape[1], k.shape[2]
     scale = dim**-0.5 if scale is None else scale
     dtype = torch.promote_types(q_probe.dtype, torch.float32)
+    real = probes >= 0
+    if rows is not None:
+        k, candidates = k.index_select(0, rows), candidates.index_select(0, rows)
 
     # Zeroed, not only masked after the product: 0 * NaN would poison the gradients.
-    q = q_probe.masked_fill(~probe_valid[:, None, :, None], 0).to(dtype) * scale
+    q = q_probe.masked_fill(~real[:, None, :, None], 0).to(dtype) * scale
     k = k.masked_fill(~candidates[:, None, :, None], 0).to(dtype)
     q = q.reshape(batch, heads, -1, dim)  # (B, H, G*R, D)
     groups = q_heads // heads
 
     slots = torch.arange(length, device=k.device)
     visible = candidates[:, None, :] & (slots <= probes[:, :, None])  # (B, R, L)
-    counted = probe_valid & visible.any(-1)
+    counted = real & visible.any(-1)
     hidden = ~visible.repeat(1, groups, 1)[:, None]  # (B, 1, G*R, L)
     weight = counted.to(dtype).repeat(1, groups)[:, None, None]  # (B, 1, 1, G*R)
 

@@ -95,13 +95,21 @@ def pack_indices(keep: torch.Tensor) -> Kept:
     Args:
         keep: `(B, L)` bool with at least one True in each row (a row without any has count 0 and points at slot 0).
 
-    A GPU waits for the host once, to learn how much memory the longest row takes.
+    A GPU is waited for once, to learn how much memory the longest row takes.
     """
-    checks.shape("keep", keep, (None, None), "(B, L)")
-    checks.boolean("keep", keep)
-    if not keep.numel():
-        raise ValueError(f"keep has shape {tuple(keep.shape)}; expected at least one row and slot")
-    return _module("pack_indices", keep).pack_indices(keep)
+    return pack_each(keep)[0]
+
+
+def pack_each(*masks: torch.Tensor) -> tuple[Kept, ...]:
+    """`pack_indices` of several masks, of any shapes, for all of which a GPU is waited for once."""
+    for keep in masks:
+        checks.shape("keep", keep, (None, None), "(B, L)")
+        checks.boolean("keep", keep)
+        if not keep.numel():
+            said = tuple(keep.shape)
+            raise ValueError(f"keep has shape {said}; expected at least one row and slot")
+    found: tuple[Kept, ...] = _module("pack_indices", *masks).pack_each(*masks)
+    return found
 
 
 def _module(op: str, *tensors: torch.Tensor) -> ModuleType:

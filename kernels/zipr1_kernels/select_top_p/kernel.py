@@ -101,9 +101,9 @@ def select_kernel(Scores, Cand, Always, Budget, Keep, L, MODE: tl.constexpr, BLO
 
 @triton.jit(do_not_specialize=["L", "n"])
 def pack_kernel(
-    Keep, Count, Index, Flat, Starts, L, n, BLOCK: tl.constexpr, ROWS: tl.constexpr
+    Keep, Count, Index, Flat, Starts, Places, L, n, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """Index `(B, n)` int64: the kept slots in order, then the last one again. Flat and Starts as `Kept` has them."""
+    """Index `(B, n)` int64: the kept slots in order, then the last one again. Flat, Starts, Places as in `Kept`."""
     b = tl.program_id(0)
     begin = tl.zeros([], tl.int64)
     for r0 in range(0, b, ROWS):
@@ -111,7 +111,8 @@ def pack_kernel(
         begin += tl.sum(tl.load(Count + rows, mask=rows < b, other=0), 0)
     if b == 0:
         tl.store(Starts, begin.to(tl.int32))
-    tl.store(Starts + b + 1, (begin + tl.load(Count + b)).to(tl.int32))
+    tokens = tl.load(Count + b)
+    tl.store(Starts + b + 1, (begin + tokens).to(tl.int32))
     count = tl.zeros([], tl.int32)
     last = tl.zeros([], tl.int32)
     for n0 in range(0, L, BLOCK):
@@ -126,6 +127,8 @@ def pack_kernel(
         place = n0 + tl.arange(0, BLOCK)
         filler = tl.zeros([BLOCK], tl.int64) + last
         tl.store(Index + b.to(tl.int64) * n + place, filler, mask=(place >= count) & (place < n))
+        packed = begin + tl.minimum(place, tl.maximum(tokens, 1) - 1)
+        tl.store(Places + b.to(tl.int64) * n + place, packed, mask=place < n)
 
 
 def _mask(
@@ -167,24 +170,32 @@ def select_threshold(
     return _mask(THRESHOLD, scores, t, candidates, always)
 
 
-def pack_indices(keep: torch.Tensor) -> Kept:
+def pack_each(*masks: torch.Tensor) -> tuple[Kept, ...]:
     """See the public function."""
-    keep = keep.contiguous()
-    batch, length = keep.shape
-    count = keep.sum(-1)
+    masks = tuple(keep.contiguous() for keep in masks)
+    counts = [keep.sum(-1) for keep in masks]
     # The one wait; what follows of them costs the host less than four launches.
-    counts = count.tolist()
+    known = iter((counts[0] if len(counts) == 1 else torch.cat(counts)).tolist())
+    return tuple(
+        _packed(keep, count, [next(known) for _ in keep])
+        for keep, count in zip(masks, counts, strict=True)
+    )
+
+
+def _packed(keep: torch.Tensor, count: torch.Tensor, counts: list[int]) -> Kept:
+    """count: `(B,)`, and the same as numbers."""
+    batch, length = keep.shape
     most, least, total = max(counts), min(counts), sum(counts)
-    index, flat = (
+    index, places, flat = (
         torch.empty(size, dtype=torch.int64, device=keep.device)
-        for size in ((batch, max(most, 1)), (total,))
+        for size in ((batch, max(most, 1)), (batch, max(most, 1)), (total,))
     )
     starts = torch.empty(batch + 1, dtype=torch.int32, device=keep.device)
     launch(
-        pack_kernel, (batch,), keep.view(torch.uint8), count, index, flat, starts, length, index.shape[1],
+        pack_kernel, (batch,), keep.view(torch.uint8), count, index, flat, starts, places, length, index.shape[1],
         BLOCK=PACK.columns, ROWS=64, **PACK.options,
     )  # fmt: skip
     kept = Kept(index, count, least, length, total)
-    # They cost this kernel two stores, and would cost the properties of that name ten launches.
-    vars(kept).update(flat=flat, starts=starts)
+    # They cost this kernel three stores, and would cost the properties of that name fifteen launches.
+    vars(kept).update(flat=flat, starts=starts, places=places)
     return kept

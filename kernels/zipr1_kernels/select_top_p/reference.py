@@ -57,9 +57,9 @@ def select_threshold(
         return candidates & (always | (relative >= t[:, None]))
 
 
-def pack_indices(keep: torch.Tensor) -> Kept:
+def pack_each(*masks: torch.Tensor) -> tuple[Kept, ...]:
     """See the public function."""
-    return Kept.from_mask(keep)
+    return tuple(Kept.from_mask(keep) for keep in masks)
 
 
 def _shares(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:

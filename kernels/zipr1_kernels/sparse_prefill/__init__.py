@@ -43,7 +43,7 @@ def sparse_prefill(
     checks.same_dtype(q=q, k=k, v=v)
     # No GPU has measured the kernel yet; until one does, torch's attention of packed rows is taken where it runs.
     # Elsewhere rows of one length leave nothing to skip: gathering, then torch's fused attention is hard to beat.
-    packs = dispatch.automatic("packed_attention") and library.cannot(q, k, v) is None
+    packs = dispatch.automatic("packed_attention") and not isinstance(library.choose(q, k, v), str)
     slower = dispatch.slow(q.dtype)
     if packs:
         slower = "torch's variable-length attention of gathered rows"

@@ -28,11 +28,22 @@ class PrunedLayer(DynamicLayer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         self.cumulative_length = 0
-        self.valid: torch.Tensor | None = None
+        self._valid: torch.Tensor | Kept | None = None
         self.incoming: torch.Tensor | None = None
         self.pruned = False
         self.prompt_counts: torch.Tensor | None = None
         self.capacity: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def valid(self) -> torch.Tensor | None:
+        """`(B, n)` bool, or None: all are. Made of what was kept when somebody asks; a cache with room never does."""
+        if isinstance(self._valid, Kept):
+            self._valid = self._valid.real
+        return self._valid
+
+    @valid.setter
+    def valid(self, valid: torch.Tensor | None) -> None:
+        self._valid = valid
 
     # `(B,)` int64 on the device, of a layer whose slots are counted there: how many of each row are filled.
     filled: torch.Tensor | None = None
@@ -45,6 +56,9 @@ class PrunedLayer(DynamicLayer):
         held = self.keys.shape[2] if self.is_initialized and self.keys.ndim == 4 else 0
         if held and not key_states.requires_grad:
             self._write(held, key_states, value_states)
+        elif not held:  # of a prompt that is pruned next: not copied
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
         else:
             super().update(key_states, value_states, *args, **kwargs)
         fresh, self.incoming = self.incoming, None
@@ -74,7 +88,7 @@ class PrunedLayer(DynamicLayer):
     def prune(self, keys: torch.Tensor, values: torch.Tensor, kept: Kept) -> None:
         """Put the compacted prompt, `(B, H, n, D)`, in place of the whole one."""
         self.keys, self.values, self.capacity = keys, values, None
-        self.valid = kept.real if kept.ragged else None
+        self._valid = kept if kept.ragged else None
         self.prompt_counts = kept.count
         self.cumulative_length = kept.length
         self.pruned = True

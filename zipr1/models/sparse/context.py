@@ -33,6 +33,7 @@ from zipr1.models.sparse.last_layer import finished, slots_of
 from zipr1.models.sparse.packing import Handover, OutputRows, PackedRows
 from zipr1.models.sparse.record import LayerRecord, Record
 from zipr1.models.sparse.request import PromptBatch, Request
+from zipr1.models.sparse.rotation import Place, Rotation
 from zipr1.models.sparse.selection import Heads, ProbeRange, Selector
 from zipr1.models.transfer import send
 
@@ -75,8 +76,11 @@ class SparseContext(ABC):
     ) -> torch.Tensor:
         """Attention of one layer: query `(B, HQ, Lq, D)`, key and value `(B, H, Lk, D)` -> `(B, Lq, HQ, D)`."""
 
-    def pack(self, layer: int, heads: Callable[[], Heads]) -> PackedPrefill | None:
-        """The choice of a layer that is to run on its kept tokens alone; None: it runs on all that it is given."""
+    def pack(
+        self, layer: int, rows: int, place: Place, heads: Callable[[Rotation], Heads]
+    ) -> PackedPrefill | None:
+        """The choice of a layer that is to run on its kept tokens alone; None: it runs on all that it is given. rows:
+        B; place: cos and sin of its input."""
         return None
 
 
@@ -100,6 +104,7 @@ class Prefill(SparseContext):
         self.selector = Selector(request, prompt, ProbeRange.of(prompt), layers, device)
         self.cache = cache
         self.last = layers - 1
+        self._rotation: Rotation | None = None
         self.slots = None if batch.read_at is None else slots_of(batch.read_at, device)
         # A choice that was recorded is known here already, counts and all: no GPU waits for them.
         self.known: list[Kept] | None = None
@@ -138,12 +143,19 @@ class Prefill(SparseContext):
         )
         return out.transpose(1, 2)
 
-    def pack(self, layer: int, heads: Callable[[], Heads]) -> PackedPrefill | None:
+    def pack(
+        self, layer: int, rows: int, place: Place, heads: Callable[[Rotation], Heads]
+    ) -> PackedPrefill | None:
         if self.request.settings.skip != "layer":
             return None
+        if self._rotation is None or self._rotation.place[0] is not place[0]:
+            with phase("gathers"):
+                self._rotation = Rotation(place, rows, self.selector.index)
+        rotation = self._rotation
         with torch.set_grad_enabled(self.request.scores and torch.is_grad_enabled()):
-            kept, choice = self.choose(layer, heads())
-        return PackedPrefill(self, PackedRows(kept), choice)
+            kept, choice = self.choose(layer, heads(rotation))
+        with phase("gathers"):
+            return PackedPrefill(self, PackedRows(kept), choice, rotation.at(kept.flat))
 
     def read_in(self, layer: int) -> torch.Tensor | None:
         """Slots of the flattened batch where the output of this layer is read; None: everywhere."""
@@ -173,10 +185,14 @@ class Prefill(SparseContext):
 
 
 class PackedPrefill(SparseContext):
-    """One layer of a prefill that is run on its kept tokens alone: they come as the n tokens of a batch of one."""
+    """One layer of a prefill that is run on its kept tokens alone: they come as the n tokens of a batch of one. place:
+    their cos and sin."""
 
-    def __init__(self, prefill: Prefill, rows: PackedRows, choice: LayerRecord) -> None:
+    def __init__(
+        self, prefill: Prefill, rows: PackedRows, choice: LayerRecord, place: Place
+    ) -> None:
         super().__init__(prefill.handover)
+        self.place = place
         self.prefill = prefill
         self.rows = rows
         self.choice = choice
@@ -195,7 +211,7 @@ class PackedPrefill(SparseContext):
                 out = gated_attention(heads[0], heads[1], heads[2], kept, gate, scale)
         if prefill.cache is not None:
             with phase("gathers"):
-                prefill.cache.put(layer, rows.by_row(key), rows.by_row(value), kept)
+                prefill.cache.put(layer, *rows.by_row(heads[1], heads[2]), kept)
         slots = prefill.read_in(layer)
         self.handover.leave(layer, OutputRows() if slots is None else finished(slots, kept))
         return out[None]

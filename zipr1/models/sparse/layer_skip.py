@@ -10,6 +10,7 @@ q_norm and k_norm over a head's dimension, and `apply_rotary_pos_emb` in the att
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -18,19 +19,24 @@ import torch
 
 from zipr1.core.errors import InputError
 from zipr1.models.sparse.context import SparseContext
+from zipr1.models.sparse.rotation import Rotation
 from zipr1.models.sparse.selection import Heads
 
 
-def projections(layer: Any, hidden: torch.Tensor, place: tuple[torch.Tensor, ...]) -> Heads:
-    """Queries and keys of a decoder layer for its input `(B, L, hidden)`; place: cos and sin, `(B or 1, L, D)`."""
+def projections(layer: Any, hidden: torch.Tensor, rotation: Rotation) -> Heads:
+    """Queries and keys of a decoder layer for its input `(B, L, hidden)`."""
     attention = layer.self_attn
     rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if rotate is None or not hasattr(layer, "input_layernorm") or not hasattr(attention, "k_proj"):
         raise InputError(
             f"skip: layer does not know {type(layer).__name__}; use sparse.skip: attention"
         )
-    normed = layer.input_layernorm(hidden)
-    batch = torch.arange(len(hidden), device=hidden.device)[:, None]
+    number = int(attention.layer_idx)
+
+    @functools.cache
+    def normed() -> torch.Tensor:
+        out: torch.Tensor = layer.input_layernorm(hidden)
+        return out
 
     def heads(x: torch.Tensor, kind: str) -> torch.Tensor:
         x = getattr(attention, f"{kind}_proj")(x)
@@ -39,21 +45,16 @@ def projections(layer: Any, hidden: torch.Tensor, place: tuple[torch.Tensor, ...
         return (x if norm is None else norm(x)).transpose(1, 2)
 
     def queries(slots: torch.Tensor) -> torch.Tensor:
-        q = heads(normed[batch, slots], "q")
-        cos, sin = (x.expand(len(hidden), -1, -1)[batch, slots] for x in place)
-        rotated: torch.Tensor = rotate(q, q[:, :0], cos, sin)[0]
-        return rotated
+        q = heads(normed().flatten(0, 1).index_select(0, slots)[None], "q")
+        rotated: torch.Tensor = rotate(q, q[:, :0], *rotation.of_probes(number))[0]
+        return rotated[0].transpose(0, 1)
 
     def keys() -> torch.Tensor:
-        k = heads(normed, "k")
-        rotated: torch.Tensor = rotate(k[:, :0], k, *place)[1]
+        k = heads(normed(), "k")
+        rotated: torch.Tensor = rotate(k[:, :0], k, *rotation.place)[1]
         return rotated
 
-    def rows(some: torch.Tensor) -> Heads:
-        cos, sin = (x.expand(len(hidden), -1, -1)[some] for x in place)
-        return projections(layer, hidden[some], (cos, sin))
-
-    return Heads(queries, keys, rows, attention.scaling)
+    return Heads(queries, keys, attention.scaling)
 
 
 def skipping(layer: Any, stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -67,17 +68,17 @@ def skipping(layer: Any, stock: Callable[..., torch.Tensor]) -> Callable[..., to
     ) -> torch.Tensor:
         if sparse_context is None:
             return stock(hidden_states, *args, **kwargs)
-        place = kwargs["position_embeddings"]
         packed = sparse_context.pack(
-            int(layer.self_attn.layer_idx), lambda: projections(layer, hidden_states, place)
+            int(layer.self_attn.layer_idx),
+            len(hidden_states),
+            kwargs["position_embeddings"],
+            lambda rotation: projections(layer, hidden_states, rotation),
         )
         if packed is None:
             return stock(hidden_states, *args, sparse_context=sparse_context, **kwargs)
         rows = packed.rows
         kwargs |= {
-            "position_embeddings": tuple(
-                rows.pack(x.expand(len(hidden_states), -1, -1)) for x in place
-            ),
+            "position_embeddings": packed.place,
             "past_key_values": None,  # the context puts the kept keys and values into its cache
             "position_ids": None,
             "sparse_context": packed,

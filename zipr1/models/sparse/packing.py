@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from zipr1_kernels import Kept
+from zipr1_kernels import Kept, kv_compact
 
 from zipr1.core.phases import phase
 
@@ -32,12 +32,12 @@ class PackedRows:
         with phase("gathers"):
             return over.flatten(0, 1).index_copy(0, self.kept.flat, packed[0]).view_as(over)
 
-    def by_row(self, x: torch.Tensor) -> torch.Tensor:
-        """Heads of packed tokens `(1, H, n, D)` -> `(B, H, longest, D)`; padding repeats a row's last token."""
-        if not self.kept.ragged:
-            return x[0].unflatten(1, (len(self.kept.count), -1)).transpose(0, 1)
-        rows = x[0].transpose(0, 1).index_select(0, self.kept.places.flatten())
-        return rows.unflatten(0, self.kept.index.shape).transpose(1, 2)
+    def by_row(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Heads of packed tokens `(n, H, D)` -> `(B, H, longest, D)`; padding repeats a row's last token."""
+        if self.kept.ragged:
+            return kv_compact(key, value, self.kept)
+        shape = self.kept.index.shape
+        return key.unflatten(0, shape).transpose(1, 2), value.unflatten(0, shape).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,6 @@ def computed_at(
         out = stock(few)[0]
         with phase("gathers"):
             full = out.new_zeros(x.shape[0] * x.shape[1], out.shape[-1])
-            return full.index_copy(0, at, out).view(*x.shape[:2], -1)
+            return full.index_copy_(0, at, out).view(*x.shape[:2], -1)
 
     return forward

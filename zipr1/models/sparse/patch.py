@@ -5,7 +5,8 @@
 * the text decoder's forward starts each pass: it makes the pass's `SparseContext` (context.py), which transformers
   hands on to every layer's attention as a keyword, and swaps a pruned cache in;
 * decoder layers choose before they run, if they are to be skipped whole (layer_skip.py);
-* output projections and MLPs work on the tokens that the attention of their layer has named.
+* output projections and MLPs work on the tokens that the attention of their layer has named;
+* norms are torch's own (norms.py).
 
 Changes are attributes of single module objects, so other models are not touched, and all are gone when the block ends.
 With gradient checkpointing, run backward inside the block: layers are computed again there.
@@ -25,6 +26,7 @@ from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.sparse.context import DecoderCall, SparseContext
 from zipr1.models.sparse.last_layer import finished
 from zipr1.models.sparse.layer_skip import skipping
+from zipr1.models.sparse.norms import norms
 from zipr1.models.sparse.packing import Handover, computed_at
 from zipr1.models.sparse.record import Record
 from zipr1.models.sparse.request import PromptBatch, Request
@@ -69,6 +71,8 @@ def _patch(model: Any, run: SparseRun, begin: Begin, undo: contextlib.ExitStack)
     undo.enter_context(attributes(decoder, forward=_passes(run, decoder, begin)))
     for number, layer in enumerate(decoder.layers):
         undo.enter_context(attributes(layer, forward=skipping(layer, layer.forward)))
+        for norm, forward in norms(layer):
+            undo.enter_context(attributes(norm, forward=forward))
         for name, module in (("o_proj", layer.self_attn.o_proj), ("mlp", layer.mlp)):
             rows = _rows_of(run, number, name)
             undo.enter_context(attributes(module, forward=computed_at(module.forward, rows)))

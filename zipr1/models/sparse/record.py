@@ -15,15 +15,15 @@ class LayerRecord:
     """One decoder layer.
 
     keep: `(B, L)` bool, kept slots; padding is False. scores: `(B, L)` float32, higher is more important, with gradient
-    in training. cut: `(B, L)` share of mass ahead of each token, see `zipr1_kernels.cut_points`. probe_audit_mass:
-    `(b,)` float32 in [0, 1], of the rows that are audited the share of the score mass of held-out probes, which took no
-    part in the choice, that fell on kept tokens. None: not computed.
+    in training. cut: `(B, L)` share of mass ahead of each token, see `zipr1_kernels.cut_points`. audit: `(b, L)`
+    float32, of the rows that are audited, scores by held-out probes, which took no part in the choice. None: not
+    computed.
     """
 
     keep: torch.Tensor
     scores: torch.Tensor | None = None
     cut: torch.Tensor | None = None
-    probe_audit_mass: torch.Tensor | None = None
+    audit: torch.Tensor | None = None
 
     @property
     def counts(self) -> torch.Tensor:
@@ -33,10 +33,12 @@ class LayerRecord:
 
 @dataclass
 class Record:
-    """candidates: `(B, L)` bool, the tokens that were chosen among. layers: first to last, as they have run."""
+    """candidates: `(B, L)` bool, the tokens that were chosen among. layers: first to last, as they have run. audited:
+    `(b,)` the rows that are audited; None: none."""
 
     candidates: torch.Tensor
     layers: list[LayerRecord] = field(default_factory=list)
+    audited: torch.Tensor | None = None
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -70,7 +72,14 @@ class Record:
         ]
 
     def probe_audit_mass(self) -> torch.Tensor | None:
-        """`(b,)` float32 in [0, 1], of audited rows: mean over layers; None without any."""
-        masses = [layer.probe_audit_mass for layer in self.layers]
-        known = [mass for mass in masses if mass is not None]
-        return torch.stack(known).mean(0) if known else None
+        """`(b,)` float32 in [0, 1], of audited rows: the share of the score mass of held-out probes that fell on kept
+        tokens, mean over layers; None without any. For all layers at once, so that none launches anything for it."""
+        masses = [layer.audit for layer in self.layers]
+        if self.audited is None or not masses:
+            return None
+        scores = torch.stack([mass for mass in masses if mass is not None])
+        keep = torch.stack([layer.keep for layer in self.layers]).index_select(1, self.audited)
+        total = scores.sum(2)
+        # A prompt so short that every token is a probe has none left to ask.
+        shares = (scores * keep).sum(2) / total.clamp_min(1e-12)
+        return torch.where(total > 0, shares, 1.0).mean(0)

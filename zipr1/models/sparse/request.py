@@ -10,8 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from zipr1_kernels import BREAK_EVEN
 
 from zipr1.core.recipe import Sparse
+
+
+def dense_below(settings: Sparse, device: torch.device) -> int:
+    """Tokens below which a prompt stays dense: what `settings` say, else where sparsity begins to save time there."""
+    if settings.dense_below is not None:
+        return settings.dense_below
+    return BREAK_EVEN.get(device.type, BREAK_EVEN["cuda"])
+
+
+def settled(settings: Sparse, device: torch.device) -> Sparse:
+    """The same with that number in them, to be written down."""
+    return settings.model_copy(update={"dense_below": dense_below(settings, device)})
 
 
 @dataclass(frozen=True, eq=False)

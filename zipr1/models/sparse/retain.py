@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import Cache
-from zipr1_kernels import Kept, kv_compact, pack_indices, sparse_prefill
+from zipr1_kernels import Kept, kv_compact, pack_each, sparse_prefill
 
 from zipr1.core.errors import InputError
 from zipr1.models.sparse.cache import PrunedCache, PrunedLayer, kv_bytes
@@ -63,7 +63,7 @@ class RetainedLayer(PrunedLayer):
 
     def choose(self, keys: torch.Tensor, values: torch.Tensor, kept: Kept) -> None:
         """What decoding reads from now on: copies `(B, H, n, D)` of the kept tokens."""
-        self.keys, self.values, self.valid = keys, values, kept.real
+        self.keys, self.values, self._valid = keys, values, kept
         self.capacity = None  # of PrunedLayer: what it wrote behind the last turn's
         self.chosen = keys.shape[2]
         self.prompt_counts = kept.count
@@ -131,13 +131,13 @@ class Turn(SparseContext):
         """Choose, keep the choice for decoding, and attend: query `(B, HQ, q, D)`, key and value `(B, H, S + q, D)`
         -> `(B, q, HQ, D)`, 0 at tokens of the turn that were not chosen."""
         keep = self.selector.choose(layer, Heads.given(query, key, scale)).keep
-        kept = pack_indices(keep)
+        mine = keep[:, self.past :]
+        whole = self.request.settings.skip == "layer"
+        # Of a first turn both are the same.
+        kept, *rest = pack_each(keep, mine) if whole and self.past else pack_each(keep)
         few = kv_compact(key, value, kept)
         self.cache.layers[layer].choose(*few, kept)
-        mine = keep[:, self.past :]
-        rows = None
-        if self.request.settings.skip == "layer":
-            rows = mine.flatten().nonzero()[:, 0] if self.past else kept.flat
+        rows = (rest[0] if rest else kept).flat if whole else None
         self.handover.leave(layer, OutputRows(o_proj=rows, mlp=rows))
         if not self.past:
             return sparse_prefill(query, key, value, kept, scale=scale).transpose(1, 2)

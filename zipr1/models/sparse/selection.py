@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from zipr1_kernels import cut_points, probe_scores
 
 from zipr1.core.errors import InputError
@@ -21,7 +22,7 @@ from zipr1.core.phases import phase
 from zipr1.core.recipe import Probes
 from zipr1.models.sparse.probes import probe_slots
 from zipr1.models.sparse.record import LayerRecord, Record
-from zipr1.models.sparse.request import Request
+from zipr1.models.sparse.request import Request, dense_below
 from zipr1.models.sparse.rules import Draw, select
 from zipr1.models.transfer import send
 
@@ -35,13 +36,12 @@ AUDIT_PROBES = 8
 class Heads:
     """What scoring asks of a layer, computed when it is asked for.
 
-    queries: slots `(B, R)` -> `(B, HQ, R, D)`. keys: -> `(B, H, S, D)`. rows: rows `(b,)` -> the same of these rows
-    alone. scale: of the logits.
+    queries: of the layer's probes, slots `(n,)` of the flattened batch -> `(n, HQ, D)`. keys: -> `(B, H, S, D)`.
+    scale: of the logits.
     """
 
     queries: Callable[[torch.Tensor], torch.Tensor]
     keys: Callable[[], torch.Tensor]
-    rows: Callable[[torch.Tensor], Heads]
     scale: float
 
     @classmethod
@@ -49,13 +49,10 @@ class Heads:
         """Of queries and keys that are there already, `(B, HQ, L, D)` and `(B, H, S, D)`."""
 
         def queries(slots: torch.Tensor) -> torch.Tensor:
-            index = slots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-            return query.gather(2, index)
+            # Token-first, as projections lay heads out in memory: no copy of them all.
+            return query.transpose(1, 2).flatten(0, 1).index_select(0, slots)
 
-        def rows(some: torch.Tensor) -> Heads:
-            return cls.given(query[some], key[some], scale)
-
-        return cls(queries, lambda: key, rows, scale)
+        return cls(queries, lambda: key, scale)
 
 
 @dataclass(frozen=True)
@@ -89,6 +86,10 @@ class Selector:
     the tokens that probes are drawn from; layers: of the decoder. Masks are given on the CPU: what follows from lengths
     is made of them for all layers before the first one runs, and sent to `device` in one copy.
 
+    Probes of a choice and those of its audit are scored together: `index` `(layers, P * R)` int64 are their slots among
+    the queries of the flattened batch, `places` `(layers, P, R)` int32 those among its keys, -1 for none, `rows` `(P,)`
+    int32 the rows of the batch that they belong to, the audited ones last.
+
     record: fills as the layers run. always: `(B, S)` bool, the last `keep_last` candidates of each row, which every
     layer keeps. dense: `(B,)` bool, rows so short that they keep everything.
     """
@@ -102,10 +103,9 @@ class Selector:
         device: torch.device,
     ) -> None:
         self.request = request
-        self.past = asking.past
         settings = request.settings
         to_the_end = candidates.flip(1).cumsum(1).flip(1)
-        dense = candidates.sum(1) < settings.dense_below
+        dense = candidates.sum(1) < dense_below(settings, device)
         made = {
             "candidates": candidates,
             "always": candidates & (to_the_end <= settings.keep_last),
@@ -115,38 +115,49 @@ class Selector:
             made["p"] = self._thresholds(dense, layers)
         else:
             made["replay"] = torch.stack(list(request.replay))
-        if request.scores or (request.replay is None and settings.rule != "random"):
-            made["slots"], made["real"] = asking.slots(layers, request.seed, settings.probes)
-        if len(request.audit):
-            made["audited"], made["fresh"], made["unseen"] = self._held_out(asking, layers)
+        self.scored = len(dense)
+        if not request.scores and (request.replay is not None or settings.rule == "random"):
+            self.scored = 0  # nobody asks for the scores
+        made |= self._probes(asking, layers, candidates.shape[1] - asking.past)
         there = dict(zip(made, send(device, *made.values()), strict=True))
         self.candidates, self.always, self.dense = (
             there.pop(name) for name in ("candidates", "always", "dense")
         )
         self._of_layers = there
-        self.record = Record(self.candidates)
+        self.record = Record(self.candidates, audited=there.get("audited"))
+
+    @property
+    def index(self) -> torch.Tensor | None:
+        return self._of_layers.get("index")
 
     def choose(self, layer: int, heads: Heads) -> LayerRecord:
         """What `layer` keeps of the candidates; noted in `record`."""
-        scores, cut = self.score(layer, heads)
-        keep = self.select(layer, scores)
-        choice = LayerRecord(keep, scores, cut)
-        if len(self.request.audit) and layer == len(self.record.layers):
-            choice.probe_audit_mass = self.audit(layer, heads, keep)
+        scores, audit = self.score(layer, heads)
+        cut = None
+        if self.request.scores and scores is not None:
+            cut = cut_points(scores, self.candidates, self.always)
+        choice = LayerRecord(self.select(layer, scores), scores, cut, audit)
         self.record.add(layer, choice)
         return choice
 
     def score(self, layer: int, heads: Heads) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Scores and cut points, both `(B, S)`; None where nobody needs them. With gradient if they are recorded."""
+        """Scores `(B, S)`, with gradient if they are recorded, and those by the probes of the audit `(b, S)`; None
+        where nobody asks for them."""
         request = self.request
-        if "slots" not in self._of_layers:
+        if self.index is None:
             return None, None
         with torch.set_grad_enabled(request.scores and torch.is_grad_enabled()):
-            slots, real = self._of_layers["slots"][layer], self._of_layers["real"]
-            scores = self._scores_by(slots, real, self.candidates, heads)
-            if not request.scores:
+            places, rows = self._of_layers["places"][layer], self._of_layers.get("rows")
+            query = heads.queries(self.index[layer])
+            query, key = query.unflatten(0, places.shape).transpose(1, 2), heads.keys()
+            with phase("scoring"):
+                scores = probe_scores(
+                    query, key, places, self.candidates,
+                    rows=rows, scale=heads.scale, normalise=request.settings.normalise,
+                )  # fmt: skip
+            if rows is None:
                 return scores, None
-            return scores, cut_points(scores, self.candidates, self.always)
+            return scores[: self.scored] if self.scored else None, scores[self.scored :].detach()
 
     def select(self, layer: int, scores: torch.Tensor | None) -> torch.Tensor:
         """Kept candidates `(B, S)` bool: by the rule, or those of the recorded choice."""
@@ -159,32 +170,33 @@ class Selector:
             p = self._of_layers["p"][layer]
             return select(rule, scores.detach(), p, self.candidates, self.always, draw)
 
-    @torch.no_grad()
-    def audit(self, layer: int, heads: Heads, keep: torch.Tensor) -> torch.Tensor:
-        """Share of the score mass of held-out probes that falls on kept tokens, `(b,)`, of each row that is audited.
-
-        The probes are fresh random ones; those that took part in the choice are left out.
-        """
-        rows, fresh, unseen = (self._of_layers[name] for name in ("audited", "fresh", "unseen"))
-        scores = self._scores_by(
-            fresh[layer], unseen[layer], self.candidates[rows], heads.rows(rows)
-        )
-        total = scores.sum(1)
-        # A prompt so short that every token is a probe has none left to ask.
-        return torch.where(total > 0, (scores * keep[rows]).sum(1) / total.clamp_min(1e-12), 1.0)
-
-    def _held_out(
-        self, asking: ProbeRange, layers: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows that are audited `(b,)`, their probes `(layers, b, R)`, and which of these take no part in a choice."""
-        request = self.request
-        probes = request.settings.probes
-        few = asking.rows(request.audit)
-        held_out = Probes(recent=0, random=max(AUDIT_PROBES, probes.random))
-        fresh, real = few.slots(layers, request.seed + AUDIT_SEED, held_out)
-        chosen, _ = few.slots(layers, request.seed, probes)
-        seen = (fresh[..., None] == chosen[:, :, None]).any(-1)
-        return torch.tensor(list(request.audit)), fresh, real & ~seen
+    def _probes(self, asking: ProbeRange, layers: int, length: int) -> dict[str, torch.Tensor]:
+        """`index`, `places` and `rows` of the probes of all layers, and which rows are audited, `audited`; on the CPU.
+        length: of the queries."""
+        request, probes = self.request, self.request.settings.probes
+        made: dict[str, torch.Tensor] = {}
+        if not self.scored and not len(request.audit):
+            return made
+        chosen, real = asking.slots(layers, request.seed, probes)
+        parts: list[tuple[torch.Tensor, torch.Tensor, Sequence[int]]] = []
+        if self.scored:
+            parts.append((chosen, real.expand(chosen.shape), range(len(chosen[0]))))
+        if len(request.audit):
+            few = asking.rows(request.audit)
+            made["audited"] = torch.tensor(list(request.audit), dtype=torch.int32)
+            held_out = Probes(recent=0, random=max(AUDIT_PROBES, probes.random))
+            fresh, real = few.slots(layers, request.seed + AUDIT_SEED, held_out)
+            seen = fresh[..., None] == chosen[:, list(request.audit), None]
+            parts.append((fresh, real & ~seen.any(-1), request.audit))
+        most = max(slots.shape[2] for slots, _, _ in parts)
+        rows = torch.tensor([row for _, _, rows in parts for row in rows], dtype=torch.int32)
+        wide = [[F.pad(x, (0, most - x.shape[2])) for x in part[:2]] for part in parts]
+        slots, real = (torch.cat(some, 1) for some in zip(*wide, strict=True))
+        made["index"] = (slots + rows[:, None] * length).flatten(1)
+        made["places"] = (slots + asking.past).where(real, -1).int()
+        if len(request.audit):
+            made["rows"] = rows
+        return made
 
     def _thresholds(self, dense: torch.Tensor, layers: int) -> torch.Tensor:
         """`(layers, B)` p of each row at each layer; beams and returned sequences repeat their row's."""
@@ -199,14 +211,3 @@ class Selector:
             p = given.cpu().repeat_interleave(rows // len(given), 0)
         wide = p[:, [min(layer, p.shape[1] - 1) for layer in range(layers)]]
         return wide.masked_fill(dense[:, None], 1.0).T.contiguous()
-
-    def _scores_by(
-        self, slots: torch.Tensor, real: torch.Tensor, candidates: torch.Tensor, heads: Heads
-    ) -> torch.Tensor:
-        query, key = heads.queries(slots), heads.keys()
-        places = slots + self.past if self.past else slots
-        with phase("scoring"):
-            return probe_scores(
-                query, key, places, real, candidates,
-                scale=heads.scale, normalise=self.request.settings.normalise,
-            )  # fmt: skip

@@ -29,7 +29,7 @@ from zipr1.models.sparse import arguments, context, generate, retain
 from zipr1.models.sparse.cache import PrunedCache
 from zipr1.models.sparse.patch import SparseRun, attributes, our_attention, sparse_attention
 from zipr1.models.sparse.record import Record
-from zipr1.models.sparse.request import Request
+from zipr1.models.sparse.request import Request, settled
 from zipr1.models.sparse.retain import RetainedCache
 
 # Of a sparse model: its `InForce`.
@@ -61,9 +61,10 @@ class Stats:
         layers = ", ".join(f"{100 * ratio:.0f}" for ratio in self.layer_ratio.tolist())
         rows = "1 prompt" if len(self.lengths) == 1 else f"{len(self.lengths)} prompts"
         text = f"{rows} of {tokens} tokens, {self.token_ratio:.1%} kept (by layer: {layers} %)"
-        short = int((self.lengths < self.settings.dense_below).sum())
+        below = self.settings.dense_below or 0
+        short = int((self.lengths < below).sum())
         if short and self.settings.p < 1:
-            text += f"; {short} stayed dense, being shorter than dense_below = {self.settings.dense_below}"
+            text += f"; {short} stayed dense, being shorter than dense_below = {below}"
         return text
 
 
@@ -201,11 +202,12 @@ class SparseSession:
                     )
                 run.record = None
                 out = stock(**kwargs)
+                then = settled(settings, decoder.embed_tokens.weight.device)
                 if run.record is not None:
-                    self._last.prefill = run.record, settings
+                    self._last.prefill = run.record, then
                 elif not past:
                     lengths = arguments.prompt_lengths(kwargs)
-                    self._last.prefill = (lengths, len(decoder.layers)), settings
+                    self._last.prefill = (lengths, len(decoder.layers)), then
                 return out
 
         return forward

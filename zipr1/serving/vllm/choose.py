@@ -12,6 +12,7 @@ from zipr1_kernels import probe_scores
 
 from zipr1.core.recipe import Sparse
 from zipr1.models.sparse.probes import probe_slots
+from zipr1.models.sparse.request import dense_below
 from zipr1.models.sparse.rules import Draw, select
 from zipr1.models.transfer import send
 
@@ -33,19 +34,18 @@ def keep(
     """
     length, device = len(query), query.device
     prompt = torch.ones(1, length, dtype=torch.bool, device=device)
-    if settings.p >= 1 or length < settings.dense_below:
+    if settings.p >= 1 or length < dense_below(settings, device):
         return prompt[0]
     if settings.rule == "random":
         scores = torch.zeros(1, length, device=device)
     else:
-        slots, valid = probe_slots([length], [0], [layer], SEED, settings.probes)
-        places, real = send(device, slots[0], valid)
+        slots, _ = probe_slots([length], [0], [layer], SEED, settings.probes)
+        (places,) = send(device, slots[0])
         scores = total(
             probe_scores(
                 query[places[0]].transpose(0, 1)[None],
                 key.transpose(0, 1)[None],
                 places,
-                real,
                 prompt,
                 scale=scale,
                 normalise=settings.normalise,

@@ -104,9 +104,12 @@ def said(config: VllmConfig, sparse: Sparse) -> str:
     model = config.model_config
     depth = model.hf_text_config.num_hidden_layers
     skipped = "the whole layer" if sparse.skip == "layer" else "attention"
+    short = "prompts too short to gain"
+    if sparse.dense_below is not None:
+        short = f"prompts below {sparse.dense_below} tokens"
     line = (
         f"zipr1: sparse: rule {sparse.rule}, p {sparse.p:g}, in all {depth} layers; dropped tokens skip {skipped}; "
-        f"prompts below {sparse.dense_below} tokens stay dense; prefix caching, chunked prefill, compilation, CUDA "
+        f"{short} stay dense; prefix caching, chunked prefill, compilation, CUDA "
         "graphs and asynchronous scheduling are off"
     )
     stored = getattr(model.hf_config, "dtype", None)

@@ -1,0 +1,69 @@
+"""What a skipped layer scores with: queries at the probes of that layer, and keys of all tokens, as the layer itself
+would make them."""
+
+import policychecks
+import pytest
+import tinymodels
+import torch
+
+from zipr1.core.recipe import Probes
+from zipr1.models.sparse.layer_skip import projections
+from zipr1.models.sparse.request import Request
+from zipr1.models.sparse.rotation import Rotation
+from zipr1.models.sparse.selection import ProbeRange, Selector
+
+
+@pytest.mark.parametrize("audit", [(), (1,)])
+@torch.no_grad()
+def test_queries_and_keys_are_the_layers_own(audit):
+    policy = tinymodels.shared()
+    decoder, layers, length = policy.decoder, policy.layers, 20
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, length, 64, generator=generator)
+    candidates = torch.arange(length) >= torch.tensor([0, 6])[:, None]
+    settings = policychecks.sparse(probes=Probes(recent=2, random=3))
+    asking = ProbeRange.of(candidates)
+    selector = Selector(
+        Request(settings, audit=audit), candidates, asking, layers, torch.device("cpu")
+    )
+    positions = torch.arange(length).expand(3, 2, -1) + torch.tensor([0, 5])[:, None]
+    place = decoder.rotary_emb(hidden, positions)
+    rotation = Rotation(place, 2, selector.index)
+    probes, _ = asking.slots(layers, 0, settings.probes)
+    assert len({tuple(x.flatten().tolist()) for x in probes}) == layers, "each layer has its own"
+    for number, layer in enumerate(decoder.layers):
+        seen = {}
+
+        def attend(module, query, key, value, *args, seen=seen, **kwargs):
+            seen["q"], seen["k"] = query, key
+            return query.transpose(1, 2), None
+
+        with pytest.MonkeyPatch.context() as patch:
+            from zipr1.models.sparse.attention import ATTENTION, AttentionInterface
+
+            patch.setitem(AttentionInterface._global_mapping, ATTENTION, attend)
+            layer(hidden, attention_mask=None, position_embeddings=place)
+        heads = projections(layer, hidden, rotation)
+        torch.testing.assert_close(heads.keys(), seen["k"], atol=1e-6, rtol=1e-5)
+        got = heads.queries(selector.index[number])
+        rows = [0, 1, *audit]
+        got = got.unflatten(0, (len(rows), -1))  # (P, R, HQ, D)
+        for b in range(2):
+            want = seen["q"][b, :, probes[number, b]].transpose(0, 1)
+            torch.testing.assert_close(got[b, : len(want)], want, atol=1e-6, rtol=1e-5)
+        # All that is asked, of whatever row: the slot says where it stands.
+        slots = selector.index[number].view(len(rows), -1) - torch.tensor(rows)[:, None] * length
+        for p, b in enumerate(rows):
+            want = seen["q"][b, :, slots[p]].transpose(0, 1)
+            torch.testing.assert_close(got[p], want, atol=1e-6, rtol=1e-5)
+
+
+def test_what_is_the_same_in_all_layers_is_taken_once():
+    cos, sin = torch.rand(1, 6, 4), torch.rand(1, 6, 4)
+    rotation = Rotation((cos, sin), 2, torch.tensor([[0, 7], [5, 11]]))
+    for slots in ([0, 7], [5, 11], [3]):
+        want = [[x[0, i % 6].tolist() for i in slots] for x in (cos, sin)]
+        assert [x[0].tolist() for x in rotation.at(torch.tensor(slots))] == want
+        if len(slots) == 2:
+            found = rotation.of_probes(0 if slots[0] == 0 else 1)
+            assert [x[0].tolist() for x in found] == want
