@@ -25,7 +25,7 @@ Made from the code by `python -m zipr1.core.reference > docs/recipe.md`; a test 
 
 A recipe is a YAML file, and what it leaves out has the default here. On the command line a key is changed by
 `key=value`: `zipr1 train tiny train.steps=50 sparse.p=0.9`. Unknown keys are refused with the nearest name.
-[Choosing](choosing.md) says which of them to change, and the [glossary](../README.md#words) what the words mean.
+[Choosing](choosing.md) says which of them to change, and what the words mean.
 """
 WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", Any: "anything"}
 
