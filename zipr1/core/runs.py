@@ -13,6 +13,13 @@ from zipr1.core.rundir import read_json
 NAMED = ("best", "last")
 
 
+def names_nothing(model: str) -> bool:
+    """Whether a name is neither `tiny`, nor a path that is there, nor of the form of a hub id (owner/name)."""
+    if model == "tiny" or Path(model).exists():
+        return False
+    return model.startswith((".", "/", "~")) or model.count("/") != 1
+
+
 def find_model(
     given: str | None, runs: Path = RUNS, checkpoint: str | None = None
 ) -> tuple[str, str]:

@@ -26,6 +26,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.jsontext import loads
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Data, Model, Recipe, Sparse
+from zipr1.core.runs import names_nothing
 from zipr1.models import families, manifest, positions
 from zipr1.models.adapters import with_adapter
 from zipr1.models.loading import (
@@ -136,7 +137,7 @@ def resolve(path: str) -> str:
                 f"model.path: {path} has no config.json; give a model folder, a run, a hub id or 'tiny'"
             )
         return str(folder)
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if names_nothing(path):
         raise InputError(
             f"model.path: {path} does not exist; give a model folder, a run, a hub id or 'tiny'"
         )
