@@ -113,7 +113,7 @@ def bounds_text(metadata: list[Any]) -> str:
 
 def _inner(annotation: Any) -> list[Any]:
     """The bounds inside of `X | None`, `list[X]` and `dict[str, X]`."""
-    found = []
+    found: list[Any] = []
     for one in typing.get_args(annotation):
         if typing.get_origin(one) is typing.Annotated:
             for rule in typing.get_args(one)[1:]:
