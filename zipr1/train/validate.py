@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from zipr1.core import distributed
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Recipe, parse
+from zipr1.core.methods import parse
+from zipr1.core.recipe import Recipe
 from zipr1.data.embedded import SOURCES, check_mix
 from zipr1.rewards.registry import find
 from zipr1.train import loggers
