@@ -50,3 +50,16 @@ def test_a_quiet_console_is_quiet():
         activity.tell("loading")
         time.sleep(0.15)
     assert c.file.getvalue() == ""
+
+
+def test_a_line_of_its_own_puts_the_next_one_off(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(activity.time, "monotonic", lambda: now[0])
+    with activity.shown(console(False)):
+        (lines,) = activity._open
+        now[0] = 59.0
+        assert lines._wait() == 1.0
+        activity.spoke()
+        assert lines._wait() == activity.EVERY == 60.0
+        now[0] = 200.0
+        assert lines._wait() == 0.0

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from zipr1.core import activity, distributed, files, watch
+from zipr1.core import activity, distributed, files, signals, watch
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.load import validate
 from zipr1.core.watch import Ending, Judge, Sign
@@ -88,6 +88,86 @@ def test_ranks_that_died_are_told_apart_from_one_that_nobody_knows():
     assert found.gone([]).startswith("another rank is gone, the launcher names it below")
 
 
+class Store(dict):
+    """What torch's stores do, in this process."""
+
+    def compare_set(self, key, expected, value):
+        if self.get(key, b"") == expected.encode():
+            self[key] = value.encode()
+        return self[key]
+
+    def set(self, key, value):
+        self[key] = value.encode()
+
+    def multi_get(self, keys):
+        return [self[key] for key in keys]
+
+    def set_timeout(self, timeout):
+        pass
+
+
+@pytest.fixture
+def two(here, monkeypatch):
+    """What two ranks have of each other, without their threads; time passes by itself."""
+    monkeypatch.setattr(watch.Watch, "start", lambda self: None)
+    monkeypatch.setattr(watch.Watch, "join", lambda self, timeout: None)
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(watch, "moved", lambda: 0)
+    store = Store()
+    with watch.Watch(store, 0, 2, 60.0) as first, watch.Watch(store, 1, 2, 60.0) as second:
+        yield first, second
+
+
+def test_the_first_reason_is_told_by_all(two):
+    first, second = two
+    watch.at("step 1: update")
+    first.leave(InputError("cat.jpg: not on this machine"))
+    second.leave(RunError("what came of it"))
+    second._hear(0.0)
+    told = Ending([0], 2, "rank 0 ended, in 'step 1: update': cat.jpg: not on this machine")
+    assert first.ending == second.ending == told
+    assert first.gone() == told
+
+
+def test_a_signal_on_which_all_agreed_is_no_reason_to_hurry(two):
+    """Another rank may still be writing the checkpoint that the signal asks for."""
+    first, second = two
+    first.leave(signals.Stopped(15, agreed=True))
+    second._hear(0.0)
+    assert first.ending is None and second.ending is None
+    first.leave(signals.Stopped(15))
+    second._hear(0.0)
+    assert second.ending == Ending([0], 143, "rank 0 ended, in 'starting': stopped by signal 15")
+
+
+class Ended(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_who_is_told_to_end_may_finish_what_it_writes(two, monkeypatch, hangs):
+    """It is made to end after GRACE without a sign of life, and at once if it is the one that hangs."""
+    first, _ = two
+    looks, said = [], []
+
+    def waited(seconds):
+        looks.append(seconds)
+        if len(looks) <= 100:
+            watch.alive()
+        return False
+
+    def leave(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(first._closed, "wait", waited)
+    monkeypatch.setattr(watch, "say", lambda text, code: said.append((text, code)))
+    monkeypatch.setattr(watch.os, "_exit", leave)
+    with pytest.raises(Ended, match="1"):
+        first._part(Ending([0 if hangs else 1], 1, "why"))
+    assert said == [("why", 1)]
+    assert len(looks) == (watch.HEARD if hangs else 100 + watch.GRACE / first.every)
+
+
 @pytest.fixture
 def here(monkeypatch):
     monkeypatch.setattr(watch, "_here", watch._Here())
@@ -128,10 +208,10 @@ def test_what_the_process_reads_and_writes_is_counted(tmp_path):
 
 
 def test_a_rank_that_arrives_after_the_end_is_told_why(here, monkeypatch):
-    class Ended:
+    class Over:
         ending = Ending([1], 2, "rank 1 ended: no such file")
 
-    monkeypatch.setattr(watch, "_watches", [Ended()])
+    monkeypatch.setattr(watch, "_watches", [Over()])
     watch.alive()  # in other threads too: says nothing
     with pytest.raises(InputError, match="rank 1 ended: no such file") as told:
         watch.arrive()

@@ -187,3 +187,26 @@ def test_lmms_evals_own_evaluation_finds_the_embedded_tasks():
         ]
         assert same[0] == same[1]
         assert result["results"][name]["exact_match,none"] == scored.headline[0]
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"type": "video", "url": "a.mp4", "start_time": 1.0}, "holds start_time of a clip; pictures, whole clips"),
+        ({"type": "video", "url": "a.mp4", "end_time": 2.0}, "holds end_time of a clip"),
+        ({"type": "audio", "url": "a.wav"}, "holds audio"),
+        ({"type": "image", "url": "https://x.org/a.png"}, "a URL"),
+        ({"type": "image", "url": 7}, "image 7; allowed"),
+    ],
+)  # fmt: skip
+def test_what_a_benchmark_shows_and_we_do_not_is_refused(part, words):
+    content = [part, {"type": "text", "text": "q"}]
+    with pytest.raises(InputError, match=f"t/1: {words}|t/1: .*{words}"):
+        prompt_of("t/1", [{"role": "user", "content": content}])
+
+
+def test_frames_of_a_benchmark_are_a_clip():
+    frames = [Image.new("RGB", (8, 6), (level, 0, 0)) for level in (1, 2, 3)]
+    content = [{"type": "video", "url": frames}, {"type": "text", "text": "q"}]
+    (media,) = prompt_of("t/1", [{"role": "user", "content": content}]).media
+    assert media.kind == "video" and [frame[0, 0, 0] for frame in media.source] == [1, 2, 3]

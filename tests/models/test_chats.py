@@ -432,3 +432,30 @@ def test_sizes_of_one_picture_in_every_family(family, tmp_path, folder):
     with pytest.raises(InputError, match=r"a size is asked of one image \(max_pixels"):
         made(processor, part)
     assert len(made(processor, {"type": "image", "image": Image.open(folder / "a.png")}))
+
+
+def test_a_call_takes_frames_by_their_paths(processor, folder):
+    """A list in the list is one clip; clips stay clips."""
+    mark = "<|vision_start|><|video_pad|><|vision_end|>q"
+    paths = [str(folder / "a.png")] * 4
+    inputs = processor(text=mark, videos=[paths])
+    assert grids(inputs) == {"video_grid_thw": [[2, 8, 8]]}
+    both = processor(text=[mark, mark], videos=[[str(folder / "a.mp4")], [str(folder / "a.mp4")]])
+    assert grids(both) == {"video_grid_thw": [[8, 8, 8]] * 2}
+    with pytest.raises(InputError, match="a picture and no clip"):
+        processor(text=mark, videos=paths[:1])
+
+
+@torch.no_grad()
+def test_a_placeholder_is_never_said(folder):
+    """Even where it would be the likeliest word by far."""
+    model, processor = zipr1.load("tiny", device="cpu")
+    inputs = made(processor, {"type": "image", "image": str(folder / "a.png")})
+    last = model.model(**inputs).last_hidden_state[0, -1]
+    head = model.lm_head.weight.detach().clone()
+    places = list(processor.inner.placeholder.values())
+    head[places] = 10 * last / last.norm()
+    model.lm_head.weight = torch.nn.Parameter(head)
+    options = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 4}
+    said = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    assert not torch.isin(said, torch.tensor(places)).any()

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from alike import chat, compare_clip, same_inputs
 from PIL import Image
-from test_pictures import QWEN, SIDES
+from test_pictures import QWEN, SIDES, picture
 
+from zipr1.core.types import Media
 from zipr1.data import video
 
 pytest.importorskip("torchvision", reason="run `make test`")
@@ -108,6 +109,33 @@ def test_a_list_of_frames(opened):
     frames_with_a_rate = [chat({"type": "video", "video": frames, "fps": 4.0})]
     timed = pair.ours.apply_chat_template(frames_with_a_rate, tokenize=True)
     assert timed["second_per_grid_ts"].tolist() == [2 / 4]
+
+
+def test_pictures_and_clips_of_several_chats(pair):
+    """A chat of two turns with three media beside one of a clip alone: padded, in the order of the messages."""
+    clips = [clip(6, 40, 56), clip(9, 56, 40), clip(4, 64, 64)]
+    first, second = (picture(60, 90), picture(120, 40))
+    say = {"type": "text", "text": "red"}
+    chats = [
+        [
+            *chat({"type": "image", "image": first}, say, {"type": "video", "video": clips[0]}),
+            {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
+            *chat({"type": "video", "video": clips[1]}, {"type": "image", "image": second}),
+        ],
+        chat({"type": "video", "video": clips[2]}),
+    ]
+    texts = [pair.ours.apply_chat_template(one, add_generation_prompt=True) for one in chats]
+    ours = pair.ours(
+        text=texts, images=[first, second], videos=[Media("video", c, 8.0) for c in clips]
+    )
+    about = [
+        {"total_num_frames": len(c), "fps": 8.0, "frames_indices": [*range(len(c))]} for c in clips
+    ]
+    theirs = pair.theirs(
+        text=texts, images=[[first, second], []], videos=[clips[:2], clips[2:]], video_metadata=about,
+        return_tensors="pt", padding=True, padding_side="left",
+    )  # fmt: skip
+    same_inputs(pair, ours, theirs)
 
 
 def written(path: Any, frames: np.ndarray, times: list[int], turn: Any = None) -> None:

@@ -21,7 +21,7 @@ SIZES = [
     (24, 24), (24, 40), (31, 33), (32, 32), (33, 31), (40, 24), (48, 48), (56, 56), (63, 65), (64, 64),
     (72, 88), (100, 37), (37, 100), (104, 120), (128, 128), (199, 1), (1, 200), (200, 1), (400, 2), (3, 599),
     (640, 480), (480, 640), (641, 480), (640, 488), (648, 472), (720, 576), (799, 601), (1000, 8), (9, 1700),
-    (1024, 768), (1279, 721), (1600, 100), (2000, 1500), (3000, 15),
+    (1024, 768), (1279, 721), (1600, 100), (2000, 1500), (4000, 3000), (3000, 15),
 ]  # fmt: skip
 MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"]
 
@@ -54,6 +54,15 @@ def test_sizes(pair, size):
 @pytest.mark.parametrize("mode", MODES)
 def test_modes(pair, mode):
     compare_pictures(pair, picture(70, 50, mode))
+
+
+def test_sixteen_bits_are_scaled_to_eight(pair, tmp_path):
+    """transformers would cut them off; given them scaled, it sees what is seen here."""
+    levels = np.random.default_rng(0).integers(0, 65536, (50, 70), dtype=np.uint16)
+    scaled = Image.fromarray(np.round(levels / 257).astype(np.uint8))
+    for form in ("PNG", "TIFF"):
+        Image.fromarray(levels).save(tmp_path / "deep", form)
+        compare_pictures(pair, str(tmp_path / "deep"), theirs=scaled)
 
 
 def test_several_pictures_and_none(pair):

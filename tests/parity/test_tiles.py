@@ -11,10 +11,12 @@ import pytest
 import transformers
 from alike import same_pixels
 from test_pictures import picture
+from transformers import AutoImageProcessor
 
 from zipr1.core.recipe import Model
 from zipr1.data.pictures import rgb
 from zipr1.models.families import FAMILIES
+from zipr1.models.loading import save_processor
 from zipr1.models.policy import load_policy
 
 pytest.importorskip("torchvision", reason="run `make test`")
@@ -44,3 +46,16 @@ def test_one_tile(processors, size, mode):
     wanted = wanted.flatten(0, -4)[:1]  # of LLaVA-OneVision, the whole picture comes first
     found = ours.visual("image", rgb(image), None)
     same_pixels(found.patches, wanted, min(ours.settings.std))
+
+
+@pytest.mark.parametrize("family", ["internvl", "smolvlm"])
+def test_what_is_saved_makes_one_tile_in_transformers_too(weights, family, tmp_path):
+    """Though InternVL's processor asks for cuts."""
+    policy = load_policy(Model(path=str(weights(family))), "cpu")
+    ours = policy.processor
+    save_processor(ours.tokenizer, ours.settings, family, tmp_path)
+    theirs = AutoImageProcessor.from_pretrained(tmp_path)
+    asked = {"crop_to_patches": True} if family == "internvl" else {}
+    wanted = theirs(picture(700, 200), return_tensors="pt", **asked)["pixel_values"].flatten(0, -4)
+    found = ours.visual("image", rgb(picture(700, 200)), None).patches
+    same_pixels(found, wanted, min(ours.settings.std))

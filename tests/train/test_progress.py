@@ -6,6 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
+from zipr1.train import progress as module
 from zipr1.train.progress import Progress, summary_table
 
 METRICS = {
@@ -72,6 +73,33 @@ def test_what_came_before_the_first_step_is_not_its_time():
         progress._began -= 2
         progress.update(0, METRICS)
         assert progress.seconds_per_step == pytest.approx(2, abs=0.5)
+
+
+def test_the_time_runs_within_a_step(monkeypatch):
+    """Two of six steps in 20 s: 40 s left, less with each second of the third one, until it is late."""
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    progress = Progress(console(terminal=True), 6)
+    now[0] = 104
+    assert progress._left() == "first step: 4 s"
+    progress.done, progress._last = 2, 120.0
+    said = []
+    for now[0] in (120, 123, 129, 140):
+        said.append(progress._left())
+    assert said == ["40 s left", "37 s left", "31 s left", "30 s left"]
+    progress.done, progress._last = 6, 160.0
+    now[0] = 170
+    assert progress._left() == "0 s left"
+
+
+def test_a_long_step_is_told_of_where_nobody_watches(monkeypatch):
+    told = []
+    monkeypatch.setattr(module.activity, "tell", lambda *what: told.append(what))
+    with Progress(console(), 3) as progress:
+        for step in range(3):
+            progress.update(step, METRICS)
+    steps = [("training: step", n, 3) for n in (1, 2, 3, 3)]
+    assert told == [*steps, ("",)]
 
 
 @pytest.mark.parametrize("width", [80, 120])

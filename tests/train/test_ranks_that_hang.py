@@ -149,7 +149,7 @@ def hung(tmp_path_factory, model) -> dict[str, Any]:
         train["parallel"] = case.parallel
         recipe = write(folder / f"{name}.yaml", model, train=train, evaluation=NONE)
         lost = case.who if case.lost else None
-        said = pair(recipe, folder / name, case.before, 120, case.ranks, lost)
+        said = pair(recipe, folder / name, case.before, 300, case.ranks, lost)
         return (*said, recipe, folder / name)
 
     with ThreadPoolExecutor(len(CASES)) as pool:
@@ -222,16 +222,6 @@ def nothing() -> None:
     pass
 
 
-def locked_by_another() -> None:
-    """As if the folder were free when every rank looked at it, and taken when the first one claims it."""
-    from zipr1.core.errors import InputError
-
-    def taken(*arguments: Any) -> None:
-        raise InputError("run: another zipr1 writes here (process 7 on host); wait for it")
-
-    lock.locked = taken
-
-
 def refuses_in_reading() -> None:
     from zipr1.core.errors import InputError
     from zipr1.train import loop
@@ -265,23 +255,32 @@ def refuses_before_all_have_come() -> None:
 @pytest.mark.parametrize(
     ("before", "code", "line"),
     [
-        (locked_by_another, 2, "another zipr1 writes here (process 7 on host)"),
         (refuses_in_reading, 2, "rank 1 ended, in 'opening MODEL': cat.jpg: not on this machine"),
         (refuses_in_the_update, 1, "rank 1 ended, in 'step 1: update': RuntimeError: a bug"),
         (refuses_before_all_have_come, 2, "rank 1 ended, in 'starting': process 2 of this machine"),
     ],
-    ids=["locked", "reading", "update", "before"],
+    ids=["reading", "update", "before"],
 )
 def test_what_one_rank_refuses_alone_ends_all_with_its_reason(tmp_path, model, before, code, line):
     recipe = write(tmp_path / "r.yaml", model, evaluation=NONE)
-    codes, said = pair(recipe, tmp_path / "out", before, wait=60)
+    codes, said = pair(recipe, tmp_path / "out", before)
     bug = before is refuses_in_the_update  # its own traceback is told, by the rank that has it
     assert codes == [code, code], "".join(said)[-3000:]
     line = line.replace("MODEL", str(model))
-    told = [line in text for text in said]
-    if before is locked_by_another:
-        assert told == [True, True]
-    else:
-        assert told[0] and line.rpartition(": ")[2] in said[1]
+    assert line in said[0] and line.rpartition(": ")[2] in said[1]
     assert "Traceback" not in said[0] and ("Traceback" in said[1]) == bug
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob(".tmp-*"))
+
+
+def test_a_folder_that_another_process_writes_is_refused_by_all(tmp_path, model):
+    """The first rank alone claims it."""
+    recipe, output = write(tmp_path / "r.yaml", model, evaluation=NONE), tmp_path / "out"
+    output.mkdir()
+    with lock.locked(output / lock.NAME, output):
+        codes, said = pair(recipe, output)
+    assert codes == [2, 2], "".join(said)[-3000:]
+    for rank, text in enumerate(said):
+        (line,) = [x for x in text.splitlines() if "error: " in x]
+        told = f"error: rank {rank}: {output}: another zipr1 writes here (process {os.getpid()} on "
+        assert line.startswith(told) and "Traceback" not in text
+    assert not list(output.iterdir())

@@ -99,19 +99,19 @@ def evaluate(
 
     from zipr1.core.files import check_folder
     from zipr1.core.runs import find_model
-    from zipr1.evaluate.suites import check_p_values
+    from zipr1.evaluate.request import EvalRequest, check
 
-    check_p_values(p_values)
     if output is not None:
         check_folder(output, "--output")
     path, why = find_model(model, checkpoint=checkpoint)
+    request = EvalRequest(
+        path, names, p_values, limit, output, data_root, device, overrides or [], base
+    )
+    check(request)
     tell_model(model, why, as_json)
     with busy(as_json) as console:
         from zipr1.evaluate import session
 
-        request = session.EvalRequest(
-            path, names, p_values, limit, output, data_root, device, overrides or [], base
-        )
         result = session.run(request, sys.argv, console)
     if as_json:
         from zipr1.core.jsontext import dumps

@@ -132,13 +132,16 @@ def profile(
             for table in tables:
                 console.print(table)
         else:
+            from zipr1.core import activity
             from zipr1.core.folders import claimed
             from zipr1.profiling import report
             from zipr1.profiling.session import profile as measure
 
             with claimed(output, name="profile") as folder:
                 result = measure(request)
+                activity.tell("drawing the report")
                 page = report.write(result, folder)
+            activity.tell("")
             report.show(result, console)
             console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
     if as_json:

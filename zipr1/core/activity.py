@@ -28,6 +28,8 @@ EVERY = 60.0  # seconds between two lines where nobody watches
 class _Shown(Protocol):
     def show(self, what: str, count: str) -> None: ...
 
+    def spoke(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -41,6 +43,12 @@ def tell(what: str, done: int | None = None, total: int | None = None) -> None:
         watch.at(what + count)
     if _open:
         _open[-1].show(what, count)
+
+
+def spoke() -> None:
+    """A line was printed that says how far it is: the next one that nobody asked for is due EVERY seconds from now."""
+    if _open:
+        _open[-1].spoke()
 
 
 def counted(what: str, items: Sequence[T] | Iterable[T], total: int | None = None) -> Iterator[T]:
@@ -97,6 +105,9 @@ class _Spinner:
         self._what = what
         self._progress.update(self._progress.task_ids[0], description=what + count)
 
+    def spoke(self) -> None:
+        pass
+
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
@@ -104,22 +115,33 @@ class _Spinner:
 
 
 class _Lines:
-    """What is under way, as a line each EVERY seconds."""
+    """What is under way, as a line each EVERY seconds in which nothing else was printed."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._text, self._began = "", time.monotonic()
+        self._last = self._began
         self._end = threading.Event()
         threading.Thread(target=self._tick, name="activity", daemon=True).start()
 
     def show(self, what: str, count: str) -> None:
         self._text = what and what + count
 
+    def spoke(self) -> None:
+        self._last = time.monotonic()
+
     def close(self) -> None:
         self._end.set()
 
+    def _wait(self) -> float:
+        """Seconds to the next line."""
+        return max(0.0, self._last + EVERY - time.monotonic())
+
     def _tick(self) -> None:
-        while not self._end.wait(EVERY):
+        while not self._end.wait(self._wait()):
+            if self._wait() > 0:  # a line came between
+                continue
+            self._last = time.monotonic()
             if text := self._text:
                 minutes = round((time.monotonic() - self._began) / 60)
                 line = f"{text} ({minutes} min since the start)"

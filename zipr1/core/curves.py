@@ -238,7 +238,7 @@ def _finish(ax: Axes, title: str, shares: Sequence[float] | None) -> None:
             ax.set_ylim(0, min(1.02, 1.1 * max(shares)))
         else:
             score_axis(ax, shares)
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     if len(ax.get_legend_handles_labels()[0]) > 1:
         ax.legend(frameon=False, fontsize=7)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -29,13 +30,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from zipr1.core import signals, watch
-from zipr1.core.errors import InputError, RunError, ZipError
+from zipr1.core.errors import InputError, ZipError
 from zipr1.core.text import reason
 
 T = TypeVar("T")
 
 # How long a word between ranks may take: long enough for any, for a rank that hangs is found by its silence.
 PATIENCE = timedelta(hours=12)
+
+_times = itertools.count()  # that this process has met others
 
 # What a launcher tells a process about the others.
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -137,8 +140,9 @@ def _store() -> tuple[dist.Store, list[int]]:
             f"WORLD_SIZE is {told.get('WORLD_SIZE')} and the processes do not meet ({why}); "
             "start them with torchrun, or unset WORLD_SIZE"
         ) from None
-    # A launcher that starts all ranks again keeps its store.
-    return dist.PrefixStore(f"zipr1/{told.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), keeper
+    # A launcher that starts all ranks again keeps its store, and so does a program that trains twice.
+    again = f"{told.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_times)}"
+    return dist.PrefixStore(f"zipr1/{again}", store), keeper
 
 
 @contextlib.contextmanager
@@ -174,10 +178,7 @@ def joined(
             if not broken:
                 watched.leave(error)
                 raise
-            dead = watched.gone()
-            if watched.ending is not None:
-                raise watched.ending.error() from None
-            raise RunError(watched.judge.gone(dead)) from None
+            raise watched.gone().error() from None
         finally:
             # After an error the others may be gone: torchrun ends them, and there is nobody to say goodbye to.
             if dist.is_initialized():

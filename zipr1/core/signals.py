@@ -23,13 +23,14 @@ from types import FrameType
 class Stopped(BaseException):
     """A signal asked the process to end. No Exception: nothing on the way up may take it for a failure.
 
-    note: what was saved, for the last line on the screen.
+    note: what was saved, for the last line on the screen. agreed: all ranks end with it.
     """
 
-    def __init__(self, number: int, note: str = ""):
+    def __init__(self, number: int, note: str = "", agreed: bool = False):
         super().__init__(number)
         self.number = number
         self.note = note
+        self.agreed = agreed
 
 
 @dataclass
@@ -103,7 +104,7 @@ def check(gather: Callable[[int], list[int]]) -> None:
     number = max(gather(here.number))
     if number and here.held:
         release()
-        raise Stopped(number)
+        raise Stopped(number, agreed=True)
 
 
 def release() -> None:

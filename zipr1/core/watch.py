@@ -34,7 +34,8 @@ from zipr1.core.text import duration, one_line
 EVERY = 0.5  # seconds between two looks
 # Looks after which a rank that was told goes: the others have read why by then.
 HEARD = 3
-# Seconds that a rank has to end by itself. A launcher gives 30, and then kills without a word.
+# Seconds without a sign of life after which a rank that is to end, and does not, is made to. A launcher gives it 30,
+# and then kills it without a word.
 GRACE = 20.0
 # Bytes a second that a process at work reads or writes at least, where it does nothing else; what a thread that logs
 # writes is less.
@@ -238,6 +239,7 @@ class Watch(threading.Thread):
             self._tell()
             if self.rank in self.keeper:
                 self._outstay()
+        self.join(HEARD * self.every)  # it ends now, unless the store holds it
 
     def _outstay(self) -> None:
         """Give the others the time to hear what there is to hear, before the store goes with this process."""
@@ -260,8 +262,9 @@ class Watch(threading.Thread):
             time.sleep(self.every / 10)
 
     def leave(self, error: BaseException) -> None:
-        """This rank ends with an error: tell the others, and give them the time to read it."""
-        if self.ending is not None:
+        """This rank ends with an error: tell the others, and give them the time to read it. Not of a signal on which
+        all have agreed: each ends when it has saved what it has to."""
+        if self.ending is not None or (isinstance(error, signals.Stopped) and error.agreed):
             return
         self._leaving = True
         code = getattr(error, "exit_code", 1)
@@ -274,23 +277,32 @@ class Watch(threading.Thread):
             if self._end(Ending([self.rank], code, text)).ranks == [self.rank]:
                 time.sleep(HEARD * self.every)
 
-    def gone(self) -> list[int]:
-        """Ranks that tell nothing any more, though they have not ended. Takes a few looks, and longer while a busy
-        machine leaves it open which one it is."""
+    def gone(self) -> Ending:
+        """Why a word between the ranks broke off. Where nobody has said so, a rank is dead: one that tells nothing any
+        more, though it has not ended."""
         try:
-            before, until = self._told(), time.monotonic() + 4 * HEARD * self.every
-            time.sleep(HEARD * self.every)
-            while True:
-                silent = [
-                    rank
-                    for rank, (told, now) in enumerate(zip(before, self._told(), strict=True))
-                    if rank != self.rank and now == told and now[1] and not now[1].ended
-                ]
-                if len(silent) < 2 or self.ending or time.monotonic() > until:
-                    return silent
-                time.sleep(self.every)
+            silent = self._silent()
+            if self.ending is None:
+                return self._end(Ending(silent, 1, self.judge.gone(silent)))
         except RuntimeError:  # the store's: who keeps it is gone
-            return list(self.keeper)
+            if self.ending is None:
+                self.ending = Ending([*self.keeper], 1, self.judge.gone(self.keeper))
+        return self.ending
+
+    def _silent(self) -> list[int]:
+        """Ranks that tell nothing any more. Takes a few looks, and longer while a busy machine leaves it open which one
+        it is."""
+        before, until = self._told(), time.monotonic() + 4 * HEARD * self.every
+        time.sleep(HEARD * self.every)
+        while True:
+            silent = [
+                rank
+                for rank, (told, now) in enumerate(zip(before, self._told(), strict=True))
+                if rank != self.rank and now == told and now[1] and not now[1].ended
+            ]
+            if len(silent) < 2 or self.ending or time.monotonic() > until:
+                return silent
+            time.sleep(self.every)
 
     def run(self) -> None:
         clock, looked = 0.0, time.monotonic()
@@ -310,14 +322,18 @@ class Watch(threading.Thread):
             self._part(self.ending)
 
     def _look(self, clock: float) -> None:
-        now = moved()
-        if now - self._moved > MOVING * self.every:
-            _here.count += 1
-        self._moved = now
+        self._feel()
         self._tell()
         self._hear(clock)
         if self.ending is None and (late := self.judge.stuck(clock)):
             self._end(Ending(late, 1, self.judge.text(late)))
+
+    def _feel(self) -> None:
+        """A sign of life, if the process has read or written much since the last look."""
+        now = moved()
+        if now - self._moved > MOVING * self.every:
+            _here.count += 1
+        self._moved = now
 
     def _tell(self) -> None:
         self._beat += 1
@@ -337,13 +353,19 @@ class Watch(threading.Thread):
         return self.ending
 
     def _part(self, ending: Ending) -> None:
-        """See to it that this process ends, wherever it waits."""
+        """See to it that this process ends, wherever it waits; what it is writing, it may finish."""
         signals.hold()  # the launcher's, which comes when the first rank is gone, is not the reason
         hangs = self.rank in ending.ranks and not self._leaving
-        if not self._closed.wait(HEARD * self.every if hangs else GRACE):
-            with contextlib.suppress(OSError, ValueError):
-                say(ending.text, ending.code)
-            os._exit(ending.code)
+        still, count = 0, _here.count
+        while still * self.every < (HEARD * self.every if hangs else GRACE + _here.more):
+            if self._closed.wait(self.every):
+                return
+            self._feel()
+            still = still + 1 if hangs or _here.count == count else 0
+            count = _here.count
+        with contextlib.suppress(OSError, ValueError):
+            say(ending.text, ending.code)
+        os._exit(ending.code)
 
 
 def _read(text: bytes) -> tuple[int, Sign | None]:

@@ -67,7 +67,8 @@ def _of_levels(picture: Image.Image, bits: int | None, name: str) -> np.ndarray:
     if bits is not None:
         top = 2.0**bits - 1
     elif low >= 0 and high <= 1 and picture.mode == "F":
-        top = 1.0
+        # The same pixels as of a file of 16 bits.
+        levels, top = np.floor(levels.astype(np.float64) * 65535), 65535.0
     elif low >= 0 and high <= 255 and np.array_equal(levels, np.round(levels)):
         top = 255.0
     elif low >= 0 and high <= 65535 and picture.mode == "I":
@@ -77,7 +78,7 @@ def _of_levels(picture: Image.Image, bits: int | None, name: str) -> np.ndarray:
         raise InputError(
             f"{name}: has levels of {low:g} to {high:g}; allowed: {allowed}; scale them"
         )
-    if top == 65535.0 and 255 < high < 4096:
+    if bits == 16 and 255 < high < 4096:
         _tell_of_dark(name, int(high))
     grey = np.round(levels * (255 / top)).clip(0, 255).astype(np.uint8)
     clear = picture.info.get("transparency")

@@ -49,13 +49,13 @@ def table(a: Side, b: Side, pairs: Sequence[Pair], width: int = WIDE) -> Table:
     """A row for each benchmark and p; A and B stand for the folders, which the caption names. A terminal with less than
     WIDE columns gets fewer."""
     wide = width >= WIDE
-    more = "; paired: questions that are the same, over which B - A and its 95 % interval are; faster: B's time to the "
-    more += "first token against A's, above 1 is faster"
+    more = "; paired: how many they are; faster: B's time to the first token against A's, above 1 is faster"
     out = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
-        caption=f"A: {a.name}; B: {b.name}; kept: of all tokens of a prompt{more if wide else ''}",
+        caption=f"A: {a.name}; B: {b.name}; B - A: over the questions that both answered, if any; kept: of "
+        f"all tokens of a prompt{more if wide else ''}",
         caption_justify="left",
     )
     names = ["benchmark", "p", "A", "B", "B - A (95 %)", "kept A", "kept B"]

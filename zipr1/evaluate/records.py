@@ -114,13 +114,13 @@ def changed(before: Units, after: Units) -> dict[str, int]:
 
 
 def _means(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Of one variant, over questions; seconds are the sum. first_token_ms: in the language model, a question's share of
-    its batch's prefill."""
+    """Of one variant, over questions; seconds are the sum. first_token_ms: in the language model, the median question's
+    share of its batch's prefill, for a first batch takes longer."""
     return {
         "token_ratio": float(np.mean([a.token_ratio for a in answers])),
         "kv_bytes": float(np.mean([a.kv_bytes for a in answers])),
         "seconds": float(sum(a.seconds for a in answers)),
-        "first_token_ms": 1e3 * float(np.mean([a.prefill_seconds for a in answers])),
+        "first_token_ms": 1e3 * float(np.median([a.prefill_seconds for a in answers])),
         "layers": np.mean([a.layer_ratios for a in answers], 0).tolist(),
     }
 

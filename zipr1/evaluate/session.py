@@ -8,7 +8,6 @@ import importlib.util
 import io
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,24 +15,15 @@ from rich.console import Console
 from rich.text import Text
 
 from zipr1.core import activity, distributed, extras, hub, terminal
-from zipr1.core.config import override
 from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.folders import claimed
 from zipr1.core.jsontext import dumps
-from zipr1.core.load import validate
 from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe
 from zipr1.core.text import one_line, reason
 from zipr1.evaluate.folder import Folder, default_root, identity
-from zipr1.evaluate.suites import (
-    GROUPS,
-    LMMS_EVAL,
-    SUITES,
-    WITH_LOGIN,
-    Suite,
-    check_p_values,
-    resolve,
-)
+from zipr1.evaluate.request import EvalRequest, check, settings
+from zipr1.evaluate.suites import GROUPS, LMMS_EVAL, SUITES, WITH_LOGIN, Suite, resolve
 from zipr1.models.loading import choose_device
 from zipr1.models.manifest import read
 from zipr1.models.open import ModelSource, find_source, inference_dtype
@@ -45,36 +35,7 @@ if TYPE_CHECKING:
 
     from zipr1.evaluate.answers import Answerer, Conditions
 
-# Recipe keys that mean something here.
-READ = (
-    "model.",
-    "sparse.",
-    "data.max_frames",
-    "data.fps",
-    "train.max_new_tokens",
-    "evaluation.batch",
-    "train.stall_minutes",
-)
 BATCH = 16
-
-
-@dataclass
-class EvalRequest:
-    """What a user asks for. tasks: names of suites, groups and lmms-eval's tasks. p_values: of --budget, 1.0 is dense.
-
-    limit: first questions of each benchmark; None takes the suite's own, 0 all. changes: `a.b=c` of a recipe.
-    base: measure the untouched model too, where `model` is a run. output: None is a folder named by all of this.
-    """
-
-    model: str
-    tasks: Sequence[str]
-    p_values: Sequence[float]
-    limit: int | None = None
-    output: Path | None = None
-    data_root: Path | None = None
-    device: str | None = None
-    changes: Sequence[str] = ()
-    base: bool = True
 
 
 def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[str, Any]:
@@ -84,11 +45,12 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
     Raises RunError at the end if any failed, InputError before anything is measured for wrong input.
     """
     # 1. what is asked for, in full
+    check(request)
     activity.tell("loading lmms-eval")
     check_installed()
     suites = _suites(request.tasks)
     source = find_source(request.model)
-    recipe, keys = _settings(request, source)
+    recipe, keys = settings(request, source.sparse.model_dump())
     p_values = _p_values(request.p_values, recipe)
     _check_data_root(request.data_root, suites)
 
@@ -177,9 +139,11 @@ def write(folder: Folder, results: dict[str, Any], console: Console) -> None:
     folder.write("results.json", dumps(results, indent=2) + "\n")
     names = dict.fromkeys(row["task"] for row in results["rows"])
     records = [record for record in map(folder.read, names) if record is not None]
+    activity.tell("drawing the report")
     drawings = plots.draw(records, results, folder.root) if records else {}
     folder.write("report.md", report.markdown(results, records, list(drawings)))
     folder.write("report.html", html.page(results, records, drawings))
+    activity.tell("")
     if results["rows"]:
         console.print(report.table(results, console.width))
     for note in results["notes"]:
@@ -242,36 +206,15 @@ def _suites(names: Sequence[str]) -> list[Suite]:
 
 
 def _check_data_root(root: Path | None, suites: Sequence[Suite]) -> None:
-    """Raises InputError for a folder that is not there, and for tasks whose local copies nobody knows how to read."""
+    """Raises InputError for tasks whose local copies nobody knows how to read."""
     if root is None:
         return
-    if not root.is_dir():
-        raise InputError(
-            f"--data-root {root}: no such folder; give one with a folder for each benchmark"
-        )
     others = [suite.name for suite in suites if suite.name not in SUITES]
     if others:
         raise InputError(
             f"--data-root {root}: not read for {', '.join(others)}; it serves {', '.join(GROUPS['paper13'])}: "
             "evaluate other tasks without it, from the hub or its cache"
         )
-
-
-def _settings(request: EvalRequest, source: ModelSource) -> tuple[Recipe, set[str]]:
-    """A recipe that holds what is read here, and the keys given on the command line."""
-    sparse = source.sparse.model_dump()
-    values: dict[str, Any] = {"model": {"path": request.model}, "sparse": sparse}
-    keys = [override(values, text) for text in request.changes]
-    for key in keys:
-        if not any(key == name or key.startswith(name) for name in READ):
-            raise InputError(
-                f"command line: `{key}`: not read by zipr1 eval; allowed: {', '.join(READ)}"
-            )
-        if key in ("model.path", "sparse.p"):
-            raise InputError(
-                f"command line: `{key}`: use --{'model' if key == 'model.path' else 'budget'}"
-            )
-    return validate(values, "command line", keys), set(keys)
 
 
 def _with_dtype(recipe: Recipe, device: torch.device) -> Recipe:
@@ -282,7 +225,6 @@ def _with_dtype(recipe: Recipe, device: torch.device) -> Recipe:
 
 def _p_values(given: Sequence[float], recipe: Recipe) -> list[float]:
     """All values of p, dense first; without any the model's own beside dense."""
-    check_p_values(given)
     return sorted({1.0, *(given or [recipe.sparse.p])}, reverse=True)
 
 

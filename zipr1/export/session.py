@@ -61,17 +61,17 @@ def export(
     chosen = source.dtype() if dtype == "auto" else dtype
     place, kind = choose_device(device), FORMATS[format]
 
-    activity.tell(f"opening {run}")
+    activity.tell(f"opening {run}: step", 1, 4)
     settings = Model(path=str(source.weights), dtype="float32")
     opened = open_model(settings, place, merge_adapter=False)
     model, processor, peft_model = opened.model, opened.processor, opened.peft_model
     policy = Policy(model, processor, str(run), opened.settings)
-    activity.tell("asking the run a few questions")
+    activity.tell("asking the run a few questions: step", 2, 4)
     wanted = reference(policy, source.recipe)
     with _new_folder(folder) as temporary:
-        activity.tell(f"writing {to}")
+        activity.tell(f"writing {to}: step", 3, 4)
         written = kind.write(source, model, peft_model, processor, WEIGHT_DTYPES[chosen], temporary)
-        activity.tell("reading it back and asking it the same questions")
+        activity.tell("reading it back and asking it the same questions: step", 4, 4)
         checked = compare(
             wanted,
             kind.reload(source, temporary, written, place),
@@ -148,6 +148,7 @@ def _new_folder(final: Path) -> Iterator[Path]:
         ) from None
     with locked(final.with_name(f".tmp-{final.name}.lock"), final), writing(final, "export again"):
         shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+        made = [temporary]
         try:
             temporary.mkdir()
             yield temporary
@@ -157,7 +158,9 @@ def _new_folder(final: Path) -> Iterator[Path]:
             if final.is_dir():
                 final.rmdir()  # empty, or this fails and nothing is lost
             os.replace(temporary, final)
+            made.append(final)
             sync(final.parent)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for path in made:
+                shutil.rmtree(path, ignore_errors=True)
             raise

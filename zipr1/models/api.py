@@ -25,6 +25,7 @@ from zipr1.models.processors import Processor
 from zipr1.models.sparse.session import session_of
 from zipr1.models.visual import Visual
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # Options of a call that hold for all of its media; and those that say what is so anyway, with the values that do.
 LIMITS = ("fps", "sample_fps", "max_frames")
 TAKEN = (*OPTIONS["video"], "padding", "padding_side")
@@ -300,7 +301,13 @@ def _flat(given: Any, clips: bool = False) -> list[Any]:
 
 
 def _is_clip(item: Sequence[Any]) -> bool:
-    return bool(item) and all(hasattr(f, "convert") or getattr(f, "ndim", 0) == 3 for f in item)
+    """Whether these are frames of one clip, and not clips."""
+    return bool(item) and all(
+        hasattr(frame, "convert")
+        or getattr(frame, "ndim", 0) == 3
+        or str(frame).lower().endswith(PICTURES)
+        for frame in item
+    )
 
 
 def _places(text: str, name: str) -> list[int]:

@@ -145,9 +145,14 @@ def shape_of(model: str) -> Shape:
             except ValueError:
                 raise InputError(f"{path} is not JSON; give a model folder") from None
             return Shape.of(config, model)
+    raise unknown(model)
+
+
+def unknown(model: str) -> InputError:
+    """What is wrong with the name of a model that is nowhere."""
     near = difflib.get_close_matches(model, bundled(), n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise InputError(
+    return InputError(
         f"--model {model}: neither a model folder, nor a run, nor a bundled config{hint} "
         f"Bundled: {', '.join(bundled())}"
     )

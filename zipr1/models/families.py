@@ -41,7 +41,9 @@ class Family:
     tower: attributes of `model.model` that see. spell: how a picture or clip is written in a prompt (spelling.py).
     mrope: positions are `(3, l)` by the model's `get_rope_index`, else 0, 1, ... qwen_positions: with that method from
     positions.py, in place of transformers'. clips: what `video` does besides its file; None: clips are not handled.
-    tile: config -> pixels on a side of the one tile, tokens on a side, and how many tokens come besides.
+    tile: config -> pixels on a side of the one tile, tokens on a side, and how many tokens come besides. whole: that
+    side -> settings beside an exported model with which transformers' own class makes one tile too; LLaVA-OneVision's
+    knows none.
     pixels, video, processor: transformers' classes that read preprocessor_config.json,
     video_preprocessor_config.json and processor_config.json.
     """
@@ -57,6 +59,7 @@ class Family:
     qwen_positions: bool = False
     clips: ClipClass | None = QWEN2_CLIPS
     tile: Callable[[Any], tuple[int, int, int]] | None = None
+    whole: Callable[[int], dict[str, Any]] = lambda side: {}
 
 
 def _qwen(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> Any:
@@ -182,6 +185,7 @@ FAMILIES: dict[str, Family] = {
         mrope=False,
         clips=None,
         tile=lambda config: _square(config, config.downsample_ratio),
+        whole=lambda side: {"min_patches": 1, "max_patches": 1},
     ),
     "llava_onevision": Family(
         _llava,
@@ -205,6 +209,7 @@ FAMILIES: dict[str, Family] = {
         mrope=False,
         clips=None,
         tile=lambda config: _square(config, 1 / config.scale_factor),
+        whole=lambda side: {"do_image_splitting": False, "max_image_size": {"longest_edge": side}},
     ),
 }
 

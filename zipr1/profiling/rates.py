@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from zipr1.core import activity
 from zipr1.models.cost import Shape, Work
 from zipr1.profiling.counting import attention_flops
 
@@ -81,8 +82,11 @@ def measure(
     def make(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
+    what = "measuring the machine's own rates"
+    activity.tell(what, 0, 3)
     x, w = make(tokens, s.hidden), make(s.mlp, s.hidden)
     matrix = 2 * tokens * s.hidden * s.mlp / fastest(lambda: F.linear(x, w), device, seconds)
+    activity.tell(what, 1, 3)
     q = make(1, s.q_heads, tokens, s.dim)
     k, v = make(1, s.heads, tokens, s.dim), make(1, s.heads, tokens, s.dim)
     grouped = s.q_heads != s.heads
@@ -92,6 +96,7 @@ def measure(
         device,
         seconds,
     )
+    activity.tell(what, 2, 3)
     source = torch.empty(2**28, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     copy = 2 * source.numel() / fastest(lambda: target.copy_(source), device, seconds)

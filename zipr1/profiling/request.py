@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zipr1.core.errors import InputError
+from zipr1.core.runs import names_nothing
+from zipr1.models import cost
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ def check(request: ProfileRequest) -> None:
     for path in (request.image, request.video):
         if path is not None and not path.is_file():
             raise InputError(f"{path}: no such file; check the path")
+    if names_nothing(request.model) and request.model not in cost.bundled():
+        raise cost.unknown(request.model)
     check_numbers(request.lengths, request.keeps, request.batches)
     if request.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(

@@ -43,7 +43,6 @@ def profile(request: ProfileRequest) -> dict[str, Any]:
             if synthetic:
                 cost.layer(s, length, 1.0, "none", 1)  # is the length one that the model knows?
             cases.append((f"{length:,} tokens" if synthetic else "a real prompt", length, batch))
-    activity.tell("measuring the machine's own rates")
     tokens = max(lengths) if synthetic else 4096
     known = rates.measure(s, tokens, built.device, built.dtype, min(0.5, request.seconds))
     python = {batch: measure.overhead_ms(built, batch) for batch in request.batches}

@@ -39,8 +39,8 @@ BRIEF = {"loss", "accuracy", "token_ratio", "kl"}  # of these a plain line tells
 
 
 class Progress:
-    """A live bar and a small table of the newest step; plain lines where nobody watches, one for each tenth of the
-    steps and one a minute at least.
+    """A live bar, whose time runs, and a small table of the newest step; plain lines where nobody watches, one for each
+    tenth of the steps and one a minute at least, also within a step that takes longer.
 
     with Progress(console, total=300) as progress:
         progress.update(step, metrics)      # step counts from 0, after it is done
@@ -52,19 +52,21 @@ class Progress:
         self.title = title
         self.done = start
         self._start = start
-        self._began = self._told = time.monotonic()
+        self._began = self._told = self._last = time.monotonic()
         self._metrics: Mapping[str, Any] = {}
         self._live = (
-            Live(self._view(), console=console, refresh_per_second=4, transient=False)
+            Live(console=console, get_renderable=self._view, refresh_per_second=4)
             if console.is_terminal
             else None
         )
 
     def __enter__(self) -> Progress:
-        activity.tell("")
-        self._began = time.monotonic()
+        self.begin()
         if self._live:
+            activity.tell("")
             self._live.start()
+        else:
+            activity.tell(f"{self.title}: step", self.done + 1, self.total)
         return self
 
     def __exit__(
@@ -75,35 +77,42 @@ class Progress:
     ) -> None:
         if self._live:
             self._live.stop()
+        else:
+            activity.tell("")
 
     def begin(self) -> None:
         """The first step begins now: seconds before it, such as those of the rehearsal, are not a step's."""
-        self._began = time.monotonic()
+        self._began = self._last = time.monotonic()
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Shows `metrics`, those of the step that just ended."""
         before, self.done, self._metrics = self.done, step + 1, metrics
+        self._last = now = time.monotonic()
         if self._live:
-            self._live.update(self._view())
+            self._live.refresh()
             return
+        activity.tell(f"{self.title}: step", min(self.done + 1, self.total), self.total)
         every = max(1, round(self.total / 10))
         first = before == self._start
-        now = time.monotonic()
         tenth = self.done // every > before // every
         if first or tenth or self.done == self.total or now - self._told >= activity.EVERY:
             self._told = now
             self.console.print(self._line(), soft_wrap=True, highlight=False)
+            activity.spoke()
 
     @property
     def seconds_per_step(self) -> float | None:
         steps = self.done - self._start
-        return (time.monotonic() - self._began) / steps if steps else None
+        return (self._last - self._began) / steps if steps else None
 
     def _left(self) -> str:
-        pace = self.seconds_per_step
+        """How long it will take; before the first step's end, how long that has taken."""
+        pace, running = self.seconds_per_step, time.monotonic() - self._last
         if pace is None:
-            return "time left unknown"
-        return f"{duration(pace * (self.total - self.done))} left"
+            return f"first step: {duration(running)}"
+        steps = self.total - self.done
+        # Of the step that runs, what is over is over; one that is late holds the clock.
+        return f"{duration(pace * steps - min(running, pace if steps else 0.0))} left"
 
     def _line(self) -> str:
         parts = [f"{self.title} {self.done}/{self.total}"]
