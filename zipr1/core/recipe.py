@@ -13,11 +13,17 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# Every number has an upper bound, above anything of use and below what overflows: the largest 32-bit integer where
+# nothing else is known. tests/core/test_bounds.py tries the bounds of all keys.
+LARGEST = 2**31 - 1
+
 Share = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Rate = Annotated[float, Field(ge=0, le=1e6)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Pixels = Annotated[int, Field(ge=1, le=100_000_000)]
+Prompts = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
 class Section(BaseModel):
@@ -31,8 +37,8 @@ class Lora(Section):
     dropout: of their input, in training alone.
     """
 
-    rank: Positive = 16
-    alpha: Positive = 32
+    rank: Annotated[int, Field(ge=1, le=16_384)] = 16
+    alpha: Annotated[int, Field(ge=1, le=1_000_000)] = 32
     dropout: Fraction = 0.0
 
 
@@ -60,9 +66,9 @@ class Model(Section):
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     config: dict[str, Any] | None = None
-    min_pixels: Positive | None = None
-    max_pixels: Positive | None = None
-    max_frame_pixels: Positive | None = None
+    min_pixels: Pixels | None = None
+    max_pixels: Pixels | None = None
+    max_frame_pixels: Pixels | None = None
 
 
 class Data(Section):
@@ -93,19 +99,19 @@ class Data(Section):
     source: str = "digits"
     heldout: str | None = None
     mix: dict[str, Rate] = {}
-    prompts: Positive = 2048
+    prompts: Prompts = 2048
     hard_kind_boost: Rate = 0.0
-    heldout_prompts: Positive = 500
+    heldout_prompts: Prompts = 500
     subset: str | None = None
     columns: dict[str, str] = {}
     streaming: bool = False
     instruction: str | None = None
     media_root: str | None = None
     check: Literal["decode", "exists"] = "decode"
-    workers: Positive = 4
+    workers: Annotated[int, Field(ge=1, le=256)] = 4
     on_bad_row: Literal["error", "skip"] = "error"
-    max_frames: Positive = 16
-    fps: Annotated[float, Field(gt=0)] | None = None
+    max_frames: Annotated[int, Field(ge=1, le=100_000)] = 16
+    fps: Annotated[float, Field(ge=0.001, le=1000)] | None = None
     max_prompt_tokens: Positive = 16384
 
 
@@ -167,7 +173,7 @@ class Budgets(Section):
     low: Share = 0.9375
     high: Share = 0.9775
     low_end: Share | None = None
-    num_generations: Positive = 8
+    num_generations: Annotated[int, Field(ge=1, le=1024)] = 8
     per: Literal["layer", "rollout"] = "layer"
     sampling: Literal["stratified", "independent", "grid"] = "stratified"
 
@@ -196,7 +202,7 @@ class Rewards(Section):
     """
 
     check: str = "exact"
-    tolerance: Rate = 1e-6
+    tolerance: Annotated[float, Field(ge=0, le=1)] = 1e-6
     weight: Rate = 1.0
     reduction: Rate = 1.0
 
@@ -260,7 +266,7 @@ class Ppo(Section):
 
     policy_gradient: Rate = 1.0
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    epochs: Positive = 1
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 1
     minibatches: Positive = 1
     kl_coef: Rate = 0.5
     kl_estimator: Literal["full", "forward", "jeffreys", "k2"] = "full"
@@ -283,13 +289,13 @@ class Optim(Section):
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-5
+    lr: Annotated[float, Field(gt=0, le=10)] = 1e-5
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.98]
     lr_scheduler_type: Literal["cosine", "cosine_with_min_lr", "constant_with_warmup"] = "cosine"
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     warmup: Fraction = 0.1
-    weight_decay: Rate = 0.01
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
 
 
 class Train(Section):
@@ -313,11 +319,11 @@ class Train(Section):
     """
 
     stage: Literal["rl", "supervised"] = "rl"
-    steps: Positive = 300
-    prompts_per_step: Positive = 8
+    steps: Annotated[int, Field(ge=1, le=1_000_000_000)] = 300
+    prompts_per_step: Annotated[int, Field(ge=1, le=65_536)] = 8
     micro_batch: Positive = 64
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    max_new_tokens: Positive = 16
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 16
     save_every: Count = 100
     micro_tokens: Positive | None = None
     save_total_limit: Positive = 2
@@ -335,7 +341,7 @@ class Supervised(Section):
     advance_at: the running accuracy on answer tokens at which the next stage comes.
     """
 
-    questions: Positive = 8
+    questions: Annotated[int, Field(ge=1, le=1000)] = 8
     video_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     hard_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     curriculum: Annotated[list[Positive], Field(min_length=1)] = [1, 2, 3, 6]

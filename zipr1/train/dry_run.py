@@ -34,7 +34,7 @@ from zipr1.train import supervised
 from zipr1.train.metrics import question
 from zipr1.train.rollout import roll_out
 from zipr1.train.sampler_check import check_sampler
-from zipr1.train.validate import check, check_lengths, needs_prompts
+from zipr1.train.validate import check, check_lengths, check_positions, needs_prompts
 
 SAMPLED = 32  # prompts that are tokenised for the counts
 
@@ -149,6 +149,7 @@ def _tried(
 ) -> dict[str, Any]:
     """The plan with everything here: samples tokenised and shown, and one rollout of two questions."""
     lessons = not needs_prompts(recipe)
+    check_positions(recipe, policy.positions)
     pictures = MediaEncoder(policy, recipe)
     prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     samples, encoded = pictures.usable((prompts or questions)[:SAMPLED])
