@@ -27,7 +27,7 @@ def profile(
     lengths: Annotated[
         list[str] | None,
         typer.Option(
-            help="Prompt tokens, random ones: 4096,16384. Default: a real prompt; of a bundled config four that take minutes.",
+            help="Prompt tokens, random ones: 4096,16384. Default: a real prompt; of a bundled config, four lengths.",
             show_default=False,
         ),
     ] = None,
