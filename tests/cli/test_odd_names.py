@@ -1,35 +1,14 @@
 """Every command in a folder whose name would be markup and emoji to the terminal: it is shown as it is, and works."""
 
 import contextlib
-import io
-import re
-import sys
 from pathlib import Path
 
 import pytest
 import tinymodels
 import tinyruns
-
-from zipr1.cli import main
+from commands import call
 
 ODD = Path("a[b]/[/red] :boom: [bold]")
-
-
-def call(*arguments) -> tuple[int, str]:
-    """Exit code and all that was printed, its white space made single spaces: long lines are broken."""
-    out, before = io.StringIO(), sys.argv
-    sys.argv = ["zipr1", *map(str, arguments)]
-    try:
-        with (
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(out),
-            pytest.raises(SystemExit) as left,
-        ):
-            main()
-    finally:
-        sys.argv = before
-    said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
-    return left.value.code or 0, " ".join(said.split())
 
 
 @pytest.fixture(scope="module")

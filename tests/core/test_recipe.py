@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from zipr1.core import recipes
 from zipr1.core.errors import InputError
 from zipr1.core.load import OLD_NAMES, differences, load, load_written, validate
-from zipr1.core.recipe import METHODS, Optim, Recipe, parse
+from zipr1.core.methods import METHODS, parse
+from zipr1.core.recipe import Optim, Recipe
 from zipr1.train.optim import learning_rate
 from zipr1.train.validate import check
 

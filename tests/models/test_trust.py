@@ -18,6 +18,7 @@ from zipr1.core import checksums
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.recipe import Model
 from zipr1.export.session import export
+from zipr1.models import misshapen
 from zipr1.models.loading import restore_weights
 from zipr1.models.open import resolve
 from zipr1.models.policy import load_policy
@@ -121,15 +122,27 @@ def test_every_family_has_all_its_weights(tmp_path, family):
     vision = next(n for n in sorted(whole) if "visi" in n or "visual" in n)
     for damage, lost in (("missing", name), ("misshaped", name), ("missing", vision)):
         changed(file, damage, lost)
-        said = ".".join(lost.split(".")[-3:])
-        if (
-            ".experts." in lost
-        ):  # stacked while they are loaded: transformers does not say which one is amiss
-            said = "experts.down_proj is missing" if damage == "missing" else "does not load"
+        said = ".".join(lost.split(".")[-3:]) + (" is [3, 5]" if damage == "misshaped" else "")
         refused(lambda: load_policy(settings, "cpu"), said, str(folder))
         save_file(whole, file, metadata={"format": "pt"})
     save_file({**whole, "model.stranger": torch.zeros(1)}, file, metadata={"format": "pt"})
     refused(lambda: load_policy(settings, "cpu"), "stranger is not of this model")
+
+
+def test_one_expert_among_many_is_named(tmp_path):
+    """In a file that has them one by one, which transformers stacks while it loads."""
+    folder = tinymodels.folder("qwen3_vl_moe", tmp_path / "model")
+    whole = load_file(folder / "model.safetensors")
+    stacked = "model.language_model.layers.1.mlp.experts.down_proj"
+    assert whole[stacked].shape == (4, 64, 48)
+    single = {f"{stacked.removesuffix('.down_proj')}.{i}.down_proj.weight": one.clone()
+              for i, one in enumerate(whole.pop(stacked))}  # fmt: skip
+    save_file({**whole, **single}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert misshapen.find(str(folder)) == {}
+    third = f"{stacked.removesuffix('.down_proj')}.2.down_proj.weight"
+    single[third] = torch.zeros(64, 47)
+    save_file({**whole, **single}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert misshapen.find(str(folder)) == {third: ((64, 47), (64, 48))}
 
 
 def test_tied_embeddings_and_buffers_that_are_computed_are_no_fault(tmp_path):

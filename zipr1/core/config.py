@@ -95,7 +95,8 @@ def problem(
         return f"{key}: unknown key; {_nearest(key, root, old_names or {})}"
     if kind == "value_error":
         return f"{key}: {context['error']}" if key else str(context["error"])
-    limit = next((f"{context[k]:g}" for k in ("gt", "ge", "lt", "le") if k in context), "")
+    bounds = [context[k] for k in ("gt", "ge", "lt", "le") if k in context]
+    limit = next((f"{x:,}" if isinstance(x, int) else f"{x:g}" for x in bounds), "")
     allowed = {
         "model_type": "a mapping of keys is allowed",
         "dict_type": "a mapping of names to values is allowed",

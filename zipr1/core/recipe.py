@@ -6,7 +6,6 @@ start at the working folder.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from typing import Annotated, Any, Literal
@@ -14,35 +13,17 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from zipr1.core.errors import InputError
+# Every number has an upper bound, above anything of use and below what overflows: the largest 32-bit integer where
+# nothing else is known. tests/core/test_bounds.py tries the bounds of all keys.
+LARGEST = 2**31 - 1
 
 Share = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Rate = Annotated[float, Field(ge=0, le=1e6)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-# What lowers the token ratio: the terms that `efficiency.method` names.
-METHODS: dict[str, str] = {
-    "answers": "the efficiency reward multiplies the answer's log-probability (arXiv 2504.18579)",
-    "cut": "the reward multiplies the log-probability of the kept counts: a score function",
-    "pathwise": "the expected token ratio is differentiated through the scores",
-    "through": "the losses are, to first order: what a kept token is worth pulls on its score",
-}
-
-
-def parse(method: str) -> frozenset[str]:
-    """Names of `METHODS` in a sum such as `cut+pathwise`; InputError for any other name."""
-    names = [name.strip() for name in method.split("+")]
-    for name in names:
-        if name not in METHODS:
-            near = difflib.get_close_matches(name, METHODS, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise InputError(
-                f"efficiency.method '{method}': no method '{name}'{hint} "
-                f"Allowed: {', '.join(METHODS)}, or a sum such as cut+pathwise"
-            )
-    return frozenset(names)
+Pixels = Annotated[int, Field(ge=1, le=100_000_000)]
+Prompts = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
 class Section(BaseModel):
@@ -50,19 +31,31 @@ class Section(BaseModel):
 
 
 class Lora(Section):
-    """Low-rank adapters on the language model's projections (peft)."""
+    """Low-rank adapters on the language model's projections (peft).
+    rank: of the adapters.
+    alpha: their output is multiplied by alpha / rank.
+    dropout: of their input, in training alone.
+    """
 
-    rank: Positive = 16
-    alpha: Positive = 32
+    rank: Annotated[int, Field(ge=1, le=16_384)] = 16
+    alpha: Annotated[int, Field(ge=1, le=1_000_000)] = 32
     dropout: Fraction = 0.0
 
 
 class Model(Section):
-    """path: `tiny`, a run directory, a model folder, a hub id; `scratch` builds `config` with random weights.
+    """The model that is trained.
 
+    path: `tiny`, a run, a model folder, or a hub id; `scratch` builds `config` with random weights.
+    revision: of a hub id: a branch, a tag or a commit.
     dtype: of the weights; `auto` is bfloat16 under adapters on a GPU, else float32. Adapters are float32 always, and
         whole models are trained in float32 alone.
-    min_pixels, max_pixels: bounds of a picture after resizing; max_frame_pixels: of a clip's frame (None: max_pixels).
+    lora: a section of keys below; without it all weights of the language model are trained.
+    train_vision: the vision tower is trained too.
+    gradient_checkpointing: activations are computed again in the backward pass: less memory, more time.
+    trust_remote_code: code that comes with a model may run.
+    config: sizes of the model that `path: scratch` builds (recipes/tiny_base.yaml).
+    min_pixels, max_pixels: bounds of a picture after resizing; not set: the model's own.
+    max_frame_pixels: the upper bound of a clip's frame; not set: max_pixels.
     """
 
     path: str = "tiny"
@@ -73,52 +66,60 @@ class Model(Section):
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     config: dict[str, Any] | None = None
-    min_pixels: Positive | None = None
-    max_pixels: Positive | None = None
-    max_frame_pixels: Positive | None = None
+    min_pixels: Pixels | None = None
+    max_pixels: Pixels | None = None
+    max_frame_pixels: Pixels | None = None
 
 
 class Data(Section):
-    """source: `digits` or `pages` (embedded), a .jsonl / .json / .parquet file, a folder, or a dataset of the hub
-    (`owner/name`); the last two with `:split` at the end where it is not `train`; `SOURCE:[a:b]` takes a part of the
-    rows. heldout: the same for held-out questions.
+    """Where questions come from.
 
-    subset: the configuration of a hub dataset. columns: our names for a dataset's, `{answer: label}` (data/formats.py).
-    streaming: rows are read as they arrive, the first `prompts` of them; nothing else is downloaded.
-    instruction: added to the end of each question. media_root: where relative paths of media start (None: at the file).
-    check: `decode` opens every picture and clip before the run, `exists` only looks whether the files are there.
-    workers: threads that read media, ahead of the step that needs them.
+    source: `digits` or `pages` (embedded), a .jsonl / .json / .parquet file, a folder, or a dataset of the hub
+        (`owner/name`); the last two with `:split` at the end where it is not `train`; `SOURCE:[a:b]` takes some rows.
+    heldout: the same for held-out questions; `validation`: embedded ones kept for tuning. Embedded sources need none.
     mix: shares of the embedded tasks among training prompts (empty: those of the source's family).
-    prompts: how many training prompts are made.
+    prompts: how many training prompts are drawn, or read with `streaming`; of other rows all are used.
     hard_kind_boost: hard kinds of question are drawn more often within their task: 1 + hard_kind_boost * g times, g the
         running share of answers that the kind loses at `sparse.p` against the dense reference (0: all alike). It needs
         a target or a constraint.
-    max_frames: of a clip at most. fps: at which clips are read; None is what the model's own settings say: all frames,
-        or for Qwen3-VL two a second. Which frames these are is the family's rule (data/video.py).
+    heldout_prompts: how many held-out questions are asked before and after training.
+    subset: the configuration of a hub dataset.
+    columns: our names for a dataset's, `{answer: label}` (data/formats.py).
+    streaming: rows are read as they arrive, the first `prompts` of them; nothing else is downloaded.
+    instruction: added to the end of each question.
+    media_root: where relative paths of media start; not set: at the file.
+    check: `decode` opens every picture and clip before the run, `exists` only looks whether the files are there.
+    workers: threads that read media, ahead of the step that needs them.
     on_bad_row: `error` stops with the row's number, `skip` counts them.
+    max_frames: most frames of a clip.
+    fps: frames a second that are taken of a clip; not set: all, spread evenly over max_frames where there are more.
+    max_prompt_tokens: longer prompts are refused or skipped, as on_bad_row says.
     """
 
     source: str = "digits"
     heldout: str | None = None
     mix: dict[str, Rate] = {}
-    prompts: Positive = 2048
+    prompts: Prompts = 2048
     hard_kind_boost: Rate = 0.0
-    heldout_prompts: Positive = 500
+    heldout_prompts: Prompts = 500
     subset: str | None = None
     columns: dict[str, str] = {}
     streaming: bool = False
     instruction: str | None = None
     media_root: str | None = None
     check: Literal["decode", "exists"] = "decode"
-    workers: Positive = 4
+    workers: Annotated[int, Field(ge=1, le=256)] = 4
     on_bad_row: Literal["error", "skip"] = "error"
-    max_frames: Positive = 16
-    fps: Annotated[float, Field(gt=0)] | None = None
+    max_frames: Annotated[int, Field(ge=1, le=100_000)] = 16
+    fps: Annotated[float, Field(ge=0.001, le=1000)] | None = None
     max_prompt_tokens: Positive = 16384
 
 
 class Probes(Section):
-    """Queries whose attention scores the prompt: the last `recent`, and `random` others drawn by strata."""
+    """Queries whose attention scores the prompt.
+    recent: the last ones of the prompt.
+    random: others, one from each of as many equal parts of the prompt.
+    """
 
     recent: Count = 64
     random: Count = 64
@@ -131,11 +132,16 @@ class Probes(Section):
 
 
 class Sparse(Section):
-    """How prompt tokens are chosen. p is the share of score mass kept at inference (for `top_k`, `random`: of
-    tokens; for `threshold`: the score, relative to uniform, under which a token is dropped is 1 - p).
+    """How prompt tokens are chosen.
 
-    dense_below: prompts of fewer tokens stay dense, for sparsity takes longer there; 0: none do. None: by the kind of
-        device, 384 on a CPU, as measured, and 4,096 on a GPU, an estimate that no GPU has measured. A run keeps the
+    rule: `top_p` keeps the fewest tokens that hold a share p of the score mass, `top_k` a share p of the tokens,
+        `random` as many at random, `threshold` those whose score, relative to uniform, is above 1 - p.
+    p: of the rule, at inference; what training lowers is the number of tokens that it keeps.
+    skip: what dropped tokens skip: `attention`, or the whole `layer`, MLP included.
+    keep_last: last tokens of the prompt that are always kept.
+    normalise: scores are divided by the number of probes that can see a token.
+    dense_below: prompts of fewer tokens stay dense, for sparsity takes longer there; 0: none do. Not set: by the kind
+        of device, 384 on a CPU, as measured, and 4,096 on a GPU, an estimate that no GPU has measured. A run keeps the
         number that it was trained with.
     kv: of conversations through `zipr1.load`. `evict` drops the keys and values of what the first turn did not keep;
         `retain` keeps all, and each turn chooses again among everything. One question is answered the same by both.
@@ -152,20 +158,22 @@ class Sparse(Section):
 
 
 class Budgets(Section):
-    """Thresholds of the rollouts of one question: `num_generations` values over [low, high], a rollout each.
+    """Thresholds of the rollouts of one question: values of p over [low, high], one for each rollout.
 
+    low, high: the ends of the range.
+    low_end: where `low` has moved to, linearly, after half of the steps (not set: it stays). A wide range starts
+        diffuse layers moving, a narrow one below the inference p finishes the job.
+    num_generations: rollouts of one question.
+    per: `layer` draws for each decoder layer, `rollout` shares one value among the layers.
     sampling: `stratified` jitters one value in each of `num_generations` equal cells, `independent` draws each
         uniformly, `grid` takes the cells' centres (of [0.9375, 0.9775] in 8 cells: 0.940, 0.945, ... 0.975, those of
         the paper).
-    low_end: where `low` has moved to, linearly, after half of the steps (None: it stays). A wide range starts diffuse
-        layers moving, a narrow one below the inference p finishes the job.
-    per: `layer` draws for each decoder layer, `rollout` shares one value among the layers.
     """
 
     low: Share = 0.9375
     high: Share = 0.9775
     low_end: Share | None = None
-    num_generations: Positive = 8
+    num_generations: Annotated[int, Field(ge=1, le=1024)] = 8
     per: Literal["layer", "rollout"] = "layer"
     sampling: Literal["stratified", "independent", "grid"] = "stratified"
 
@@ -186,11 +194,15 @@ class Budgets(Section):
 
 
 class Rewards(Section):
-    """Weights of the reward's parts. check: of the answer, where its row names none: a name in
-    `zipr1.rewards.REWARDS` or `path.py:function`. tolerance: relative, of the check `number`."""
+    """What an answer is worth.
+    check: of the answer, where its row names none: a name in `zipr1.rewards.registry.REWARDS` or `path.py:function`.
+    tolerance: relative, of the check `number`.
+    weight: of a correct answer.
+    reduction: weight of the share of dropped tokens, for the method `answers`.
+    """
 
     check: str = "exact"
-    tolerance: Rate = 1e-6
+    tolerance: Annotated[float, Field(ge=0, le=1)] = 1e-6
     weight: Rate = 1.0
     reduction: Rate = 1.0
 
@@ -198,9 +210,10 @@ class Rewards(Section):
 class Controller(Section):
     """Gains of the PI controller that follows `efficiency.target`, for each task and layer.
 
-    With e the token ratio less the one that the schedule asks for: while e > 0, the layer's weight is
-    `proportional` * e plus a sum that grows by `integral` * e each step, to `integral_max` at most. A layer at or ahead
-    of the schedule gets no weight, and its sum is multiplied by `decay`.
+    proportional: with e the token ratio less the one that the schedule asks for: while e > 0, the weight of a layer is
+        this times e, plus a sum.
+    integral, integral_max: the sum grows by `integral` * e each step, to `integral_max` at most.
+    decay: a layer at or ahead of the schedule gets no weight, and its sum is multiplied by this in each step.
     task_ema_rate, kind_ema_rate: how far one question moves the running accuracy gap of its task, and of its kind of
         question (0.01: about the last hundred questions count). A kind is rarer than its task.
     """
@@ -216,14 +229,14 @@ class Controller(Section):
 class Efficiency(Section):
     """What lowers the token ratio, and how hard.
 
-    method: a name in METHODS, or a sum such as `cut+pathwise`. weight: of E[token ratio].
-    max_accuracy_drop: fraction (0.005 = half a point) that answers at `sparse.p` may lose against the dense
-        reference on the same prompts; None turns the constraint off. Each task's multiplier mu starts at 0, moves by
-        `step` times the violation, is clipped to [0, max_multiplier], and divides the weight by 1 + mu.
-        Kinds that `data.hard_kind_boost` draws more often count more often too: with it the constraint errs on the safe
-        side.
-    target: token ratio to come down to at `sparse.p`, for each task and layer; None: `weight` alone lowers it.
-    target_at: share of the steps after which the target is to be reached. controller: how it is followed.
+    method: a name in METHODS, or a sum such as `cut+pathwise`.
+    weight: of E[token ratio]; with a target, of what the controller gives.
+    target: token ratio to come down to at `sparse.p`, for each task and layer; not set: `weight` alone lowers it.
+    target_at: share of the steps after which the target is to be reached.
+    max_accuracy_drop, step, max_multiplier: fraction (0.005 = half a point) that answers at `sparse.p` may lose against
+        the dense reference on the same prompts; null turns the constraint off. Each task's multiplier mu starts at 0,
+        moves by `step` times the violation, is clipped to [0, max_multiplier], and divides the weight by 1 + mu. Kinds
+        that `data.hard_kind_boost` draws more often count more often: with it the constraint errs on the safe side.
     """
 
     method: str = "pathwise"
@@ -237,18 +250,23 @@ class Efficiency(Section):
 
 
 class Ppo(Section):
-    """The clipped surrogate. policy_gradient scales it (0 switches it off). kl_coef: weight of KL(policy || dense).
+    """The clipped surrogate, and the KL terms.
 
-    kl_estimator, at each answer token: `full` sums KL(policy || dense) over the vocabulary, `forward` sums
+    policy_gradient: its weight (0 switches it off).
+    clip: how far the ratio of probabilities may go from 1.
+    epochs, minibatches: how often the answers of a step are learned from, and in how many optimizer steps each time.
+    kl_coef: weight of KL(policy || dense).
+    kl_estimator: at each answer token: `full` sums KL(policy || dense) over the vocabulary, `forward` sums
         KL(dense || policy), `jeffreys` is the mean of the two, `k2` half the squared log-ratio of the sampled word.
     dense_kl_fraction: share of the rollouts that also get a dense forward pass (p = 1) with a KL term to the dense
         reference: trained without, the model forgets how to answer dense. 0: none.
-    baseline: `leave_one_out` or `mean` of the group; scale_rewards: `none`, or divide by the group's `std`.
+    baseline: of the advantages: `leave_one_out` or `mean` of the group.
+    scale_rewards: `none`, or divide by the group's `std`.
     """
 
     policy_gradient: Rate = 1.0
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    epochs: Positive = 1
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 1
     minibatches: Positive = 1
     kl_coef: Rate = 0.5
     kl_estimator: Literal["full", "forward", "jeffreys", "k2"] = "full"
@@ -258,40 +276,54 @@ class Ppo(Section):
 
 
 class Optim(Section):
-    """The optimizer, and its learning rate: it rises over `warmup` of the steps, then lr_scheduler_type says how it
-    goes on, by the names of Hugging Face: `cosine` falls to 0, `cosine_with_min_lr` to `min_lr_ratio` of lr,
-    `constant_with_warmup` stays. betas: of AdamW."""
+    """The optimizer and its learning rate.
+
+    name: `adamw` or `muon`.
+    lr: the highest learning rate.
+    betas: of AdamW.
+    lr_scheduler_type, min_lr_ratio: how it goes on after the warm-up, by the names of Hugging Face: `cosine` falls to
+        0, `cosine_with_min_lr` to `min_lr_ratio` of lr, `constant_with_warmup` stays.
+    warmup: share of the steps over which the learning rate rises.
+    weight_decay: of the optimizer.
+    max_grad_norm: gradients are scaled down to it.
+    """
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-5
+    lr: Annotated[float, Field(gt=0, le=10)] = 1e-5
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.98]
     lr_scheduler_type: Literal["cosine", "cosine_with_min_lr", "constant_with_warmup"] = "cosine"
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     warmup: Fraction = 0.1
-    weight_decay: Rate = 0.01
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
 
 
 class Train(Section):
-    """stage: `rl`, or `supervised` (cross-entropy on the answers). prompts_per_step: questions in a step.
+    """The loop.
 
-    micro_batch: most rows in one forward pass; micro_tokens: most tokens, padding included (None: on a GPU what its
-        free memory holds, else no bound).
-    save_every: steps between checkpoints (0: only at the end). save_total_limit: how many are kept; the best one is
-        kept besides.
+    stage: `rl`, or `supervised` (cross-entropy on the answers).
+    steps: of the optimizer's schedule; a larger number continues a finished run.
+    prompts_per_step: questions in a step.
+    micro_batch: most rows in one forward pass.
+    temperature: of sampled answers.
+    max_new_tokens: of an answer.
+    save_every: steps between checkpoints (0: only at the end).
+    micro_tokens: most tokens in one forward pass, padding included (not set: on a GPU what its free memory holds, else
+        no bound).
+    save_total_limit: how many checkpoints are kept; the best one is kept besides.
     parallel: what several ranks do: `ddp` replicates the model, `fsdp` shards weights, gradients and optimizer.
-    param_dtype: with fsdp, what weights are gathered in and computed with (None: model.dtype); the shards, which the
+    param_dtype: with fsdp, what weights are gathered in and computed with (not set: model.dtype); the shards, which the
         optimizer changes, stay in model.dtype.
     stall_minutes: of several ranks, one that the others wait for and that shows no sign of life for so long ends the
         run. Reading and writing files are signs, as is each pass and each decoder layer.
     """
 
     stage: Literal["rl", "supervised"] = "rl"
-    steps: Positive = 300
-    prompts_per_step: Positive = 8
+    steps: Annotated[int, Field(ge=1, le=1_000_000_000)] = 300
+    prompts_per_step: Annotated[int, Field(ge=1, le=65_536)] = 8
     micro_batch: Positive = 64
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    max_new_tokens: Positive = 16
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 16
     save_every: Count = 100
     micro_tokens: Positive | None = None
     save_total_limit: Positive = 2
@@ -301,13 +333,15 @@ class Train(Section):
 
 
 class Supervised(Section):
-    """The supervised stage on embedded lessons. curriculum: most digits in a scene, or rows on a page, stage by stage;
-    the next stage comes when the running accuracy on answer tokens passes `advance_at`.
-
-    questions: most about each picture. video_share: of the pictures; hard_share: of an image's questions.
+    """The supervised stage on embedded lessons.
+    questions: most about each picture.
+    video_share: of the pictures, how many are clips.
+    hard_share: of an image's questions, how many are hard.
+    curriculum: most digits in a scene, or rows on a page, stage by stage.
+    advance_at: the running accuracy on answer tokens at which the next stage comes.
     """
 
-    questions: Positive = 8
+    questions: Annotated[int, Field(ge=1, le=1000)] = 8
     video_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     hard_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     curriculum: Annotated[list[Positive], Field(min_length=1)] = [1, 2, 3, 6]
@@ -315,13 +349,18 @@ class Supervised(Section):
 
 
 class Log(Section):
-    """Where metrics go besides metrics.jsonl: any of `tensorboard`, `wandb`, `trackio`."""
+    """Where metrics go besides metrics.jsonl.
+    to: any of `tensorboard`, `wandb`, `trackio`.
+    """
 
     to: list[Literal["tensorboard", "wandb", "trackio"]] = []
 
 
 class Evaluation(Section):
-    """Held-out questions before and after the training loop. batch: most questions in one forward pass."""
+    """Held-out questions before and after the training loop.
+    before, after: whether they are asked then.
+    batch: most questions in one forward pass.
+    """
 
     before: bool = True
     after: bool = True
@@ -329,7 +368,10 @@ class Evaluation(Section):
 
 
 class Recipe(Section):
-    """A whole run. Sections are documented in their classes."""
+    """A whole run: one key, and the sections.
+
+    seed: of everything that is drawn; the same recipe and seed give the same run on the same machine.
+    """
 
     seed: Count = 0
     model: Model = Model()

@@ -31,6 +31,7 @@ from zipr1.core.folders import folder_of, new_folder
 from zipr1.core.jsontext import dumps, lines, loads
 from zipr1.core.load import differences, load_written
 from zipr1.core.recipe import Recipe
+from zipr1.core.records import read, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -227,14 +228,9 @@ class RunDir:
             self._truncate(name, self.start_step)
         if not (self.root / "run.json").is_file():  # the recipe alone was put there
             return self.write_json("run.json", info)
-        run = read_json(self.root / "run.json")
+        run = read(self.root / "run.json", "bring it back from a copy, or remove it")
         again = {**info, "from_step": self.start_step}
-        before = run.get("resumed", [])
-        if not isinstance(before, list):
-            raise InputError(
-                f"{self.root / 'run.json'}: `resumed` is no list; the file was changed: take that entry out"
-            )
-        self.write_json("run.json", {**run, "resumed": [*before, again]})
+        self.write_json("run.json", {**run, "resumed": [*run.get("resumed", []), again]})
 
     def _clear(self) -> None:
         """Removes what a write that a kill cut short has left."""
@@ -305,18 +301,6 @@ def load_state(folder: Path, name: str = "state") -> tuple[dict[str, torch.Tenso
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: no readable state ({error}); resume from another run") from None
     return tensors, read_json(folder / f"{name}.json")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: no readable JSON ({error}); the run directory is damaged"
-        ) from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: a JSON object is expected; the run directory is damaged")
-    return values
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

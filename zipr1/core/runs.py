@@ -8,7 +8,7 @@ from zipr1.core.checksums import COMPLETE, is_complete
 from zipr1.core.errors import InputError
 from zipr1.core.folders import RUNS
 from zipr1.core.load import load_written
-from zipr1.core.rundir import read_json
+from zipr1.core.records import read
 
 NAMED = ("best", "last")
 
@@ -91,9 +91,9 @@ def how_it_stopped(run: Path) -> str:
     try:
         steps = load_written(run / "recipe.yaml").train.steps
         summary = run / "summary.json"
-        if summary.is_file() and int(read_json(summary).get("steps") or 0) >= steps:
+        if summary.is_file() and (read(summary, "").get("steps") or 0) >= steps:
             return ""
-    except (InputError, ValueError, TypeError):
+    except InputError:
         return "cannot be read in full"
     name = (run / "last").resolve().name
     done = int(name[5:]) if name.startswith("step-") and name[5:].isdigit() else 0

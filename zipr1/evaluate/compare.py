@@ -17,7 +17,8 @@ import numpy as np
 from zipr1.core.errors import InputError
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Recipe
-from zipr1.core.rundir import read_json, read_lines
+from zipr1.core.records import read_json
+from zipr1.core.rundir import read_lines
 from zipr1.evaluate.units import Units, matched, paired, question_name
 
 # What a folder must hold to be compared, by kind.

@@ -9,14 +9,99 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
 
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.files import write_whole
 from zipr1.core.folders import RUNS
 from zipr1.core.jsontext import dumps, loads, plain
+from zipr1.core.records import Count, Interval, Record, wrong
+from zipr1.core.text import reason
+
+log = logging.getLogger("zipr1")
+
+
+class Row(Record):
+    task: str
+    p: Annotated[float, Field(gt=0, le=1)]
+    n: Count
+    top: Annotated[float, Field(gt=0)]
+    token_ratio: float
+    kv_bytes: float
+    seconds: float
+    dense_kv_bytes: float
+    dense_seconds: float
+    speedup: float | None = None
+    first_token_ms: float | None = None
+    dense_first_token_ms: float | None = None
+    dense: float | None
+    sparse: float | None
+    difference: float | None
+    difference_ci: Interval | None
+    base: float | None = None
+    base_difference: float | None = None
+    base_difference_ci: Interval | None = None
+    untrained: float | None = None
+    untrained_token_ratio: float | None = None
+
+
+# A page holds them as they are.
+Base64 = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]*={0,2}$")]
+
+
+class Conditions(Record):
+    max_new_tokens: Count | None
+    frames: Count
+    fps: float | None
+    frame_pixels: Count | None
+
+
+class Example(Record):
+    question: str
+    target: str
+    said: dict[str, str]
+    right: dict[str, float | None]
+    p: float
+    before: str
+    after: str
+    token_ratio: dict[str, float]
+    pictures: dict[str, Base64]
+    first: bool
+
+    @model_validator(mode="after")
+    def _both(self) -> Example:
+        if not {self.before, self.after} <= self.said.keys():
+            raise ValueError("no answer of `before` or of `after`")
+        return self
+
+
+class Benchmark(Record):
+    """What of benchmarks/<name>.json is read."""
+
+    task: str
+    kind: Literal["image", "video"]
+    average: Annotated[float, Field(gt=0)]
+    rows: Annotated[list[Row], Field(min_length=1)]
+    notes: list[str]
+    conditions: Conditions
+    prompt_tokens: float
+    decoding_seconds: float
+    vision_seconds: float
+    layers: dict[Annotated[str, Field(pattern=r"^([0-9.]+(e-[0-9]+)?|base, sparse)$")], list[float]]
+    lmms_eval: str | None = None
+    gallery: list[Example]
+
+
+class Failed(Record):
+    """The same of one that failed."""
+
+    task: str
+    error: str
 
 
 def identity(path: str) -> str:
@@ -56,6 +141,8 @@ class Folder:
         try:
             if written.is_file():
                 old = loads(written.read_bytes())
+                if not isinstance(old, dict):
+                    raise ValueError("eval.json: a JSON object is expected")
                 changed = sorted(k for k in {*old, *meta} if old.get(k) != meta.get(k))
                 if changed:
                     first = changed[0]
@@ -78,24 +165,34 @@ class Folder:
         return folder
 
     def done(self, name: str) -> bool:
-        """Whether this benchmark has a result here; failed ones are tried again."""
+        """Whether this benchmark has a result here; failed ones are tried again, and those that cannot be read."""
         result = self.read(name)
         return result is not None and "error" not in result
 
     def read(self, name: str) -> dict[str, Any] | None:
+        path = self.root / "benchmarks" / f"{name}.json"
         try:
-            return dict(loads((self.root / "benchmarks" / f"{name}.json").read_bytes()))
-        except (OSError, ValueError):
+            values = loads(path.read_bytes())
+        except FileNotFoundError:
             return None
+        except (OSError, ValueError) as error:
+            trouble: str | None = reason(error)
+        else:
+            failed = isinstance(values, dict) and "error" in values
+            trouble = wrong(values, Failed if failed else Benchmark)
+        if trouble:
+            log.warning("%s: is not as it was written (%s), and is not used", path, trouble)
+            return None
+        return dict(values)
 
     def save(self, name: str, values: dict[str, Any]) -> None:
-        (self.root / "benchmarks").mkdir(exist_ok=True)
         self.write(f"benchmarks/{name}.json", dumps(values) + "\n")
 
     def write(self, name: str, text: str) -> None:
         """A whole file, replaced at once."""
         path = self.root / name
         try:
+            path.parent.mkdir(exist_ok=True)
             write_whole(path, text)
         except OSError as error:
             raise RunError(

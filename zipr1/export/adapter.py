@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from zipr1.core.errors import InputError
-from zipr1.core.jsontext import loads
 from zipr1.export.source import Source
 from zipr1.models.adapters import WEIGHTS, read, with_adapter
 from zipr1.models.loading import save_processor
 from zipr1.models.open import open_model
+from zipr1.models.pixels import read_json
 from zipr1.models.processors import Processor
 
 
@@ -34,7 +34,7 @@ def write(
     trained = source.weights / "adapter"
     tensors = {name: t.to(dtype).contiguous() for name, t in read(trained).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = loads((trained / "adapter_config.json").read_bytes())
+    config = read_json(trained, "adapter_config.json", None)
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     save_processor(processor.tokenizer, processor.settings, model.config.model_type, folder)

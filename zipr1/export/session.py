@@ -148,6 +148,7 @@ def _new_folder(final: Path) -> Iterator[Path]:
         ) from None
     with locked(final.with_name(f".tmp-{final.name}.lock"), final), writing(final, "export again"):
         shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+        made = [temporary]
         try:
             temporary.mkdir()
             yield temporary
@@ -157,7 +158,9 @@ def _new_folder(final: Path) -> Iterator[Path]:
             if final.is_dir():
                 final.rmdir()  # empty, or this fails and nothing is lost
             os.replace(temporary, final)
+            made.append(final)
             sync(final.parent)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for path in made:
+                shutil.rmtree(path, ignore_errors=True)
             raise

@@ -12,7 +12,7 @@ from zipr1.core.checksums import COMPLETE, is_complete
 from zipr1.core.errors import InputError
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Model, Recipe
-from zipr1.core.rundir import read_json
+from zipr1.core.records import read
 from zipr1.core.runs import checkpoint_of, how_it_stopped, run_of
 from zipr1.models.open import find_source, origin, resolve, stored_dtype
 
@@ -88,13 +88,16 @@ def open_run(path: Path, checkpoint: str = "last") -> Source:
         )
     recipe = load_written(path / "recipe.yaml")
     weights = (last / "model").resolve()
-    step = int(read_json(last / COMPLETE)["step"])
+    step = read(last / COMPLETE, "name another checkpoint")["step"]
     written, start = path / "summary.json", origin(recipe.model)
-    summary = read_json(written) if written.is_file() else {}
+    nothing = (
+        "bring it back from a copy, or remove it: the export then says that nothing was measured"
+    )
+    summary = read(written, nothing) if written.is_file() else {}
     return Source(
         root=path,
         recipe=recipe,
-        run=read_json(path / "run.json"),
+        run=read(path / "run.json", "bring it back from a copy"),
         summary=summary if summary.get("steps") == step else {},
         weights=weights,
         step=step,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from zipr1.core.errors import InputError
 from zipr1.core.jsontext import loads
 from zipr1.core.text import reason
+from zipr1.models.foreign import foreign
 from zipr1.models.tensors import check_finite, check_names, shapes
 
 WEIGHTS = "adapter_model.safetensors"
@@ -37,15 +38,13 @@ def with_adapter(model: Any, folder: Path) -> Any:
         )
     if changed:
         _untie(model)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is missing is told below, by name
-            adapted = PeftModel.from_pretrained(model, str(folder), ignore_mismatched_sizes=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise InputError(
-            f"{folder}: peft does not take this adapter ({reason(error)}); check adapter_config.json and that the "
-            "base is the one it was trained on"
-        ) from None
+    hint = "check adapter_config.json and that the base is the one it was trained on"
+    with (
+        foreign(f"{folder}: peft does not take this adapter", hint),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # what is missing is told below, by name
+        adapted = PeftModel.from_pretrained(model, str(folder), ignore_mismatched_sizes=True)
     _check(adapted, folder, tensors)
     return adapted
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from zipr1_kernels import unusable
 
@@ -26,10 +25,12 @@ from zipr1.core import hub
 from zipr1.core.errors import InputError, Missing
 from zipr1.core.recipe import Lora, Model
 from zipr1.core.text import reason
-from zipr1.models import adapters, families
+from zipr1.models import adapters, families, misshapen
+from zipr1.models.foreign import foreign
 from zipr1.models.pixels import WHOLE, PixelSettings, read_json
 from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.tensors import check_finite, check_names, refuse, shapes
+from zipr1.models.trust import refuse_code
 
 log = logging.getLogger("zipr1")
 
@@ -95,41 +96,51 @@ def choose_dtype(settings: Model, device: torch.device) -> torch.dtype:
 def from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model and tokenizer of a folder or a hub id. Raises InputError where they do not load."""
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(folder, **options)
-        families.find(config.model_type, settings.path)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = whole_model(AutoModelForImageTextToText, folder, dtype=dtype, **options)
-        _drop_inert(model.generation_config, settings.path)
-        template = _chat_template(folder, settings.revision)
-        if template is not None:
-            tokenizer.chat_template = template
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        kind, hint = InputError, "check the folder"
-        came = f"does not load ({reason(error, 300)})"
-        if not Path(folder).is_dir():
-            hint = hub.how_to_get(folder, "model")
-            why = hub.unreachable()
-            if why is not None and isinstance(error, OSError):
-                kind, came = Missing, f"is not on this machine, or not all of it, and {why}"
-        raise kind(f"model.path: {settings.path} {came}; {hint}") from None
+    away = not Path(folder).is_dir()
+    hint = hub.how_to_get(folder, "model") if away else "check the folder"
+    with foreign(f"model.path: {settings.path} does not load", hint):
+        try:
+            config = AutoConfig.from_pretrained(folder, **options)
+            families.find(config.model_type, settings.path)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            # Settings of a wrong type fail here; without its files a tokenizer is made that knows no word.
+            if not tokenizer("a word", add_special_tokens=False)["input_ids"]:
+                raise InputError(
+                    f"model.path: {settings.path} has no tokenizer (tokenizer.json, or vocab.json and merges.txt); "
+                    "copy it from the model that this one was made from"
+                )
+            model = whole_model(AutoModelForImageTextToText, folder, dtype=dtype, **options)
+            _drop_inert(model.generation_config, settings.path)
+        except OSError:
+            why = hub.unreachable() if away else None
+            if why is None:
+                raise
+            raise Missing(
+                f"model.path: {settings.path} is not on this machine, or not all of it, and {why}; {hint}"
+            ) from None
+    template = _chat_template(folder, settings.revision)
+    if template is not None:
+        tokenizer.chat_template = template
     return model, tokenizer
 
 
 def whole_model(kind: Any, folder: str, **options: Any) -> Any:
     """A model of transformers' class `kind` whose every weight comes from the folder's safetensors. Raises InputError,
     with the names, where one is missing, of another shape, or not the model's: transformers makes random weights of the
-    first two and drops the third, with a warning."""
-    with quiet_report():
-        model, found = kind.from_pretrained(
-            folder,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, with their names
-            **options,
-        )
+    first two and drops the third, with a warning. And where config.json asks for code of the hub."""
+    refuse_code(folder, options.get("revision"))
+    try:
+        with quiet_report():
+            model, found = kind.from_pretrained(
+                folder,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, with their names
+                **options,
+            )
+    except RuntimeError:
+        refuse(folder, (), (), misshapen.find(folder, options.get("revision")))
+        raise
     # What the model computes for itself, and older files have all the same.
     computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
     refuse(
@@ -309,7 +320,8 @@ def restore_weights(model: Any, folder: Path) -> None:
         adapters.restore(model, folder)
         return
     # Through from_pretrained: on disk the weights have the names of the hub, not those of the live modules.
-    saved = whole_model(type(model), str(folder), dtype=model.dtype).state_dict()
+    with foreign(f"{folder}: does not load", "bring it back from a copy"):
+        saved = whole_model(type(model), str(folder), dtype=model.dtype).state_dict()
     check_names(str(folder), shapes(model.state_dict()), shapes(saved))
     check_finite(str(folder), saved.items())
     model.load_state_dict(saved)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import Field
 
 from zipr1.core.errors import InputError
 from zipr1.core.jsontext import loads
 from zipr1.core.recipe import Probes, Sparse
+from zipr1.core.records import Count, Record, wrong
 from zipr1.core.text import reason
 
 # The section `sparse` of recipes/tiny.yaml: the embedded model's prompts are short, so none is too short to be pruned.
@@ -18,6 +19,26 @@ TINY = Sparse(skip="layer", keep_last=1, probes=Probes(recent=12, random=0), den
 
 NAME = "zipr1.json"
 VERSION = 1
+
+
+class Weights(Record):
+    bytes: Count
+    header: str
+    sha256: str | None = None
+
+
+class Base(Record):
+    path: str
+    revision: str | None = None
+
+
+class Manifest(Record):
+    """What of zipr1.json is read."""
+
+    zipr1: int
+    sparse: Sparse
+    weights: dict[Annotated[str, Field(pattern=r"^[^/\\]+\.safetensors$")], Weights]
+    base: Base | None = None
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -31,21 +52,22 @@ def read(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         values = loads(path.read_bytes())
-        version, weights = values["zipr1"], values["weights"]
-        Sparse.model_validate(values["sparse"])
-        expected = {str(name): (int(w["bytes"]), str(w["header"])) for name, w in weights.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        trouble = wrong(values, Manifest)
+    except (OSError, ValueError) as error:
+        trouble = reason(error, 120)
+    if trouble:
         raise InputError(
-            f"{path}: not written by zipr1 export ({type(error).__name__}: {reason(error, 120)}); export the run "
-            "again, or remove the file to use the folder as a dense model"
-        ) from None
+            f"{path}: not written by zipr1 export ({trouble}); export the run again, or remove the file to use the "
+            "folder as a dense model"
+        )
+    version, weights = values["zipr1"], values["weights"]
     if version != VERSION:
         raise InputError(
             f"{path}: version {version} and this zipr1 reads {VERSION}; install the zipr1 that wrote it"
         )
-    for name, (size, header) in expected.items():
-        _check(folder / name, size, header)
-    strangers = {p.name for p in folder.glob("*.safetensors")} - set(expected)
+    for name, about in weights.items():
+        _check(folder / name, about["bytes"], about["header"])
+    strangers = {p.name for p in folder.glob("*.safetensors")} - set(weights)
     if strangers:
         raise InputError(
             f"{folder}: {NAME} knows nothing of {min(strangers)}; it belongs to another export: copy the whole folder"

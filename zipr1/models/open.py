@@ -22,20 +22,22 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
 from zipr1.core import checksums, distributed, hub
+from zipr1.core.config import show
 from zipr1.core.errors import InputError
-from zipr1.core.jsontext import loads
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Data, Model, Recipe, Sparse
+from zipr1.core.records import Record, wrong
 from zipr1.core.runs import names_nothing
 from zipr1.models import families, manifest, positions
 from zipr1.models.adapters import with_adapter
+from zipr1.models.foreign import foreign
 from zipr1.models.loading import (
     WEIGHT_DTYPES,
     choose_device,
     choose_dtype,
     from_pretrained,
 )
-from zipr1.models.pixels import PixelSettings, has_pixel_settings
+from zipr1.models.pixels import PixelSettings, has_pixel_settings, read_json
 from zipr1.models.processors import Processor
 from zipr1.models.random_weights import build_model, build_tokenizer
 from zipr1.models.tensors import check_finite
@@ -83,12 +85,22 @@ class Opened:
     peft_model: Any = None
 
 
-def find_source(path: str) -> ModelSource:
-    """What `path` means; nothing is loaded.
+class _AdapterConfig(Record):
+    base_model_name_or_path: str
+    revision: str | None = None
 
-    Raises InputError for a path that looks local and does not exist, a run without a checkpoint, or a folder that was
-    exported and changed since.
+
+def find_source(path: str, adapters: tuple[str, ...] = ()) -> ModelSource:
+    """What `path` means; nothing is loaded. adapters: those that were trained on it, one on the other.
+
+    Raises InputError for a path that looks local and does not exist, a run without a checkpoint, a folder that was
+    exported and changed since, or adapters whose bases go round in a circle.
     """
+    if path in adapters:
+        raise InputError(
+            f"model.path: {path} is an adapter of itself ({' -> '.join([*adapters, path])}); mend "
+            "base_model_name_or_path in adapter_config.json"
+        )
     if path == "scratch":
         return ModelSource(path, "", None, None, None, Sparse(), "the defaults", {})
     place = resolve(path)
@@ -107,8 +119,9 @@ def find_source(path: str) -> ModelSource:
     adapter = adapter_of(place)
     base = _base_of(adapter, recipe) if adapter is not None else None
     bounds: dict[str, int] = {}
-    if base is not None and not has_pixel_settings(place):
-        bounds |= find_source(base.path).bounds
+    if base is not None:
+        below = find_source(base.path, (*adapters, path)).bounds
+        bounds |= {} if has_pixel_settings(place) else below
     if recipe is not None:
         bounds |= _set_bounds(recipe.model)
     return ModelSource(path, place, adapter, base, recipe, sparse, sparse_from, bounds)
@@ -183,11 +196,11 @@ def stored_dtype(path: str, revision: str | None = None) -> str:
     if source.base is not None:
         return stored_dtype(source.base.path, revision or source.base.revision)
     try:
-        with hub.offline_if_unreachable():
+        with foreign(source.place, "its dtype is not known"), hub.offline_if_unreachable():
             config = AutoConfig.from_pretrained(
                 source.place, revision=revision, trust_remote_code=False
             )
-    except (OSError, ValueError):
+    except InputError:
         return "auto"
     return next((name for name, known in WEIGHT_DTYPES.items() if known == config.dtype), "auto")
 
@@ -231,7 +244,9 @@ def open_model(
         processor = _processor(model, tokenizer, source, settings)
     log.info("%s: %s", settings.path, processor.settings)
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    processor.stop_at([ends] if isinstance(ends, int) else ends or [])
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    _check_tokens(settings.path, "generation_config.json: eos_token_id", ends, len(tokenizer))
+    processor.stop_at(ends)
     model.to(device=chosen, dtype=dtype).eval()
     check_finite(settings.path, model.state_dict().items())
     return Opened(model, processor, settings, source, peft_model)
@@ -299,7 +314,21 @@ def _processor(model: Any, tokenizer: Any, source: ModelSource, settings: Model)
         besides=besides,
     )
     video = config.video_token_id if family.clips else None
+    marks = [config.image_token_id, *([video] if family.clips else [])]
+    _check_tokens(
+        settings.path, "config.json: image_token_id, video_token_id", marks, len(tokenizer)
+    )
     return Processor(tokenizer, pixels, config.image_token_id, video, family.spell)
+
+
+def _check_tokens(path: str, where: str, tokens: list[Any], size: int) -> None:
+    """Raises InputError for numbers that are no words of a tokenizer of so many."""
+    for token in tokens:
+        if type(token) is not int or not 0 <= token < size:
+            raise InputError(
+                f"{path}: {where}: got {show(token)}; a token's number from 0 to {size - 1:,} is allowed; copy the "
+                "model folder again"
+            )
 
 
 def _reference(base: Model, settings: Model) -> dict[str, Any]:
@@ -311,8 +340,11 @@ def _base_of(adapter: Path, recipe: Recipe | None) -> Model:
     """The base that an adapter was trained on: path and revision. recipe: of the run that trained it."""
     if recipe is not None and recipe.model.path == "tiny":
         return Model(path="tiny")  # in the package, wherever that is now
-    config = loads((adapter / "adapter_config.json").read_bytes())
-    path, revision = str(config["base_model_name_or_path"]), config.get("revision")
+    config = read_json(adapter, "adapter_config.json", None) or {}
+    trouble = wrong(config, _AdapterConfig)
+    if trouble:
+        raise InputError(f"{adapter / 'adapter_config.json'}: {trouble}; copy the folder again")
+    path, revision = config["base_model_name_or_path"], config.get("revision")
     if recipe is not None and recipe.model.path == path:
         revision = revision or recipe.model.revision
     return Model(path=path, revision=revision)

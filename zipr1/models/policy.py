@@ -83,6 +83,11 @@ class Policy:
         return device
 
     @property
+    def positions(self) -> int:
+        """Of prompt and answer together, at most: `max_position_embeddings`."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values in one layer."""
         text = self.model.config.get_text_config()

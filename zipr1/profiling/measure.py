@@ -160,15 +160,19 @@ def fastest_dense(subject: Subject, inputs: Inputs) -> Variant:
     if subject.device.type == "cuda":
         choices += [Variant("none", 1.0, backend=backend) for backend in BACKENDS]
     usable: list[tuple[float, int]] = []
+    last = RuntimeError()
     for i, choice in enumerate(choices):
         try:
             prefill(subject, inputs, choice)
             took = min(sum(prefill(subject, inputs, choice)[0].values()) for _ in range(2))
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # no kernel of this backend for this shape
+        except RuntimeError as error:  # no kernel of this backend for this shape
+            last = error
             continue
         usable.append((took, i))
+    if not usable:
+        raise last
     return choices[min(usable)[1]]
 
 

@@ -6,6 +6,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from zipr1.core import records
+from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe
 from zipr1.core.rundir import RunDir, load_state, save_state
 from zipr1.models.policy import Policy
@@ -35,7 +37,8 @@ def start_or_resume(
     tensors, read_from = None, ""
     if folder.checkpoint is not None:
         read_from = str(folder.checkpoint / "state.safetensors")
-        tensors, state = load_state(folder.checkpoint)
+        tensors, saved = load_state(folder.checkpoint)
+        state |= _checked(saved, folder.checkpoint / "state.json", policy, recipe)
         policy.load_weights(folder.checkpoint / "model")
     policy.spread(recipe.train)
     named = policy.trainable()
@@ -43,6 +46,27 @@ def start_or_resume(
     if tensors is not None:
         optim.restore(optimizer, named, tensors, read_from)
     return state, optimizer
+
+
+def _checked(saved: dict[str, Any], path: Path, policy: Policy, recipe: Recipe) -> dict[str, Any]:
+    """What state.json holds. Raises InputError where a run of this model and recipe cannot have written it."""
+    then = "bring it back from a copy, or remove this checkpoint to go on from the one before"
+    records.check(saved, path, then)
+    pressure = saved.get("pressure", {})
+    for name in ("start", "sum"):
+        for task, values in pressure.get(name, {}).items():
+            if len(values) != policy.layers:
+                raise InputError(
+                    f"{path}: pressure.{name}.{task} has {len(values)} numbers and the model {policy.layers} "
+                    f"layers; the file was changed or is damaged: {then}"
+                )
+    stages = len(recipe.supervised.curriculum)
+    if saved.get("stage", 0) >= stages:
+        raise InputError(
+            f"{path}: stage {saved['stage']} and supervised.curriculum has {stages}, from 0 on; the file was "
+            f"changed or is damaged: {then}"
+        )
+    return saved
 
 
 def remember(state: dict[str, Any], metrics: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ from zipr1.train import supervised
 from zipr1.train.metrics import question
 from zipr1.train.rollout import roll_out
 from zipr1.train.sampler_check import check_sampler
-from zipr1.train.validate import check, check_lengths, needs_prompts
+from zipr1.train.validate import check, check_lengths, check_positions, needs_prompts
 
 SAMPLED = 32  # prompts that are tokenised for the counts
 
@@ -149,6 +149,7 @@ def _tried(
 ) -> dict[str, Any]:
     """The plan with everything here: samples tokenised and shown, and one rollout of two questions."""
     lessons = not needs_prompts(recipe)
+    check_positions(recipe, policy.positions)
     pictures = MediaEncoder(policy, recipe)
     prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     samples, encoded = pictures.usable((prompts or questions)[:SAMPLED])
@@ -225,10 +226,14 @@ def _table(result: dict[str, Any]) -> Table:
         name = key.replace("_", " ")
         if key == "memory":
             shards = "peak_of_8_ranks" in value
+            peaks = [count for part, count in value.items() if part.startswith("peak_of_")]
             for part, count in value.items():
                 if count:
                     style = "bold" if part.startswith("peak") else ""
-                    table.add_row(f"memory, {_part(part, shards)}", size(count), style=style)
+                    # More ranks do not lower what is needed before anything is divided among them.
+                    loading = ", while loading whole" if peaks.count(count) > 1 else ""
+                    name = f"memory, {_part(part, shards)}"
+                    table.add_row(name, f"{size(count)}{loading}", style=style)
         elif key == "checkpoints":
             each = f"{value['written']} of {size(value['bytes'])}"
             table.add_row(name, f"{each}, at most {value['kept']} kept")

@@ -17,7 +17,7 @@ from typing import Any
 from zipr1.core import distributed, extras
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe
-from zipr1.core.rundir import read_json
+from zipr1.core.records import read_json
 from zipr1.core.text import reason
 
 Writer = Callable[[int, Mapping[str, float]], None]

@@ -45,7 +45,7 @@ from zipr1.train.progress import Progress
 from zipr1.train.rollout import Batch, roll_out, together
 from zipr1.train.summary import finish, measure_before
 from zipr1.train.update import update
-from zipr1.train.validate import FIRST, check, check_lengths, needs_prompts
+from zipr1.train.validate import FIRST, check, check_lengths, check_positions, needs_prompts
 
 
 def run(
@@ -137,6 +137,7 @@ def load_questions(
 ) -> tuple[list[Prompt], list[Prompt], list[Encoded]]:
     """Prompts to train on, held-out questions, and the first prompts made ready. Raises InputError for rows that cannot
     be used, unless the recipe skips them."""
+    check_positions(recipe, pictures.policy.positions)
     prompts = sources.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
     questions = sources.load(recipe.data, "heldout", recipe.seed)
     check_answers([*prompts, *questions], recipe)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from zipr1.core.recipe import Recipe, parse
+from zipr1.core.methods import parse
+from zipr1.core.recipe import Recipe
 from zipr1.core.types import Group
 from zipr1.train import advantages
 from zipr1.train.controller import EfficiencyController

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from zipr1.core import distributed
-from zipr1.core.recipe import Recipe, parse
+from zipr1.core.methods import parse
+from zipr1.core.recipe import Recipe
 from zipr1.core.types import Group, Prompt, Rollout
 from zipr1.models.batching import by_length
 from zipr1.models.policy import Features, Policy

@@ -14,7 +14,8 @@ from zipr1.core import activity, distributed
 from zipr1.core.errors import InputError
 from zipr1.core.plots import kept_picture
 from zipr1.core.recipe import Recipe, Sparse
-from zipr1.core.rundir import RunDir, read_json
+from zipr1.core.records import read
+from zipr1.core.rundir import RunDir
 from zipr1.core.statistics import Z, paired_difference, verdict
 from zipr1.core.types import Prompt
 from zipr1.data import embedded
@@ -56,9 +57,12 @@ def measure_before(
     if recipe.train.stage != "rl" or not recipe.evaluation.before:
         return {}
     path = folder.root / BEFORE
-    saved = distributed.first(lambda: read_json(path) if path.is_file() else None)
+    again = "remove it, and the model is measured again"
+    saved = distributed.first(lambda: read(path, again) if path.is_file() else None)
     if saved is not None:
-        return {name: _unpacked(prompts, values) for name, values in saved.items()}
+        for name in ("dense", "before"):
+            _check_saved(path, name, saved.get(name), prompts, policy.layers, again)
+        return {name: _unpacked(prompts, saved[name]) for name in ("dense", "before")}
     dense, sparse = measure(policy, recipe, prompts, [None, recipe.sparse], "held-out, before")
     results = {"dense": dense, "before": sparse}
     folder.write_json(BEFORE, {name: _packed(result) for name, result in results.items()})
@@ -243,11 +247,33 @@ def _packed(result: Result) -> dict[str, Any]:
     }
 
 
-def _unpacked(prompts: Sequence[Prompt], saved: dict[str, Any]) -> Result:
+def _check_saved(
+    path: Path, name: str, saved: Any, prompts: Sequence[Prompt], layers: int, then: str
+) -> None:
+    """Raises InputError unless before.json speaks of these questions and of a model of so many layers."""
+    if saved is None:
+        raise InputError(f"{path}: `{name}` is missing; the file was changed or is damaged: {then}")
     if saved["ids"] != [p.id for p in prompts]:
+        raise InputError(f"{path}: was made with other held-out questions; give another --output")
+    for key in ("correct", "said", "layer_ratios"):
+        if len(saved[key]) != len(prompts):
+            raise InputError(
+                f"{path}: {name}.{key} has {len(saved[key])} entries for {len(prompts)} questions; the file was "
+                f"changed or is damaged: {then}"
+            )
+    if strange := [i for i in saved.get("kept", {}) if int(i) >= len(prompts)]:
         raise InputError(
-            "before.json was made with other held-out questions; give another --output"
+            f"{path}: {name}.kept has a question {strange[0]} of {len(prompts)}, from 0 on; the file was changed or is "
+            f"damaged: {then}"
         )
+    if any(len(ratios) != layers for ratios in saved["layer_ratios"]):
+        raise InputError(
+            f"{path}: {name}.layer_ratios has not {layers} numbers for each question, one a layer; the file was "
+            f"changed or is damaged: {then}"
+        )
+
+
+def _unpacked(prompts: Sequence[Prompt], saved: dict[str, Any]) -> Result:
     layers = np.array(saved["layer_ratios"])
     kept: list[list[torch.Tensor]] = [[] for _ in prompts]
     for i, positions in saved.get("kept", {}).items():

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from zipr1.core import distributed
-from zipr1.core.recipe import Recipe, parse
+from zipr1.core.methods import parse
+from zipr1.core.recipe import Recipe
 from zipr1.models.batching import by_length, replay_masks
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from zipr1.core import distributed
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Recipe, parse
+from zipr1.core.methods import parse
+from zipr1.core.recipe import Recipe
 from zipr1.data.embedded import SOURCES, check_mix
 from zipr1.rewards.registry import find
 from zipr1.train import loggers
@@ -19,6 +20,7 @@ def check(recipe: Recipe) -> None:
     find(recipe.rewards.check)
     loggers.check(recipe)
     check_mix(recipe.data.mix)
+    _check_sizes(recipe)
     if recipe.model.lora and recipe.model.train_vision:
         raise InputError(
             "model.lora trains adapters alone; set model.train_vision false, or leave lora out"
@@ -73,6 +75,41 @@ def check(recipe: Recipe) -> None:
                 f"efficiency.method {recipe.efficiency.method} differentiates top_p and sparse.rule is "
                 f"{recipe.sparse.rule}; use rule top_p or method answers"
             )
+
+
+# Embedded questions that one run may ask for: each takes 12 (digits) to 78 KB (pages) of memory.
+MOST_EMBEDDED = 100_000
+# Answers of one step, all of which are in memory at once.
+MOST_ROLLOUTS = 2**20
+
+
+def _check_sizes(recipe: Recipe) -> None:
+    data, train = recipe.data, recipe.train
+    sources = {"prompts": data.source, "heldout_prompts": data.heldout or data.source}
+    for key, source in sources.items():
+        number = getattr(data, key)
+        embedded = source in SOURCES or (source == "validation" and data.source in SOURCES)
+        if embedded and number > MOST_EMBEDDED:
+            raise InputError(
+                f"data.{key}: got {number:,}; embedded questions are drawn into memory, {MOST_EMBEDDED:,} or less is "
+                "allowed"
+            )
+    rollouts = train.prompts_per_step * recipe.budgets.num_generations
+    if train.stage == "rl" and rollouts > MOST_ROLLOUTS:
+        raise InputError(
+            f"train.prompts_per_step {train.prompts_per_step:,} x budgets.num_generations "
+            f"{recipe.budgets.num_generations:,} are {rollouts:,} answers a step; {MOST_ROLLOUTS:,} or less are allowed"
+        )
+
+
+def check_positions(recipe: Recipe, positions: int) -> None:
+    """InputError if an answer may be longer than what the model has positions for."""
+    longest = recipe.train.max_new_tokens
+    if longest >= positions:
+        raise InputError(
+            f"train.max_new_tokens: got {longest:,}; the model has {positions:,} positions for prompt and answer: "
+            "less is allowed"
+        )
 
 
 # Prompts that are encoded before anything starts.

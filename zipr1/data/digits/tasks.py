@@ -112,6 +112,8 @@ def _many(
         if question is not None:
             used.add(question.text)
             pairs.append((question.text, question.answer))
+        elif hard_share == 1:
+            break  # there are no more sums, and nothing else is asked for
         if kind != "sum":
             left[kind] = left[kind] - 1 if question is not None else 0
     return pairs
