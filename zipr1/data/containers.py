@@ -83,13 +83,16 @@ def _last_box_end(file: BinaryIO) -> int:
 def turn_of(frame: Any) -> Turn:
     """How a frame of PyAV is to be turned to be seen upright. Angles that are no quarter turns are left alone, as
     decord leaves them."""
-    for said in frame.side_data:
-        if said.type.name == "DISPLAYMATRIX":
-            a, b, _, c, d, *_ = struct.unpack("=9i", bytes(said))
-            scale = max(map(abs, (a, b, c, d))) or 1
-            turn = tuple(round(value / scale, 2) for value in (a, b, c, d))
-            if sorted(map(abs, turn)) == [0, 0, 1, 1] and abs(turn[0]) == abs(turn[3]):
-                return tuple(map(int, turn))  # type: ignore[return-value]
+    from av.sidedata.sidedata import Type
+
+    # By its kind: PyAV 18 goes through the entries themselves, 19 through their kinds.
+    said = frame.side_data.get(Type.DISPLAYMATRIX)
+    if said is not None:
+        a, b, _, c, d, *_ = struct.unpack("=9i", bytes(said))
+        scale = max(map(abs, (a, b, c, d))) or 1
+        turn = tuple(round(value / scale, 2) for value in (a, b, c, d))
+        if sorted(map(abs, turn)) == [0, 0, 1, 1] and abs(turn[0]) == abs(turn[3]):
+            return tuple(map(int, turn))  # type: ignore[return-value]
     return UPRIGHT
 
 

@@ -3,7 +3,8 @@
 A step is the model's, the choice of the next token, and notes of it. It works on tensors that stay where they are, and
 what changes from step to step lies in them too, not in Python. So where the cache has room for all tokens
 (`PrunedCache.reserve`), a GPU is given the step once, as a CUDA graph, and then told to do it again: launching it anew
-takes Python several times as long as the GPU needs for it. Elsewhere the same step runs as it is written.
+takes Python several times as long as the GPU needs for it. Elsewhere the same step runs as it is written, which is the
+reference that the tests hold the graph to. No GPU has captured one yet.
 """
 
 from __future__ import annotations
