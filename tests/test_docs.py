@@ -280,3 +280,28 @@ def test_links_within_the_repository_lead_somewhere(page):
         titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
         heads = [re.sub(r"[^\w\- ]", "", t).strip().lower().replace(" ", "-") for t in titles]
         assert anchor in heads, f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("name", sorted(typer.main.get_command(app).commands))
+def test_help_has_an_example_that_parses_and_every_default(name):
+    """An option that takes a value shows its default, or says in words what happens without it."""
+    command = typer.main.get_command(app).commands[name]
+    (example,) = re.findall(r"^\s*For example: zipr1 (.*)$", command.help, re.M)
+    first, *words = shlex.split(example)
+    assert first == name
+    command.make_context(name, words)  # raises for an option or a value that is not taken
+    silent = [
+        option.opts[0]
+        for option in command.params
+        if option.param_type_name == "option"
+        and not option.is_flag
+        and not option.required
+        and option.name not in ("help", "install_completion", "show_completion")
+        and not (option.show_default and option.default is not None)
+        and "Default: " not in (option.help or "")
+    ]
+    assert silent == []
+    folder = {"train": "-o", "eval": "-o", "profile": "-o", "export": "-o", "compare": "-o"}
+    options = {o for option in command.params for o in option.opts}
+    assert name not in folder or folder[name] in options
+    assert "--json" in options

@@ -46,6 +46,8 @@ def test_the_wheel_holds_the_recipes_and_no_scripts(wheel):
         there = {p.name for p in (ROOT / "zipr1/assets" / folder).iterdir()}
         assert {Path(n).name for n in names if n.startswith(f"zipr1/assets/{folder}/")} == there
     assert "zipr1/assets/digits.npz" in names
+    tasks = [p.name for p in (ROOT / "zipr1/evaluate/tasks").iterdir() if p.is_file()]
+    assert {f"zipr1/evaluate/tasks/{name}" for name in tasks} <= set(names)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import pytest
 import zipr1
 import zipr1.train
 from zipr1.cli import main
-from zipr1.core import recipes
+from zipr1.core import recipes, signals
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.folders import claimed
 from zipr1.core.load import load
@@ -78,7 +78,7 @@ def failing(monkeypatch, error):
     def run(*arguments):
         raise error
 
-    fake.run = run
+    fake.run = fake.dry_run = run
     stand_in(monkeypatch, fake)
 
 
@@ -385,3 +385,12 @@ def test_old_names_of_recipe_keys_are_one_line_of_the_first_process(tmp_path):
     ((line,), nothing) = said
     assert "budgets.count -> budgets.num_generations, ppo.kl -> ppo.kl_coef" in line
     assert not nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "left"), [((), "go on with --resume"), (("--dry-run",), "nothing")]
+)
+def test_a_stopped_dry_run_left_nothing_behind(options, left, cli, recipe, monkeypatch):
+    failing(monkeypatch, signals.Stopped(signal.SIGINT))
+    code, _, err = cli("train", recipe, *options)
+    assert code == 130 and f"interrupted; {'saved' if not options else left}" in err and left in err

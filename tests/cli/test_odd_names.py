@@ -26,7 +26,7 @@ def odd(tmp_path_factory):
 def test_train(odd):
     code, said = odd
     assert code == 0, said
-    assert f"run: {ODD}/run" in said and f"everything is in {ODD}/run" in said
+    assert f"run: {ODD}/run" in said and f"report: {ODD}/run/report.html" in said
     assert f"zipr1 export {ODD}/run --to DIR" in said
     assert f"{ODD}/model, 1 steps" in said  # the title of the table
     assert f"{ODD}/model: pictures of" in said  # the log

@@ -82,3 +82,12 @@ def test_shown_frames_of_a_clip():
     assert [frame_at(frames[:1], m, 2)[0, 0, 0] for m in range(2)] == [0, 0]
     assert evenly_spaced(9, 3) == [0, 4, 8] and evenly_spaced(2, 4) == [0, 1]
     assert evenly_spaced(1, 4) == [0]
+
+
+def test_dollars_in_a_question_are_no_formula(tmp_path):
+    """matplotlib would read what stands between two of them, and fail where that is no formula."""
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    kept = {"$a$": [(np.ones(4, bool), 1.0)]}
+    said = {"dense": "$\\frac{5$", "after training": "$ $"}
+    path = kept_picture(pixels, (1, 2, 2), kept, "from $5 to $\\x{6$?", said, tmp_path / "a.png")
+    assert path.stat().st_size > 1000

@@ -266,3 +266,12 @@ def test_no_chat_template_is_one_line(tmp_path):
     (folder / "chat_template.jinja").write_text("{{ raise_exception('system first') }}")
     with pytest.raises(InputError, match=r"template refuses the chat .system first"):
         load_policy(Model(path=str(folder)), "cpu").processor.text(chat)
+
+
+def test_a_folder_without_a_tokenizer_is_refused_by_what_it_lacks(tmp_path):
+    """transformers makes one that knows no word; the first complaint was then about numbers in config.json."""
+    shutil.copytree(resolve("tiny"), tmp_path / "model")
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"has no tokenizer \(tokenizer\.json, or vocab"):
+        load_policy(Model(path=str(tmp_path / "model")), "cpu")

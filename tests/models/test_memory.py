@@ -154,6 +154,10 @@ def test_every_recipe_is_planned_without_network_or_gpu(path, tmp_path, monkeypa
     assert "not checked here" in text and "tokenizer" in text and "data (" in text
     for shown in ("visual tokens", "rollout rows", "memory, peak", "steps", "at most 3 kept"):
         assert shown in text
+    # What more ranks do not lower is needed before the weights are divided among them.
+    assert text.count("59.3 GiB, while loading whole") == (
+        2 if recipe.train.parallel == "fsdp" else 0
+    )
     assert "0.0 B" not in text and (
         ("peak on each of 8" in text) == (recipe.train.parallel == "fsdp")
     )

@@ -113,6 +113,8 @@ def _run() -> None:
         signals.hold()  # a second one while leaving changes nothing
         name = "stopped by SIGTERM" if stop.number == signal.SIGTERM else "interrupted"
         left = stop.note or LEFT.get(sys.argv[1] if len(sys.argv) > 1 else "", LEFT["train"])
+        if "--dry-run" in sys.argv:
+            left = "nothing was written"
         _leave(f"{name}; {left}", 128 + stop.number)
     except MemoryError:
         _leave("out of memory; use a smaller batch (train.micro_batch, evaluation.batch)", 1)

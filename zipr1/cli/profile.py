@@ -26,7 +26,10 @@ def profile(
     checkpoint: Checkpoint = None,
     lengths: Annotated[
         list[str] | None,
-        typer.Option(help="Prompt tokens, random ones: 4096,16384.", show_default=False),
+        typer.Option(
+            help="Prompt tokens, random ones: 4096,16384. Default: a real prompt; of a bundled config, four lengths.",
+            show_default=False,
+        ),
     ] = None,
     keep: Annotated[
         list[str] | None,
@@ -47,10 +50,17 @@ def profile(
         ),
     ] = None,
     image: Annotated[
-        Path | None, typer.Option(help="Profile a question about this picture.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Profile a question about this picture. Default: an embedded clip.",
+            show_default=False,
+        ),
     ] = None,
     video: Annotated[
-        Path | None, typer.Option(help="Profile a question about this clip.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Profile a question about this clip. Default: an embedded one.", show_default=False
+        ),
     ] = None,
     measure_tflops: Annotated[
         bool,

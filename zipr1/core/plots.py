@@ -65,7 +65,9 @@ def kept_picture(
     heading = [_wrapped(question, columns)] if question else []
     heading.append("     ".join(f"{name}: {text}" for name, text in answers.items()))
     heading.append("In per cent: kept of all tokens of the prompt, text among them.")
-    figure.text(0.02, 1 - 0.06 / (height + head), "\n".join(heading), fontsize=9, va="top")
+    figure.text(
+        0.02, 1 - 0.06 / (height + head), "\n".join(heading), fontsize=9, va="top", parse_math=False
+    )  # a question may be about dollars
     for block, (name, layers) in enumerate(kept.items()):
         for line, moment in enumerate(times):
             frame = frame_at(frames, moment, t).astype(np.float32) / 255
@@ -80,7 +82,7 @@ def kept_picture(
                     if row == 0:
                         ax.set_title("seen by dense", fontsize=9)
                     when = f", time {moment + 1}/{t}" if t > 1 else ""
-                    ax.set_ylabel(f"{name}{when}", fontsize=7)
+                    ax.set_ylabel(f"{name}{when}", fontsize=7, parse_math=False)
                     continue
                 mask, share = layers[shown[column - 1]]
                 flags = np.asarray(mask, dtype=bool).reshape(t, h, w)
@@ -92,7 +94,7 @@ def kept_picture(
 
 def plain_axes(ax: Axes, title: str) -> None:
     """The look of all curves: a bold title at the left, small ticks, no frame above or to the right, pale lines."""
-    ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    ax.set_title(title, loc="left", fontsize=10, fontweight="bold", parse_math=False)
     ax.tick_params(labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", alpha=0.25)

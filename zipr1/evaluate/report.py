@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from zipr1.core import markdown as md
 from zipr1.core.jsontext import plain
 from zipr1.core.text import size, times
 from zipr1.evaluate.folder import Folder
@@ -252,32 +253,39 @@ def markdown(
     """report.md."""
     names = headings(results)
     lines = [
-        f"# {results['model']}",
+        f"# {md.text(results['model'])}",
         "",
-        f"{machine(results)}; lmms-eval {results['lmms_eval']}; {results['machine']['started']}",
+        md.text(
+            f"{machine(results)}; lmms-eval {results['lmms_eval']}; {results['machine']['started']}"
+        ),
         "",
-        f"`{' '.join(results['machine']['command'])}`",
+        md.code(" ".join(results["machine"]["command"])),
         "",
         _markdown_row(names),
         "|" + "---|" * len(names),
         *(_markdown_row(row) for row in cells(results)),
         "",
-        f"*{caption(results)}. Greedy answers; the same pictures and frames for all columns.*",
+        f"*{md.text(caption(results))}. Greedy answers; the same pictures and frames for all columns.*",
         "",
         *(f"![{name}]({name}.png)\n" for name in drawings),
-        *(f"* **{r['task']}**: {conditions_text(r)}" for r in records),
+        *(f"* **{md.text(r['task'])}**: {md.text(conditions_text(r))}" for r in records),
     ]
     if results["notes"]:
         lines += [
             "",
             "## Corrections of lmms-eval's scores",
             "",
-            *(f"* {n}" for n in results["notes"]),
+            *(f"* {md.text(n)}" for n in results["notes"]),
         ]
     if results["errors"]:
-        lines += ["", "## Without a result", "", *(f"* {e['error']}" for e in results["errors"])]
+        lines += [
+            "",
+            "## Without a result",
+            "",
+            *(f"* {md.text(e['error'])}" for e in results["errors"]),
+        ]
     return "\n".join(lines) + "\n"
 
 
 def _markdown_row(row: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
+    return f"| {' | '.join(map(md.text, row))} |"

@@ -5,9 +5,14 @@ Only what the run wrote down is told; what it did not measure is said to be miss
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
+import yaml
+
+from zipr1.core import markdown as md
 from zipr1.core.text import duration
 from zipr1.export.source import Source
 
@@ -59,17 +64,17 @@ def model_card(source: Source, about: Mapping[str, Any]) -> str:
 
 
 def _front(source: Source, format: str) -> str:
-    lines = ["---"]
+    values: dict[str, Any] = {}
     licence = source.licence()
     if licence:
-        lines.append(f"license: {licence}")
+        values["license"] = licence
     if source.base_is_public:
-        lines.append(f"base_model: {source.base}")
-        relation = "adapter" if format == "adapter" else "finetune"
-        lines.append(f"base_model_relation: {relation}")
-    lines.append(f"library_name: {'peft' if format == 'adapter' else 'transformers'}")
-    lines += ["pipeline_tag: image-text-to-text", "tags:", "- zipr1", "- token-sparsity", "---"]
-    return "\n".join(lines)
+        values["base_model"] = source.base
+        values["base_model_relation"] = "adapter" if format == "adapter" else "finetune"
+    values["library_name"] = "peft" if format == "adapter" else "transformers"
+    values |= {"pipeline_tag": "image-text-to-text", "tags": ["zipr1", "token-sparsity"]}
+    # YAML puts into quotes what would mean something else.
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
 
 def _opening(source: Source) -> str:
@@ -80,7 +85,7 @@ def _opening(source: Source) -> str:
     else:
         told = f"At p = {p:g} it attends to {kept:.1%} of a prompt's tokens on the questions below."
     return (
-        f"# {source.base.rstrip('/').rsplit('/', 1)[-1]}-zipr1\n\n"
+        f"# {md.text(source.base.rstrip('/').rsplit('/', 1)[-1])}-zipr1\n\n"
         f"A vision-language model post-trained from {_base(source)} to answer as well while attending to fewer of its "
         f"tokens. {told} Architecture and parameter count are those of the base: any tool loads it as an ordinary "
         "dense model, and zipr1 runs it sparse."
@@ -93,7 +98,7 @@ def _base(source: Source) -> str:
     if source.base == "scratch":
         return "random weights"
     if source.base_is_public:
-        return f"[{source.base}](https://huggingface.co/{source.base})"
+        return f"[{md.text(source.base)}](https://huggingface.co/{quote(source.base)})"
     return "a local model folder"
 
 
@@ -114,7 +119,7 @@ def _measured(source: Source) -> str:
     for task, block in blocks:
         before, after = block.get("before") or {}, block.get("after") or {}
         rows.append(
-            f"| {task} | {after.get('n') or before.get('n') or '-'} "
+            f"| {md.text(task)} | {after.get('n') or before.get('n') or '-'} "
             f"| {_with_interval(block.get('dense_accuracy'), block.get('dense_accuracy_ci'))} "
             f"| {_with_interval(before.get('accuracy'), before.get('accuracy_ci'))} "
             f"| {_with_interval(after.get('accuracy'), after.get('accuracy_ci'))} "
@@ -147,7 +152,7 @@ def _usage(source: Source, about: Mapping[str, Any]) -> str:
         dense = (
             "Dense, with peft alone:\n\n```python\nfrom peft import PeftModel\n"
             "from transformers import AutoModelForImageTextToText\n\n"
-            f'base = AutoModelForImageTextToText.from_pretrained("{source.base}")\n'
+            f"base = AutoModelForImageTextToText.from_pretrained({json.dumps(source.base)})\n"
             f'model = PeftModel.from_pretrained(base, "{FOLDER}")\n```'
         )
     else:
@@ -172,10 +177,11 @@ def _training(source: Source) -> str:
     if data in embedded:
         data = f"the questions about {embedded[data]} embedded in zipr1 (UCI digits, CC BY 4.0)"
     else:
-        data = f"`{data.rsplit('/', 1)[-1]}`"
+        data = md.code(data.rsplit("/", 1)[-1])
     lines = [
-        f"* Base: {_base(source)}" + (f", revision {source.revision}" if source.revision else ""),
-        f"* Licence of the base: {source.licence() or 'not found beside its weights'}",
+        f"* Base: {_base(source)}"
+        + (f", revision {md.text(source.revision)}" if source.revision else ""),
+        f"* Licence of the base: {md.text(source.licence() or 'not found beside its weights')}",
         f"* Data: {data}",
         f"* {'Reinforcement learning' if recipe.train.stage == 'rl' else 'Supervised training'}: step {source.step} "
         f"of {recipe.train.steps}, {recipe.train.prompts_per_step} questions a step"
@@ -188,10 +194,10 @@ def _training(source: Source) -> str:
         f"* Selection: rule `{recipe.sparse.rule}`, p = {recipe.sparse.p:g}, {recipe.sparse.probes.recent} recent and "
         f"{recipe.sparse.probes.random} random probes, dropped tokens skip "
         + ("the whole layer" if recipe.sparse.skip == "layer" else "attention"),
-        f"* Hardware: {device}"
+        f"* Hardware: {md.text(device)}"
         + (f", {duration(summary['seconds'])} of training" if summary.get("seconds") else ""),
         f"* Recipe: recipe.yaml in this folder (sha256 of its values {recipe.sha256()[:16]}), seed {recipe.seed}, "
-        f"zipr1 {(run.get('versions') or {}).get('zipr1', '?')}",
+        f"zipr1 {md.text((run.get('versions') or {}).get('zipr1', '?'))}",
     ]
     return "## Training\n\n" + "\n".join(lines)
 
@@ -211,7 +217,9 @@ def _limits(source: Source) -> str:
     for task, block in (source.summary.get("by_task") or {}).items():
         lost = -(block.get("difference") or 0.0)
         if lost > NOTABLE:
-            lines.insert(0, f"* On {task} it loses {100 * lost:.1f} points against the dense base.")
+            lines.insert(
+                0, f"* On {md.text(task)} it loses {100 * lost:.1f} points against the dense base."
+            )
     if source.licence() is None and source.base != "scratch":
         lines.append(
             "* The licence of the base was not found beside its weights; see where you got it."

@@ -118,7 +118,10 @@ def _file_of(model: str, name: str, revision: str | None) -> str | None:
     if folder.is_dir():
         path = folder / name
     else:
-        found = try_to_load_from_cache(model, name, revision=revision)
+        try:
+            found = try_to_load_from_cache(model, name, revision=revision)
+        except ValueError:  # no name that the hub could have: there is no such file
+            return None
         if not isinstance(found, str):
             return None
         path = Path(found)

@@ -103,7 +103,12 @@ def from_pretrained(folder: str, settings: Model, dtype: torch.dtype) -> tuple[A
             config = AutoConfig.from_pretrained(folder, **options)
             families.find(config.model_type, settings.path)
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            tokenizer("a word", add_special_tokens=False)  # settings of a wrong type fail here
+            # Settings of a wrong type fail here; without its files a tokenizer is made that knows no word.
+            if not tokenizer("a word", add_special_tokens=False)["input_ids"]:
+                raise InputError(
+                    f"model.path: {settings.path} has no tokenizer (tokenizer.json, or vocab.json and merges.txt); "
+                    "copy it from the model that this one was made from"
+                )
             model = whole_model(AutoModelForImageTextToText, folder, dtype=dtype, **options)
             _drop_inert(model.generation_config, settings.path)
         except OSError:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 
 from zipr1.core import checksums, distributed, hub
@@ -154,6 +155,13 @@ def resolve(path: str) -> str:
         raise InputError(
             f"model.path: {path} does not exist; give a model folder, a run, a hub id or 'tiny'"
         )
+    try:
+        validate_repo_id(path)
+    except ValueError:  # such as `a b/c`
+        raise InputError(
+            f"model.path: {path} does not exist, and the hub has no such names; give a model folder, a run, a hub id "
+            "or 'tiny'"
+        ) from None
     return path
 
 

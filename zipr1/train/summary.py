@@ -126,7 +126,8 @@ def finish(
         console.print(summary_table(summary))
         for line in constraint_lines(summary):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
-    console.print(f"report: {page.path}", soft_wrap=True, highlight=False)
+    where = f"everything is in {folder.root}; report: {page.path}"
+    console.print(where, soft_wrap=True, highlight=False)
     made = f"a plain Hugging Face folder of it: zipr1 export {folder.root} --to DIR"
     console.print(made, soft_wrap=True, highlight=False)
     return summary
