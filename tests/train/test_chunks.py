@@ -40,8 +40,8 @@ class Alive:
         self.most, self.all, self.made = 0, 0, list[weakref.ref]()
         stock = policy.processor.visual
 
-        def visual(*arguments: Any) -> Any:
-            made = stock(*arguments)
+        def visual(*arguments: Any, **named: Any) -> Any:
+            made = stock(*arguments, **named)
             self.made = [one for one in self.made if one() is not None] + [weakref.ref(made)]
             self.most, self.all = max(self.most, len(self.made)), self.all + 1
             return made
