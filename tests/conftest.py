@@ -1,5 +1,6 @@
 """Tests are seeded and offline; those marked `gpu` are skipped where there is none."""
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,6 +30,15 @@ def seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """A command that a test runs logs to that test's streams, which are closed when it ends."""
+    log = logging.getLogger("zipr1")
+    before = log.handlers[:]
+    yield
+    log.handlers[:] = before
 
 
 @pytest.fixture(autouse=True)

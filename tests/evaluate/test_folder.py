@@ -12,11 +12,21 @@ from zipr1.core.folders import claimed
 from zipr1.evaluate.folder import Folder
 
 META = {"model": "a", "budgets": [1.0]}
+ROW = {
+    "task": "digits", "p": 1.0, "n": 4, "top": 100.0, "token_ratio": 1.0, "kv_bytes": 2048.0, "seconds": 1.0,
+    "dense_kv_bytes": 2048.0, "dense_seconds": 1.0, "dense": 80.0, "sparse": 80.0, "difference": 0.0,
+    "difference_ci": [0.0, 0.0],
+}  # fmt: skip
+RESULT = {
+    "task": "digits", "kind": "image", "average": 1.0, "rows": [ROW], "notes": [], "prompt_tokens": 100.0,
+    "conditions": {"max_new_tokens": 16, "frames": 8, "fps": None, "frame_pixels": None}, "decoding_seconds": 1.0,
+    "vision_seconds": 1.0, "layers": {"1.0": [1.0]}, "gallery": [],
+}  # fmt: skip
 
 
 def start(root: Path) -> None:
     with claimed(root):
-        Folder.open(root, META).save("digits", {"task": "digits", "rows": []})
+        Folder.open(root, META).save("digits", RESULT)
 
 
 def test_any_prefix_of_a_start_is_a_fresh_start(tmp_path):
@@ -31,7 +41,7 @@ def test_any_prefix_of_a_start_is_a_fresh_start(tmp_path):
         with claimed(root):
             folder = Folder.open(root, meta)
             assert not folder.done("digits") or begun[-1]
-            folder.save("digits", {"task": "digits"})
+            folder.save("digits", RESULT)
         assert Folder.open(root, meta).done("digits")
         with pytest.raises(InputError, match="holds another evaluation"):
             Folder.open(root, META | {"model": "c"})

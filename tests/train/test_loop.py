@@ -342,12 +342,21 @@ def test_what_a_run_refuses(tmp_path, model, monkeypatch):
         assert not (tmp_path / name).exists()
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path, model):
+def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path, model, monkeypatch):
+    """The first step is sound, the second step's loss is infinite, as with weights that have grown without bound."""
+    usual = torch.nn.functional.cross_entropy
+
+    def grown(*args, **options):
+        done = len(steps(tmp_path / "run")) if (tmp_path / "run" / "metrics.jsonl").exists() else 0
+        return usual(*args, **options) * (float("inf") if done else 1.0)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", grown)
     recipe = write(
         tmp_path / "r.yaml", model, train={"stage": "supervised", "steps": 30, "save_every": 1}
     )
-    with pytest.raises(RunError, match=r"optim.lr"):
-        start(recipe, tmp_path / "run", "optim.lr=1e30", "optim.max_grad_norm=1e30")
+    with pytest.raises(RunError, match=r"the loss is inf .* optim\.lr"):
+        start(recipe, tmp_path / "run")
+    assert len(steps(tmp_path / "run")) == 1
     assert not (tmp_path / "run" / "summary.json").exists()
 
 

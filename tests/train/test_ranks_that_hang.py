@@ -132,7 +132,7 @@ CASES = {
     "rollout": Case(in_rollout, 1, "step 2: rollout", ranks=3),
     "update": Case(in_update, 0, "step 1: update"),
     "sharded update": Case(in_update, 0, "step 1: update", parallel="fsdp"),
-    "saving": Case(in_saving, 0, "step 2: numbers and checkpoint"),
+    "saving": Case(in_saving, 0, "step 2: page and checkpoint"),
     "coming": Case(before_it_comes, 2, "", ranks=3, lost=True, soon=True),
     "frozen": Case(frozen, 1, "step 1: data", lost=True),
 }

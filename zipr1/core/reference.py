@@ -69,7 +69,7 @@ def explained(section: type[BaseModel]) -> tuple[str, dict[str, str]]:
     about: list[str] = []
     meanings: dict[str, str] = {}
     keys: list[str] = []
-    for line in inspect.cleandoc(section.__doc__ or "").splitlines():
+    for line in inspect.cleandoc(section.__doc__ or "").split("\n"):
         begins = re.match(r"(\w+(?:, \w+)*): (.*)", line)
         if begins and set(begins[1].split(", ")) <= set(section.model_fields):
             keys = begins[1].split(", ")

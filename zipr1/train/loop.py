@@ -183,7 +183,7 @@ def train(
                 make = supervised_step if recipe.train.stage == "supervised" else rl_step
                 metrics, batch = make(policy, recipe, pictures, deck, optimizer, state, step)
                 # 3. its numbers
-                watch.at(f"step {step + 1}: numbers and checkpoint")
+                watch.at(f"step {step + 1}: numbers")
                 metrics["lr"] = optimizer.param_groups[0]["lr"]
                 state["seconds"] += time.monotonic() - began
                 remember(state, metrics)
@@ -193,6 +193,7 @@ def train(
                 done, true = step + 1, snapshot(state)
                 writer(step, metrics)
                 progress.update(step, metrics)
+                watch.at(f"step {done}: page and checkpoint")  # anew: what the progress tells is the next step
                 page.update(metrics, batch)
                 # 4. a checkpoint
                 if done == steps or (every and done % every == 0):
