@@ -193,7 +193,8 @@ def train(
                 done, true = step + 1, snapshot(state)
                 writer(step, metrics)
                 progress.update(step, metrics)
-                watch.at(f"step {done}: page and checkpoint")  # anew: what the progress tells is the next step
+                # Anew: the progress has told of the next step.
+                watch.at(f"step {done}: page and checkpoint")
                 page.update(metrics, batch)
                 # 4. a checkpoint
                 if done == steps or (every and done % every == 0):
