@@ -62,6 +62,10 @@ REFUSED = {
     "model_config__runner_type": ("pooling", "--runner pooling"),
     "model_config__quantization": ("fp8", "--quantization"),
     "model_config__hf_text_config": (SimpleNamespace(use_sliding_window=True), "sliding windows"),
+    "model_config__get_multimodal_config": (
+        lambda: SimpleNamespace(is_multimodal_pruning_enabled=lambda: True),
+        "--video-pruning-rate",
+    ),
     "cache_config__cache_dtype": ("fp8", "--kv-cache-dtype fp8"),
     "cache_config__kv_offloading_size": (1.0, "--kv-offloading-size"),
     "cache_config__kv_sharing_fast_prefill": (True, "--kv-sharing-fast-prefill"),

@@ -23,7 +23,7 @@ def register() -> None:
             from zipr1.serving.vllm import hook
 
             hook.install()
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # noqa: BLE001 - vLLM logs whatever a plugin raises, and would go on dense
             reason = limits.lacking(vllm.__version__, error)
     if reason is not None:
         guard(reason)
