@@ -279,7 +279,7 @@ def test_export_says_what_was_checked_and_how_to_use_it(cli, run, tmp_path):
         (InputError("data.source: got 'x';\nallowed: [b]"), 2, "error: data.source: got 'x'; allowed: [b]\n"),
         (RunError("loss is NaN"), 1, "error: loss is NaN\n"),
         (OSError(errno.ENOSPC, "No space left", "/d"), 1, "error: /d: No space left; free some space, then resume\n"),
-        (MemoryError(), 1, "error: out of memory; use a smaller batch (train.micro_batch, evaluation.batch)\n"),
+        (MemoryError(), 1, "error: out of memory; use a smaller train.micro_batch, evaluation.batch or model.lora\n"),
     ],
 )  # fmt: skip
 def test_failures_are_one_line(cli, recipe, monkeypatch, error, code, line):
@@ -287,10 +287,16 @@ def test_failures_are_one_line(cli, recipe, monkeypatch, error, code, line):
     assert cli("train", recipe) == (code, "", line)
 
 
-def test_device_out_of_memory(cli, recipe, monkeypatch):
+@pytest.mark.parametrize("where", ["device", "cpu"])
+def test_out_of_memory(cli, recipe, monkeypatch, where):
     import torch
 
-    failing(monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    if where == "cpu":  # the allocator's own error, whatever its class and words are
+        with pytest.raises(RuntimeError) as refused:
+            torch.empty(2**60, dtype=torch.uint8)
+        error = refused.value
+    failing(monkeypatch, error)
     code, _, err = cli("train", recipe)
     assert (code, err.count("\n")) == (1, 1)
     assert "train.micro_batch" in err

@@ -25,7 +25,7 @@ from zipr1.cli.export import export
 from zipr1.cli.profile import profile
 from zipr1.cli.train import train
 from zipr1.core import signals, terminal, watch
-from zipr1.core.errors import ZipError
+from zipr1.core.errors import ZipError, out_of_memory
 from zipr1.core.text import one_line
 
 app = typer.Typer(
@@ -116,8 +116,6 @@ def _run() -> None:
         if "--dry-run" in sys.argv:
             left = "nothing was written"
         _leave(f"{name}; {left}", 128 + stop.number)
-    except MemoryError:
-        _leave("out of memory; use a smaller batch (train.micro_batch, evaluation.batch)", 1)
     except BrokenPipeError:
         sys.stderr.close()  # the reader left: nobody to tell
         sys.exit(1)
@@ -126,18 +124,10 @@ def _run() -> None:
             raise
         path = f"{error.filename}: " if error.filename else ""
         _leave(f"{path}{error.strerror}; {REFUSED[error.errno]}", 1)
-    except RuntimeError as error:
-        if not _is_device_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
             raise
-        _leave(
-            "the device is out of memory; use a smaller train.micro_batch, evaluation.batch or model.lora",
-            1,
-        )
-
-
-def _is_device_memory(error: RuntimeError) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+        _leave("out of memory; use a smaller train.micro_batch, evaluation.batch or model.lora", 1)
 
 
 def _usage(error: TyperException) -> str:

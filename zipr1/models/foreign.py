@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
-
-from zipr1.core.errors import InputError, ZipError
+from zipr1.core.errors import InputError, ZipError, out_of_memory
 from zipr1.core.text import reason
 
 
@@ -19,7 +17,9 @@ def foreign(what: str, hint: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ZipError, MemoryError, torch.OutOfMemoryError):
+    except ZipError:
         raise
-    except Exception as error:  # noqa: BLE001 (tokenizers raises that class)
+    except Exception as error:  # tokenizers raises that class
+        if out_of_memory(error):
+            raise
         raise InputError(f"{what} ({reason(error, 300) or type(error).__name__}); {hint}") from None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from zipr1.core import activity, machine
+from zipr1.core.errors import out_of_memory
 from zipr1.core.text import reason
 from zipr1.models import cost, memory
 from zipr1.profiling import measure, rates, rows, subject
@@ -55,8 +56,8 @@ def profile(request: ProfileRequest) -> dict[str, Any]:
                 _check_memory(built, length, batch)
             inputs = built.random(length, batch) if synthetic else _real(request, built, batch)
             found += _case(built, inputs, keeps, known, python[batch], request, what)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
                 raise
             found.append(
                 {"phase": "prefill", "length": length, "batch": batch, "error": reason(error, 160)}
@@ -139,10 +140,3 @@ def _check_memory(built: Subject, length: int, batch: int) -> None:
         raise MemoryError(
             f"needs about {need / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free"
         )
-
-
-def _out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        "allocate memory" in text or "out of memory" in text
-    )
