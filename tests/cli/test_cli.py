@@ -203,19 +203,37 @@ def test_resume_of_a_folder_leaves_output_to_it(cli, calls, recipe):
         (["profile", "--lengths", "0"], "--lengths 0: give 1 or more"),
         (["profile", "--card", "-o", "x"], "leave out --output"),
         (["profile", "-o", "small.yaml"], "small.yaml: this is a file"),
-        (["export", "nosuch", "-o", "x"], "nosuch: not a run directory"),
+        (["profile", "--layers", "0"], "Invalid value for '--layers'"),
+        (["export", "nosuch", "-o", "x"], "nosuch: not a run directory (there is no such folder)"),
+        (["export", "small.yaml", "-o", "x"], "small.yaml: not a run directory (this is a file)"),
+        (["export", ".", "-o", "x"], ".: not a run directory (it has no recipe.yaml and run.json)"),
+        (
+            ["export", "{run}", "-o", "x", "--checkpoint", "nosuch"],
+            "--checkpoint nosuch: give best, last",
+        ),
+        (["export", "{run}", "-o", "x", "--checkpoint", "99"], "--checkpoint 99: not in "),
+        (
+            ["export", "{run}", "-o", "x", "--push", "mine"],
+            "--push mine: give the repository as OWNER/NAME",
+        ),
+        (
+            ["export", "{run}", "-o", "x", "--push", "me/mine"],
+            "--push: nobody is logged in to the hub",
+        ),
         (["export", ".", "--to", "x", "--format", "gguf"], "--format gguf: unknown"),
     ],
 )
-def test_arguments_are_judged_before_anything_heavy_is_loaded(recipe, arguments, expected):
+def test_arguments_are_judged_before_anything_heavy_is_loaded(recipe, run, arguments, expected):
     code = (
         "import sys; from zipr1.cli import main; sys.argv = ['zipr1', *sys.argv[1:]]\n"
         "try: main()\n"
         "finally: assert 'torch' not in sys.modules, 'torch was loaded'"
     )
+    arguments = [word.replace("{run}", str(run)) for word in arguments]
+    hub = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "", "HF_TOKEN_PATH": str(recipe.parent / "none")}
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments, "--json"],
-        capture_output=True, text=True, timeout=60, cwd=recipe.parent,
+        capture_output=True, text=True, timeout=60, cwd=recipe.parent, env=os.environ | hub,
     )  # fmt: skip
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert expected in done.stderr

@@ -65,17 +65,17 @@ def export(
 
     Any tool takes it for an ordinary dense model; zipr1.load runs it sparse.
     """
+    from zipr1.export.hub import check as check_hub
+    from zipr1.export.hub import upload
     from zipr1.export.request import check_request
 
-    check_request(run, to, format, dtype)
+    if push is not None:
+        check_hub(push)
+    check_request(run, to, format, dtype, checkpoint)
     with busy(as_json) as console:
         show_log(console)
         from zipr1.export import session as exports
-        from zipr1.export.hub import check as check_hub
-        from zipr1.export.hub import upload
 
-        if push is not None:
-            check_hub(push)
         result = exports.export(run, to, format, dtype, device, checkpoint)
         if push is not None:
             result["pushed"] = upload(to, push)

@@ -45,6 +45,7 @@ def profile(
     layers: Annotated[
         int | None,
         typer.Option(
+            min=1,
             help="Decoder layers of a bundled config to build and time. Default: 2 on a CPU, on a GPU what fits.",
             show_default=False,
         ),

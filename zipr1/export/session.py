@@ -55,7 +55,7 @@ def export(
     what the run says. Nothing stays behind then, nor when it is interrupted.
     """
     folder = Path(to)
-    check_request(Path(run), folder, format, dtype)
+    check_request(Path(run), folder, format, dtype, checkpoint)
     source = open_run(Path(run), checkpoint)
     check(source, format)
     chosen = source.dtype() if dtype == "auto" else dtype

@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from zipr1.core.checksums import COMPLETE, is_complete
-from zipr1.core.errors import InputError
+from zipr1.core.checksums import COMPLETE
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Model, Recipe
 from zipr1.core.records import read
-from zipr1.core.runs import checkpoint_of, how_it_stopped, run_of
+from zipr1.core.runs import how_it_stopped
+from zipr1.export.request import find_checkpoint
 from zipr1.models.open import find_source, origin, resolve, stored_dtype
 
 # Of the weights in this package; the digits they were trained on are CC BY 4.0.
@@ -70,22 +70,7 @@ def open_run(path: Path, checkpoint: str = "last") -> Source:
 
     Raises InputError if there is no such run or checkpoint.
     """
-    last = path / "last"
-    if (path / COMPLETE).is_file() and (root := run_of(path)) is not None:
-        last, path = path, root
-    elif checkpoint != "last":
-        last = checkpoint_of(path, checkpoint)
-    if not (path / "recipe.yaml").is_file() or not (path / "run.json").is_file():
-        what = (
-            "there is no such folder" if not path.exists() else "it has no recipe.yaml and run.json"
-        )
-        raise InputError(
-            f"{path}: not a run directory ({what}); give a folder that zipr1 train wrote, such as runs/tiny-..."
-        )
-    if not last.exists() or not is_complete(last):
-        raise InputError(
-            f"{path}: the run has no complete checkpoint yet; resume it with zipr1 train RECIPE --resume {path}"
-        )
+    path, last = find_checkpoint(path, checkpoint)
     recipe = load_written(path / "recipe.yaml")
     weights = (last / "model").resolve()
     step = read(last / COMPLETE, "name another checkpoint")["step"]
