@@ -90,6 +90,7 @@ def failing(monkeypatch, error):
         ["train"],
         ["eval", "--help"],
         ["eval", "--tasks", "list"],
+        ["eval", "--tasks", "list", "--json"],
         ["profile", "--help"],
         ["compare", "--help"],
         ["export", "--help"],
@@ -108,7 +109,7 @@ def test_help_loads_no_torch(arguments):
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    assert "zipr1" in done.stdout
+    assert "zipr1" in done.stdout + done.stderr
 
 
 def test_importing_the_package_loads_no_torch():
@@ -269,6 +270,19 @@ def test_json_is_the_last_line_and_the_only_one(cli, calls, recipe):
     assert json.loads(out) == {"after": {"accuracy": 0.5}, "loss": None}
     assert out.count("\n") == 1
     assert "training" in err
+
+
+def test_benchmarks_are_listed_for_a_program_too(cli):
+    code, out, err = cli("eval", "--tasks", "list", "--json")
+    assert (code, out.count("\n")) == (0, 1) and "paper13:" in err
+    told = json.loads(out)
+    suites = {suite["name"]: suite for suite in told["suites"]}
+    assert set(suites["mmbench"]) == {
+        "name", "kind", "tasks", "metric", "range", "max_new_tokens", "frames", "login",
+    }  # fmt: skip
+    assert suites["mmbench"]["kind"] == "image" and suites["mmbench"]["frames"] is None
+    assert suites["videomme"]["kind"] == "video" and suites["videomme"]["frames"] > 0
+    assert len(told["groups"]["paper13"]) == 13 and set(told["groups"]["paper13"]) <= set(suites)
 
 
 def test_dry_run_writes_nothing(cli, calls, recipe, tmp_path):

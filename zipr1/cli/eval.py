@@ -94,6 +94,10 @@ def evaluate(
         from zipr1.evaluate import listing
 
         listing.show(console_of(as_json))
+        if as_json:
+            from zipr1.core.jsontext import dumps
+
+            print(dumps(listing.as_json()), flush=True)
         return
     p_values = numbers("--budget", budget, float)
 

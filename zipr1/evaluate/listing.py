@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +28,24 @@ def show(console: Console) -> None:
         f"lmms-eval's own command line finds the embedded ones with --include_path {TASK_FILES}",
         style="dim", highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def as_json() -> dict[str, Any]:
+    """The same for a program: `suites`, what each is measured with, and `groups`, the suites of each by name."""
+    suites = [
+        {
+            "name": suite.name,
+            "kind": suite.kind,
+            "tasks": [task.name for task in suite.tasks],
+            "metric": suite.metric,
+            "range": [0, suite.top],
+            "max_new_tokens": suite.max_new_tokens,
+            "frames": suite.frames if suite.kind == "video" else None,
+            "login": suite.name in WITH_LOGIN,
+        }
+        for suite in SUITES.values()
+    ]
+    return {"suites": suites, "groups": {name: list(group) for name, group in GROUPS.items()}}
 
 
 def suite_table(wide: bool) -> Table:
