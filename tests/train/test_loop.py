@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tinyruns import start, steps, write
 
-from zipr1.core import checksums, distributed, signals
+from zipr1.core import activity, checksums, distributed, signals
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.load import load
 from zipr1.train import loggers, loop
@@ -392,6 +392,21 @@ def test_a_place_for_metrics_opens_before_the_first_measurement(tmp_path, model,
     recipe = write(tmp_path / "r.yaml", model, log={"to": ["tensorboard"]})
     with pytest.raises(InputError, match="no key"):
         start(recipe, tmp_path / "run")
+
+
+def test_what_lies_between_the_first_measurement_and_the_first_step_is_told(
+    tmp_path, model, monkeypatch
+):
+    told = []
+    monkeypatch.setattr(activity, "tell", lambda what, *_: told.append(what))
+
+    def stop(*_):
+        raise InputError(f"begins while {told[-1] or 'nothing'} is shown")
+
+    monkeypatch.setattr(loop.RunPage, "begin", stop)
+    with pytest.raises(InputError, match="begins while preparing to train is shown"):
+        start(write(tmp_path / "r.yaml", model), tmp_path / "run")
+    assert "held-out, before" in told
 
 
 def test_tensorboard_holds_the_numbers_of_metrics_jsonl_and_those_of_a_resumed_run_once(

@@ -120,6 +120,7 @@ def _run(
     if recipe.train.stage == "rl":
         policy.keep_reference()
     before = measure_before(policy, recipe, questions, folder)
+    activity.tell("preparing to train")
     page = RunPage(folder, recipe)
     page.begin(policy, questions, before)
     # 4. the weights to go on from, on all devices, and the optimizer
