@@ -6,7 +6,8 @@ import threading
 import pytest
 
 from zipr1.core import files
-from zipr1.core.files import replacing, write_whole
+from zipr1.core.errors import InputError
+from zipr1.core.files import check_folder, replacing, write_whole
 
 
 def names(folder):
@@ -75,3 +76,21 @@ def test_the_content_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "replace", lambda a, b: order.append("name") or replace(a, b))
     write_whole(tmp_path / "a.txt", "x")
     assert order == ["sync", "name"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(path, rights):
+        asked.append((path, rights))
+        return False
+
+    check_folder(tmp_path / "a" / "b", "--output")
+    monkeypatch.setattr(files.os, "access", refuse)  # the user may be root, who may write anywhere
+    for folder in (tmp_path, tmp_path / "a" / "b"):
+        with pytest.raises(InputError) as told:
+            check_folder(folder, "--output")
+        assert str(told.value) == (
+            f"--output {folder}: cannot be written (no right to write in {tmp_path}); give another folder"
+        )
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)] * 2 and names(tmp_path) == []

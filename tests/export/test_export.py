@@ -15,8 +15,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import zipr1
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.recipe import Lora, Model
+from zipr1.core.rundir import RunDir
 from zipr1.export import merged, verify
 from zipr1.export import session as exports
 from zipr1.export.session import FORMATS, export
@@ -319,9 +321,27 @@ def test_wrong_arguments(run, tmp_path, change, message):
         export(**values)
 
 
-def test_a_run_without_a_checkpoint(tmp_path):
-    from zipr1.core.rundir import RunDir
+def test_the_best_checkpoint_by_its_folder_and_by_its_name(run, exported, tmp_path):
+    root = tmp_path / "run"
+    folder = RunDir.open(tinyruns.recipe(), root, info={})
+    trained, untouched = run / "last" / "model", load_policy(Model(path="tiny"), "cpu")
+    folder.save_checkpoint(6, lambda to: shutil.copytree(trained, to / "model"), best=True)
+    folder.save_checkpoint(7, lambda to: untouched.save(to / "model"))
+    wanted = load_file(exported / "model.safetensors")
+    for name, path, checkpoint in (("a", root / "best", "last"), ("b", root, "best")):
+        result = export(path, tmp_path / name, device="cpu", checkpoint=checkpoint)
+        assert result["step"] == 6
+        found = load_file(tmp_path / name / "model.safetensors")
+        assert found.keys() == wanted.keys() and all(found[k].equal(wanted[k]) for k in wanted)
+    last, best, same = (
+        dict(zipr1.load(path, device="cpu")[0].named_parameters())
+        for path in (root, root / "best", run)
+    )
+    assert best.keys() == same.keys() and all(best[k].equal(same[k]) for k in same)
+    assert not all(best[k].equal(last[k]) for k in last)
 
+
+def test_a_run_without_a_checkpoint(tmp_path):
     RunDir.open(tinyruns.recipe(), tmp_path / "run", info={})
     with pytest.raises(InputError, match="no complete checkpoint yet"):
         export(tmp_path / "run", tmp_path / "x", device="cpu")
