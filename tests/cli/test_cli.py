@@ -248,6 +248,9 @@ def test_every_command_has_an_example_and_output_as_o(cli):
         code, out, _ = cli(name, "--help")
         assert code == 0 and f"For example: zipr1 {name}" in " ".join(out.split())
         assert name == "env" or re.search(r"--output +-o ", out)
+        usage = next(line for line in out.splitlines() if "Usage:" in line)
+        given = {"export": " RUN", "compare": " A B"}.get(name, "")
+        assert "{" not in usage and f"zipr1 {name} [OPTIONS]{given}" in usage
 
 
 def test_versions_for_a_bug_report(cli):

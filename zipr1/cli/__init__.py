@@ -11,10 +11,11 @@ import json
 import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
+from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 import zipr1
@@ -36,12 +37,24 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(train)
-app.command("eval")(evaluate)
-app.command()(profile)
-app.command()(export)
-app.command()(compare)
-app.command()(env)
+
+
+class _Command(TyperCommand):
+    """In the line of its usage a word that must be given stands as it is; typer puts braces around it."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+
+for _name, _command in {
+    "train": train,
+    "eval": evaluate,
+    "profile": profile,
+    "export": export,
+    "compare": compare,
+    "env": env,
+}.items():
+    app.command(_name, cls=_Command)(_command)
 
 # What a stopped command leaves behind.
 LEFT = {
