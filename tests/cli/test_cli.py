@@ -183,6 +183,31 @@ def test_resume_of_a_folder_leaves_output_to_it(cli, calls, recipe):
 
 
 @pytest.mark.parametrize(
+    ("code", "asked"),
+    [
+        ("rewards.check=evil.py:f", "rewards={check: 'evil.py:f'}"),
+        ("model.trust_remote_code=true", "model.trust_remote_code=true"),
+        ("rewards.check=evil.py:f", "rewards.correct=evil.py:f"),  # its old name
+    ],
+)
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_a_resumed_run_names_no_code_that_the_user_does_not(
+    cli, calls, recipe, code, asked, options
+):
+    """The run may have come from somewhere else, and its recipe with it."""
+    RunDir.open(load(recipe, [code]), Path("runs/x"))
+    key, _, value = code.partition("=")
+    for more in ((), ("train.steps=5",)):
+        status, _, err = cli("train", "--resume", "runs/x", *options, *more)
+        assert status == 2 and not calls and err.count("\n") == 1
+        assert f"runs/x/recipe.yaml: {key}: " in err and value in err
+        assert "zipr1 train RECIPE --resume DIR" in err and f"{key}=" in err
+    assert cli("train", "--resume", "runs/x", *options, asked)[0] == 0
+    assert cli("train", recipe, code, "--resume", "runs/x", *options)[0] == 0
+    assert [call[0].model_dump() for call in calls] == [load(recipe, [code]).model_dump()] * 2
+
+
+@pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["train", "tiny", "--resume", "nosuch"], "nosuch: not a run directory"),

@@ -158,7 +158,7 @@ def test_what_a_runs_recipe_names_outside_of_it_is_not_run(
     runs, theirs, monkeypatch, tmp_path, field
 ):
     """A downloaded run: its reward is a file, its questions are rows that name a reward file. Every command that only
-    opens it reads neither; `train --resume` is the user's own order to go on with that recipe."""
+    opens it reads neither; `train --resume` of such a run asks for the user's own recipe or word."""
     root, mark, _ = theirs(runs["whole"], lambda *a: None)
     path = root / "recipe.yaml"
     recipe = yaml.safe_load(path.read_text())

@@ -409,6 +409,47 @@ def test_no_file_of_a_run_makes_its_code_run(paths, monkeypatch, tmp_path, door)
         assert mark.exists()
 
 
+@pytest.mark.parametrize("door", ["train", "eval", "load"])
+def test_trust_is_for_what_the_caller_named(hub, hub_run, monkeypatch, tmp_path, door):
+    """Not for the base that an adapter names."""
+    for path, trusted in (("owner/name", True), (str(hub_run), False)):
+        hub.clear()
+        to = tmp_path / path.replace("/", "-")
+        DOORS[door](path, monkeypatch, to, trust_remote_code=True)
+        assert {trust for kind, _, trust in hub if kind != "settings"} == {trusted}
+
+
+def test_a_base_that_needs_code_is_refused(hub_run, monkeypatch, tmp_path):
+    mark, base = tmp_path / "ran", tmp_path / "base"
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    shutil.copytree(resolve("tiny"), base)
+    (base / "evil.py").write_text(EVIL.format(mark=str(mark)))
+    values = tinyruns.read(base / "config.json")
+    values |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
+    (base / "config.json").write_text(json.dumps(values))
+    written = hub_run / "last" / "model" / "adapter" / "adapter_config.json"
+    theirs = {**tinyruns.read(written), "base_model_name_or_path": str(base), "revision": None}
+    written.write_text(json.dumps(theirs))
+    complete(hub_run)
+    with pytest.raises(InputError) as caught:
+        load_policy(Model(path=str(hub_run), trust_remote_code=True), "cpu")
+    said = str(caught.value)
+    assert f"model.trust_remote_code is for {hub_run} alone, and its base {base}" in said
+    assert "\n" not in said and not mark.exists()
+
+
+def test_trust_is_not_for_the_base_that_is_measured_beside(paths, monkeypatch):
+    from zipr1.evaluate import session
+
+    run, asked = paths("whole"), []
+    monkeypatch.setattr(session, "load_policy", lambda settings, device: asked.append(settings))
+    request = session.EvalRequest(str(run), ["digits"], [0.9], base=True)
+    recipe = tinyruns.recipe(model={"path": str(run), "trust_remote_code": True})
+    session._base(request, find_source(str(run)), recipe, torch.device("cpu"))
+    assert [(s.path, s.trust_remote_code) for s in asked] == [("tiny", False)]
+
+
 def test_a_recipe_of_something_else_beside_a_model_is_not_read(tmp_path):
     shutil.copytree(resolve("tiny"), tmp_path / "model")
     (tmp_path / "model" / "recipe.yaml").write_text("flour: 500\n")

@@ -19,6 +19,7 @@ from zipr1.core.errors import InputError, RunError
 from zipr1.core.recipe import Model
 from zipr1.export.session import export
 from zipr1.models import misshapen
+from zipr1.models.adapters import with_adapter
 from zipr1.models.loading import restore_weights
 from zipr1.models.open import resolve
 from zipr1.models.policy import load_policy
@@ -205,6 +206,31 @@ def test_an_adapter_with_settings_that_peft_does_not_take_is_one_line(runs, tmp_
     settings.write_text(json.dumps({**json.loads(settings.read_text()), **values}))
     checksums.write((run / "last").resolve(), 7)
     refused(lambda: load_policy(Model(path=str(run)), "cpu"), str(weights.parent))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"peft_type": "XLORA", "adapters": {"a": "/elsewhere"}},
+        {"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "/elsewhere"},
+        {"peft_type": "IA3"},
+        {"peft_type": ["LORA"]},
+        {"peft_type": None},
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused_before_peft_reads_it(
+    runs, monkeypatch, tmp_path, values
+):
+    """Some kinds read files outside of their folder."""
+    weights = copy(runs["lora"], tmp_path / "run")[1]
+    settings = weights.with_name("adapter_config.json")
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **values}))
+    read: list[Any] = []
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", lambda *a, **b: read.append(a))
+    monkeypatch.setattr("zipr1.models.adapters.load_file", lambda *a, **b: read.append(a))
+    said = (str(settings), "peft_type: got", "LORA is allowed")
+    refused(lambda: with_adapter(None, weights.parent), *said)
+    assert not read
 
 
 # --- the optimizer

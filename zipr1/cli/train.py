@@ -80,7 +80,8 @@ def train(
     from zipr1.core.folders import folder_of
 
     given = list(overrides or [])
-    if resume not in ("auto", "never") and (recipe is None or _is_change(recipe)):
+    by_run = resume not in ("auto", "never") and (recipe is None or _is_change(recipe))
+    if by_run:
         given = [*([recipe] if recipe is not None else []), *given]
         recipe = f"{folder_of(None, resume)}/recipe.yaml"
     if recipe is None:
@@ -89,12 +90,14 @@ def train(
     if copy:
         _copy(recipe, as_json)
         return
-    from zipr1.core.load import load
+    from zipr1.core.load import load, refuse_unasked_code
     from zipr1.core.rundir import RunDir
 
     changes = [*given, *([f"model.dtype={dtype}"] if dtype is not None else [])]
     quiet_unless_first()
     run = load(recipe, changes)
+    if by_run:
+        refuse_unasked_code(run, recipe, given)
     if not dry_run:
         # By every process: one that ended alone would leave the others waiting.
         RunDir.check(run, output, resume)

@@ -68,6 +68,30 @@ def load_written(path: str | Path) -> Recipe:
     return _validated(values, str(path), [])
 
 
+def refuse_unasked_code(recipe: Recipe, path: str | Path, overrides: Sequence[str]) -> None:
+    """Raises InputError if `recipe`, read from a run's own file `path`, names code that `overrides` do not name too.
+
+    A run may have come from somewhere else: what runs code there is the user's to say.
+    """
+    said: dict[str, Any] = {}
+    for text in overrides:
+        override(said, text)
+    said, _ = _renamed(said, "command line")
+    code: dict[str, Any] = {}
+    if recipe.model.trust_remote_code:
+        code["model.trust_remote_code"] = True
+    if ".py:" in recipe.rewards.check:
+        code["rewards.check"] = recipe.rewards.check
+    unasked = [key for key in code if key not in _flat(said)]
+    if unasked:
+        named = ", ".join(f"{key}: {show(code[key])}" for key in unasked)
+        keys = " ".join(f"{key}={'true' if code[key] is True else '...'}" for key in unasked)
+        raise InputError(
+            f"{path}: {named} would run code that came with the run; if you trust it, give your recipe (zipr1 train "
+            f"RECIPE --resume DIR), or repeat it on the command line: {keys}"
+        )
+
+
 def validate(
     values: Mapping[str, Any], source: str = "recipe", overridden: Sequence[str] = ()
 ) -> Recipe:

@@ -247,9 +247,9 @@ def _base(
     if trained.train.stage != "rl" or trained.model.train_vision:
         return None, None, None
     origin = (read(Path(source.place)) or {}).get("base") or trained.model.model_dump()
-    settings = recipe.model.model_copy(
-        update={"path": origin["path"], "revision": origin["revision"]}
-    )
+    # The run or the folder names it, not the caller, whose trust in code is for what the caller named.
+    named = {"path": origin["path"], "revision": origin["revision"], "trust_remote_code": False}
+    settings = recipe.model.model_copy(update=named)
     base, failure = None, None
     try:
         base = load_policy(settings, device)

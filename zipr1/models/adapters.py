@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from zipr1.core.config import show
 from zipr1.core.errors import InputError
 from zipr1.core.jsontext import loads
 from zipr1.core.text import reason
@@ -24,9 +25,10 @@ ENDS = ("embed_tokens", "lm_head")
 def with_adapter(model: Any, folder: Path) -> Any:
     """peft's model: `model`, changed in place, with the adapter of a folder in it, not merged.
 
-    Raises InputError for a folder without safetensors, settings that peft does not take, or tensors that are not those
-    of its settings.
+    Raises InputError for a kind of adapter other than LoRA, a folder without safetensors, settings that peft does not
+    take, or tensors that are not those of its settings.
     """
+    _check_kind(folder)
     from peft import PeftModel
 
     tensors = read(folder)
@@ -47,6 +49,17 @@ def with_adapter(model: Any, folder: Path) -> Any:
         adapted = PeftModel.from_pretrained(model, str(folder), ignore_mismatched_sizes=True)
     _check(adapted, folder, tensors)
     return adapted
+
+
+def _check_kind(folder: Path) -> None:
+    """Other kinds are not merged into weights here, and some read files that their settings name outside of the folder:
+    further adapters (XLORA), tokenizers and tensors to start prompts from."""
+    kind = _settings(folder).get("peft_type")
+    if kind != "LORA":
+        raise InputError(
+            f"{folder / 'adapter_config.json'}: peft_type: got {show(kind)}; LORA is allowed; merge others into their "
+            "base with peft, and give the merged model"
+        )
 
 
 def _untie(model: Any) -> None:

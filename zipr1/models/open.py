@@ -6,7 +6,7 @@ pictures and of its clips' frames, the frames of a clip, and of an adapter the b
 bounds. What the caller sets wins over all of it.
 
 Files beside weights are data: none of them can make the code of a model folder run, for `trust_remote_code` is taken
-from the caller's settings alone.
+from the caller's settings alone, and holds for the path that the caller gave, not for a base that is named there.
 """
 
 from __future__ import annotations
@@ -268,8 +268,18 @@ def _load(
         _check_bytes(source)
     if source.base is None or source.adapter is None:
         return from_pretrained(source.place, settings, dtype)
-    asked = settings.model_copy(update=_reference(source.base, settings))
-    model, tokenizer = _load(find_source(source.base.path), asked, dtype, merge=True)
+    # The folder named its base, not the caller, whose trust in code is for what the caller named.
+    named = {**_reference(source.base, settings), "trust_remote_code": False}
+    asked = settings.model_copy(update=named)
+    try:
+        model, tokenizer = _load(find_source(source.base.path), asked, dtype, merge=True)
+    except InputError as error:
+        if not settings.trust_remote_code:
+            raise
+        raise type(error)(
+            f"{error}; model.trust_remote_code is for {settings.path} alone, and its base {source.base.path} is opened "
+            "without: if it needs code, merge the adapter into it with peft, and give the merged model"
+        ) from None
     if not merge:
         return model, tokenizer
     # peft froze the base; what trains is the recipe's choice.
