@@ -46,15 +46,12 @@ class _Command(TyperCommand):
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
 
-for _name, _command in {
-    "train": train,
-    "eval": evaluate,
-    "profile": profile,
-    "export": export,
-    "compare": compare,
-    "env": env,
-}.items():
-    app.command(_name, cls=_Command)(_command)
+app.command("train", cls=_Command)(train)
+app.command("eval", cls=_Command)(evaluate)
+app.command("profile", cls=_Command)(profile)
+app.command("export", cls=_Command)(export)
+app.command("compare", cls=_Command)(compare)
+app.command("env", cls=_Command)(env)
 
 # What a stopped command leaves behind.
 LEFT = {
