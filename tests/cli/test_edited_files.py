@@ -124,6 +124,13 @@ def evaluate(root: Path) -> None:
     assert_one_line(*call(*asked(Path(model)), "-o", root))
 
 
+def side(root: Path) -> None:
+    """Compared with itself before the edit."""
+    code, said = call("compare", MADE[0] / root.name, root, "-o", root.parent / "page")
+    assert_one_line(code, said)
+    assert code == 0 or not (root.parent / "page").exists(), "half written"
+
+
 def load(root: Path) -> None:
     """A ZipError is what the command line prints as one line."""
     with contextlib.suppress(ZipError):
@@ -155,6 +162,10 @@ def made(tmp_path_factory) -> Path:
     )  # fmt: skip
     assert call("train", root / "r.yaml", "-o", root / "run", "--device", "cpu")[0] == 0
     assert call("export", root / "run", "--to", root / "exported", "--device", "cpu")[0] == 0
+    # Another, of an adapter, that ends with held-out questions.
+    again = ["-o", root / "finished", "--device", "cpu", "evaluation.after=true", "model.lora={}"]
+    ended = call("train", root / "r.yaml", *again)
+    assert ended[0] == 0, ended[1]
     measured = call(*asked(root / "exported"), "-o", root / "eval") if LMMS_EVAL else (0, "")
     assert measured[0] == 0, measured[1]
     return root
@@ -194,6 +205,13 @@ CASES: list[tuple[str, str, Any, int]] = [
     ("exported", "config.json", load, 8),
     ("eval", "eval.json", evaluate, 8),
     ("eval", "benchmarks/digits.json", evaluate, 16),
+    ("eval", "benchmarks/digits.json", side, 12),
+    ("eval", "results.json", side, 8),
+    ("finished", "after.json", side, 12),
+    ("finished", "metrics.jsonl", side, 2),
+    ("finished", "summary.json", side, 2),
+    ("finished", "summary.json", export, 4),
+    ("finished", f"{STEP}/model/adapter/adapter_config.json", load, 12),
 ]  # fmt: skip
 
 

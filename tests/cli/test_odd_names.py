@@ -95,6 +95,14 @@ def test_export(odd):
     assert code == 2 and f"--to {ODD}/out: is there already" in said
 
 
+def test_compare(odd):
+    code, said = call("compare", ODD / "run", ODD / "run", "-o", ODD / "page")
+    assert code == 0, said
+    assert f"report: {ODD}/page/report.html" in said and f"A: {ODD}/run; B: {ODD}/run" in said
+    code, said = call("compare", ODD / "run", ODD)
+    assert code == 2 and f"{ODD}: neither a run nor an evaluation" in said
+
+
 def test_lists(odd):
     assert "paper13:" in call("eval", "--tasks", "list")[1]
     assert "the embedded model, for practice" in call("train")[1]

@@ -19,6 +19,7 @@ from zipr1 import cli
 from zipr1.core import folders, lock
 from zipr1.core.errors import InputError
 from zipr1.core.folders import claimed, new_folder
+from zipr1.evaluate import compare
 
 # Claims a folder, starts a process of its own that outlives it, and says so.
 HOLDER = """
@@ -63,7 +64,7 @@ def test_the_second_process_is_told_of_the_first_and_death_lets_go(held):
     assert root.is_dir() and names(root) == []
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "profile", "export"])
+@pytest.mark.parametrize("command", ["train", "eval", "profile", "export", "compare"])
 def test_every_command_that_writes_is_refused_in_one_line(
     run, tmp_path, monkeypatch, capsys, command
 ):
@@ -77,8 +78,14 @@ def test_every_command_that_writes_is_refused_in_one_line(
         "eval": ["--model", "tiny", "--limit", "1", "--output", str(root)],
         "profile": ["--model", "tiny", "--lengths", "40", "--output", str(root)],
         "export": [str(run), "--to", str(root)],
+        "compare": [str(run), str(run), "--output", str(root)],
     }[command]
-    monkeypatch.setattr("sys.argv", ["zipr1", command, *options, "--device", "cpu"])
+    device = ["--device", "cpu"]
+    if command == "compare":
+        device = []
+        monkeypatch.setattr(compare, "read", lambda folder: None)
+        monkeypatch.setattr(compare, "compare", lambda a, b: [])
+    monkeypatch.setattr("sys.argv", ["zipr1", command, *options, *device])
     file = tmp_path / ".tmp-out.lock" if command == "export" else root / ".lock"
     file.parent.mkdir(exist_ok=True)
     with lock.locked(file, root), pytest.raises(SystemExit) as left:

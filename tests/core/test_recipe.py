@@ -367,3 +367,18 @@ def test_names_of_efficiency_methods():
         parse("cut+pathwize")
     with pytest.raises(InputError, match="Allowed: answers, cut, pathwise, through"):
         parse("")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: &a [*a]", "seed: got a list that cannot be shown; a whole number is allowed"),
+        ("rewards: {check: 0x" + "f" * 5000 + "}", "check: got an int that cannot be shown; text is"),
+        ("rewards: {check: " + "9" * 5000 + "}", "not YAML: Exceeds the limit"),
+        ("seed: {2020-01-01: 1}", "seed: got a dict that cannot be shown; a whole number is allowed"),
+        ("[" * 200 + "]" * 200, "the file holds [[["),
+    ],
+    ids=["itself", "hexadecimal", "digits", "date", "deep"],
+)  # fmt: skip
+def test_a_value_that_cannot_be_shown_is_one_line(tmp_path, text, said):
+    assert said in fail(write(tmp_path, text))

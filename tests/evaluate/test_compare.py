@@ -170,6 +170,41 @@ def test_wrong_folders_are_one_line(tmp_path):
         compare.read(e)
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("rows", 0, "sparse"), "x"),
+        (("rows", 0, "top"), 0),
+        (("rows", 0, "token_ratio"), None),
+        (("rows", 0, "kv_bytes"), 10**30),
+        (("samples", 0, "right", "0.9"), "x"),
+        (("units", "cluster"), ["q0"]),
+    ],
+)
+def test_an_edited_benchmark_is_one_line(tmp_path, place, value):
+    e = evaluation(tmp_path / "e", {1.0: [1, 0], 0.9: [1, 0]})
+    path = e / "benchmarks" / "digits.json"
+    values = json.loads(path.read_text())
+    part = values
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"not written by this version.*digits\.json: ") as told:
+        compare.read(e)
+    assert str(place[-1]).rpartition(".")[2] in str(told.value) or place[0] == "units"
+
+
+def test_an_edited_run_is_one_line(tmp_path):
+    a = run(tmp_path / "a", [0, "x"], 0.5)
+    with pytest.raises(InputError, match=r"after\.json: after\.correct\.1: got 'x'; a number is"):
+        compare.read(a)
+    b = run(tmp_path / "b", [0, 1], 0.5)
+    rows = [{"step": step, "token_ratio": 0.5, "accuracy": 0.5} for step in ("x", None, 10**400)]
+    (b / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "<svg" in compared.page(*both(b, b))
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     from zipr1.cli import main
 

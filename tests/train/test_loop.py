@@ -342,6 +342,19 @@ def test_what_a_run_refuses(tmp_path, model, monkeypatch):
         assert not (tmp_path / name).exists()
 
 
+def test_logits_that_overflow_before_anything_is_learned_are_not_blamed_on_the_rate(tmp_path):
+    policy = tinymodels.make()
+    policy.decoder.norm.weight.data.fill_(3e38)  # finite, its products are not
+    policy.save(tmp_path / "model")
+    recipe = write(
+        tmp_path / "r.yaml", tmp_path / "model", train={"stage": "supervised", "steps": 2},
+        evaluation={"before": False, "after": False},
+    )  # fmt: skip
+    with pytest.raises(RunError, match=r"first step's loss is nan.*logits.*model\.dtype") as told:
+        start(recipe, tmp_path / "run")
+    assert "optim.lr" not in str(told.value)
+
+
 def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path, model, monkeypatch):
     """The first step is sound, the second step's loss is infinite, as with weights that have grown without bound."""
     usual = torch.nn.functional.cross_entropy

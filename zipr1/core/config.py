@@ -79,7 +79,14 @@ def override(values: dict[str, Any], text: str) -> str:
 
 def show(value: Any) -> str:
     """A value as it may stand in a message: one line, not long."""
-    text = one_line(repr(value) if isinstance(value, str) else json.dumps(value, default=str))
+    try:
+        text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    except (ValueError, TypeError, RecursionError):
+        # Itself inside of itself by an alias, thousands of digits, a date for a key, or nested too deep.
+        text = (
+            f"{'an' if isinstance(value, int) else 'a'} {type(value).__name__} that cannot be shown"
+        )
+    text = one_line(text)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, Any]]
 SIZE = (4.6, 3.0)  # inches of a panel
+MOST_DRAWN = 1e100  # above, matplotlib's arithmetic overflows
 
 
 @dataclass
@@ -245,7 +246,8 @@ def _finish(ax: Axes, title: str, shares: Sequence[float] | None) -> None:
 
 def _steps(rows: Rows) -> np.ndarray:
     """Steps done after each row: the first is 1, as on the terminal."""
-    return np.array([row.get("step", i) + 1 for i, row in enumerate(rows)])
+    numbers = [row["step"] if _is_number(row.get("step")) else i for i, row in enumerate(rows)]
+    return np.array(numbers, dtype=float) + 1
 
 
 def _window(count: int) -> int:
@@ -261,4 +263,7 @@ def _known(rows: Rows, key: str) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it can be drawn: an edited file may hold any number of digits."""
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MOST_DRAWN
+    )

@@ -195,7 +195,8 @@ class Budgets(Section):
 
 class Rewards(Section):
     """What an answer is worth.
-    check: of the answer, where its row names none: a name in `zipr1.rewards.registry.REWARDS` or `path.py:function`.
+    check: of the answer, where its row names none: a name in `zipr1.rewards.registry.REWARDS` or `path.py:function`,
+        and the code of that file is run.
     tolerance: relative, of the check `number`.
     weight: of a correct answer.
     reduction: weight of the share of dropped tokens, for the method `answers`.

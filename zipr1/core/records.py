@@ -106,6 +106,70 @@ class Summary(Block):
     seconds: Annotated[float, Field(ge=0)] | None = None
 
 
+class AfterAnswers(Answers):
+    """The same after training, with what was asked."""
+
+    picture: list[str]
+    task: list[str]
+    question: list[str]
+    answer: list[str]
+
+
+class After(Record):
+    """after.json, as far as two runs are compared."""
+
+    after: AfterAnswers
+
+
+Amount = Annotated[float, Field(ge=0, le=1e18)]
+Score = Annotated[float, Field(ge=-1e9, le=1e9)]
+
+
+class Row(Record):
+    """One benchmark at one p, in results.json and in the benchmark's own file. top: the highest score."""
+
+    task: str
+    p: Share
+    n: Count
+    sparse: Score | None
+    top: Annotated[float, Field(gt=0, le=1e9)]
+    token_ratio: Amount
+    kv_bytes: Amount | None
+    first_token_ms: Amount | None = None
+
+
+class Results(Record):
+    """results.json."""
+
+    rows: list[Row]
+
+
+class UnitsOfScore(Record):
+    """What a score is made of, as evaluate/units.py says; score: by p."""
+
+    name: list[str]
+    weight: list[Amount]
+    cluster: list[str]
+    score: dict[str, list[Share] | None]
+
+
+class Sample(Record):
+    """One question with, by p, what was said and how right that is."""
+
+    name: str
+    question: str
+    target: str
+    said: dict[str, str]
+    right: dict[str, Share | None]
+
+
+class Benchmark(Results):
+    """A benchmark's file of an evaluation, as far as two evaluations are compared."""
+
+    units: UnitsOfScore
+    samples: list[Sample]
+
+
 FORMS: dict[str, Any] = {
     "complete.json": Complete,
     "run.json": Run,

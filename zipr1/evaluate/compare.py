@@ -17,7 +17,7 @@ import numpy as np
 from zipr1.core.errors import InputError
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Recipe
-from zipr1.core.records import read_json
+from zipr1.core.records import After, Benchmark, Results, read_json, wrong
 from zipr1.core.rundir import read_lines
 from zipr1.evaluate.units import Units, matched, paired, question_name
 
@@ -165,9 +165,18 @@ def _pair(task: str, a: Line, b: Line) -> Pair:
     return Pair(task, a, b, gap, None, 0, differing)
 
 
+def _read(path: Path, form: type[Any]) -> dict[str, Any]:
+    """A JSON file of that form. Raises ValueError for another one."""
+    values = read_json(path)
+    trouble = wrong(values, form)
+    if trouble:
+        raise ValueError(f"{path.name}: {trouble}")
+    return values
+
+
 def _run(path: Path) -> Side:
     """A run: its held-out questions after training, by task."""
-    after = read_json(path / "after.json")["after"]
+    after = _read(path / "after.json", After)["after"]
     recipe = load_written(path / "recipe.yaml")
     metrics = path / "metrics.jsonl"
     rows = read_lines(metrics) if metrics.is_file() else []
@@ -197,10 +206,10 @@ def _run(path: Path) -> Side:
 
 
 def _evaluation(path: Path) -> Side:
-    results = read_json(path / "results.json")
+    results = _read(path / "results.json", Results)
     lines: dict[str, dict[float, Line]] = {}
     for task in dict.fromkeys(row["task"] for row in results["rows"]):
-        record = read_json(path / "benchmarks" / f"{task}.json")
+        record = _read(path / "benchmarks" / f"{task}.json", Benchmark)
         for row in record["rows"]:
             name, units = f"{row['p']:g}", record["units"]
             score = units["score"].get(name)
@@ -208,6 +217,8 @@ def _evaluation(path: Path) -> Side:
             if score is not None:
                 weight = np.array(units["weight"], dtype=float)
                 right = np.array(score, dtype=float)
+                if not len(right) == len(weight) == len(units["cluster"]) == len(units["name"]):
+                    raise ValueError(f"{task}.json: units: lists of several lengths")
                 made = Units(right, weight, units["cluster"], units["name"])
             asked = {
                 one["name"]: (one["question"], one["target"], one["said"][name], one["right"][name])

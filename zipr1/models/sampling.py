@@ -28,6 +28,11 @@ from zipr1.models.transfer import fetch, send
 
 # Where a pruned cache gets room for all tokens before the first step. It costs a CPU the reading of empty slots.
 FIXED = {"cuda": True}
+# What is told of logits that are not finite.
+OUTGROWN = (
+    "the model's logits are NaN or infinite, though its weights are finite: numbers between its layers outgrow "
+    "its dtype; set model.dtype=float32, or bfloat16 in place of float16"
+)
 
 
 @dataclass
@@ -183,7 +188,4 @@ def sample(
 
 def _check_finite(values: torch.Tensor) -> None:
     if not bool(values.isfinite().all()):
-        raise RunError(
-            "the model's logits are NaN or infinite, though its weights are finite: numbers between its layers outgrow "
-            "its dtype; set model.dtype=float32, or bfloat16 in place of float16"
-        )
+        raise RunError(OUTGROWN)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 
 from zipr1.core import activity, distributed, signals, watch
-from zipr1.core.errors import Missing
+from zipr1.core.errors import Missing, RunError
 from zipr1.core.folders import claimed
 from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe
@@ -31,6 +32,7 @@ from zipr1.models.encoder import MediaEncoder, effective
 from zipr1.models.loading import choose_device, without_plans
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
+from zipr1.models.sampling import OUTGROWN
 from zipr1.models.sparse.request import dense_below, settled
 from zipr1.rewards.registry import check_answers
 from zipr1.train import chunks, optim, supervised
@@ -299,6 +301,8 @@ def supervised_step(
     policy.model.train()
     optimizer.zero_grad()
     value, right = supervised.backward(policy, recipe, portion)
+    if step == 0 and not math.isfinite(value):  # of the weights as they came: no rate would help
+        raise RunError(f"the first step's loss is {value}: {OUTGROWN}")
     norm = optim.clipped_step(
         optimizer, policy.trainable(), recipe.optim.max_grad_norm, torch.tensor(value)
     )
