@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["TERM"] = "xterm-256color"
 
 import random
+import signal
 import socket
 
 import numpy as np
@@ -19,6 +20,10 @@ from hypothesis import settings
 # Before any kernel is decorated: without a GPU they run in Triton's interpreter, where a test asks for them.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell without job control starts what runs in the background with Ctrl-C ignored; tests of it need it heard.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Shared machines are slow at times: no test may fail for that.
 settings.register_profile("zipr1", deadline=None, max_examples=50, derandomize=True)
