@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tinyruns
 import yaml
-from test_doors import DOORS, LORA
+from test_doors import DOORS
 
 import zipr1
 from zipr1.core import checksums
@@ -27,15 +26,6 @@ def reward(*a, **b): return 1.0
 def generate(*a, **b): return None
 """
 ESCAPE = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.system('touch %s') }}"
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    return {
-        "whole": tinyruns.make_run(root / "whole"),
-        "lora": tinyruns.make_run(root / "lora", model={"path": "tiny", "lora": LORA}),
-    }
 
 
 def entries(name: str, **values: Any) -> Any:

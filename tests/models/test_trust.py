@@ -58,15 +58,6 @@ def changed(path: Path, damage: str, name: str) -> str:
 DAMAGES = ("missing", "unexpected", "misshaped", "nan", "infinite")
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    return {
-        "whole": tinyruns.make_run(root / "whole"),
-        "lora": tinyruns.make_run(root / "lora", model={"path": "tiny", "lora": LORA}),
-    }
-
-
 def copy(run: Path, to: Path) -> tuple[Path, Path]:
     """A copy of a run, and the file of its weights."""
     shutil.copytree(run, to, symlinks=True)

@@ -68,6 +68,11 @@ def load_written(path: str | Path) -> Recipe:
     return _validated(values, str(path), [])
 
 
+def names_code(check: str) -> bool:
+    """Whether a check is a function in a file of one's own, `path.py:function`, and no name of ours."""
+    return ".py:" in check
+
+
 def refuse_unasked_code(recipe: Recipe, path: str | Path, overrides: Sequence[str]) -> None:
     """Raises InputError if `recipe`, read from a run's own file `path`, names code that `overrides` do not name too.
 
@@ -80,7 +85,7 @@ def refuse_unasked_code(recipe: Recipe, path: str | Path, overrides: Sequence[st
     code: dict[str, Any] = {}
     if recipe.model.trust_remote_code:
         code["model.trust_remote_code"] = True
-    if ".py:" in recipe.rewards.check:
+    if names_code(recipe.rewards.check):
         code["rewards.check"] = recipe.rewards.check
     unasked = [key for key in code if key not in _flat(said)]
     if unasked:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from zipr1.core import records
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.files import write_whole
 from zipr1.core.folders import RUNS
@@ -26,21 +27,17 @@ from zipr1.core.text import reason
 log = logging.getLogger("zipr1")
 
 
-class Row(Record):
-    task: str
+class Row(records.Row):
+    """All of a row that an evaluation writes; what two evaluations are compared by is in core."""
+
     p: Annotated[float, Field(gt=0, le=1)]
-    n: Count
-    top: Annotated[float, Field(gt=0)]
-    token_ratio: float
     kv_bytes: float
     seconds: float
     dense_kv_bytes: float
     dense_seconds: float
     speedup: float | None = None
-    first_token_ms: float | None = None
     dense_first_token_ms: float | None = None
     dense: float | None
-    sparse: float | None
     difference: float | None
     difference_ci: Interval | None
     base: float | None = None

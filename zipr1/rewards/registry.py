@@ -20,6 +20,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from zipr1.core.errors import InputError
+from zipr1.core.load import names_code
 from zipr1.core.recipe import Recipe
 from zipr1.core.types import Prompt
 from zipr1.rewards.choice import choice
@@ -57,7 +58,7 @@ def find(
     where: what named it, for errors. tolerance: relative, of `number`. files: whether a file may be named: a recipe
     may, a row of data may not, for data must not run code. Raises InputError, with the nearest name.
     """
-    if ".py:" in name:
+    if names_code(name):
         if not files:
             raise InputError(
                 f"{where} '{name}': a row cannot name a file, which would run its code; allowed: {', '.join(REWARDS)}; "
