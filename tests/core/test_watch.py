@@ -106,12 +106,27 @@ class Store(dict):
         pass
 
 
+class Clock:
+    """Time that passes where it is waited for. then: what happens at which second."""
+
+    def __init__(self):
+        self.now, self.then = 0.0, {}
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        for second in [s for s in self.then if s <= self.now]:
+            self.then.pop(second)()
+
+
 @pytest.fixture
 def two(here, monkeypatch):
     """What two ranks have of each other, without their threads; time passes by itself."""
     monkeypatch.setattr(watch.Watch, "start", lambda self: None)
     monkeypatch.setattr(watch.Watch, "join", lambda self, timeout: None)
-    monkeypatch.setattr(watch.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(watch, "time", Clock())
     monkeypatch.setattr(watch, "moved", lambda: 0)
     store = Store()
     with watch.Watch(store, 0, 2, 60.0) as first, watch.Watch(store, 1, 2, 60.0) as second:
@@ -127,6 +142,36 @@ def test_the_first_reason_is_told_by_all(two):
     told = Ending([0], 2, "rank 0 ended, in 'step 1: update': cat.jpg: not on this machine")
     assert first.ending == second.ending == told
     assert first.gone() == told
+
+
+@pytest.mark.parametrize("second_hears", [0.7, 6.0, None])
+def test_who_ends_with_the_store_waits_until_the_others_know_why(two, second_hears):
+    """A busy machine may leave another rank's thread no time for seconds: it would say that this one is gone. One that
+    is dead is not waited for much longer."""
+    first, second = two
+    assert (watch.PATIENT, watch.HEARD * first.every) == (10.0, 1.5)
+
+    def hears():
+        second._hear(0.0)
+        watch._here.heard = True
+        second._tell()
+
+    if second_hears:
+        watch.time.then[second_hears] = hears
+    first.leave(RunError("a bug"))
+    assert watch.time.now == pytest.approx(second_hears or 10.0, abs=0.1)
+    assert (second.ending == first.ending) == bool(second_hears)
+
+
+def test_a_rank_whose_fault_it_is_or_that_has_not_come_is_not_waited_for(two):
+    first, second = two
+    first._end(Ending([1], 1, "rank 1 has shown no sign of life"))
+    first._outstay()
+    assert watch.time.now == 0
+    first.ending = Ending([0], 1, "rank 0 ended")
+    first.store["1"] = watch.NOTHING.encode()
+    first._outstay()
+    assert watch.time.now == pytest.approx(1.5, abs=0.1)
 
 
 def test_a_signal_on_which_all_agreed_is_no_reason_to_hurry(two):

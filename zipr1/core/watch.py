@@ -32,8 +32,11 @@ from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.text import duration, one_line
 
 EVERY = 0.5  # seconds between two looks
-# Looks after which a rank that was told goes: the others have read why by then.
+# Looks that a rank which ends leaves to those of which it knows nothing.
 HEARD = 3
+# Seconds that it leaves to those that live and have not yet told that they know why: their machine is busy, or they
+# are dead.
+PATIENT = 10.0
 # Seconds without a sign of life after which a rank that is to end, and does not, is made to. A launcher gives it 30,
 # and then kills it without a word.
 GRACE = 20.0
@@ -64,7 +67,7 @@ class Ending(NamedTuple):
 class Sign:
     """What a rank tells. meetings: words that it has exchanged with the others; passes: places where it waited for them
     since; count: of signs of life; more: seconds beyond the limit that what it does may take; ended: it needs nobody
-    any more."""
+    any more; heard: it knows why all end."""
 
     doing: str
     meetings: int = 0
@@ -72,17 +75,18 @@ class Sign:
     count: int = 0
     more: float = 0.0
     ended: bool = False
+    heard: bool = False
 
 
 class _Here:
     """This process's sign, as it grows."""
 
     def __init__(self) -> None:
-        self.doing, self.more, self.ended = "starting", 0.0, False
+        self.doing, self.more, self.ended, self.heard = "starting", 0.0, False, False
         self.meetings = self.passes = self.count = 0
 
     def sign(self) -> Sign:
-        return Sign(self.doing, self.meetings, self.passes, self.count, self.more, self.ended)
+        return Sign(**vars(self))
 
 
 _here = _Here()
@@ -242,9 +246,19 @@ class Watch(threading.Thread):
         self.join(HEARD * self.every)  # it ends now, unless the store holds it
 
     def _outstay(self) -> None:
-        """Give the others the time to hear what there is to hear, before the store goes with this process."""
-        until = time.monotonic() + HEARD * self.every
-        while time.monotonic() < until and not all(sign and sign.ended for _, sign in self._told()):
+        """Leave the others the time to hear why all end, before the store goes with this process or the launcher ends
+        them for it. The ranks whose fault it is are not waited for: they may never hear."""
+        begun = time.monotonic()
+        while True:
+            deaf = [
+                sign
+                for rank, (_, sign) in enumerate(self._told())
+                if rank not in (self.rank, *(self.ending.ranks if self.ending else ()))
+                and not (sign and (sign.ended or sign.heard))
+            ]
+            lives = self.ending is not None and any(deaf)
+            if not deaf or time.monotonic() - begun > (PATIENT if lives else HEARD * self.every):
+                return
             time.sleep(self.every / 10)
 
     def _told(self) -> list[tuple[int, Sign | None]]:
@@ -275,7 +289,7 @@ class Watch(threading.Thread):
         text = f"rank {self.rank} ended, in {_here.doing!r}: {said}"
         with contextlib.suppress(RuntimeError):
             if self._end(Ending([self.rank], code, text)).ranks == [self.rank]:
-                time.sleep(HEARD * self.every)
+                self._outstay()
 
     def gone(self) -> Ending:
         """Why a word between the ranks broke off. Where nobody has said so, a rank is dead: one that tells nothing any
@@ -355,6 +369,9 @@ class Watch(threading.Thread):
     def _part(self, ending: Ending) -> None:
         """See to it that this process ends, wherever it waits; what it is writing, it may finish."""
         signals.hold()  # the launcher's, which comes when the first rank is gone, is not the reason
+        with contextlib.suppress(RuntimeError):  # the store may be gone: that may be the reason
+            _here.heard = True
+            self._tell()
         hangs = self.rank in ending.ranks and not self._leaving
         still, count = 0, _here.count
         while still * self.every < (HEARD * self.every if hangs else GRACE + _here.more):
@@ -363,6 +380,8 @@ class Watch(threading.Thread):
             self._feel()
             still = still + 1 if hangs or _here.count == count else 0
             count = _here.count
+        with contextlib.suppress(RuntimeError):
+            self._outstay()
         with contextlib.suppress(OSError, ValueError):
             say(ending.text, ending.code)
         os._exit(ending.code)
