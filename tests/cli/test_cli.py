@@ -223,6 +223,13 @@ def test_a_resumed_run_names_no_code_that_the_user_does_not(
         (["eval", "sparse.skp=1"], "did you mean sparse.skip?"),
         (["eval", "train.steps=3"], "`train.steps`: not read by zipr1 eval"),
         (["eval", "--data-root", "nosuch"], "--data-root nosuch: no such folder"),
+        (["eval", "--tasks", "nosuch"], "--tasks nosuch: unknown; allowed: digits,"),
+        (
+            ["eval", "--tasks", "digits,video_mme"],
+            "--tasks video_mme: unknown; did you mean videomme?",
+        ),
+        (["eval", "--tasks", ","], "--tasks: names no benchmark"),
+        (["eval", "--tasks", "ai2d", "--data-root", "."], "--data-root .: not read for ai2d"),
         (["compare", "nosuch", "small.yaml"], "nosuch: neither a run nor an evaluation"),
         (["compare", "x", "y", "-o", "small.yaml"], "small.yaml: this is a file"),
         (["profile", "--keep", "2"], "--keep 2: outside (0, 1]"),
@@ -230,6 +237,29 @@ def test_a_resumed_run_names_no_code_that_the_user_does_not(
         (["profile", "--card", "-o", "x"], "leave out --output"),
         (["profile", "-o", "small.yaml"], "small.yaml: this is a file"),
         (["profile", "--layers", "0"], "Invalid value for '--layers'"),
+        (["profile", "--model", "tiny", "--layers", "2"], "--layers is for a bundled config"),
+        (["profile", "--model", "qwen2.5-vl-3b", "--layers", "99"], "--layers 99 is outside 1..36"),
+        (
+            ["profile", "--model", "qwen2.5-vl-3b", "--lengths", "9,999999"],
+            "--lengths 999999 is outside",
+        ),
+        (
+            ["profile", "--model", "qwen2.5-vl-3b", "--image", "small.yaml"],
+            "have no tokenizer for --image",
+        ),
+        (["train", "tiny", "data.mix={nosuch: 1}"], "nosuch"),
+        (["train", "tiny", "efficiency.method=pathwize"], "did you mean 'pathwise'?"),
+        (["train", "tiny", "rewards.check=exakt"], "did you mean 'exact'?"),
+        (["train", "tiny", "model.path=nosuch", "--dry-run"], "model.path: nosuch does not exist"),
+        (["train", "tiny", "data.source=no.jsonl"], "no.jsonl: no such data file"),
+        (
+            ["train", "tiny", "data.heldout=nosuch"],
+            "data source 'nosuch': unknown; allowed: digits,",
+        ),
+        (
+            ["train", "tiny", "train.prompts_per_step=65536", "budgets.num_generations=99"],
+            "answers a step",
+        ),
         (["export", "nosuch", "-o", "x"], "nosuch: not a run directory (there is no such folder)"),
         (["export", "small.yaml", "-o", "x"], "small.yaml: not a run directory (this is a file)"),
         (["export", ".", "-o", "x"], ".: not a run directory (it has no recipe.yaml and run.json)"),
@@ -253,7 +283,7 @@ def test_arguments_are_judged_before_anything_heavy_is_loaded(recipe, run, argum
     code = (
         "import sys; from zipr1.cli import main; sys.argv = ['zipr1', *sys.argv[1:]]\n"
         "try: main()\n"
-        "finally: assert 'torch' not in sys.modules, 'torch was loaded'"
+        "finally: assert not {'torch', 'lmms_eval'} & set(sys.modules), 'torch or lmms-eval was loaded'"
     )
     arguments = [word.replace("{run}", str(run)) for word in arguments]
     hub = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "", "HF_TOKEN_PATH": str(recipe.parent / "none")}
