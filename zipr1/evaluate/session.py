@@ -16,6 +16,7 @@ from rich.text import Text
 
 from zipr1.core import activity, distributed, hub, terminal
 from zipr1.core.errors import InputError, RunError, ZipError
+from zipr1.core.files import writing
 from zipr1.core.folders import claimed
 from zipr1.core.jsontext import dumps
 from zipr1.core.machine import describe
@@ -140,7 +141,8 @@ def write(folder: Folder, results: dict[str, Any], console: Console) -> None:
     names = dict.fromkeys(row["task"] for row in results["rows"])
     records = [record for record in map(folder.read, names) if record is not None]
     activity.tell("drawing the report")
-    drawings = plots.draw(records, results, folder.root) if records else {}
+    with writing(folder.root, "run again"):
+        drawings = plots.draw(records, results, folder.root) if records else {}
     folder.write("report.md", report.markdown(results, records, list(drawings)))
     folder.write("report.html", html.page(results, records, drawings))
     activity.tell("")

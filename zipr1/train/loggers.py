@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from zipr1.core import extras, launcher
+from zipr1.core import activity, extras, launcher
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe
 from zipr1.core.records import read_json
@@ -130,7 +130,11 @@ def board(
             for writer in writers:
                 writer(step, scalars)
 
-        yield write
+        try:
+            yield write
+        finally:
+            if writers:
+                activity.tell("sending the last metrics")
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
