@@ -170,11 +170,16 @@ def on_screen(written):
 
 def test_ctrl_c_leaves_the_progress_on_the_screen_once():
     c = console(terminal=True)
-    with pytest.raises(KeyboardInterrupt), Progress(c, 3) as progress:
-        progress.update(0, METRICS)
-        progress.update(1, METRICS)
-        c.file.write("^C")  # what the terminal echoes, where the cursor is
-        raise KeyboardInterrupt
+
+    def stopped():
+        with Progress(c, 3) as progress:
+            progress.update(0, METRICS)
+            progress.update(1, METRICS)
+            c.file.write("^C")  # what the terminal echoes, where the cursor is
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     c.print("error: interrupted")
     shown = on_screen(text(c))
     assert len([line for line in shown if "training" in line]) == 1 and "2/3" in shown[0]

@@ -40,6 +40,7 @@ def train(
         typer.Option(
             "--output",
             "-o",
+            metavar="DIR",
             help="The run's folder. Default: a new one under runs/.",
             show_default=False,
         ),
@@ -56,6 +57,7 @@ def train(
     dtype: Annotated[
         str | None,
         typer.Option(
+            metavar="DTYPE",
             help="model.dtype: auto, float32, bfloat16, float16. Default: the recipe's.",
             show_default=False,
         ),
