@@ -132,11 +132,11 @@ def test_train_passes_everything_on(cli, calls, recipe):
         "cpu",
         "optim.lr=1e-3",
         "--dtype",
-        "float16",
+        "float32",
     )
     assert (code, out) == (0, "training\n")
     ((got, output, resume, device, command, name),) = calls
-    assert (got.seed, got.train.steps, got.optim.lr, got.model.dtype) == (4, 3, 1e-3, "float16")
+    assert (got.seed, got.train.steps, got.optim.lr, got.model.dtype) == (4, 3, 1e-3, "float32")
     assert (str(output), resume, device) == ("o", "auto", "cpu")
     assert (command[:2], name) == (["zipr1", "train"], Path(recipe).stem)
 

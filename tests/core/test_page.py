@@ -104,8 +104,11 @@ def rules(css):
     wide = re.sub(r"@media[^{]*\{(?:[^{}]*\{[^{}]*\})*\s*\}", "", css)
     found = []
     for part in (wide, narrow):
-        blocks = re.findall(r"([^{}]+)\{([^{}]*)\}", part)
-        found.append({s.strip(): body for names, body in blocks for s in names.split(",")})
+        bodies: dict[str, str] = {}
+        for names, body in re.findall(r"([^{}]+)\{([^{}]*)\}", part):
+            for name in map(str.strip, names.split(",")):
+                bodies[name] = bodies.get(name, "") + body
+        found.append(bodies)
     return found
 
 
