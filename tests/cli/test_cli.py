@@ -195,13 +195,16 @@ def test_a_resumed_run_names_no_code_that_the_user_does_not(
     cli, calls, recipe, code, asked, options
 ):
     """The run may have come from somewhere else, and its recipe with it."""
+    ran = recipe.parent / "ran"
+    program = f"open({str(ran)!r}, 'w').close()\ndef f(prediction, reference): return 1.0\n"
+    (recipe.parent / "evil.py").write_text(program)
     RunDir.open(load(recipe, [code]), Path("runs/x"))
     key, _, value = code.partition("=")
     for more in ((), ("train.steps=5",)):
         status, _, err = cli("train", "--resume", "runs/x", *options, *more)
         assert status == 2 and not calls and err.count("\n") == 1
         assert f"runs/x/recipe.yaml: {key}: " in err and value in err
-        assert "zipr1 train RECIPE --resume DIR" in err and f"{key}=" in err
+        assert "zipr1 train RECIPE --resume DIR" in err and f"{key}=" in err and not ran.exists()
     assert cli("train", "--resume", "runs/x", *options, asked)[0] == 0
     assert cli("train", recipe, code, "--resume", "runs/x", *options)[0] == 0
     assert [call[0].model_dump() for call in calls] == [load(recipe, [code]).model_dump()] * 2
