@@ -164,7 +164,7 @@ def test_who_ends_with_the_store_waits_until_the_others_know_why(two, second_hea
 
 
 def test_a_rank_whose_fault_it_is_or_that_has_not_come_is_not_waited_for(two):
-    first, second = two
+    first, _ = two
     first._end(Ending([1], 1, "rank 1 has shown no sign of life"))
     first._outstay()
     assert watch.time.now == 0
