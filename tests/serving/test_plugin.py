@@ -355,7 +355,11 @@ class TestWithVllm:
 
     @pytest.mark.parametrize(
         ("change", "name"),
-        [({"p": 1.5}, "sparse.p: got 1.5"), ({"q": 1}, "q"), ("Dense", 'allowed: "dense", or fields')],
+        [
+            ({"p": 1.5}, "sparse.p: got 1.5"),
+            ({"q": 1}, "q"),
+            ("Dense", 'allowed: "dense", or fields'),
+        ],
         ids=str,
     )
     def test_a_wrong_setting_is_one_line(self, folder, monkeypatch, change, name):
