@@ -121,9 +121,14 @@ def _run(
     # 3. the reference, and how it answers
     if recipe.train.stage == "rl":
         policy.keep_reference()
-    before = measure_before(policy, recipe, questions, folder)
-    activity.tell("preparing to train")
     page = RunPage(folder, recipe)
+    page.open()
+    try:
+        before = measure_before(policy, recipe, questions, folder)
+    except signals.Stopped:
+        page.stopped(start)
+        raise
+    activity.tell("preparing to train")
     page.begin(policy, questions, before)
     # 4. the weights to go on from, on all devices, and the optimizer
     state, optimizer = start_or_resume(policy, recipe, folder)
@@ -132,7 +137,11 @@ def _run(
     gc.freeze()
     train(policy, recipe, pictures, prompts, optimizer, state, folder, page, writer, console)
     # 6. what it was worth
-    return finish(policy, recipe, questions, before, folder, state["seconds"], page, console)
+    try:
+        return finish(policy, recipe, questions, before, folder, state["seconds"], page, console)
+    except signals.Stopped:
+        page.stopped(recipe.train.steps)
+        raise
 
 
 def load_questions(
