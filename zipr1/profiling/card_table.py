@@ -52,7 +52,7 @@ def tables(s: Shape, rows: list[dict[str, Any]], probes: int, visual: float) -> 
         title=f"{s.name}: bounds by counting, batch {batch}, {probes} probes, {visual:.0%} of tokens visual",
         title_justify="left",
         box=SIMPLE_HEAD,
-        caption="layer, prefill, decode: times faster at most, by operations (of a decoding step by bytes) at one rate; "
+        caption="layer, prefill, decode: times faster at most, by operations (a decoding step by bytes) at one rate; "
         "KV saved: of the bytes of keys and values",
         caption_justify="left",
     )
