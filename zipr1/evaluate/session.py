@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from zipr1.core import activity, distributed, extras, hub, terminal
+from zipr1.core import activity, distributed, extras, hub, terminal, watch
 from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.folders import claimed
 from zipr1.core.jsontext import dumps
@@ -290,6 +290,7 @@ def _measure_all(
             )  # fmt: skip
             result = record(suite, scored, answerer, conditions, reported, time.monotonic() - began)
         except ZipError as error:
+            watch.check()  # a rank that is gone or hangs is no benchmark's fault
             result = {"task": suite.name, "error": one_line(error)}
             failed = Text.assemble(("failed:", "bold red"), f" {result['error']}")
             console.print(failed, soft_wrap=True)

@@ -43,7 +43,7 @@ def measure(
         policy=True,
         reference=None in settings,
     )
-    activity.tell("")
+    activity.tell(f"{title}: summing up")
     return [joined(prompts, distributed.gather(result.plain())) for result in found]
 
 
