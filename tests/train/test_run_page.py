@@ -91,7 +91,7 @@ def test_the_command_that_goes_on_repeats_what_the_user_has_to_say(tmp_path, mon
     code, said = call("train", "--resume", "run", *again)
     assert code == 0 and found == [recipe], said
     code, said = call("train", "--resume", "run", *again[:1])
-    assert code == 2 and len(found) == 1 and "data.source=..." in said
+    assert code == 2 and len(found) == 1 and "'data.source=rows of mine.jsonl:[5:]'" in said
 
 
 def test_while_it_trains_the_newest_steps_are_shown(page, monkeypatch):

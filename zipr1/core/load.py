@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from zipr1.core import recipes
-from zipr1.core.config import override, parse, problem, read, show
+from zipr1.core.config import assignment, override, parse, problem, read, show
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe
 
@@ -93,14 +93,14 @@ def refuse_unasked(named: Mapping[str, Any], path: str | Path, overrides: Sequen
     for text in overrides:
         override(said, text)
     said, _ = _renamed(said, "command line")
-    unasked = [key for key in named if key not in _flat(said)]
+    unasked = {key: value for key, value in named.items() if key not in _flat(said)}
     if unasked:
-        shown = ", ".join(f"{key}: {show(named[key])}" for key in unasked)
-        keys = " ".join(f"{key}={'true' if named[key] is True else '...'}" for key in unasked)
+        shown = ", ".join(f"{key}: {show(value)}" for key, value in unasked.items())
+        keys = " ".join(assignment(key, value) for key, value in unasked.items())
         raise InputError(
-            f"{path}: {shown}: code that would run, or files outside of the run, as the recipe that came with it says; "
-            "if you trust it, give your recipe (zipr1 train RECIPE --resume DIR), or repeat on the command line: "
-            f"{keys}"
+            f"{path}: {shown}: code that would run, or files outside of the run, are for you to name, since a run may "
+            "have come from somewhere else: give your recipe (zipr1 train RECIPE --resume DIR), or repeat on the "
+            f"command line: {keys}"
         )
 
 
