@@ -161,7 +161,7 @@ def test_what_a_runs_recipe_names_outside_of_it_is_neither_run_nor_opened(
     opened: list[str] = []
     _opens.append(opened.append)
     try:
-        for door in ("eval", "profile", "load", "export", "adapter"):
+        for door in DOORS:
             DOORS[door](str(root), monkeypatch, tmp_path / door)
         assert not mark.exists() and str(path) in opened
         assert not [name for name in opened if str(private) in name or name == str(evil)]
@@ -171,14 +171,14 @@ def test_what_a_runs_recipe_names_outside_of_it_is_neither_run_nor_opened(
         _opens.pop()
 
 
-_opens: list[
-    Any
-] = []  # what hears of files that Python opens, or looks into; a hook cannot be taken off
+# What hears of files and folders that Python opens, if anything does; a hook of audits cannot be taken off.
+_opens: list[Any] = []
 
 
 def _heard(event: str, arguments: tuple[Any, ...]) -> None:
-    if _opens and event in ("open", "os.listdir", "os.scandir") and arguments:
-        _opens[-1](os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else "")
+    if _opens and event in ("open", "os.listdir", "os.scandir"):
+        name = arguments[0]
+        _opens[-1](os.fsdecode(name) if isinstance(name, bytes) else str(name))
 
 
 sys.addaudithook(_heard)
