@@ -34,8 +34,8 @@ def in_scoring() -> None:
 # What hangs, in which rank, and the phase that the line names.
 CASES: dict[str, tuple[Callable[[], None], int, str]] = {
     "opening the model": (in_opening_the_model, 1, "opening tiny'"),
-    "answering": (in_answering, 1, "digits: preparing'"),
-    "scoring": (in_scoring, 0, "digits: question "),
+    "answering": (in_answering, 1, "digits: question 0 of 6'"),
+    "scoring": (in_scoring, 0, "digits: summing up'"),
 }
 
 

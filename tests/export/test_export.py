@@ -329,7 +329,7 @@ def test_the_best_checkpoint_by_its_folder_and_by_its_name(run, exported, tmp_pa
     folder.save_checkpoint(6, lambda to: shutil.copytree(trained, to / "model"), best=True)
     folder.save_checkpoint(7, lambda to: untouched.save(to / "model"))
     wanted = load_file(exported / "model.safetensors")
-    for name, path, checkpoint in (("a", root / "best", "last"), ("b", root, "best")):
+    for name, path, checkpoint in (("a", root / "best", None), ("b", root, "best")):
         result = export(path, tmp_path / name, device="cpu", checkpoint=checkpoint)
         assert result["step"] == 6
         found = load_file(tmp_path / name / "model.safetensors")

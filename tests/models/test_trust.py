@@ -227,7 +227,7 @@ def test_an_adapter_of_another_kind_is_refused_before_peft_reads_it(
 # Each makes Python's `re` try more ways than there are atoms, on the name of any module.
 ENDLESS = {
     "target_modules": r"(.*\w)*:",
-    "exclude_modules": r"(\w|\.|[a-z_])*:",
+    "exclude_modules": r"((\w|\.)+)+:",
     "modules_to_save": [r"((\w+\.?)+)+:"],
     "layers_pattern": [r"(.+)+:"],
     "rank_pattern": {r"((.*)+)+:": 4},

@@ -288,6 +288,7 @@ def _measure_all(
                 suite, answerer, conditions, limit, request.data_root,
                 lambda task, done: activity.tell(f"{task}: question", done, limit),  # noqa: B023
             )  # fmt: skip
+            activity.tell(f"{suite.name}: summing up")
             result = record(suite, scored, answerer, conditions, reported, time.monotonic() - began)
         except ZipError as error:
             watch.check()  # a rank that is gone or hangs is no benchmark's fault
