@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.text import Text
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 import zipr1
@@ -30,14 +30,15 @@ from zipr1.core import signals, terminal, watch
 from zipr1.core.errors import ZipError, out_of_memory
 from zipr1.core.text import one_line
 
-app = typer.Typer(
-    name="zipr1",
-    help="Reinforcement learning that teaches a vision-language model to look at fewer tokens.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+
+def _without_types(params: list[Any]) -> list[Any]:
+    """What `--help` lists, without Python's types: a flag takes no value, and an argument's name says what it is."""
+    for param in params:
+        if param.param_type_name == "argument":
+            param.display_type_rich = lambda ctx: ""
+        elif param.is_flag:
+            param.metavar = ""
+    return params
 
 
 class _Command(TyperCommand):
@@ -45,6 +46,25 @@ class _Command(TyperCommand):
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
+
+
+class _Group(TyperGroup):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
+
+
+app = typer.Typer(
+    name="zipr1",
+    cls=_Group,
+    help="Reinforcement learning that teaches a vision-language model to look at fewer tokens.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 app.command("train", cls=_Command)(train)

@@ -23,12 +23,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from zipr1.core import signals
 from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.judge import Judge, Sign
+from zipr1.core.machine import moved
 from zipr1.core.text import one_line
 
 EVERY = 0.5  # seconds between two looks
@@ -308,14 +308,3 @@ def _read(text: bytes) -> tuple[int, Sign | None]:
         return -1, None
     beat, sign = json.loads(text)
     return beat, Sign(**sign)
-
-
-def moved() -> int:
-    """Bytes that this process has read and written, whatever from; 0 where the system does not count them."""
-    try:
-        lines = Path("/proc/self/io").read_text().splitlines()
-        return sum(
-            int(line.split(":")[1]) for line in lines if not line.startswith(("sys", "canc"))
-        )
-    except (OSError, ValueError, IndexError):
-        return 0

@@ -63,7 +63,7 @@ def files_in(data: Data, folder: Path) -> dict[str, str]:
     for key, value in named.items():
         if value is None or value in SOURCES or value == "validation":
             continue
-        place = Path(value).expanduser() if key == "media_root" else readers.place(value)
+        place = Path(value).expanduser() if key == "media_root" else readers.file_of(value)
         if place is not None and not place.resolve().is_relative_to(folder.resolve()):
             found[f"data.{key}"] = value
     return found

@@ -56,12 +56,12 @@ def export(
     """
     folder = Path(to)
     check_request(Path(run), folder, format, dtype, checkpoint)
+    activity.tell(f"opening {run}: step", 1, 4)
     source = open_run(Path(run), checkpoint)
     check(source, format)
     chosen = source.dtype() if dtype == "auto" else dtype
     place, kind = choose_device(device), FORMATS[format]
 
-    activity.tell(f"opening {run}: step", 1, 4)
     settings = Model(path=str(source.weights), dtype="float32")
     opened = open_model(settings, place, merge_adapter=False)
     model, processor, peft_model = opened.model, opened.processor, opened.peft_model

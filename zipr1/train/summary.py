@@ -12,6 +12,7 @@ from rich.console import Console
 
 from zipr1.core import activity, distributed
 from zipr1.core.errors import InputError
+from zipr1.core.files import writing
 from zipr1.core.plots import kept_picture
 from zipr1.core.recipe import Recipe, Sparse
 from zipr1.core.records import read
@@ -167,10 +168,11 @@ def pictures(
                 kept[name].append((cells, float(mask.mean())))
         answers = {name: r.said[i] for name, r in results.items() if name != "before"}
         answers["right"] = prompt.answer
-        kept_picture(
-            seen[0], (t, h // merge, w // merge), kept, question(prompt.messages), answers,
-            root / f"kept-{task}.png",
-        )  # fmt: skip
+        path = root / f"kept-{task}.png"
+        with writing(path):
+            kept_picture(
+                seen[0], (t, h // merge, w // merge), kept, question(prompt.messages), answers, path
+            )
 
 
 def judge(summary: dict[str, Any], recipe: Recipe) -> None:
