@@ -149,7 +149,7 @@ def test_live_display_is_closed_by_an_error():
     assert text(c).endswith("\x1b[?25h")  # the cursor is back
 
 
-def on_screen(written):
+def on_screen(written, width=80):
     """What stands on a terminal in the end, of what a command wrote and a keyboard echoed."""
     lines, row, column = [""], 0, 0
     for code, number, kind, char in re.findall(r"(\x1b\[([0-9;?]*)([A-Za-z]))|(.|\n)", written):
@@ -157,14 +157,15 @@ def on_screen(written):
             row = max(0, row - int(number or 1))
         elif kind == "K":
             lines[row] = "" if number == "2" else lines[row][:column]
-        elif char == "\n":
-            row, column = row + 1, 0
-            lines += [""] * (row + 1 - len(lines))
         elif char == "\r":
             column = 0
         elif not code:
-            lines[row] = f"{lines[row][:column]:{column}}{char}{lines[row][column + 1 :]}"
-            column += 1
+            if char == "\n" or column == width:  # a full line goes on in the next one
+                row, column = row + 1, 0
+                lines += [""] * (row + 1 - len(lines))
+            if char != "\n":
+                lines[row] = f"{lines[row][:column]:{column}}{char}{lines[row][column + 1 :]}"
+                column += 1
     return [line.rstrip() for line in lines]
 
 

@@ -96,7 +96,7 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
         pixels = (
             f"{policy.processor.settings}, or a benchmark's own bound of frames where it is lower"
         )
-        quiet.print(pixels, soft_wrap=True, highlight=False, markup=False)
+        quiet.print(pixels, soft_wrap=not quiet.is_terminal, highlight=False, markup=False)
         info = describe(command, str(policy.device))
         from zipr1.evaluate.harness import lmms_eval_version
 

@@ -143,7 +143,9 @@ class Progress:
         for i in range(0, len(cells), columns):
             row = cells[i : i + columns]
             body.add_row(*(text for cell in row for text in cell))
-        return Group(head, body)
+        # An empty line for what the keyboard echoes: at the end of a full one, `^C` would begin another, and the first
+        # would be drawn twice.
+        return Group(head, body, "")
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:

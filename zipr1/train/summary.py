@@ -126,7 +126,8 @@ def finish(
     if "after" in results:
         console.print(summary_table(summary))
         for line in constraint_lines(summary):
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+            wrapped = not console.is_terminal  # whole words in a terminal, a line each in a file
+            console.print(line, soft_wrap=wrapped, highlight=False, markup=False)
     where = f"everything is in {folder.root}; report: {page.path}"
     console.print(where, soft_wrap=True, highlight=False)
     made = f"a plain Hugging Face folder of it: zipr1 export {folder.root} --to DIR"
