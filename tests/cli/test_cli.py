@@ -192,16 +192,20 @@ def test_resume_of_a_folder_leaves_output_to_it(cli, calls, recipe):
         ("rewards.check=evil.py:f", "rewards={check: 'evil.py:f'}"),
         ("model.trust_remote_code=true", "model.trust_remote_code=true"),
         ("rewards.check=evil.py:f", "rewards.correct=evil.py:f"),  # its old name
+        ("data.source=./rows.json", "data={source: ./rows.json}"),
+        ("data.heldout=rows.json:[5:]", "data.heldout=rows.json:[5:]"),
+        ("data.media_root=pictures", "data.media_root=pictures"),
     ],
 )
 @pytest.mark.parametrize("options", [(), ("--dry-run",)])
-def test_a_resumed_run_names_no_code_that_the_user_does_not(
+def test_a_resumed_run_names_no_code_and_no_files_that_the_user_does_not(
     cli, calls, recipe, code, asked, options
 ):
     """The run may have come from somewhere else, and its recipe with it."""
     ran = recipe.parent / "ran"
     program = f"open({str(ran)!r}, 'w').close()\ndef f(prediction, reference): return 1.0\n"
     (recipe.parent / "evil.py").write_text(program)
+    (recipe.parent / "rows.json").write_text("[]")
     RunDir.open(load(recipe, [code]), Path("runs/x"))
     key, _, value = code.partition("=")
     for more in ((), ("train.steps=5",)):

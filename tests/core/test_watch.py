@@ -8,8 +8,9 @@ import pytest
 
 from zipr1.core import activity, distributed, files, signals, watch
 from zipr1.core.errors import InputError, RunError
+from zipr1.core.judge import Judge, Sign
 from zipr1.core.load import validate
-from zipr1.core.watch import Ending, Judge, Sign
+from zipr1.core.watch import Ending
 
 
 def judge(*signs: Sign | None, limit: float = 60) -> Judge:

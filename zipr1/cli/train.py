@@ -93,7 +93,7 @@ def train(
         _copy(recipe, as_json)
         return
     from zipr1.core import launcher
-    from zipr1.core.load import load, refuse_unasked_code
+    from zipr1.core.load import code_in, load, refuse_unasked
     from zipr1.core.rundir import RunDir
     from zipr1.train.validate import check, check_sources
 
@@ -101,7 +101,9 @@ def train(
     quiet_unless_first()
     run = load(recipe, changes)
     if by_run:
-        refuse_unasked_code(run, recipe, given)
+        from zipr1.data.sources import files_in
+
+        refuse_unasked(code_in(run) | files_in(run.data, Path(recipe).parent), recipe, given)
     if not dry_run:
         # By every process: one that ended alone would leave the others waiting.
         RunDir.check(run, output, resume)

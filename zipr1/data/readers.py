@@ -100,6 +100,14 @@ def place(source: str) -> tuple[Path, str]:
     )
 
 
+def file_of(source: str) -> Path | None:
+    """The file or folder that a source names, whether it is there or not; None for a dataset of the hub."""
+    if match := _SLICE.fullmatch(source):
+        source = match[1]
+    path, _ = _path_and_split(str(Path(source).expanduser()))
+    return None if _is_hub_id(str(path)) and not path.exists() else path
+
+
 def _path_and_split(source: str) -> tuple[Path, str]:
     """`owner/name:split` -> the two; without one the split is `train`. A path that exists has no split."""
     if ":" in source and not Path(source).exists():

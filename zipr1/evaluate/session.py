@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from zipr1.core import activity, distributed, hub, terminal
+from zipr1.core import activity, distributed, hub, terminal, watch
 from zipr1.core.errors import InputError, RunError, ZipError
 from zipr1.core.files import writing
 from zipr1.core.folders import claimed
@@ -267,8 +267,10 @@ def _measure_all(
                 suite, answerer, conditions, limit, request.data_root,
                 lambda task, done: activity.tell(f"{task}: question", done, limit),  # noqa: B023
             )  # fmt: skip
+            activity.tell(f"{suite.name}: summing up")
             result = record(suite, scored, answerer, conditions, reported, time.monotonic() - began)
         except ZipError as error:
+            watch.check()  # a rank that is gone or hangs is no benchmark's fault
             result = {"task": suite.name, "error": one_line(error)}
             failed = Text.assemble(("failed:", "bold red"), f" {result['error']}")
             console.print(failed, soft_wrap=True)
