@@ -15,7 +15,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from zipr1.core.recipe import Recipe
-from zipr1.models.cost import Shape, add, bundled, decode, prefill, shape_of, vision
+from zipr1.models.cost import (
+    SIZED,
+    Shape,
+    add,
+    bundled,
+    decode,
+    prefill,
+    shape_of,
+    vision,
+)
 
 # Numbers of hidden width, and of MLP width, that autograd keeps of a token in a layer (counted in transformers' Qwen2
 # decoder layer: norms, projections, rotations, residuals; gate, up and their product).
@@ -37,11 +46,15 @@ def parameters(s: Shape) -> dict[str, int]:
     attention = 4 * h * h + 4 * h
     mlp = (3 * h * m + 2 * m + h) if s.vision_gated else (2 * h * m + m + h)
     tower = 3 * s.frames * s.patch**2 * h + s.vision_depth * (2 * norm + attention + mlp)
-    merger = norm + wide * wide + wide + wide * s.hidden + s.hidden
-    biases = (s.q_heads + 2 * s.heads) * s.dim
-    decoder = s.layers * (s.layer_weights + biases + 2 * s.hidden) + s.hidden
+    merger = wide * wide + wide + wide * s.hidden + s.hidden
+    # The first merger's norm is one of a patch, that of deepstack's one of a token.
+    merging = s.mergers * merger + norm + (s.mergers - 1) * 2 * wide
+    if s.places:  # and a bias where patches come in
+        tower += s.places * h + h
+    besides = 2 * s.dim if s.head_norms else (s.q_heads + 2 * s.heads) * s.dim
+    decoder = s.layers * (s.layer_weights + besides + 2 * s.hidden) + s.hidden
     return {
-        "vision": tower + merger,
+        "vision": tower + merging,
         "decoder": decoder,
         "embeddings": s.vocab * s.hidden * (1 if s.tied else 2),
     }
@@ -214,8 +227,8 @@ def loaded_shape(
 ) -> Shape:
     """Sizes of a loaded model of any family, for `memory` and `checkpoints`. config: as config.json has it. merge:
     patches on a side of a visual token. counted: parameters of `vision`, `decoder` and `embeddings`, which `parameters`
-    needs for families other than Qwen2-VL's and Qwen2.5-VL's."""
-    if config["model_type"] in ("qwen2_vl", "qwen2_5_vl"):
+    needs for families whose sizes do not tell."""
+    if config["model_type"] in SIZED:
         return Shape.of(config, name)
     text, seen = config["text_config"], config["vision_config"]
     heads, patch = text["num_attention_heads"], seen["patch_size"]
