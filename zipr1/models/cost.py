@@ -47,7 +47,8 @@ class Shape:
     """Sizes of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model. size: bytes of a number. mergers: of the tower, what deepstack
     adds among them; places: its learned positions; head_norms: norms of queries and keys stand in place of their biases
     (Qwen3-VL). counted: parameters by part, of a loaded model of another family (memory.py), which cannot be had from
-    the sizes; per_rank: likewise parameters of its adapters of rank 1."""
+    the sizes; per_rank: likewise parameters of its adapters of rank 1; holding: how many of its layers hold keys and
+    values, 0 for all."""
 
     name: str
     hidden: int
@@ -74,6 +75,7 @@ class Shape:
     head_norms: bool = False
     counted: Mapping[str, int] | None = None
     per_rank: int | None = None
+    holding: int = 0
 
     @classmethod
     def of(cls, config: Mapping[str, Any], name: str = "model") -> Shape:

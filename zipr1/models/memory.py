@@ -102,7 +102,7 @@ def layer_bytes(s: Shape, size: int) -> int:
 
 def cache_bytes(s: Shape, size: int) -> int:
     """Bytes of one token's keys and values in all layers, nothing pruned."""
-    return size * s.layers * 2 * s.heads * s.dim
+    return size * (s.holding or s.layers) * 2 * s.heads * s.dim
 
 
 def update_bytes(s: Shape, size: int, checkpointing: bool) -> int:
@@ -239,7 +239,10 @@ def loaded_shape(
         q_heads=heads,
         heads=text.get("num_key_value_heads") or heads,
         dim=text.get("head_dim") or text["hidden_size"] // heads,
-        mlp=text["intermediate_size"],
+        # Of experts: those that work on a token, and the one for all tokens.
+        mlp=text.get("intermediate_size")
+        or text["num_experts_per_tok"] * text["moe_intermediate_size"]
+        + text["shared_expert_intermediate_size"],
         vocab=text["vocab_size"],
         limit=text["max_position_embeddings"],
         vision_depth=seen.get("depth") or seen["num_hidden_layers"],
@@ -252,6 +255,7 @@ def loaded_shape(
         merge=merge,
         frames=seen.get("temporal_patch_size", 1),
         counted=counted,
+        holding=list(text.get("layer_types") or ()).count("full_attention"),
     )
 
 

@@ -28,6 +28,7 @@ from zipr1.models.encoder import MediaEncoder, effective
 from zipr1.models.open import is_here
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
+from zipr1.models.sparse.hybrid import check_skip
 from zipr1.models.sparse.request import dense_below
 from zipr1.rewards.registry import check_answers, examples
 from zipr1.train import supervised
@@ -150,6 +151,7 @@ def _tried(
     """The plan with everything here: samples tokenised and shown, and one rollout of two questions."""
     lessons = not needs_prompts(recipe)
     check_positions(recipe, policy.positions)
+    check_skip(recipe.sparse, policy.decoder)
     pictures = MediaEncoder(policy, recipe)
     prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     samples, encoded = pictures.usable((prompts or questions)[:SAMPLED])

@@ -20,6 +20,8 @@ ARCHITECTURES = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGen
 OTHERS = (
     "Qwen3VLForConditionalGeneration",
     "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
     "InternVLForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
