@@ -26,6 +26,7 @@ from zipr1.models import memory
 from zipr1.models.cost import Shape, bundled, shape_of
 from zipr1.models.encoder import MediaEncoder
 from zipr1.models.loading import add_lora
+from zipr1.models.planned import bundled_shape
 from zipr1.models.token_budget import token_budget
 from zipr1.profiling import session as profiling
 from zipr1.train import dry_run as plan
@@ -50,6 +51,23 @@ def test_parameters_are_those_of_transformers(name):
     model, counts = on_meta(name), memory.parameters(shape_of(name))
     assert counts["vision"] == sum(p.numel() for p in model.model.visual.parameters())
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_model_whose_sizes_do_not_tell_is_counted_from_its_class():
+    """Qwen3.5-9B: 8.95 thousand million parameters of language, as published, beside its tower; its adapters by peft;
+    keys and values in 8 of 32 layers."""
+    s = bundled_shape("Qwen/Qwen3.5-9B")
+    counts = memory.parameters(s)
+    assert (counts["decoder"] + counts["embeddings"]) / 1e9 == pytest.approx(8.95, rel=0.001)
+    values = json.loads((CONFIGS.parent / "planned" / "qwen3.5-9b.json").read_text())
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(**values)
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
+    adapted = add_lora(model, Lora(rank=8))
+    assert memory.adapters(s, 8) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert memory.cache_bytes(s, 2) == 8 * 2 * 4 * 256 * 2
+    assert bundled_shape("Qwen/Qwen3.5-9000B") is None
 
 
 def test_adapters_are_those_of_peft():

@@ -19,10 +19,8 @@ from zipr1.models.cost import (
     SIZED,
     Shape,
     add,
-    bundled,
     decode,
     prefill,
-    shape_of,
     vision,
 )
 
@@ -203,6 +201,8 @@ def hours(
     update = recipe.train.prompts_per_step * recipe.budgets.num_generations
     length = min(length, s.limit - new)
     one = add(prefill(s, length, 1.0, "none", 0).values()).flops
+    if s.holding:  # layers of linear attention have more products than the others, and no more is counted of them
+        one *= parameters(s)["decoder"] / (s.layers * s.layer_weights)
     work = recipe.train.prompts_per_step * vision(s, visual).flops + rows * one
     passes = 1 + 3 + recipe.model.gradient_checkpointing
     work += (
@@ -257,12 +257,6 @@ def loaded_shape(
         counted=counted,
         holding=list(text.get("layer_types") or ()).count("full_attention"),
     )
-
-
-def bundled_shape(path: str) -> Shape | None:
-    """The bundled config of a hub id such as `Qwen/Qwen2.5-VL-7B-Instruct`, or None."""
-    name = path.rpartition("/")[2].lower().removesuffix("-instruct")
-    return shape_of(name) if name in bundled() else None
 
 
 def tokens_of(s: Shape, recipe: Recipe) -> dict[str, int]:
