@@ -217,8 +217,12 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+_GLM = "its pictures are sized by a rule of their own and its clips are written as pictures, which is not handled yet"
 # Families that are asked for and do not work, and why.
 CANNOT = {
+    "glm4v": _GLM,
+    "glm4v_moe": _GLM,
+    "glm46v": _GLM,
     "mllama": "its decoder sees pictures by cross-attention, not as tokens that could be dropped",
     "paligemma": "its prompt attends in both directions, and kept tokens are causal here",
     "gemma3": "its pictures attend in both directions and its layers through sliding windows",
