@@ -48,14 +48,14 @@ def test_the_plan_is_within_a_quarter_of_what_the_step_took(trained):
 @torch.no_grad()
 def test_its_export_says_in_stock_transformers_what_the_run_says(trained, tmp_path):
     folder, row = trained
-    export(folder / "run", tmp_path / "out", device="cpu")
-    policy = load_policy(Model(path=str(folder / "run"), dtype="float32", min_pixels=4096), "cpu")
+    export(folder / "run", tmp_path / "out", dtype="float32", device="cpu")
+    policy = load_policy(Model(path=str(folder / "run"), dtype="float32"), "cpu")
     assert policy.words == 151_936 and len(policy.processor.tokenizer) in (151_665, 151_669)
     assert policy.processor.placeholder == {"image": 151_655, "video": 151_656}
     content = [{"type": "image"}, {"type": "text", "text": "How many?"}]
     media = Media("image", folder / "0.png")
     prompt = Prompt("p", [{"role": "user", "content": content}], (media,), "4")
-    (encoded,) = [policy.encode(prompt, [(pictures.read(folder / "0.png"), None)], 2048)]
+    (encoded,) = [policy.encode(prompt, [(pictures.read_image(folder / "0.png"), None)], 2048)]
     wanted, _ = policy.answer_logits([encoded], policy.encode_vision([encoded]), [torch.tensor([40])])
     family = policy.model.config.model_type
     inputs = model_inputs([(encoded.ids, encoded.visuals)], policy.processor, family)
