@@ -47,7 +47,7 @@ def test_the_plan_is_within_a_quarter_of_what_the_step_took(trained):
 
 @torch.no_grad()
 def test_its_export_says_in_stock_transformers_what_the_run_says(trained, tmp_path):
-    folder, row = trained
+    folder, _ = trained
     export(folder / "run", tmp_path / "out", dtype="float32", device="cpu")
     policy = load_policy(Model(path=str(folder / "run"), dtype="float32"), "cpu")
     assert policy.words == 151_936 and len(policy.processor.tokenizer) in (151_665, 151_669)
