@@ -5,15 +5,14 @@
 Each model has the true widths, vocabulary, special tokens and pixel settings of the real one, two decoder layers, two
 blocks of the tower and random weights. One step of its recipe is run, with low-rank adapters and few and short prompts,
 each case in a process of its own. `planned` is the peak that `zipr1 train --dry-run` shows. `measured` is the most that
-the process held at once (VmHWM: pages of its own and those of mapped weights) less what it held when everything was
-imported and nothing loaded.
+the process held at once (VmHWM: pages of its own and those of mapped weights) less what it held when the libraries were
+imported and nothing was loaded.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -119,7 +118,8 @@ def recipe_of(name: str, dtype: str, folder: Path) -> Any:
     changes = [
         f"model.path={folder}", f"model.dtype={dtype}", "model.min_pixels=4096", f"data.source={folder / 'rows.jsonl'}",
         f"data.heldout={folder / 'rows.jsonl'}", "sparse.dense_below=0", "budgets.num_generations=2", "train.steps=1",
-        "train.prompts_per_step=2", "train.micro_batch=4", "train.max_new_tokens=32",
+        "train.prompts_per_step=2", "train.micro_batch=4", "train.max_new_tokens=16", "evaluation.before=false",
+        "evaluation.after=false",
     ]  # fmt: skip
     return load(RECIPES / f"{MODELS[name]}.yaml", changes)
 
@@ -132,11 +132,16 @@ def held(what: str) -> int:
 
 def case(name: str, dtype: str, folder: Path) -> dict[str, Any]:
     """Train one step in FOLDER/run, in a fresh process; the plan is made afterwards, so that it adds nothing."""
+    import peft  # noqa: F401
+    import transformers
     from rich.console import Console
 
     from zipr1.train import loop
     from zipr1.train.dry_run import dry_run
 
+    # Imported when they are first asked for.
+    kind = "Qwen3VL" if name.startswith("qwen3") else "Qwen2_5_VL"
+    assert getattr(transformers, f"{kind}ForConditionalGeneration")
     quiet = Console(quiet=True)
     recipe = recipe_of(name, dtype, folder)
     before = held("VmRSS")
@@ -152,8 +157,7 @@ def case(name: str, dtype: str, folder: Path) -> dict[str, Any]:
 def measured(name: str, dtype: str, folder: Path) -> dict[str, Any]:
     """`case` in a process of its own, for a folder that `build` has filled."""
     command = [sys.executable, __file__, "--case", name, dtype, str(folder)]
-    # glibc would go on holding what was freed, as much as it likes; a GPU's allocator has its own ways.
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -167,7 +167,8 @@ def _tried(
         "stage": recipe.train.stage,
         "steps": recipe.train.steps,
     }
-    result |= memory.outline(shape, recipe, int(tokens.max()), size)
+    on_cpu = policy.device.type == "cpu"
+    result |= memory.outline(shape, recipe, int(tokens.max()), size, on_cpu)
     result["trainable"] = sum(p.numel() for _, p in policy.trainable())
     if recipe.train.stage == "rl":
         policy.keep_reference()
