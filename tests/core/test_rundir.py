@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,37 @@ def test_damaged_checkpoints_are_passed_over_and_named(root, harm, said, caplog)
     with pytest.raises(InputError) as told:
         RunDir.open(Recipe(), root)
     assert str(told.value).startswith(f"{newest}: {said}; no other checkpoint is whole: bring it")
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../../secret", "a/../../../secret", "a/.."])
+def test_a_checkpoint_that_names_files_outside_of_it_is_damaged(root, name, monkeypatch):
+    """They are neither looked at nor read: one might be a device."""
+    newest = RunDir.open(Recipe(), root).save_checkpoint(5, write())
+    (root / "secret").write_text("x")
+    known = {"step": 5, "files": {name: {"bytes": 1, "digest": digest(root / "secret")}}}
+    (newest / "complete.json").write_text(json.dumps(known))
+    monkeypatch.setattr(checksums, "digest", None)
+    said = f"complete.json names {name}, which is outside of the checkpoint"
+    assert checksums.problem(newest) == said and not is_complete(newest)
+
+
+def test_hashing_goes_on_while_the_disk_is_waited_for(root, monkeypatch):
+    """Neither waits for the other to end."""
+    meet = threading.Barrier(2, timeout=60)
+
+    def meets(real):
+        return lambda path: (meet.wait(), real(path))[1]
+
+    folder = root / "a"
+    folder.mkdir(parents=True)
+    (folder / "x").write_text("weights")
+    monkeypatch.setattr(checksums, "digest", meets(checksums.digest))
+    monkeypatch.setattr(checksums, "sync", meets(checksums.sync))
+    checksums.write(folder, 3)
+    monkeypatch.undo()
+    assert checksums.problem(folder) is None
+    (folder / "x").write_text("weightz")
+    assert checksums.problem(folder) == "x is not as it was written: its hash is another"
 
 
 def test_hashes_are_of_all_bytes_in_their_order(tmp_path, monkeypatch):

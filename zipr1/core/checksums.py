@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ COMPLETE = "complete.json"
 def write(folder: Path, step: int) -> None:
     """Waits until every file of the folder is on the disk, and writes complete.json."""
     files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / COMPLETE):
-        sync(path)
-        about = {"bytes": path.stat().st_size, "digest": digest(path)}
-        files[path.relative_to(folder).as_posix()] = about
+    with ThreadPoolExecutor(1) as beside:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / COMPLETE):
+            hashing = beside.submit(
+                digest, path
+            )  # of what is in memory still, while the disk takes it
+            sync(path)
+            about = {"bytes": path.stat().st_size, "digest": hashing.result()}
+            files[path.relative_to(folder).as_posix()] = about
     write_whole(folder / COMPLETE, dumps({"step": step, "files": files}, indent=2))
 
 
@@ -45,6 +50,8 @@ def _problem(folder: Path, part: str, whole: bool) -> str | None:
     for name, (size, known) in expected.items():
         if not name.startswith(part):
             continue
+        if name.startswith("/") or ".." in name.split("/"):
+            return f"{COMPLETE} names {name}, which is outside of the checkpoint"
         path = folder / name
         try:
             found = path.stat().st_size
