@@ -40,10 +40,7 @@ def plain(**changed):
             get_multimodal_config=lambda: SimpleNamespace(is_multimodal_pruning_enabled=bool),
         ),
         cache_config=SimpleNamespace(
-            cache_dtype="auto",
-            kv_offloading_size=None,
-            kv_sharing_fast_prefill=False,
-            mamba_ssm_cache_dtype="auto",  # vLLM itself looks at it for Qwen3.5
+            cache_dtype="auto", kv_offloading_size=None, kv_sharing_fast_prefill=False
         ),
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=1,
