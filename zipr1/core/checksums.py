@@ -21,7 +21,7 @@ def write(folder: Path, step: int) -> None:
                 digest, path
             )  # of what is in memory still, while the disk takes it
             sync(path)
-            about = {"bytes": path.stat().st_size, "digest": hashing.result()}
+            about = {"bytes": path.stat().st_size, "crc32": hashing.result()}
             files[path.relative_to(folder).as_posix()] = about
     write_whole(folder / COMPLETE, dumps({"step": step, "files": files}, indent=2))
 
@@ -65,7 +65,9 @@ def _problem(folder: Path, part: str, whole: bool) -> str | None:
 
 
 def _about(about: Any) -> tuple[int, str | None]:
-    """Size and hash of a file. Checkpoints of the first version have sizes alone."""
+    """Size and hash of a file. Checkpoints of the first version have sizes alone, and those of the next one hashes of
+    another kind, which are not looked at."""
     if isinstance(about, int):
         return about, None
-    return int(about["bytes"]), str(about["digest"])
+    known = about.get("crc32")
+    return int(about["bytes"]), None if known is None else str(known)
