@@ -67,7 +67,17 @@ def test_the_tower_by_hand():
     assert two.flops == 2 * cost.vision(TOY, cost.PICTURE).flops, "pictures do not see each other"
 
 
-@pytest.mark.parametrize("name", ["qwen2-vl-2b", "qwen2.5-vl-3b", "qwen2.5-vl-7b"])
+# In thousand millions of parameters.
+PUBLISHED = {
+    "qwen2-vl-2b": 2.21,
+    "qwen2.5-vl-3b": 3.75,
+    "qwen2.5-vl-7b": 8.29,
+    "qwen3-vl-4b": 4.44,
+    "qwen3-vl-8b": 8.77,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_bundled_sizes_are_those_of_the_real_classes(name):
     from importlib.resources import files
 
@@ -82,13 +92,12 @@ def test_bundled_sizes_are_those_of_the_real_classes(name):
     products = sum(p.numel() for p in layer.parameters() if p.ndim == 2)
     assert products == shape.layer_weights
     assert len(model.get_decoder().layers) == shape.layers
-    # Published sizes, in thousand millions of parameters.
-    published = {"qwen2-vl-2b": 2.21, "qwen2.5-vl-3b": 3.75, "qwen2.5-vl-7b": 8.29}[name]
-    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(published, rel=0.005)
+    size = sum(p.numel() for p in model.parameters()) / 1e9
+    assert size == pytest.approx(PUBLISHED[name], rel=0.005)
 
 
 def test_every_bundled_config_has_a_card():
-    assert len(cost.bundled()) == 7
+    assert len(cost.bundled()) == 10
     for name in [*cost.bundled(), "tiny"]:
         shape = cost.shape_of(name)
         rows = cost.card(shape, [256, 1024], [0.1, 1.0], 64, 8, visual=0.5)
@@ -123,7 +132,9 @@ def test_wrong_input_is_one_line(arguments, said, monkeypatch, capsys):
 
 def test_other_folders_and_families(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(InputError, match="model_type is 'llama'; allowed: qwen2_vl, qwen2_5_vl"):
+    with pytest.raises(
+        InputError, match="model_type is 'llama'; allowed: qwen2_vl, qwen2_5_vl, qwen3_vl"
+    ):
         cost.shape_of(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
     with pytest.raises(InputError, match="the config has no embed_dim"):

@@ -33,6 +33,7 @@ from zipr1.models.loading import choose_device, without_plans
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
 from zipr1.models.sampling import OUTGROWN
+from zipr1.models.sparse.hybrid import check_skip
 from zipr1.models.sparse.request import dense_below, settled
 from zipr1.rewards.registry import check_answers
 from zipr1.train import chunks, optim, supervised
@@ -150,6 +151,7 @@ def load_questions(
     """Prompts to train on, held-out questions, and the first prompts made ready. Raises InputError for rows that cannot
     be used, unless the recipe skips them."""
     check_positions(recipe, pictures.policy.positions)
+    check_skip(recipe.sparse, pictures.policy.decoder)
     activity.tell("reading the questions")
     prompts = sources.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
     questions = sources.load(recipe.data, "heldout", recipe.seed)
