@@ -104,7 +104,11 @@ def decode_step(
     """
     mask = None
     if valid is not None and not bool(valid.all()):
-        (mask,) = send(inputs["inputs_embeds"].device, valid.long())
+        new, held = inputs["inputs_embeds"].shape[1], valid.shape[1]
+        # Of four dimensions, which transformers takes as it is; in others it looks for padding, and a GPU is waited
+        # for with every token.
+        seen = torch.arange(held) <= torch.arange(held - new, held)[:, None]
+        (mask,) = send(inputs["inputs_embeds"].device, (valid[:, None] & seen)[:, None])
     out = model.get_decoder()(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True)
     hidden: torch.Tensor = out.last_hidden_state
     return hidden
