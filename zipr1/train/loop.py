@@ -141,6 +141,7 @@ def load_questions(
     """Prompts to train on, held-out questions, and the first prompts made ready. Raises InputError for rows that cannot
     be used, unless the recipe skips them."""
     check_positions(recipe, pictures.policy.positions)
+    activity.tell("reading the questions")
     prompts = sources.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
     questions = sources.load(recipe.data, "heldout", recipe.seed)
     check_answers([*prompts, *questions], recipe)
