@@ -27,12 +27,7 @@ from zipr1.core.types import Prompt
 from zipr1.models import sampling
 from zipr1.models.batching import answer_slots, groups, padded
 from zipr1.models.families import FAMILIES, deepstack, towers
-from zipr1.models.loading import (
-    add_lora,
-    frozen_copy,
-    restore_weights,
-    save_folder,
-)
+from zipr1.models.loading import add_lora, frozen_copy, restore_weights, save_folder
 from zipr1.models.open import open_model
 from zipr1.models.processors import Encoded, Processor
 from zipr1.models.sampling import Answers
