@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -170,6 +170,8 @@ _QWEN3 = Family(
     spelling.timed,
     clips=QWEN3_CLIPS,
 )
+# Without deepstack; of its layers those of full attention choose (sparse/hybrid.py).
+_QWEN3_5 = replace(_QWEN3, encode_vision=_qwen2)
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": Family(
         _qwen2, _patches, ("visual",), QWEN, "Qwen2VLProcessor", qwen_positions=True
@@ -179,6 +181,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_vl": _QWEN3,
     "qwen3_vl_moe": _QWEN3,
+    "qwen3_5": _QWEN3_5,
+    "qwen3_5_moe": _QWEN3_5,
     "internvl": Family(
         _internvl,
         _tiles,
@@ -217,11 +221,12 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-_LINEAR = "three quarters of its layers are linear attention, which is not handled yet"
+_GLM = "its pictures are sized by a rule of their own and its clips are written as pictures, which is not handled yet"
 # Families that are asked for and do not work, and why.
 CANNOT = {
-    "qwen3_5": _LINEAR,
-    "qwen3_5_moe": _LINEAR,
+    "glm4v": _GLM,
+    "glm4v_moe": _GLM,
+    "glm46v": _GLM,
     "mllama": "its decoder sees pictures by cross-attention, not as tokens that could be dropped",
     "paligemma": "its prompt attends in both directions, and kept tokens are causal here",
     "gemma3": "its pictures attend in both directions and its layers through sliding windows",

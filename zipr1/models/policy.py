@@ -4,7 +4,7 @@ Vision features are an input here, never recomputed: `encode_vision` runs the to
 its output serves every budget, every log-probability and every PPO epoch. Positions are computed once per prompt
 by the model's own `get_rope_index`, so that pruning cannot move them.
 
-Shapes: B rows, L slots, T answer tokens, D decoder layers, V vocabulary.
+Shapes: B rows, L slots, T answer tokens, D decoder layers that choose tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from zipr1.models.open import open_model
 from zipr1.models.processors import Encoded, Processor
 from zipr1.models.sampling import Answers
 from zipr1.models.sparse.attention import ATTENTION
+from zipr1.models.sparse.hybrid import Choosing
 from zipr1.models.sparse.patch import SparseRun, features_at_slots, sparse_attention
 from zipr1.models.sparse.request import Request
 from zipr1.models.transfer import send
@@ -61,7 +62,7 @@ class Policy:
         self.reference_model: Any = None
         self.decoder = model.get_decoder()
         vars(self.decoder).update(features_at_slots(self.decoder))
-        self.layers = len(self.decoder.layers)
+        self.layers = len(Choosing.of(self.decoder).numbers)
         self.vision_calls = 0
         self._blocked: torch.Tensor | None = None  # placeholders, where logits are
         self.parallel = Parallel()

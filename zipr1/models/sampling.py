@@ -20,6 +20,7 @@ import torch
 from zipr1.core.errors import RunError
 from zipr1.models.decoding import Steps
 from zipr1.models.sparse.cache import PrunedCache, kv_bytes
+from zipr1.models.sparse.hybrid import Choosing
 from zipr1.models.sparse.last_layer import last_column, slots_of
 from zipr1.models.sparse.patch import SparseRun, finished_at
 from zipr1.models.sparse.record import Record
@@ -81,7 +82,7 @@ def prefill(
     if run is not None and run.request is not None:
         assert run.in_force, "the block of sparse_attention that this run belongs to has ended"
         batch = PromptBatch(valid, prompt, read_at)
-        held = PrunedCache() if cache else None
+        held = PrunedCache(Choosing.of(decoder)) if cache else None
         out = decoder(**inputs, sparse_batch=batch, past_key_values=held, use_cache=cache)
         return out.last_hidden_state, held
     device = inputs["inputs_embeds"].device

@@ -50,7 +50,7 @@ class Rotation:
 def _turned(x: torch.Tensor, table: torch.Tensor, rotate: Callable[..., Any]) -> torch.Tensor:
     """Heads `(B, n, H, D)` by a table `(B, n, 3 D)`."""
     cos, sin, signed = table.chunk(3, -1)
-    if not _by_halves(rotate):
+    if cos.shape[-1] != x.shape[-1] or not _by_halves(rotate):
         x = x.transpose(1, 2)
         turned: torch.Tensor = rotate(x, x[:, :0], cos, sin)[0]
         return turned.transpose(1, 2)
