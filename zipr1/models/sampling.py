@@ -105,11 +105,11 @@ def decode_step(
     """
     mask = None
     if valid is not None and not bool(valid.all()):
-        new, held = inputs["inputs_embeds"].shape[1], valid.shape[1]
-        # Of four dimensions, which transformers takes as it is; in others it looks for padding, and a GPU is waited
-        # for with every token.
-        seen = torch.arange(held) <= torch.arange(held - new, held)[:, None]
-        (mask,) = send(inputs["inputs_embeds"].device, (valid[:, None] & seen)[:, None])
+        # A single token sees all that is real. A mask of four dimensions transformers takes as it is; in another it
+        # looks for padding, and a GPU is waited for with every token.
+        single = inputs["inputs_embeds"].shape[1] == 1
+        seen = valid[:, None, None] if single else valid.long()
+        (mask,) = send(inputs["inputs_embeds"].device, seen)
     out = model.get_decoder()(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True)
     hidden: torch.Tensor = out.last_hidden_state
     return hidden
