@@ -152,7 +152,7 @@ def _tried(
     pictures = MediaEncoder(policy, recipe)
     prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     samples, encoded = pictures.usable((prompts or questions)[:SAMPLED])
-    limit = dense_below(recipe.sparse, policy.device)
+    limit = dense_below(recipe.sparse, policy.device, policy.weight.dtype)
     check_lengths(recipe, [len(sample) for sample in encoded], limit)
     for prompt, sample in list(zip(samples, encoded, strict=True))[:2]:
         _show(policy, prompt, sample, console)

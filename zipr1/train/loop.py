@@ -85,7 +85,7 @@ def run(
             except Missing as error:  # all that has to be brought here, at once
                 raise Missing("; ".join([str(error), *sources.missing(recipe.data)])) from None
             without_plans(policy.device)
-            recipe = recipe.model_copy(update={"sparse": settled(recipe.sparse, policy.device)})
+            recipe = recipe.model_copy(update={"sparse": settled(recipe.sparse, policy.weight)})
             try:
                 return _run(policy, recipe, output, resume, command, console, opened)
             finally:
@@ -159,7 +159,8 @@ def load_questions(
     prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     if recipe.data.on_bad_row == "skip":
         questions = chunks.readable(pictures, questions)
-    limit = dense_below(recipe.sparse, pictures.policy.device)
+    weight = pictures.policy.weight
+    limit = dense_below(recipe.sparse, weight.device, weight.dtype)
     _, first = pictures.usable(prompts[: FIRST if limit else 1], least=0)
     check_lengths(recipe, [len(encoded) for encoded in first], limit)
     return prompts, questions, first
