@@ -227,7 +227,7 @@ def effective(encoded: Sequence[Encoded], policy: Policy) -> list[str]:
         seen = [v for e in encoded for v in e.visuals if v.kind == kind]
         if not seen:
             continue
-        most = "one tile" if settings.tile else f"at most {settings.of(kind).max_pixels:,}"
+        most = str(settings.cuts) if settings.tile else f"at most {settings.of(kind).max_pixels:,}"
         if kind == "video" and settings.clip_pixels is not None:
             most += " over all frames"
         parts = [

@@ -1,13 +1,13 @@
 """Model families: where each has its tower, how its pictures become features, how its tokens get their places.
 
-All that is particular to a family is a row of FAMILIES. Families with `tile` look at one square tile a picture, where
-their own processors cut large pictures into several; clips are handled for the families of Qwen alone.
+All that is particular to a family is a row of FAMILIES. Families with `tile` see squares: InternVL and SmolVLM as many
+as their own processors make of a picture, LLaVA-OneVision one. Clips are handled for the families of Qwen alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,15 +16,16 @@ import transformers
 
 from zipr1.core.errors import InputError
 from zipr1.data.video import FrameRule
-from zipr1.models import spelling
+from zipr1.models import spelling, tiles
+from zipr1.models.beside import read_json
 from zipr1.models.pixels import (
     PICTURE_DEFAULTS,
     QWEN2_CLIPS,
     QWEN3_CLIPS,
     ClipClass,
     clip_rule,
-    read_json,
 )
+from zipr1.models.tiles import Cuts
 from zipr1.models.visual import Visual
 
 EncodeVision = Callable[[Any, str, Sequence[Visual], torch.device], list[torch.Tensor]]
@@ -41,9 +42,9 @@ class Family:
     tower: attributes of `model.model` that see. spell: how a picture or clip is written in a prompt (spelling.py).
     mrope: positions are `(3, l)` by the model's `get_rope_index`, else 0, 1, ... qwen_positions: with that method from
     positions.py, in place of transformers'. clips: what `video` does besides its file; None: clips are not handled.
-    tile: config -> pixels on a side of the one tile, tokens on a side, and how many tokens come besides. whole: that
-    side -> settings beside an exported model with which transformers' own class makes one tile too; LLaVA-OneVision's
-    knows none.
+    tile: config -> pixels on a side of a tile, tokens on a side, and how many tokens come besides. cuts: settings of
+    pictures, that side and the folder -> how many tiles; None: always one. written: that side and the cuts -> settings
+    beside an exported model with which transformers' own class makes as many; LLaVA-OneVision's knows none for one.
     pixels, video, processor: transformers' classes that read preprocessor_config.json,
     video_preprocessor_config.json and processor_config.json.
     """
@@ -59,7 +60,8 @@ class Family:
     qwen_positions: bool = False
     clips: ClipClass | None = QWEN2_CLIPS
     tile: Callable[[Any], tuple[int, int, int]] | None = None
-    whole: Callable[[int], dict[str, Any]] = lambda side: {}
+    cuts: Callable[[Mapping[str, Any], int, str], Cuts] | None = None
+    written: Callable[[int, Cuts], dict[str, Any]] = lambda side, cuts: {}
 
 
 def _qwen(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> Any:
@@ -106,7 +108,8 @@ def _tiles(rows: Sequence[Media]) -> dict[str, torch.Tensor]:
 
 def _internvl(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> list[Any]:
     pixels = _tiles([visuals])["pixel_values"].to(device)
-    return list(model.get_image_features(pixel_values=pixels).pooler_output)
+    out = model.get_image_features(pixel_values=pixels).pooler_output  # (tiles, tokens, hidden)
+    return [part.flatten(0, 1) for part in out.split([len(v.patches) for v in visuals])]
 
 
 def _llava_tiles(rows: Sequence[Media]) -> dict[str, torch.Tensor]:
@@ -128,21 +131,26 @@ def _llava(model: Any, kind: str, visuals: Sequence[Visual], device: torch.devic
 
 
 def _smolvlm_tiles(rows: Sequence[Media]) -> dict[str, torch.Tensor]:
-    """Pictures `(B, most, 3, S, S)` of one tile each; prompts with fewer have zeros at the end."""
-    most = max(len(row) for row in rows)
+    """Tiles `(B, most, 3, S, S)` of all pictures of a prompt; prompts with fewer have zeros at the end."""
+    tiles = [[tile for visual in row for tile in visual.patches] for row in rows]
+    most = max(len(row) for row in tiles)
     if not most:
         return {}
-    shape = next(v.patches.shape[1:] for row in rows for v in row)
-    pixels = torch.zeros(len(rows), most, *shape)
-    for b, row in enumerate(rows):
-        for i, visual in enumerate(row):
-            pixels[b, i] = visual.patches[0]
+    pixels = torch.zeros(len(rows), most, *next(row[0].shape for row in tiles if row))
+    for b, row in enumerate(tiles):
+        for i, tile in enumerate(row):
+            pixels[b, i] = tile
     return {"pixel_values": pixels}
 
 
 def _smolvlm(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> list[Any]:
     pixels = _smolvlm_tiles([[visual] for visual in visuals])["pixel_values"].to(device)
     return list(model.get_image_features(pixel_values=pixels).pooler_output)
+
+
+def _smolvlm_settings(side: int, cuts: Cuts) -> dict[str, Any]:
+    whole = {"do_image_splitting": bool(cuts.along), "max_image_size": {"longest_edge": side}}
+    return whole | ({"size": {"longest_edge": cuts.along * side}} if cuts.along else {})
 
 
 def _side(size: Any) -> int:
@@ -189,7 +197,12 @@ FAMILIES: dict[str, Family] = {
         mrope=False,
         clips=None,
         tile=lambda config: _square(config, config.downsample_ratio),
-        whole=lambda side: {"min_patches": 1, "max_patches": 1},
+        cuts=tiles.of_internvl,
+        written=lambda side, cuts: {
+            "crop_to_patches": True,
+            "min_patches": cuts.least,
+            "max_patches": cuts.most,
+        },
     ),
     "llava_onevision": Family(
         _llava,
@@ -207,13 +220,12 @@ FAMILIES: dict[str, Family] = {
         ("vision_model", "connector"),
         "SmolVLMImageProcessor",
         "SmolVLMProcessor",
-        spell=spelling.between(
-            "<fake_token_around_image><global-img>", "<fake_token_around_image>"
-        ),
+        spell=spelling.by_rows,
         mrope=False,
         clips=None,
         tile=lambda config: _square(config, 1 / config.scale_factor),
-        whole=lambda side: {"do_image_splitting": False, "max_image_size": {"longest_edge": side}},
+        cuts=tiles.of_smolvlm,
+        written=_smolvlm_settings,
     ),
 }
 

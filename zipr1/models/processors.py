@@ -21,6 +21,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.text import reason
 from zipr1.core.types import NOTHING, Asked
 from zipr1.models.pixels import PixelSettings
+from zipr1.models.tiles import cut
 from zipr1.models.visual import UNKNOWN_FPS, Visual, patch_times
 
 
@@ -91,19 +92,14 @@ def patchify(
     return torch.from_numpy(flat), (t, h, w)
 
 
-def square(
+def squares(
     pixels: np.ndarray, settings: PixelSettings
-) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """uint8 `(H, W, 3)` -> the one tile `(1, 3, S, S)` float32 and its grid of patches `(1, h, w)`."""
-    side = settings.tile
-    scaled = resized(pixels, side, side, settings.resample).astype(np.float32) / 255
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """uint8 `(H, W, 3)` -> tiles `(n, 3, S, S)` float32, the whole picture last, and rows and columns of the others."""
+    tiles, grid = cut(pixels, settings.cuts, settings.tile, settings.resample, resized)
+    scaled = np.stack(tiles).astype(np.float32) / 255
     scaled = (scaled - np.array(settings.mean, np.float32)) / np.array(settings.std, np.float32)
-    cells = side // settings.patch
-    return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)[None])), (
-        1,
-        cells,
-        cells,
-    )
+    return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))), grid
 
 
 @dataclass(frozen=True)
@@ -168,9 +164,7 @@ class Processor:
         frames = pixels[None] if pixels.ndim == 3 else pixels
         settings = self.settings.of(kind, frame_pixels, len(frames), asked)
         if settings.tile:
-            patches, grid = square(pixels, self.settings)
-            tokens = math.prod(grid) // self.settings.merge**2 + self.settings.besides
-            return Visual(kind, patches, grid, 0.0, tokens)
+            return self._tiled(kind, *squares(pixels, self.settings))
         patches, grid = patchify(frames, settings)
         return self._visual(kind, patches, grid, fps, len(frames), times)
 
@@ -188,12 +182,17 @@ class Processor:
         self._handled(kind)
         settings = self.settings.of(kind, frames=frames, asked=asked)
         if settings.tile:
-            side = settings.tile // settings.patch
-            tokens = side**2 // settings.merge**2 + settings.besides
-            return Visual(kind, torch.empty(0), (1, side, side), 0.0, tokens)
+            tiles = settings.cuts.grid(height, width, settings.tile)
+            return self._tiled(kind, torch.empty(0), tiles)
         h, w = (side // settings.patch for side in fit_size(height, width, settings))
         grid = (-(-frames // settings.temporal), h, w)
         return self._visual(kind, torch.empty(0), grid, fps, frames, times)
+
+    def _tiled(self, kind: str, patches: torch.Tensor, tiles: tuple[int, int]) -> Visual:
+        settings, (rows, columns) = self.settings, tiles
+        side = settings.tile // settings.patch
+        tokens = (rows * columns + 1) * side**2 // settings.merge**2 + settings.besides
+        return Visual(kind, patches, (1, side, side), 0.0, tokens, tiles=tiles)
 
     def _handled(self, kind: str) -> None:
         if kind == "video" and not self.settings.clips:
