@@ -219,7 +219,7 @@ def _config(family: str, text: dict[str, Any], tokenizer: Any) -> Any:
             text_config=text,
             vision_config={**vision, "vision_use_head": False},
             image_token_index=token,
-            image_grid_pinpoints=[[64, 64]],
+            image_grid_pinpoints=[[64, 64], [64, 128], [128, 64], [128, 128]],
         )
     vision = {**OTHER_TOWER, "image_size": 128, "patch_size": 8}
     text = {**text, "model_type": "llama"}

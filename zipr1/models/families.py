@@ -1,7 +1,7 @@
 """Model families: where each has its tower, how its pictures become features, how its tokens get their places.
 
-All that is particular to a family is a row of FAMILIES. Families with `tile` see squares: InternVL and SmolVLM as many
-as their own processors make of a picture, LLaVA-OneVision one. Clips are handled for the families of Qwen alone.
+All that is particular to a family is a row of FAMILIES. Families with `tile` see squares, as many as their own
+processors make of a picture (tiles.py). Clips are handled for the families of Qwen alone.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Family:
     mrope: positions are `(3, l)` by the model's `get_rope_index`, else 0, 1, ... qwen_positions: with that method from
     positions.py, in place of transformers'. clips: what `video` does besides its file; None: clips are not handled.
     tile: config -> pixels on a side of a tile, tokens on a side, and how many tokens come besides. cuts: settings of
-    pictures, that side and the folder -> how many tiles; None: always one. written: that side and the cuts -> settings
-    beside an exported model with which transformers' own class makes as many; LLaVA-OneVision's knows none for one.
+    pictures, config, that side and the folder -> how many tiles. written: that side and the cuts -> settings beside an
+    exported model with which transformers' own class makes as many.
     pixels, video, processor: transformers' classes that read preprocessor_config.json,
     video_preprocessor_config.json and processor_config.json.
     """
@@ -60,7 +60,7 @@ class Family:
     qwen_positions: bool = False
     clips: ClipClass | None = QWEN2_CLIPS
     tile: Callable[[Any], tuple[int, int, int]] | None = None
-    cuts: Callable[[Mapping[str, Any], int, str], Cuts] | None = None
+    cuts: Callable[[Mapping[str, Any], Any, int, str], Cuts] | None = None
     written: Callable[[int, Cuts], dict[str, Any]] = lambda side, cuts: {}
 
 
@@ -113,21 +113,28 @@ def _internvl(model: Any, kind: str, visuals: Sequence[Visual], device: torch.de
 
 
 def _llava_tiles(rows: Sequence[Media]) -> dict[str, torch.Tensor]:
-    """Pictures `(n, 1, 3, S, S)` of one tile each, and their sizes `(n, 2)`."""
-    inputs = _tiles(rows)
-    if not inputs:
-        return inputs
-    tiles = inputs["pixel_values"]
-    sizes = torch.tensor([tiles.shape[-2:]] * len(tiles))
-    # Pictures of a sample that has several are one tile each; a sample's only one would be cut up. So all count as
-    # those of one sample.
-    several = torch.tensor([max(2, len(tiles))])
-    return {"pixel_values": tiles[:, None], "image_sizes": sizes, "batch_num_images": several}
+    """Tiles `(n, most, 3, S, S)` of n pictures, of those with fewer zeros at the end, the sizes of the pictures
+    `(n, 2)`, and how many each prompt has that has some."""
+    shown = [v for row in rows for v in row]
+    if not shown:
+        return {}
+    most = max(len(v.patches) for v in shown)
+    pixels = torch.zeros(len(shown), most, *shown[0].patches.shape[1:])
+    for tiles, visual in zip(pixels, shown, strict=True):
+        tiles[: len(visual.patches)] = visual.patches
+    sizes = torch.tensor([v.size for v in shown])
+    several = torch.tensor([len(row) for row in rows if row])
+    return {"pixel_values": pixels, "image_sizes": sizes, "batch_num_images": several}
 
 
 def _llava(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> list[Any]:
-    inputs = {name: values.to(device) for name, values in _llava_tiles([visuals]).items()}
-    return list(model.get_image_features(**inputs).pooler_output)
+    out = []
+    for visual in visuals:
+        # One tile is a picture that is not alone.
+        rows = [[visual]] if len(visual.patches) > 1 else [[visual, visual]]
+        inputs = {name: values.to(device) for name, values in _llava_tiles(rows).items()}
+        out.append(model.get_image_features(**inputs).pooler_output[0])
+    return out
 
 
 def _smolvlm_tiles(rows: Sequence[Media]) -> dict[str, torch.Tensor]:
@@ -213,6 +220,8 @@ FAMILIES: dict[str, Family] = {
         mrope=False,
         clips=None,
         tile=lambda config: _square(config, 1, 1),
+        cuts=tiles.of_llava,
+        written=lambda side, cuts: {"image_grid_pinpoints": [list(one) for one in cuts.canvases]},
     ),
     "smolvlm": Family(
         _smolvlm,

@@ -333,7 +333,8 @@ def _processor(model: Any, tokenizer: Any, source: ModelSource, settings: Model)
         besides=besides,
     )
     if family.cuts is not None:
-        cuts = family.cuts(saved(source.place, "image", revision) or {}, side, source.place)
+        found = saved(source.place, "image", revision) or {}
+        cuts = family.cuts(found, config, side, source.place)
         pixels = replace(pixels, cuts=cuts.within(settings.max_pixels, side))
     video = config.video_token_id if family.clips else None
     marks = [config.image_token_id, *([video] if family.clips else [])]

@@ -21,7 +21,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.text import reason
 from zipr1.core.types import NOTHING, Asked
 from zipr1.models.pixels import PixelSettings
-from zipr1.models.tiles import cut
+from zipr1.models.tiles import cut, laid_out
 from zipr1.models.visual import UNKNOWN_FPS, Visual, patch_times
 
 
@@ -92,14 +92,13 @@ def patchify(
     return torch.from_numpy(flat), (t, h, w)
 
 
-def squares(
-    pixels: np.ndarray, settings: PixelSettings
-) -> tuple[torch.Tensor, tuple[int, int]]:
-    """uint8 `(H, W, 3)` -> tiles `(n, 3, S, S)` float32, the whole picture last, and rows and columns of the others."""
-    tiles, grid = cut(pixels, settings.cuts, settings.tile, settings.resample, resized)
+def squares(pixels: np.ndarray, settings: PixelSettings, alone: bool) -> torch.Tensor:
+    """uint8 `(H, W, 3)` -> tiles `(n, 3, S, S)` float32. alone: as in `Processor.visual`."""
+    side, resample = settings.tile, settings.resample
+    tiles, _ = cut(pixels, settings.cuts, side, resample, resized, settings.mean, alone)
     scaled = np.stack(tiles).astype(np.float32) / 255
     scaled = (scaled - np.array(settings.mean, np.float32)) / np.array(settings.std, np.float32)
-    return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))), grid
+    return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)))
 
 
 @dataclass(frozen=True)
@@ -155,16 +154,19 @@ class Processor:
         *,
         frame_pixels: int | None = None,
         asked: Asked = NOTHING,
+        alone: bool = True,
     ) -> Visual:
         """pixels: uint8 `(H, W, 3)` or `(F, H, W, 3)`; fps of the frames given. times: the second at which each frame
-        is shown; None: one after the other at `fps`. frame_pixels, asked: as in `PixelSettings.of`.
+        is shown; None: one after the other at `fps`. frame_pixels, asked: as in `PixelSettings.of`. alone: the only
+        picture of its prompt, which matters where such ones are cut up alone.
 
         Raises InputError for a clip where the family's are not handled."""
         self._handled(kind)
         frames = pixels[None] if pixels.ndim == 3 else pixels
         settings = self.settings.of(kind, frame_pixels, len(frames), asked)
         if settings.tile:
-            return self._tiled(kind, *squares(pixels, self.settings))
+            tiles = squares(pixels, self.settings, alone)
+            return self._tiled(kind, tiles, pixels.shape[0], pixels.shape[1], alone)
         patches, grid = patchify(frames, settings)
         return self._visual(kind, patches, grid, fps, len(frames), times)
 
@@ -177,22 +179,29 @@ class Processor:
         fps: float | None,
         times: Sequence[float] | np.ndarray | None = None,
         asked: Asked = NOTHING,
+        alone: bool = True,
     ) -> Visual:
         """What `visual` gives for frames of this size, without patches."""
         self._handled(kind)
         settings = self.settings.of(kind, frames=frames, asked=asked)
         if settings.tile:
-            tiles = settings.cuts.grid(height, width, settings.tile)
-            return self._tiled(kind, torch.empty(0), tiles)
+            return self._tiled(kind, torch.empty(0), height, width, alone)
         h, w = (side // settings.patch for side in fit_size(height, width, settings))
         grid = (-(-frames // settings.temporal), h, w)
         return self._visual(kind, torch.empty(0), grid, fps, frames, times)
 
-    def _tiled(self, kind: str, patches: torch.Tensor, tiles: tuple[int, int]) -> Visual:
-        settings, (rows, columns) = self.settings, tiles
-        side = settings.tile // settings.patch
-        tokens = (rows * columns + 1) * side**2 // settings.merge**2 + settings.besides
-        return Visual(kind, patches, (1, side, side), 0.0, tokens, tiles=tiles)
+    def _tiled(
+        self, kind: str, patches: torch.Tensor, height: int, width: int, alone: bool
+    ) -> Visual:
+        settings, side = self.settings, self.settings.tile
+        grid = (1, side // settings.patch, side // settings.patch)
+        tiles = settings.cuts.grid(height, width, side)
+        tokens = (math.prod(tiles) + 1) * math.prod(grid) // settings.merge**2
+        if settings.cuts.canvases and alone:
+            tokens += laid_out(height, width, settings.cuts, side, grid[1])
+        else:
+            tokens += settings.besides
+        return Visual(kind, patches, grid, 0.0, tokens, tiles=tiles, size=(height, width))
 
     def _handled(self, kind: str) -> None:
         if kind == "video" and not self.settings.clips:

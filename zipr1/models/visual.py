@@ -17,7 +17,8 @@ UNKNOWN_FPS = 24.0
 class Visual:
     """One picture or clip as the vision tower takes it. seconds: time one temporal patch spans (0 for images); times:
     the second at which each temporal patch of a clip is shown, the mean of its first and last frame's. tiles: rows and
-    columns of tiles that stand before the whole picture, whose grid this is; (0, 0): none do."""
+    columns of tiles that stand before the whole picture, whose grid this is; (0, 0): none do. size: height and width of
+    a picture that is cut into tiles, before that."""
 
     kind: str
     patches: torch.Tensor
@@ -26,6 +27,7 @@ class Visual:
     tokens: int
     times: tuple[float, ...] = ()
     tiles: tuple[int, int] = (0, 0)
+    size: tuple[int, int] = (0, 0)
 
     def cells(self, tokens: np.ndarray, merge: int) -> tuple[np.ndarray, tuple[int, int, int]]:
         """Of numbers for all its tokens `(tokens, ...)` those of the tokens that show it whole, `(t * h * w, ...)`, and
