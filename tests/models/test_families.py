@@ -49,7 +49,8 @@ def inputs(policy: Policy, encoded: Any) -> dict[str, Any]:
         found["image_grid_thw"] = torch.tensor([visual.grid])
         found["mm_token_type_ids"] = (ids == policy.processor.placeholder["image"]).int()
     if kind == "llava_onevision":
-        found |= {"image_sizes": torch.tensor([[64, 64]]), "batch_num_images": torch.tensor([2])}
+        found |= {"image_sizes": torch.tensor([visual.size]), "batch_num_images": torch.tensor([1])}
+        found["pixel_values"] = visual.patches[None]
     if kind == "smolvlm":
         found["pixel_values"] = visual.patches[None]
     return found
