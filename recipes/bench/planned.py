@@ -38,9 +38,7 @@ SPECIAL = [
 NEWER = ["<tool_response>", "</tool_response>", "<think>", "</think>"]
 WORDS = 151_643
 # ChatML; the older family opens with a system turn where the chat brings none.
-SYSTEM = (
-    "{%- if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-)
+SYSTEM = "{%- if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
 TURNS = """{%- for message in messages %}<|im_start|>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}
 {%- if part.type == 'image' or 'image' in part %}<|vision_start|><|image_pad|><|vision_end|>
@@ -172,7 +170,9 @@ def main() -> None:
         print(json.dumps(case(name, dtype, Path(folder))))
         return
     rows = []
-    print(f"{'model':<15}{'dtype':>10}{'planned MiB':>13}{'measured MiB':>14}{'planned/measured':>18}")
+    print(
+        f"{'model':<15}{'dtype':>10}{'planned MiB':>13}{'measured MiB':>14}{'planned/measured':>18}"
+    )
     for name in MODELS:
         for dtype in DTYPES:
             with tempfile.TemporaryDirectory() as folder:

@@ -237,7 +237,8 @@ def test_a_cache_that_stayed_empty_is_not_taken_for_a_new_conversation(family):
 
 
 @pytest.mark.parametrize(
-    "family", [f for f in FAMILIES if f not in ("qwen3_vl", "qwen3_vl_moe", "smolvlm", *tinymodels.HYBRID)]
+    "family",
+    [f for f in FAMILIES if f not in ("qwen3_vl", "qwen3_vl_moe", "smolvlm", *tinymodels.HYBRID)],
 )
 @torch.no_grad()
 def test_sliding_windows_are_refused(family):

@@ -131,7 +131,9 @@ def test_wrong_input_is_one_line(arguments, said, monkeypatch, capsys):
 
 def test_other_folders_and_families(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(InputError, match="model_type is 'llama'; allowed: qwen2_vl, qwen2_5_vl, qwen3_vl"):
+    with pytest.raises(
+        InputError, match="model_type is 'llama'; allowed: qwen2_vl, qwen2_5_vl, qwen3_vl"
+    ):
         cost.shape_of(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
     with pytest.raises(InputError, match="the config has no embed_dim"):

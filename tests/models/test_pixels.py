@@ -219,7 +219,9 @@ def test_opening_a_model_says_its_bounds(tmp_path, caplog):
     internvl = tinymodels.folder("internvl", tmp_path / "internvl")
     with caplog.at_level(logging.INFO, logger="zipr1"):
         open_model(Model(path=str(internvl)), "cpu")
-    assert caplog.messages[-1].endswith("each picture becomes one tile of 128 x 128 pixels")
+    assert caplog.messages[-1].endswith(
+        "each picture becomes one tile, or up to 3 and one tile of 128 x 128 pixels"
+    )
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,9 @@ def test_its_export_says_in_stock_transformers_what_the_run_says(trained, tmp_pa
     media = Media("image", folder / "0.png")
     prompt = Prompt("p", [{"role": "user", "content": content}], (media,), "4")
     (encoded,) = [policy.encode(prompt, [(pictures.read_image(folder / "0.png"), None)], 2048)]
-    wanted, _ = policy.answer_logits([encoded], policy.encode_vision([encoded]), [torch.tensor([40])])
+    wanted, _ = policy.answer_logits(
+        [encoded], policy.encode_vision([encoded]), [torch.tensor([40])]
+    )
     family = policy.model.config.model_type
     inputs = model_inputs([(encoded.ids, encoded.visuals)], policy.processor, family)
     free = [i for i in range(policy.words) if i not in policy.processor.placeholder.values()]

@@ -21,7 +21,10 @@ RECIPES = sorted(
 
 
 FAMILY_OF = {
-    p.stem: {"qwen2vl": "qwen2_vl", "qwen3vl": "qwen3_vl", "qwen3_5": "qwen3_5"}.get(p.stem, "qwen2_5_vl") for p in RECIPES
+    p.stem: {"qwen2vl": "qwen2_vl", "qwen3vl": "qwen3_vl", "qwen3_5": "qwen3_5"}.get(
+        p.stem, "qwen2_5_vl"
+    )
+    for p in RECIPES
 }
 
 

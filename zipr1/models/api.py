@@ -246,9 +246,7 @@ class ChatProcessor:
                 )
                 alone = len(some) == 1
                 visuals.append(
-                    self.inner.visual(
-                        m.kind, pixels, frame_fps, times, asked=m.asked, alone=alone
-                    )
+                    self.inner.visual(m.kind, pixels, frame_fps, times, asked=m.asked, alone=alone)
                 )
             rows.append((self.inner.ids(text, visuals), visuals))
         return model_inputs(rows, self.inner, self.family)

@@ -89,7 +89,9 @@ class Shape:
         windows, newest = family == "qwen2_5_vl", family == "qwen3_vl"
         try:
             width = vision["embed_dim" if family == "qwen2_vl" else "hidden_size"]
-            mlp = width * vision["mlp_ratio"] if family == "qwen2_vl" else vision["intermediate_size"]
+            mlp = (
+                width * vision["mlp_ratio"] if family == "qwen2_vl" else vision["intermediate_size"]
+            )
             return cls(
                 name=name,
                 hidden=text["hidden_size"],

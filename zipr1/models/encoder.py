@@ -145,7 +145,13 @@ class MediaEncoder:
                     total, fps = rows, own * rows / total
                 visuals.append(
                     processor.planned(
-                        media.kind, total, height, width, fps, times, media.asked,
+                        media.kind,
+                        total,
+                        height,
+                        width,
+                        fps,
+                        times,
+                        media.asked,
                         alone=len(prompt.media) == 1,
                     )  # fmt: skip
                 )

@@ -49,9 +49,7 @@ class Cuts:
             return self
         most = max(1, pixels // side**2)
         along = min(self.along, math.isqrt(most))
-        return replace(
-            self, least=min(self.least, most), most=min(self.most, most), along=along
-        )
+        return replace(self, least=min(self.least, most), most=min(self.most, most), along=along)
 
     def grid(self, height: int, width: int, side: int) -> tuple[int, int]:
         """Rows and columns of tiles of a picture; (0, 0) where it is seen whole alone, or first."""
@@ -115,7 +113,9 @@ def canvas_of(height: int, width: int, cuts: Cuts) -> tuple[int, int]:
         if seen > shown or (seen == shown and tall * wide - seen < black):
             best, shown, black = (tall, wide), seen, tall * wide - seen
     if best is None or not shown:
-        raise InputError(f"a picture of {width} x {height} pixels is too thin for the model's canvases")
+        raise InputError(
+            f"a picture of {width} x {height} pixels is too thin for the model's canvases"
+        )
     return best
 
 

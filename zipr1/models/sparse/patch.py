@@ -151,7 +151,9 @@ def finished_at(model: Any, slots: torch.Tensor) -> Iterator[None]:
     returns elsewhere means nothing. Without gradient: layers could be computed again in backward, when the patch is
     gone."""
     layer, rows = model.get_decoder().layers[-1], finished(slots)
-    if not hasattr(layer, "self_attn"):  # linear attention hands its state on before anything is left out
+    if not hasattr(
+        layer, "self_attn"
+    ):  # linear attention hands its state on before anything is left out
         with attributes(layer.mlp, forward=computed_at(layer.mlp.forward, lambda: rows.mlp)):
             yield
         return
