@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,43 @@ def write(path: Path, base: Path, **sections: dict[str, Any]) -> Path:
     return path
 
 
+LIMIT = 4  # seconds without a sign of life, for `impatient`
+
+
+def hang() -> None:
+    time.sleep(10_000)
+
+
+def impatient() -> None:
+    """This rank judges by LIMIT when it waits next: a busy machine must not pass for a rank that hangs."""
+    from zipr1.core import watch
+
+    arrive = watch.arrive
+
+    def waits(meeting: bool = True) -> None:
+        arrive(meeting)
+        watch._watches[-1].judge.limit = LIMIT
+
+    watch.arrive = waits
+
+
+def at_call(
+    rank: int, owner: Any, name: str, call: int, what: Callable[[], None] = hang,
+    others: Callable[[], None] = impatient,
+) -> None:  # fmt: skip
+    """`what` happens in the rank before its call of that number, and `others` in the other ranks before theirs."""
+    real, calls = getattr(owner, name), []
+    here = int(os.environ["RANK"])  # hidden while a benchmark is measured
+
+    def changed(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            (what if here == rank else others)()
+        return real(*arguments, **named)
+
+    setattr(owner, name, changed)
+
+
 # Imports of torch once for all ranks of this file, not four seconds for each.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["zipr1.cli", "zipr1.train.loop", "torch.distributed.fsdp"])
@@ -60,7 +97,7 @@ def be(
     with said.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        sys.argv = ["zipr1", "train", *arguments, "--device", "cpu"]
+        sys.argv = ["zipr1", *arguments, "--device", "cpu"]
         if before is not None:
             before()
         from zipr1.cli import main
@@ -70,15 +107,15 @@ def be(
 
 def pair(
     recipe: Path, output: Path, before: Callable[[], None] | None = None, wait: int = 120,
-    ranks: int = 2, lost: int | None = None,
+    ranks: int = 2, lost: int | None = None, command: Sequence[str] = (),
 ) -> tuple[list[int | None], list[str]]:  # fmt: skip
     """Exit codes of two ranks, or more, and what they said. before: called in each, first. lost: a rank that is not
-    waited for."""
+    waited for. command: in place of training as the recipe says."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     said = [recipe.with_name(f"{output.name}-rank{rank}.txt") for rank in range(ranks)]
-    arguments = [str(recipe), "--output", str(output)]
+    arguments = [*(command or ["train", str(recipe)]), "--output", str(output)]
     all_ = [
         FORKS.Process(target=be, args=(rank, ranks, port, said[rank], before, arguments))
         for rank in range(ranks)

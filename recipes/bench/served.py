@@ -4,9 +4,10 @@
         [--turns 3]
 
 The model of serving.py: decoder layers of Qwen2.5-VL-3B's shape with random weights in float32, a small vision tower.
-The questions with the most tokens of an embedded task that shows one picture. Dense is vLLM as it comes, compiled;
-sparse is the plugin with rule top_k, by which each layer keeps the given share. First token: one request at a time.
-Throughput and the time per token of an answer: all requests at once. Prints every turn, the medians and their ratios.
+The questions with the most tokens of an embedded task that shows one picture. Dense is vLLM as it comes but for
+prefix caching, compiled; sparse is the plugin with rule top_k, by which each layer keeps the given share. First token:
+one request at a time. Throughput and the time per token of an answer: all requests at once. Prints every turn, the
+medians and their ratios.
 """
 
 from __future__ import annotations

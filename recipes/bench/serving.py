@@ -6,10 +6,10 @@
 A Qwen2.5-VL with decoder layers of the 3B model's shape and random weights in float32. Prompts: `words` are random and
 `--length` tokens long, no vision tower is timed; the name of an embedded task (`moving_digits` has clips) takes the
 longest of its test questions, with the encoding of their media by a vision tower of one small layer. Dense is vLLM as
-it comes, compiled; sparse is the plugin with rule top_k, by which each layer keeps the given share. First token: each
-request alone, one token. Throughput: `--requests` at once, tokens of all answers by the time until the last has ended.
-Decode: in these, by the 20th percentile of the engine's steps in which all of them answer: other work on the machine
-only makes steps longer. Prints every turn, the medians and their ratios.
+it comes but for prefix caching, compiled; sparse is the plugin with rule top_k, by which each layer keeps the given
+share. First token: each request alone, one token. Throughput: `--requests` at once, tokens of all answers by the time
+until the last has ended. Decode: in these, by the 20th percentile of the engine's steps in which all of them answer:
+other work on the machine only makes steps longer. Prints every turn, the medians and their ratios.
 """
 
 from __future__ import annotations

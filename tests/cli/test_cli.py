@@ -132,11 +132,11 @@ def test_train_passes_everything_on(cli, calls, recipe):
         "cpu",
         "optim.lr=1e-3",
         "--dtype",
-        "float16",
+        "float32",
     )
     assert (code, out) == (0, "training\n")
     ((got, output, resume, device, command, name),) = calls
-    assert (got.seed, got.train.steps, got.optim.lr, got.model.dtype) == (4, 3, 1e-3, "float16")
+    assert (got.seed, got.train.steps, got.optim.lr, got.model.dtype) == (4, 3, 1e-3, "float32")
     assert (str(output), resume, device) == ("o", "auto", "cpu")
     assert (command[:2], name) == (["zipr1", "train"], Path(recipe).stem)
 
@@ -188,20 +188,27 @@ def test_resume_of_a_folder_leaves_output_to_it(cli, calls, recipe):
         ("rewards.check=evil.py:f", "rewards={check: 'evil.py:f'}"),
         ("model.trust_remote_code=true", "model.trust_remote_code=true"),
         ("rewards.check=evil.py:f", "rewards.correct=evil.py:f"),  # its old name
+        ("data.source=./rows.json", "data={source: ./rows.json}"),
+        ("data.heldout=rows.json:[5:]", "data.heldout=rows.json:[5:]"),
+        ("data.media_root=pictures", "data.media_root=pictures"),
     ],
 )
 @pytest.mark.parametrize("options", [(), ("--dry-run",)])
-def test_a_resumed_run_names_no_code_that_the_user_does_not(
+def test_a_resumed_run_names_no_code_and_no_files_that_the_user_does_not(
     cli, calls, recipe, code, asked, options
 ):
     """The run may have come from somewhere else, and its recipe with it."""
+    ran = recipe.parent / "ran"
+    program = f"open({str(ran)!r}, 'w').close()\ndef f(prediction, reference): return 1.0\n"
+    (recipe.parent / "evil.py").write_text(program)
+    (recipe.parent / "rows.json").write_text("[]")
     RunDir.open(load(recipe, [code]), Path("runs/x"))
     key, _, value = code.partition("=")
     for more in ((), ("train.steps=5",)):
         status, _, err = cli("train", "--resume", "runs/x", *options, *more)
         assert status == 2 and not calls and err.count("\n") == 1
         assert f"runs/x/recipe.yaml: {key}: " in err and value in err
-        assert "zipr1 train RECIPE --resume DIR" in err and f"{key}=" in err
+        assert "zipr1 train RECIPE --resume DIR" in err and f"{key}=" in err and not ran.exists()
     assert cli("train", "--resume", "runs/x", *options, asked)[0] == 0
     assert cli("train", recipe, code, "--resume", "runs/x", *options)[0] == 0
     assert [call[0].model_dump() for call in calls] == [load(recipe, [code]).model_dump()] * 2
@@ -223,6 +230,13 @@ def test_a_resumed_run_names_no_code_that_the_user_does_not(
         (["eval", "sparse.skp=1"], "did you mean sparse.skip?"),
         (["eval", "train.steps=3"], "`train.steps`: not read by zipr1 eval"),
         (["eval", "--data-root", "nosuch"], "--data-root nosuch: no such folder"),
+        (["eval", "--tasks", "nosuch"], "--tasks nosuch: unknown; allowed: digits,"),
+        (
+            ["eval", "--tasks", "digits,video_mme"],
+            "--tasks video_mme: unknown; did you mean videomme?",
+        ),
+        (["eval", "--tasks", ","], "--tasks: names no benchmark"),
+        (["eval", "--tasks", "ai2d", "--data-root", "."], "--data-root .: not read for ai2d"),
         (["compare", "nosuch", "small.yaml"], "nosuch: neither a run nor an evaluation"),
         (["compare", "x", "y", "-o", "small.yaml"], "small.yaml: this is a file"),
         (["profile", "--keep", "2"], "--keep 2: outside (0, 1]"),
@@ -230,6 +244,29 @@ def test_a_resumed_run_names_no_code_that_the_user_does_not(
         (["profile", "--card", "-o", "x"], "leave out --output"),
         (["profile", "-o", "small.yaml"], "small.yaml: this is a file"),
         (["profile", "--layers", "0"], "Invalid value for '--layers'"),
+        (["profile", "--model", "tiny", "--layers", "2"], "--layers is for a bundled config"),
+        (["profile", "--model", "qwen2.5-vl-3b", "--layers", "99"], "--layers 99 is outside 1..36"),
+        (
+            ["profile", "--model", "qwen2.5-vl-3b", "--lengths", "9,999999"],
+            "--lengths 999999 is outside",
+        ),
+        (
+            ["profile", "--model", "qwen2.5-vl-3b", "--image", "small.yaml"],
+            "have no tokenizer for --image",
+        ),
+        (["train", "tiny", "data.mix={nosuch: 1}"], "nosuch"),
+        (["train", "tiny", "efficiency.method=pathwize"], "did you mean 'pathwise'?"),
+        (["train", "tiny", "rewards.check=exakt"], "did you mean 'exact'?"),
+        (["train", "tiny", "model.path=nosuch", "--dry-run"], "model.path: nosuch does not exist"),
+        (["train", "tiny", "data.source=no.jsonl"], "no.jsonl: no such data file"),
+        (
+            ["train", "tiny", "data.heldout=nosuch"],
+            "data source 'nosuch': unknown; allowed: digits,",
+        ),
+        (
+            ["train", "tiny", "train.prompts_per_step=65536", "budgets.num_generations=99"],
+            "answers a step",
+        ),
         (["export", "nosuch", "-o", "x"], "nosuch: not a run directory (there is no such folder)"),
         (["export", "small.yaml", "-o", "x"], "small.yaml: not a run directory (this is a file)"),
         (["export", ".", "-o", "x"], ".: not a run directory (it has no recipe.yaml and run.json)"),
@@ -253,7 +290,7 @@ def test_arguments_are_judged_before_anything_heavy_is_loaded(recipe, run, argum
     code = (
         "import sys; from zipr1.cli import main; sys.argv = ['zipr1', *sys.argv[1:]]\n"
         "try: main()\n"
-        "finally: assert 'torch' not in sys.modules, 'torch was loaded'"
+        "finally: assert not {'torch', 'lmms_eval'} & set(sys.modules), 'torch or lmms-eval was loaded'"
     )
     arguments = [word.replace("{run}", str(run)) for word in arguments]
     hub = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "", "HF_TOKEN_PATH": str(recipe.parent / "none")}
@@ -275,6 +312,7 @@ def test_every_command_has_an_example_and_output_as_o(cli):
         assert name == "env" or re.search(r"--output +-o ", out)
         usage = next(line for line in out.splitlines() if "Usage:" in line)
         given = {"export": " RUN", "compare": " A B"}.get(name, "")
+        assert "<" not in out  # no types of Python: `--json <bool>` would ask for a value
         assert "{" not in usage and f"zipr1 {name} [OPTIONS]{given}" in usage
 
 

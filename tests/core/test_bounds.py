@@ -27,8 +27,8 @@ from zipr1.train.page import RunPage
 from zipr1.train.validate import MOST_EMBEDDED, check
 
 QUIET = Console(quiet=True)
-WHOLE = [0, -1, 2**31, 2**63, 10**24]
-REAL = [0.0, -1.0, math.nan, math.inf, -math.inf, 1e-30, 1e20, 10**400]
+WHOLE = [0, -1, 2**31, 2**63, 10**24, math.nan, math.inf]
+REAL = [0.0, -1.0, math.nan, math.inf, -math.inf, 1e-30, 1e20, 2**31, 2**63, 10**24, 10**400]
 
 
 def numbers(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type, list[Any]]]:

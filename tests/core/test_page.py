@@ -1,5 +1,7 @@
 """Pages: what is text stays text, whatever it holds; the terminal's tables and pictures as a page takes them."""
 
+import importlib.resources
+import re
 from html.parser import HTMLParser
 
 import jinja2
@@ -93,3 +95,41 @@ def test_a_table_of_the_terminal():
 )
 def test_x_is_times_faster(dense, sparse, words):
     assert compared(dense, sparse) == words
+
+
+def rules(css):
+    """By selector the declarations of a style sheet, those for narrow screens apart."""
+    css = re.sub(r"/\*.*?\*/", "", css, flags=re.DOTALL)
+    narrow = "".join(re.findall(r"@media \(max-width: 700px\) \{((?:[^{}]*\{[^{}]*\})*)\s*\}", css))
+    wide = re.sub(r"@media[^{]*\{(?:[^{}]*\{[^{}]*\})*\s*\}", "", css)
+    found = []
+    for part in (wide, narrow):
+        bodies: dict[str, str] = {}
+        for names, body in re.findall(r"([^{}]+)\{([^{}]*)\}", part):
+            for name in map(str.strip, names.split(",")):
+                bodies[name] = bodies.get(name, "") + body
+        found.append(bodies)
+    return found
+
+
+def test_a_telephone_has_room_for_every_page():
+    """On 400 pixels nothing has a width of its own above what the page's margins leave, and tables become blocks whose
+    cells bear the names of their columns."""
+    page = profile_page(figures=["<svg></svg>"])
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
+    wide, narrow = rules(style)
+    margin = int(re.search(r"padding: \d+px (\d+)px", narrow["main"])[1])
+    for selector, body in wide.items():
+        flexible = re.sub(r"min\(100%, \d+px\)|max-width: \d+px", "", body)
+        sizes = re.findall(r"(?:width|columns|basis)[^;]*?(\d+)px", flexible)
+        assert all(int(size) <= 400 - 2 * margin for size in sizes), selector
+    assert "max-width: 100%" in wide[".figure svg"] and "width: 100%" in wide[".pair img"]
+    assert "overflow-x: auto" in wide[".card"]
+    assert narrow["thead"].strip() == "display: none;"
+    assert all("display: block" in narrow[name] for name in ("table", "tbody", "tr"))
+    assert "attr(data-name)" in narrow["td::before"] and "white-space: normal" in narrow["td"]
+    cells = re.findall(r"<td[^>]*>", page)
+    assert cells and all('data-name="' in cell for cell in cells)
+    templates = importlib.resources.files("zipr1") / "assets" / "templates"
+    assert {p.name for p in templates.iterdir() if "<td" in p.read_text()} == {"parts.html"}

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from zipr1.core import distributed
+from zipr1.core import distributed, launcher
 from zipr1.core.errors import InputError
 
 
@@ -15,16 +15,16 @@ def test_accelerate_must_have_started_what_was_asked(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    distributed.check_launcher("ddp")  # one process, as asked
+    launcher.check("ddp")  # one process, as asked
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(InputError, match="started one; add --multi_gpu"):
-        distributed.check_launcher("ddp")
+        launcher.check("ddp")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    distributed.check_launcher("ddp")
+    launcher.check("ddp")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    distributed.check_launcher("fsdp")
+    launcher.check("fsdp")
     with pytest.raises(InputError, match=r"--use_fsdp and train\.parallel is ddp"):
-        distributed.check_launcher("ddp")
+        launcher.check("ddp")
 
 
 def test_processes_that_cannot_meet_say_so(monkeypatch):

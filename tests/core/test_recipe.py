@@ -1,5 +1,6 @@
 """Recipes: what they read, and that every mistake is one clear line."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zipr1.core import recipes
+from zipr1.core import config, recipes
 from zipr1.core.errors import InputError
 from zipr1.core.load import OLD_NAMES, differences, load, load_written, validate
 from zipr1.core.methods import METHODS, parse
@@ -382,3 +383,45 @@ def test_names_of_efficiency_methods():
 )  # fmt: skip
 def test_a_value_that_cannot_be_shown_is_one_line(tmp_path, text, said):
     assert said in fail(write(tmp_path, text))
+
+
+def bomb(line: str) -> str:
+    """Each line says the one before twice: 2^60 values."""
+    lines = ["a0: &a0 {k: 1}", *(line.format(i=i, b=i - 1) for i in range(1, 60))]
+    return "\n".join([*lines, "seed: *a59"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["a{i}: &a{i} [*a{b}, *a{b}]", "a{i}: &a{i} {{x: *a{b}, y: *a{b}}}", "a{i}: &a{i} {{<<: [*a{b}, *a{b}]}}"],
+    ids=["lists", "mappings", "merged"],
+)  # fmt: skip
+def test_aliases_of_aliases_are_not_written_out(tmp_path, line):
+    said = "not YAML: its aliases stand for more than 100,000 values"
+    assert said in fail(write(tmp_path, bomb(line)))
+    # On the command line.
+    assert said in fail("tiny", ["model.config={" + bomb(line).replace("\n", ", ") + "}"])
+
+
+def test_aliases_are_allowed_as_far_as_they_are_written_out(tmp_path, monkeypatch):
+    text = "data: {columns: &x {a: b}}\nmodel: {config: {<<: *x, c: *x}}\n"
+    recipe = load(write(tmp_path, text))
+    assert recipe.model.config == {"a": "b", "c": {"a": "b"}}
+    monkeypatch.setattr(config, "MOST", 10)
+    for more in (8, 9):  # with the list itself and the first: ten values, and eleven
+        text = "[" + ", ".join(["&a 1", *["*a"] * more]) + "]"
+        if more == 8:
+            assert config.parse(text, "x") == [1] * 9
+        else:
+            with pytest.raises(InputError, match="x:1: not YAML: its aliases stand for more than"):
+                config.parse(text, "x")
+
+
+@pytest.mark.parametrize(
+    "value", ["a/b.jsonl", "a b's", "1", "true", "rows.json:[:-5]", "a: b", "#x", "", "[x", True]
+)
+def test_an_assignment_is_typed_as_it_is_read(value):
+    (word,) = shlex.split(config.assignment("data.source", value))
+    values: dict[str, object] = {}
+    config.override(values, word)
+    assert values == {"data": {"source": value}}

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -72,8 +74,8 @@ def test_checkpoints_are_complete_linked_and_pruned(root):
     assert names(root / "checkpoints") == ["step-000002", "step-000010"]
     assert (root / "last").resolve() == path.resolve()
     assert os.readlink(root / "last") == "checkpoints/step-000010"
-    block = hashlib.sha256(b"weights").digest()
-    about = {"bytes": 7, "digest": hashlib.sha256(block).hexdigest()}
+    block = bytes.fromhex("1ad27358")  # by gzip
+    about = {"bytes": 7, "crc32": hashlib.sha256(block).hexdigest()}
     assert read_json(path / "complete.json") == {"step": 10, "files": {"adapter/a.bin": about}}
     run.save_checkpoint(10, write("other"), keep=1)
     assert (root / "last" / "adapter" / "a.bin").read_text() == "other"
@@ -136,11 +138,42 @@ def test_damaged_checkpoints_are_passed_over_and_named(root, harm, said, caplog)
     assert str(told.value).startswith(f"{newest}: {said}; no other checkpoint is whole: bring it")
 
 
+@pytest.mark.parametrize("name", ["/etc/hostname", "../../secret", "a/../../../secret", "a/.."])
+def test_a_checkpoint_that_names_files_outside_of_it_is_damaged(root, name, monkeypatch):
+    """They are neither looked at nor read: one might be a device."""
+    newest = RunDir.open(Recipe(), root).save_checkpoint(5, write())
+    (root / "secret").write_text("x")
+    known = {"step": 5, "files": {name: {"bytes": 1, "crc32": digest(root / "secret")}}}
+    (newest / "complete.json").write_text(json.dumps(known))
+    monkeypatch.setattr(checksums, "digest", None)
+    said = f"complete.json names {name}, which is outside of the checkpoint"
+    assert checksums.problem(newest) == said and not is_complete(newest)
+
+
+def test_hashing_goes_on_while_the_disk_is_waited_for(root, monkeypatch):
+    """Neither waits for the other to end."""
+    meet = threading.Barrier(2, timeout=60)
+
+    def meets(real):
+        return lambda path: (meet.wait(), real(path))[1]
+
+    folder = root / "a"
+    folder.mkdir(parents=True)
+    (folder / "x").write_text("weights")
+    monkeypatch.setattr(checksums, "digest", meets(checksums.digest))
+    monkeypatch.setattr(checksums, "sync", meets(checksums.sync))
+    checksums.write(folder, 3)
+    monkeypatch.undo()
+    assert checksums.problem(folder) is None
+    (folder / "x").write_text("weightz")
+    assert checksums.problem(folder) == "x is not as it was written: its hash is another"
+
+
 def test_hashes_are_of_all_bytes_in_their_order(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "BLOCK", 4)
     path = tmp_path / "x"
     path.write_bytes(b"abcdefghij")
-    blocks = b"".join(hashlib.sha256(part).digest() for part in (b"abcd", b"efgh", b"ij"))
+    blocks = b"".join(crc32(part).to_bytes(4) for part in (b"abcd", b"efgh", b"ij"))
     assert digest(path) == hashlib.sha256(blocks).hexdigest()
     seen = {digest(path)}
     for text in (b"", b"abcd", b"efghabcdij", b"abcdefghijk", *(
@@ -151,9 +184,10 @@ def test_hashes_are_of_all_bytes_in_their_order(tmp_path, monkeypatch):
         seen.add(digest(path))
 
 
-def test_a_checkpoint_of_the_first_version_has_sizes_alone(root):
+@pytest.mark.parametrize("about", ["7", '{"bytes": 7, "digest": "of another kind"}'])
+def test_a_checkpoint_of_an_earlier_version_has_sizes_alone(root, about):
     newest = RunDir.open(Recipe(), root).save_checkpoint(5, write())
-    (newest / "complete.json").write_text('{"step": 5, "files": {"adapter/a.bin": 7}}')
+    (newest / "complete.json").write_text(f'{{"step": 5, "files": {{"adapter/a.bin": {about}}}}}')
     assert checksums.problem(newest) is None and RunDir.open(Recipe(), root).start_step == 5
     (newest / "adapter/a.bin").write_text("wei")
     assert checksums.problem(newest) == "adapter/a.bin has 3 bytes and was written with 7"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -208,3 +211,32 @@ def test_ctrl_c_again_and_again_is_one_line(tmp_path, number, code):
     name = "interrupted" if code == 130 else "stopped by SIGTERM"
     assert said == f"error: {name}; nothing was written: the folder is made whole or not at all\n"
     assert not list(tmp_path.iterdir())
+
+
+# Interrupted while the first of its libraries is imported.
+EARLY = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a shell has put it into the background
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Press())
+from zipr1.__main__ import program
+program()
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_ctrl_c_while_python_still_imports_is_one_line(options):
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY, "env", *options], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "error: interrupted; nothing was done\n")
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert said == ([{"error": "interrupted", "exit_code": 130}] if options else [])
+
+
+def test_the_command_is_what_says_so():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"zipr1": "zipr1.__main__:program"}

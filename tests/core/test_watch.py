@@ -8,8 +8,9 @@ import pytest
 
 from zipr1.core import activity, distributed, files, signals, watch
 from zipr1.core.errors import InputError, RunError
+from zipr1.core.judge import Judge, Sign
 from zipr1.core.load import validate
-from zipr1.core.watch import Ending, Judge, Sign
+from zipr1.core.watch import Ending
 
 
 def judge(*signs: Sign | None, limit: float = 60) -> Judge:
@@ -164,7 +165,7 @@ def test_who_ends_with_the_store_waits_until_the_others_know_why(two, second_hea
 
 
 def test_a_rank_whose_fault_it_is_or_that_has_not_come_is_not_waited_for(two):
-    first, second = two
+    first, _ = two
     first._end(Ending([1], 1, "rank 1 has shown no sign of life"))
     first._outstay()
     assert watch.time.now == 0

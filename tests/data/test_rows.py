@@ -14,7 +14,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.recipe import Data
 from zipr1.data import rows, video
 from zipr1.data.media import load_media
-from zipr1.data.sources import load
+from zipr1.data.sources import files_in, load
 
 
 @pytest.fixture
@@ -264,3 +264,30 @@ def test_files_go_through_load(folder):
     assert heldout == [p.id for p in load(data, "heldout", 2)]
     with pytest.raises(InputError, match="no such data file"):
         load(Data(source=str(folder / "gone.jsonl")), "train", 0)
+
+
+def test_files_that_a_recipe_names_outside_of_its_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "digits").mkdir()  # the embedded ones go first
+    inside, outside = tmp_path / "run", {
+        "rows.jsonl", "~/rows.jsonl", "/a/b", "./c", "run/../d.json", "owner/name:test", "e.parquet:[:-5]",
+    }  # fmt: skip
+    within = {
+        "run/rows.jsonl",
+        "digits",
+        "validation",
+        "of/hub:train",
+        "of/hub:test:[5:]",
+        f"{inside}/x:[1:]",
+    }
+    for source in outside | within:
+        found = {"data.source": source} if source in outside else {}
+        assert files_in(Data(source=source), inside) == found
+        found = {key.replace("source", "heldout"): value for key, value in found.items()}
+        assert files_in(Data(heldout=source), inside) == found
+    assert files_in(Data(media_root="run/media"), inside) == {}
+    assert files_in(Data(media_root="of/hub"), inside) == {"data.media_root": "of/hub"}
+    (inside / "link").parent.mkdir()
+    (inside / "link").symlink_to(tmp_path)
+    assert files_in(Data(source="run/link/rows.json"), inside) != {}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -82,6 +85,54 @@ def test_frames_are_spread_evenly(clip, backend, max_frames, fps, rule, rows):
     assert frames.shape == (len(rows), 32, 64, 3)
     assert np.round(frames.mean((1, 2, 3)) / 10).astype(int).tolist() == rows
     assert seen_fps == pytest.approx(10.0 * len(rows) / 20)
+
+
+HLS = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:3\n#EXTINF:3.0,\n{}\n#EXT-X-ENDLIST\n"
+CONCAT = "ffconcat version 1.0\nfile {}\n"
+SDP = "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
+ONE_FILE = "no kind of file that is read as a clip|cannot be read as a video"
+
+
+@pytest.mark.parametrize("ending", ["mp4", "m3u8", "webm", "sdp"])
+@pytest.mark.parametrize("text", [HLS, CONCAT, SDP], ids=["hls", "concat", "sdp"])
+def test_a_clip_that_names_other_files_is_refused(clip, backend, tmp_path, text, ending):
+    """A list of files, whatever it calls itself, is followed by FFmpeg."""
+    with av.open(str(clip)) as source, av.open(str(tmp_path / "other.ts"), "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    for other in ("other.ts", tmp_path / "other.ts", "clip.mp4", f"file://{clip}"):
+        path = tmp_path / f"list.{ending}"
+        path.write_text(text.format(other))
+        for look in (video.read, video.check):
+            with pytest.raises(InputError, match=rf"list\.{ending}: ({ONE_FILE})") as error:
+                look(path)
+            assert "\n" not in str(error.value)
+    assert len(video.read(tmp_path / "other.ts")[0]) == 20  # whole, and read by who asks for it
+
+
+def test_lists_would_be_followed(clip, tmp_path):
+    """What the test above refuses is a way to other files."""
+    path = tmp_path / "list.mp4"
+    path.write_text(CONCAT.format("clip.mp4"))
+    with av.open(str(path)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 20
+
+
+def test_a_name_is_no_pattern_and_no_protocol(clip, backend, tmp_path, monkeypatch):
+    """`%d` would stand for all pictures of a folder, and `concat:` for the files that it names."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(3):
+        Image.new("RGB", (64, 64)).save(f"{i}.png")
+    for name in ("%d.png", "concat:clip.mp4", "subfile,,start,0,end,0,,:clip.mp4"):
+        Path(name).write_text("nothing")
+        with pytest.raises(InputError, match=f"{re.escape(name)}: ({ONE_FILE})"):
+            video.read(name)
+        Path(name).write_bytes(clip.read_bytes())
+        if "%" not in name:
+            assert len(video.read(name)[0]) == 20
 
 
 def test_the_fallback_says_why_once(clip, monkeypatch, caplog):

@@ -262,6 +262,9 @@ def test_printed_numbers_are_those_of_the_file(evaluated):
     assert all(
         r["difference"] == 0 and r["same_answers"] == 1 and r["token_ratio"] == 1 for r in dense
     )
+    # Of dense and itself nothing is uncertain, however few the questions; of eight others much is.
+    assert all(r["difference_ci"] == [0, 0] for r in dense)
+    assert all(r["difference_ci"][1] > 5 for r in results["rows"] if r["p"] < 1)
 
 
 def test_report_files(evaluated):

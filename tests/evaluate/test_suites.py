@@ -5,6 +5,8 @@ from standins import MVBENCH
 
 from zipr1.core.errors import InputError
 from zipr1.core.load import load
+from zipr1.evaluate import names as module
+from zipr1.evaluate.names import own_tasks, suites_of
 from zipr1.evaluate.suites import EMBEDDED, GROUPS, SUITES, resolve
 from zipr1.models.manifest import TINY
 from zipr1.models.open import find_source
@@ -30,9 +32,9 @@ def test_tasks_and_metrics_are_lmms_evals():
     pytest.importorskip("lmms_eval")
     from lmms_eval.tasks.mvbench.utils import DATA_LIST
 
-    from zipr1.evaluate.harness import TASKS, task_names
+    from zipr1.evaluate.harness import TASKS
 
-    known = set(task_names())
+    known = set(own_tasks())
     for suite in SUITES.values():
         if suite.name in EMBEDDED:
             continue
@@ -45,6 +47,31 @@ def test_tasks_and_metrics_are_lmms_evals():
             for word in (*task.metric, task.hub, task.split):
                 assert any(word in text for text in texts), (task.name, word)
     assert MVBENCH == DATA_LIST
+
+
+def test_names_are_read_from_its_files_as_it_reads_them_itself():
+    pytest.importorskip("lmms_eval")
+    from zipr1.evaluate.harness import _register
+
+    assert list(own_tasks()) == sorted(_register().all_tasks) and len(own_tasks()) > 1000
+    assert [suite.name for suite in suites_of(["ai2d", "digits"])] == ["ai2d", "digits"]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("task: a_b\ngroup: ['c', d.e]\n", {"a_b", "c", "d.e"}),
+        ('\ufeff"task" : "a b" # not c\ntag:\n  - x\n  - "y"\nother: z\n', {"a b", "x", "y"}),
+        ("group: g\ntask:\n- of_another_file\n- task: inside\n", {"g"}),
+        ("task_list:\n- no\ndataset: {task: no}\nlast: no\n", set()),
+    ],
+)
+def test_a_task_file_names_its_task_group_and_tags(text, names, tmp_path, monkeypatch):
+    (tmp_path / "tasks" / "one").mkdir(parents=True)
+    (tmp_path / "tasks" / "one" / "_default_template_yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "tasks" / "one" / "make_yaml.py").write_text("task: no\n")
+    monkeypatch.setattr(module, "lmms_eval_folder", lambda: tmp_path)
+    assert set(own_tasks.__wrapped__()) == names
 
 
 def test_the_embedded_model_is_evaluated_as_it_is_trained():

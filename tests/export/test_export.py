@@ -19,6 +19,7 @@ import zipr1
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.recipe import Lora, Model
 from zipr1.core.rundir import RunDir
+from zipr1.data.embedded import SOURCES
 from zipr1.export import merged, verify
 from zipr1.export import session as exports
 from zipr1.export.session import FORMATS, export
@@ -328,7 +329,7 @@ def test_the_best_checkpoint_by_its_folder_and_by_its_name(run, exported, tmp_pa
     folder.save_checkpoint(6, lambda to: shutil.copytree(trained, to / "model"), best=True)
     folder.save_checkpoint(7, lambda to: untouched.save(to / "model"))
     wanted = load_file(exported / "model.safetensors")
-    for name, path, checkpoint in (("a", root / "best", "last"), ("b", root, "best")):
+    for name, path, checkpoint in (("a", root / "best", None), ("b", root, "best")):
         result = export(path, tmp_path / name, device="cpu", checkpoint=checkpoint)
         assert result["step"] == 6
         found = load_file(tmp_path / name / "model.safetensors")
@@ -347,11 +348,25 @@ def test_a_run_without_a_checkpoint(tmp_path):
         export(tmp_path / "run", tmp_path / "x", device="cpu")
 
 
-def test_questions_whose_files_are_gone_are_replaced_by_digits():
-    lost = tinyruns.recipe(data={"source": "gone.jsonl", "heldout": "gone.jsonl"})
-    prompts, origin = verify.samples(lost)
-    assert origin == "embedded digits" and len(prompts) == 4
-    assert len({p.task for p in prompts}) == 3
+@pytest.mark.parametrize(
+    ("data", "family"),
+    [({}, "digits"), ({"source": "pages"}, "pages"), ({"source": "a.jsonl", "heldout": "b"}, "digits")],
+)  # fmt: skip
+def test_a_run_is_asked_embedded_questions(data, family):
+    """Of a run on rows of its own too: its recipe may name any file."""
+    recipe = tinyruns.recipe(data=data)
+    prompts, origin = verify.samples(recipe, ("image", "video"))
+    assert origin == f"embedded {family}" and len(prompts) == 4
+    assert {p.task for p in prompts} == set(SOURCES[family].TASKS)
+    pictures, _ = verify.samples(recipe, ("image",))
+    assert len(pictures) == 4 and {m.kind for p in pictures for m in p.media} == {"image"}
+
+
+def test_a_checkpoint_of_a_checkpoint_is_refused(run, tmp_path):
+    for given in (run / "last", (run / "last").resolve()):
+        with pytest.raises(InputError, match=r"--checkpoint 3: .* is a checkpoint itself; give"):
+            export(given, tmp_path / "x", device="cpu", checkpoint="3")
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_stock_processor_classes_exist():

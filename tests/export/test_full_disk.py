@@ -13,15 +13,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tinymodels
+import tinyruns
+import torch
 from commands import call
+from matplotlib.figure import Figure
+from rich.console import Console
 from tinyruns import hashes
 
+from zipr1.core.plots import save
+from zipr1.evaluate import compared, session
 from zipr1.evaluate import folder as evaluation
 from zipr1.export import merged
 from zipr1.export import session as exports
 from zipr1.models.open import open_model as really_open
 from zipr1.profiling import report
+from zipr1.train.heldout import Result
+
+ROOT = Path(__file__).resolve().parents[2]
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -151,19 +162,100 @@ def test_what_an_evaluation_writes_is_whole_or_not_there(tmp_path):
 RESULT: dict[str, Any] = {"model": {"name": "x"}, "rows": []}
 
 
+def figure(text: str = "") -> Figure:
+    made = Figure(figsize=(1, 1))
+    made.text(0, 0, text)
+    return made
+
+
+def test_a_figure_is_the_new_one_or_the_old_one(tmp_path):
+    """Every figure of every command is saved by one function."""
+    saving = [p for p in (ROOT / "zipr1").rglob("*.py") if ".savefig(" in p.read_text()]
+    assert [p.name for p in saving] == ["plots.py"]
+    path = tmp_path / "a" / "x.png"
+    with full_at(0) as calls:
+        save(figure("old"), path)
+    old = path.read_bytes()
+    for number in range(1, len(calls) + 1):
+        with full_at(number), contextlib.suppress(OSError):
+            save(figure("new"), path)
+            path.write_bytes(
+                old
+            )  # nothing was lost with that call, such as making a folder that is there
+        assert [p.name for p in path.parent.iterdir()] == ["x.png"] and path.read_bytes() == old
+    with limited(len(old) // 2), pytest.raises(OSError, match="too large"):
+        save(figure("new"), path)
+    assert [p.name for p in path.parent.iterdir()] == ["x.png"] and path.read_bytes() == old
+
+
 def test_a_profile_is_whole_or_not_there(tmp_path, monkeypatch):
-    """The figures are left out; the files around them fail in turn, and the command says so in one line."""
+    """One figure stands for all; the files fail in turn, and the command says so in one line."""
     monkeypatch.setattr(report, "page", lambda *a: "page")
-    monkeypatch.setattr(report.plots, "draw", lambda *a: [])
+    monkeypatch.setattr(report.plots, "draw", lambda *a: save(figure(), a[2] / "phases.png") and [])
     monkeypatch.setattr(report, "show", lambda *a: None)
     monkeypatch.setattr("zipr1.profiling.session.profile", lambda request: RESULT)
+    assert_whole_or_not_there("profile", ["--model", "tiny"], tmp_path, "profile.json")
+
+
+def test_a_comparison_is_whole_or_not_there(tmp_path, monkeypatch):
+    root = tmp_path / "run"
+    tinymodels.make().save(tmp_path / "model")
+    tinyruns.start(tinyruns.write(tmp_path / "r.yaml", tmp_path / "model"), root)
+    monkeypatch.setattr(compared.curves, "overlay", lambda *a: [])
+    assert_whole_or_not_there("compare", [root, root], tmp_path / "made", "comparison.json")
+
+
+def assert_whole_or_not_there(name: str, arguments: list[Any], root: Path, first: str) -> None:
+    """The command, with each call failing in turn that changes the disk: one line, and of its files each is as it
+    should be or is not there. first: what is written before the page."""
     with full_at(0) as calls:
-        assert call("profile", "--model", "tiny", "-o", tmp_path / "all")[0] == 0
+        assert call(name, *arguments, "-o", root / "all")[0] == 0
+    whole = hashes(root / "all")
+    assert {first, "report.html"} <= whole.keys() and len(calls) > 6
+    failed = 0
     for number in range(1, len(calls) + 1):
-        folder = tmp_path / str(number)
+        folder = root / str(number)
         with full_at(number):
-            code, said = call("profile", "--model", "tiny", "-o", folder)
-        assert code in (0, 1, 2) and said.startswith("error: " if code else "report: "), said
-        assert not list(folder.glob(".tmp-*"))
-        made = ["profile.json", "report.html"] if code == 0 else ["profile.json"]
-        assert {p.name for p in folder.glob("*.*")} <= {*made, ".zipr1.lock"}
+            code, said = call(name, *arguments, "-o", folder)
+        there = hashes(folder) if folder.is_dir() else {}
+        assert there.items() <= whole.items(), there.keys()
+        if code:
+            failed += 1
+            assert code in (1, 2) and said.startswith("error: ") and "cannot be written" in said
+        else:
+            assert there == whole
+    assert failed > 3
+
+
+def test_figures_of_a_run_and_of_an_evaluation_say_where(run, tmp_path, monkeypatch):
+    """The disk is full when the last thing is drawn: what it was stands in the line."""
+    full = OSError(FULL.errno, FULL.strerror)
+
+    def draw(*arguments: Any, **options: Any) -> Any:
+        raise full
+
+    from zipr1.evaluate import plots
+    from zipr1.train import summary
+
+    monkeypatch.setattr(plots, "draw", draw)
+    (tmp_path / "eval").mkdir()
+    folder = evaluation.Folder(tmp_path / "eval")
+    monkeypatch.setattr(evaluation.Folder, "read", lambda self, name: {"task": name})
+    with pytest.raises(exports.RunError, match=r"eval: cannot be written .* then run again"):
+        session.write(folder, {"rows": [{"task": "digits"}]}, Console(quiet=True))
+    monkeypatch.setattr(summary, "kept_picture", draw)
+    policy = tinymodels.make()
+    prompts = tinyruns.questions()[:1]
+    settings = tinyruns.recipe()
+    with pytest.raises(
+        exports.RunError, match=r"kept-digits.png: cannot be written .* then resume"
+    ):
+        summary.pictures(policy, settings, prompts, {"after": kept_all(policy, prompts)}, tmp_path)
+
+
+def kept_all(policy: Any, prompts: Any) -> Result:
+    """A result that kept the first token in every layer."""
+    n, layers = len(prompts), policy.layers
+    kept = [[torch.tensor([0])] * layers for _ in prompts]
+    ones = np.ones(n)
+    return Result(prompts, ones, ones, np.ones((n, layers)), ["x"] * n, kept=kept)

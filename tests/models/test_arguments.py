@@ -186,7 +186,8 @@ def test_packed_sequences_are_refused_and_right_at_one(family):
     ]
     with zipr1.sparse(model, 1.0):
         alone = model(**call).logits
-    torch.testing.assert_close(alone, torch.cat(halves, dim=1), atol=2e-4, rtol=1e-4)
+    if family not in tinymodels.HYBRID:  # a linear layer's state goes on, in the stock model too
+        torch.testing.assert_close(alone, torch.cat(halves, dim=1), atol=2e-4, rtol=1e-4)
     with zipr1.sparse(model, 0.5, **SPARSE):
         for cached in (False, True):
             with pytest.raises(InputError, match="position_ids: restart or jump within a row"):

@@ -4,6 +4,7 @@ tried with a module that leaves a mark when it is run."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,10 +14,8 @@ import pytest
 import yaml
 from test_doors import DOORS
 
-import zipr1
 from zipr1.core import checksums
 from zipr1.core.errors import ZipError
-from zipr1.export.session import export
 
 EVIL = """
 import pathlib
@@ -143,28 +142,43 @@ def test_planted_code_would_be_found(theirs, runs, tmp_path):
     del sys.modules["evil"]
 
 
-@pytest.mark.parametrize("field", ["rewards", "data"])
-def test_what_a_runs_recipe_names_outside_of_it_is_not_run(
-    runs, theirs, monkeypatch, tmp_path, field
+def test_what_a_runs_recipe_names_outside_of_it_is_neither_run_nor_opened(
+    runs, theirs, monkeypatch, tmp_path
 ):
-    """A downloaded run: its reward is a file, its questions are rows that name a reward file. Every command that only
-    opens it reads neither; `train --resume` of such a run asks for the user's own recipe or word."""
+    """A downloaded run: its reward is a file of code, its questions are rows of this machine. Every command that only
+    opens it reads neither; `train --resume` of such a run asks for the user's own recipe or word (test_cli.py)."""
     root, mark, _ = theirs(runs["whole"], lambda *a: None)
-    path = root / "recipe.yaml"
+    path, evil = root / "recipe.yaml", tmp_path / "importable" / "evil.py"
+    private = tmp_path / "private"
+    private.mkdir()
+    row = {"image": "a.png", "question": "q", "answer": "a"}
+    (private / "rows.jsonl").write_text(json.dumps(row) + "\n")
     recipe = yaml.safe_load(path.read_text())
-    evil = tmp_path / "importable" / "evil.py"
-    row = {"image": "no.png", "question": "q", "answer": "a", "reward": f"{evil}:reward"}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    if field == "rewards":
-        recipe["rewards"]["check"] = f"{evil}:reward"
-    else:
-        recipe["data"] |= {
-            "source": str(tmp_path / "rows.jsonl"),
-            "heldout": str(tmp_path / "rows.jsonl"),
-        }
+    recipe["rewards"]["check"] = f"{evil}:reward"
+    rows = str(private / "rows.jsonl")
+    recipe["data"] |= {"source": rows, "heldout": rows, "media_root": str(private)}
     path.write_text(yaml.safe_dump(recipe))
-    for door in ("eval", "profile", "load"):
-        DOORS[door](str(root), monkeypatch, tmp_path)
-    export(root, tmp_path / "out", device="cpu")
-    zipr1.load(str(tmp_path / "out"), device="cpu")
-    assert not mark.exists()
+    opened: list[str] = []
+    _opens.append(opened.append)
+    try:
+        for door in DOORS:
+            DOORS[door](str(root), monkeypatch, tmp_path / door)
+        assert not mark.exists() and str(path) in opened
+        assert not [name for name in opened if str(private) in name or name == str(evil)]
+        (private / "rows.jsonl").read_text()
+        assert rows in opened  # the trap works
+    finally:
+        _opens.pop()
+
+
+# What hears of files and folders that Python opens, if anything does; a hook of audits cannot be taken off.
+_opens: list[Any] = []
+
+
+def _heard(event: str, arguments: tuple[Any, ...]) -> None:
+    if _opens and event in ("open", "os.listdir", "os.scandir"):
+        name = arguments[0]
+        _opens[-1](os.fsdecode(name) if isinstance(name, bytes) else str(name))
+
+
+sys.addaudithook(_heard)

@@ -172,7 +172,8 @@ def test_a_dry_run_plans_it(tmp_path, family, lora):
         assert own == total - tower and parts["reference"] == 4 * own
     assert parts["weights"] == 4 * (total + own * lora)
     assert (parts["gradients"], parts["optimizer"]) == (4 * own, 8 * own)
-    # Keys and values of 2 heads of 16 numbers in each layer that holds them: 2 questions, 2 rollouts and a greedy answer each.
+    # Keys and values of 2 heads of 16 numbers in each layer that holds them: 2 questions, 2 rollouts and a greedy
+    # answer each.
     assert result["rollout_rows"] + result["greedy_rows"] == 6
     assert (
         parts["kv_cache"] == attending * 2 * 2 * 16 * 6 * (result["prompt_tokens"]["max"] + 3) * 4

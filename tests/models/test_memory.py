@@ -125,6 +125,17 @@ def test_fixed_parts_are_exact():
     assert parts["gradients"] == 4 * own and parts["optimizer"] == 8 * own
 
 
+def test_a_cpu_holds_half_of_what_an_update_makes_besides():
+    s, recipe = shape_of("qwen2.5-vl-3b"), Recipe()
+    gpu, cpu = (memory.memory(s, recipe, 500, cpu=on_cpu) for on_cpu in (False, True))
+    half = (gpu["activations"] + gpu["logits"]) // 2
+    assert gpu["allocator"] == 0 and cpu["allocator"] == half
+    assert cpu["peak"] - gpu["peak"] == half
+    assert {k: v for k, v in cpu.items() if k not in ("allocator", "peak")} == {
+        k: v for k, v in gpu.items() if k not in ("allocator", "peak")
+    }
+
+
 def test_sharding_divides_and_memory_grows_with_what_it_should():
     s = shape_of("qwen2.5-vl-7b")
     sharded = Recipe(train=Train(parallel="fsdp"))

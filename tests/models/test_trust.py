@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,9 @@ def test_every_family_has_all_its_weights(tmp_path, family):
     load_policy(settings, "cpu")
     file = folder / "model.safetensors"
     whole = load_file(file)
-    name = next(n for n in sorted(whole) if "layers.1" in n and "mlp" in n)
+    # Not an expert of many, which is told by the stack it is missing from.
+    single = (n for n in sorted(whole) if not re.search(r"experts\.\d", n))
+    name = next(n for n in single if "layers.1" in n and "mlp" in n)
     vision = next(n for n in sorted(whole) if "visi" in n or "visual" in n)
     for damage, lost in (("missing", name), ("misshaped", name), ("missing", vision)):
         changed(file, damage, lost)
@@ -222,6 +225,36 @@ def test_an_adapter_of_another_kind_is_refused_before_peft_reads_it(
     said = (str(settings), "peft_type: got", "LORA is allowed")
     refused(lambda: with_adapter(None, weights.parent), *said)
     assert not read
+
+
+# Each makes Python's `re` try more ways than there are atoms, on the name of any module.
+ENDLESS = {
+    "target_modules": r"(.*\w)*:",
+    "exclude_modules": r"((\w|\.)+)+:",
+    "modules_to_save": [r"((\w+\.?)+)+:"],
+    "layers_pattern": [r"(.+)+:"],
+    "rank_pattern": {r"((.*)+)+:": 4},
+    "alpha_pattern": {r"(\w+_?)*:": 4},
+}
+
+
+@pytest.mark.parametrize("field", ENDLESS)
+def test_a_pattern_that_never_comes_to_an_end_is_refused(runs, monkeypatch, tmp_path, field):
+    """Honest ones, as others write them, are not."""
+    weights = copy(runs["lora"], tmp_path / "run")[1]
+    settings = weights.with_name("adapter_config.json")
+    values = json.loads(settings.read_text())
+    model = load_policy(Model(path="tiny"), "cpu").model
+    honest = (
+        r"^(?!.*(?:visual)).*?(?:language|text).*?(?:self_attn|mlp).*?(?:q|k|v|o|gate|up|down)_proj"
+    )
+    settings.write_text(json.dumps({**values, "target_modules": honest}))
+    with_adapter(model, weights.parent)
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", None)
+    monkeypatch.setattr("zipr1.models.patterns.LIMIT", 1.0)  # the longer, the same
+    settings.write_text(json.dumps({**values, field: ENDLESS[field]}))
+    said = (str(settings), "take longer than 1 s", "list the modules by name")
+    refused(lambda: with_adapter(model, weights.parent), *said)
 
 
 # --- the optimizer

@@ -21,6 +21,7 @@ from zipr1.models.sparse.patch import sparse_attention
 from zipr1.models.sparse.request import PromptBatch, Request
 from zipr1.profiling import counting, measure, rows, subject
 from zipr1.profiling.rates import Rates
+from zipr1.profiling.request import check
 from zipr1.profiling.session import ProfileRequest, profile
 
 
@@ -344,7 +345,7 @@ def test_an_allocation_that_fails_is_a_row(monkeypatch):
         (["--model", "qwen2.5-vl-8b"], "did you mean qwen2.5-vl-7b?"),
         (["--lengths", "40", "--keep", "0"], "--keep 0: outside (0, 1]"),
         (["--lengths", "40", "--keep", "1.01"], "--keep 1.01: outside (0, 1]"),
-        (["--lengths", "400000"], "length 400000 is outside 1..4096, what tiny was made for"),
+        (["--lengths", "400000"], "--lengths 400000 is outside 1..4096, what tiny was made for"),
         (["--batch", "0"], "--batch 0: give 1 or more"),
         (["--card", "--measure-tflops"], "--card counts, and runs and writes nothing; leave out --measure-tflops"),
         (["--visual", "0.5"], "--visual is for --card"),
@@ -370,6 +371,4 @@ def test_pictures_need_a_tokenizer(tmp_path):
     path = tmp_path / "x.png"
     path.write_bytes(b"x")
     with pytest.raises(InputError, match="no tokenizer"):
-        subject.Subject(None, cost.shape_of("tiny"), 4, Sparse(), "random").real(
-            subject.given_prompt(path, None), 1
-        )
+        check(ProfileRequest("qwen2.5-vl-3b", image=path))

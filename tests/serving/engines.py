@@ -220,3 +220,15 @@ def apart(found: list[Said], wanted: list[Said]) -> float:
         for a, b in zip(one.logprobs, other.logprobs)
     ]
     return max(gaps)
+
+
+def running(made, counts):
+    """In place of a scheduler's `update_from_output`: notes how many requests hold blocks in each step."""
+    scheduler = made.scheduler
+    update = scheduler.update_from_output
+
+    def watched(*args):
+        counts.append(len(scheduler.running))
+        return update(*args)
+
+    return watched

@@ -194,16 +194,18 @@ def test_after_a_preemption_the_prompt_alone_is_chosen_from():
         ledger.of(3)
 
 
-def test_a_prompt_read_in_parts_is_an_error():
+@pytest.mark.parametrize(("rows", "read"), [(4, 8), (4, 4), (1, 1), (1, 9)])
+def test_a_prompt_read_in_parts_is_an_error(rows, read):
+    """The first part is not taken for a whole prompt, nor the last, of one token, for an answer."""
     ledger = Ledger(2)
     ledger.begin(step_of(new=[("a", 9, [3])]))
-    with pytest.raises(RunError, match="reads a prompt of 9 tokens in parts, 4 now"):
+    with pytest.raises(RunError, match=f"reads a prompt of 9 tokens in parts, {rows} now"):
         Step(
             ledger,
-            starts=torch.tensor([0, 4]),
-            lengths=torch.tensor([8]),
+            starts=torch.tensor([0, rows]),
+            lengths=torch.tensor([read]),
             table=torch.tensor([[3, 4]]),
-            tokens=4,
+            tokens=rows,
             size=4,
             layers=2,
         )

@@ -1,5 +1,6 @@
 """What is served how: sparse, dense with a reason, or refused in a line, before a model is loaded."""
 
+import inspect
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.recipe import Sparse
@@ -19,6 +21,8 @@ from zipr1.serving.vllm import limits
 from zipr1.serving.vllm.settings import KEY, asked, marked, wanted
 
 ROOT = Path(__file__).parents[2]
+# Other families that zipr1 exports.
+OTHERS = ("Qwen3VLForConditionalGeneration", "LlavaOnevisionForConditionalGeneration")
 # Of Qwen2-VL and Qwen2.5-VL, as their processors choose frames.
 RULE = {"even": True, "least": 4, "most": 768, "fps": None, "number": None}
 
@@ -30,6 +34,7 @@ def plain(**changed):
             architecture=limits.ARCHITECTURES[1],
             hf_text_config=SimpleNamespace(use_sliding_window=False),
             model_impl="auto",
+            dtype=torch.bfloat16,
             runner_type="generate",
             quantization=None,
             get_multimodal_config=lambda: SimpleNamespace(is_multimodal_pruning_enabled=bool),
@@ -46,6 +51,7 @@ def plain(**changed):
             worker_cls="auto",
         ),
         scheduler_config=SimpleNamespace(scheduler_cls=None),
+        attention_config=SimpleNamespace(backend=None, backend_per_kind={}),
         kv_transfer_config=None,
         ec_transfer_config=None,
         speculative_config=None,
@@ -58,7 +64,7 @@ def plain(**changed):
 
 
 REFUSED = {
-    "model_config__model_impl": ("transformers", "--model-impl"),
+    "model_config__model_impl": ("transformers", "--model-impl transformers"),
     "model_config__runner_type": ("pooling", "--runner pooling"),
     "model_config__quantization": ("fp8", "--quantization"),
     "model_config__hf_text_config": (SimpleNamespace(use_sliding_window=True), "sliding windows"),
@@ -100,6 +106,26 @@ def test_each_option_that_cannot_be_is_named(path):
     assert name in reason
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "name"),
+    [
+        ("model_config__dtype", torch.float32, "--dtype float32, which FLASH_ATTN does not take"),
+        ("attention_config__backend", SimpleNamespace(name="FLASHINFER"), "--attention-backend"),
+        (
+            "attention_config__backend_per_kind",
+            {"full": SimpleNamespace(name="TRITON_ATTN")},
+            "--attention-backend other than FLASH_ATTN",
+        ),
+    ],
+)
+def test_what_a_gpu_alone_cannot_is_named(path, value, name):
+    """FlashAttention is the one backend that is known there, and takes 16 bits alone."""
+    assert name in limits.refusal(plain(**{path: value}), "cuda")
+    assert limits.refusal(plain(**{path: value}), "cpu") is None
+    known = plain(attention_config__backend=SimpleNamespace(name="FLASH_ATTN"))
+    assert limits.refusal(known, "cuda") is None
+
+
 def test_other_versions_models_and_platforms_are_refused():
     for version in ("0.31.9", "0.33.0", "0.33.0rc1", "1.0"):
         assert f"vLLM {version} was not tested" in limits.untested(version)
@@ -123,15 +149,6 @@ def test_the_environment_of_these_tests_is_in_the_range_and_plainly_pinned():
     assert limits.untested(version) is None
     (stub,) = (ROOT / "tests/serving/stand_in").glob("vllm-*.dist-info")
     assert stub.name == f"vllm-{version}+cpu.dist-info"
-
-
-def test_every_family_that_is_exported_is_known_or_refused():
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-    from zipr1.models.families import FAMILIES
-
-    names = {MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family] for family in FAMILIES}
-    assert names == {*limits.ARCHITECTURES, *limits.OTHERS}
 
 
 def test_what_a_folder_asks_for_and_what_the_server_makes_of_it(folder):
@@ -317,18 +334,65 @@ class TestWithVllm:
             assert "\n" not in str(error.value)
             assert "Dense: --additional-config" in str(error.value)
 
-    @pytest.mark.parametrize("family", limits.OTHERS)
-    def test_other_architectures_that_zipr1_exports_are_one_line(self, family):
-        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-        from vllm.plugins import load_general_plugins
-
-        load_general_plugins()
-        config = plain(model_config__architecture=family, additional_config={})
-        config.model_config.hf_config = SimpleNamespace(**{KEY: marked(Sparse(p=0.6))})
-        config.model_config.model = "no/folder"
-        with pytest.raises(RunError, match=f"{family} is not known") as error:
-            MODELS_CONFIG_MAP[family].verify_and_update_config(config)
+    @pytest.mark.parametrize(
+        ("options", "name"),
+        [
+            ({"model_impl": "transformers"}, "--model-impl transformers"),
+            *(
+                ({"hf_overrides": {"architectures": [name]}}, f"{name} is not known")
+                for name in OTHERS
+            ),
+        ],
+        ids=str,
+    )
+    def test_a_folder_that_vllm_would_serve_by_another_class_is_one_line(
+        self, folder, monkeypatch, options, name
+    ):
+        """vLLM goes by an architecture's name, to which each of these gives another one."""
+        with pytest.raises(RunError, match=name) as error:
+            self.make(folder, monkeypatch, [], **options)
         assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("change", "name"),
+        [
+            ({"p": 1.5}, "sparse.p: got 1.5"),
+            ({"q": 1}, "q"),
+            ("Dense", 'allowed: "dense", or fields'),
+        ],
+        ids=str,
+    )
+    def test_a_wrong_setting_is_one_line(self, folder, monkeypatch, change, name):
+        with pytest.raises(RunError, match=name) as error:
+            self.make(folder, monkeypatch, [], additional_config={KEY: change})
+        assert "\n" not in str(error.value)
+        assert str(error.value).startswith("zipr1: --additional-config")
+
+    def test_no_prompt_waits_for_ever(self, folder, monkeypatch):
+        """A prompt is read in one step: every option that would make a step shorter is taken back."""
+        options = {"max_num_scheduled_tokens": 64, "max_num_seqs": 48}
+        scheduler = self.make(folder, monkeypatch, [], **options).scheduler_config
+        # The longest prompt while all others answer.
+        assert scheduler.max_num_batched_tokens >= 4000 + 48
+        assert scheduler.max_num_scheduled_tokens is None  # as many as are batched
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    def test_on_a_gpu_flash_attention_is_asked_for(self, folder, monkeypatch, dtype):
+        """Some GPUs would get another backend. As far as a configuration goes: none is here."""
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        from zipr1.serving.vllm import hook
+
+        monkeypatch.setattr(hook, "platform", lambda: "cuda")
+        if dtype == "float32":
+            with pytest.raises(RunError, match="--dtype float32, which FLASH_ATTN does not take"):
+                self.make(folder, monkeypatch, [], dtype=dtype)
+            return
+        said = []
+        config = self.make(folder, monkeypatch, said, dtype=dtype)
+        assert config.attention_config.backend is AttentionBackendEnum.FLASH_ATTN
+        assert config.parallel_config.worker_cls == "zipr1.serving.vllm.worker_gpu.Worker"
+        assert said[0].endswith("the weights are float32 and run in bfloat16")
 
     def test_other_attention_backends_are_one_line(self):
         from zipr1.serving.vllm.ledger import Ledger
@@ -345,17 +409,13 @@ class TestWithVllm:
     def stranger(self, monkeypatch):
         """A vLLM whose processes have not met the plugin."""
         import vllm.config
-        from vllm.model_executor.models import config as models
         from vllm.plugins import load_general_plugins
 
         load_general_plugins()
-        from zipr1.serving.vllm import hook
-
-        known = {n: c for n, c in models.MODELS_CONFIG_MAP.items() if not issubclass(c, hook.Hook)}
-        assert known != models.MODELS_CONFIG_MAP
-        monkeypatch.setattr(models, "MODELS_CONFIG_MAP", known)
-        monkeypatch.setattr(hook, "MODELS_CONFIG_MAP", known)
         config = vllm.config.VllmConfig
+        stock = inspect.unwrap(config.try_verify_and_update_config)
+        assert stock is not config.try_verify_and_update_config
+        monkeypatch.setattr(config, "try_verify_and_update_config", stock)
         monkeypatch.setattr(config, "__post_init__", config.__post_init__)
 
     @pytest.mark.parametrize("change", ["version", "name", "field"])

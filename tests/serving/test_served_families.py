@@ -1,5 +1,7 @@
 """Qwen2-VL beside Qwen2.5-VL, and prompts of which all is kept: what vLLM says without us."""
 
+import json
+import shutil
 from importlib.util import find_spec
 
 import engines
@@ -69,3 +71,22 @@ def test_where_all_is_kept_it_is_vllm_without_us(folder):
     engines.agree(found, wanted, kept=False)
     ours = engines.reference(model, processor, prompts(), 8)
     assert [one.ids[: len(o.ids)] for one, o in zip(found, ours)] == [o.ids for o in ours]
+
+
+def test_another_p_and_the_folders_own_sampling_reach_what_is_served(folder, tmp_path):
+    """Of a base's generation_config.json, as Qwen's have it: what was in the prompt is penalised, too."""
+    copy = tmp_path / "folder"
+    shutil.copytree(folder, copy)
+    path = copy / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "repetition_penalty": 1.5}))
+    model, processor = zipr1.load(str(copy), budget=0.3)
+    wanted = engines.reference(model, processor, prompts())
+    with engines.engine(copy, additional_config={KEY: {"p": 0.3}}) as served:
+        defaults = served.llm.get_default_sampling_params()
+        assert defaults.repetition_penalty == 1.5
+        asked = engines.questions(processor, prompts())
+        found = served.ask(asked, repetition_penalty=defaults.repetition_penalty)
+        plain = served.ask(asked)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.ids, one.kept) == (other.ids, other.kept)
+    assert [one.ids for one in plain] != [one.ids for one in found]

@@ -22,28 +22,19 @@ def served(folder):
 
 @pytest.fixture(scope="module")
 def asked(folder):
-    """Forty prompts of 12 to 380 tokens, some with pictures."""
+    """Forty prompts of 12 to 380 tokens, some with pictures and clips."""
     from zipr1.data.digits import tasks
 
     _, processor = zipr1.load(str(folder))
-    prompts = engines.questions(processor, tasks.prompts("test", "digits", 12, 1, 0))
+    shown = tasks.prompts("test", "digits", 8, 1, 0) + tasks.prompts(
+        "test", "moving_digits", 4, 1, 0
+    )
+    prompts = engines.questions(processor, shown)
     rng = random.Random(0)
     words = sorted(processor.tokenizer.get_vocab().values())[10:]
     lengths = [12 + int(368 * rng.random() ** 2) for _ in range(28)]
     prompts += [{"prompt_token_ids": rng.choices(words, k=n)} for n in lengths]
     return prompts
-
-
-def running(made, counts):
-    """Notes how many requests hold blocks after each step."""
-    scheduler = made.scheduler
-    update = scheduler.update_from_output
-
-    def watched(*args):
-        counts.append(len(scheduler.running))
-        return update(*args)
-
-    return watched
 
 
 @pytest.mark.parametrize("skip", ["layer", "attention"])
@@ -92,10 +83,15 @@ def test_a_thousand_requests_are_answered_as_if_alone(served, asked, skip, monke
     assert aborted > total / 100
     assert late > total / 50
     worst = 0.0
-    for found, index, tokens in finished.values():
+    for name, (found, index, tokens) in finished.items():
         wanted = alone[index]
         assert found.ids == wanted.ids[:tokens]
         assert found.kept == wanted.kept
+        again_kept = [
+            [kept - (length - prompt) for kept in layers]
+            for prompt, length, layers in served.reads[name]
+        ]
+        assert again_kept == [wanted.kept] * len(again_kept)
         worst = max(worst, *(abs(a - b) for a, b in zip(found.logprobs, wanted.logprobs)))
     print("apart", worst)
     assert worst < engines.NEAR
@@ -118,24 +114,29 @@ def test_a_request_read_again_has_said_what_it_would_have(served, asked, folder)
     engines.agree(found, wanted)
 
 
-def test_blocks_come_back_and_more_requests_fit(served, monkeypatch):
-    """Prompts of 380 tokens in 21 blocks: dense one at a time, at a quarter kept several."""
+@pytest.mark.parametrize("blocks", [BLOCKS, 4 * BLOCKS])
+def test_blocks_come_back_and_more_requests_fit(folder, blocks, monkeypatch):
+    """Prompts of 380 tokens and answers of 40, 14 blocks each: dense, and with a quarter kept."""
     prompts = [
-        {"prompt_token_ids": random.Random(n).choices(range(10, 400), k=380)} for n in range(12)
+        {"prompt_token_ids": random.Random(n).choices(range(10, 400), k=380)} for n in range(24)
     ]
+    pool = {"block_size": SIZE, "num_gpu_blocks_override": blocks, "max_model_len": 640}
     peaks, answers = {}, {}
-    for name, settings in (
-        ("dense", {"dense_below": 10_000}),
-        ("sparse", {"rule": "top_k", "p": 0.25, "dense_below": 0}),
-    ):
-        counts = []
-        monkeypatch.setattr(served.scheduler, "update_from_output", running(served, counts))
-        with served.settings(**settings):
-            answers[name] = served.ask(prompts, tokens=40, ignore_eos=True)
-            monkeypatch.undo()
-            alone = served.ask(prompts, tokens=40, ignore_eos=True, together=False)
-        engines.agree(answers[name], alone)
-        peaks[name] = max(counts), sum(counts) / len(counts)
-    print("in flight, most and mean:", peaks)
+    with engines.engine(folder, max_num_seqs=32, **pool) as served:
+        for name, settings in (
+            ("dense", {"dense_below": 10_000}),
+            ("sparse", {"rule": "top_k", "p": 0.25, "dense_below": 0}),
+        ):
+            counts = []
+            update = engines.running(served, counts)
+            monkeypatch.setattr(served.scheduler, "update_from_output", update)
+            with served.settings(**settings):
+                answers[name] = served.ask(prompts, tokens=40, ignore_eos=True)
+                monkeypatch.undo()
+                alone = served.ask(prompts, tokens=40, ignore_eos=True, together=False)
+            engines.agree(answers[name], alone)
+            peaks[name] = max(counts), sum(counts) / len(counts)
+        assert served.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == blocks - 1
+    print(blocks - 1, "blocks; in flight, most and mean:", peaks)
     assert peaks["sparse"][0] >= 2 * peaks["dense"][0]
     assert {k for one in answers["sparse"] for k in one.kept} == {95}

@@ -4,6 +4,9 @@ import io
 import re
 
 import pytest
+import tinymodels
+import tinyruns
+from commands import call
 from rich.console import Console
 
 from zipr1.train import progress as module
@@ -92,14 +95,31 @@ def test_the_time_runs_within_a_step(monkeypatch):
     assert progress._left() == "0 s left"
 
 
-def test_a_long_step_is_told_of_where_nobody_watches(monkeypatch):
+def test_what_is_told_within_a_long_step_has_the_form_of_the_lines(monkeypatch):
+    """Each line that is printed was told word for word, so that a line a minute is no second form of it."""
     told = []
-    monkeypatch.setattr(module.activity, "tell", lambda *what: told.append(what))
-    with Progress(console(), 3) as progress:
-        for step in range(3):
+    monkeypatch.setattr(module.activity, "tell", told.append)
+    c = console()
+    with Progress(c, 20) as progress:
+        for step in range(20):
             progress.update(step, METRICS)
-    steps = [("training: step", n, 3) for n in (1, 2, 3, 3)]
-    assert told == [*steps, ("",)]
+    assert told[0] == "training 0/20" and told[-1] == "" and len(told) == 22
+    assert [line.split("  ")[0] for line in told[1:-1]] == [
+        f"training {n}/20" for n in range(1, 21)
+    ]
+    assert told[1].startswith(
+        "training 1/20  accuracy 90.0%  tokens kept 28.4%  KL to dense 0.0123"
+    )
+    printed = text(c).splitlines()
+    assert len(printed) == 11 and set(printed) <= set(told)
+
+
+def test_a_dumb_terminal_is_told_lines_too():
+    """It cannot draw a display anew: nothing would be seen before the end."""
+    c = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
+    with Progress(c, 2) as progress:
+        progress.update(0, METRICS)
+        assert text(c).startswith("training 1/2")
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -127,6 +147,55 @@ def test_live_display_is_closed_by_an_error():
         fail()
     assert "1/3" in text(c)
     assert text(c).endswith("\x1b[?25h")  # the cursor is back
+
+
+def on_screen(written, width=80):
+    """What stands on a terminal in the end, of what a command wrote and a keyboard echoed."""
+    lines, row, column = [""], 0, 0
+    for code, number, kind, char in re.findall(r"(\x1b\[([0-9;?]*)([A-Za-z]))|(.|\n)", written):
+        if kind == "A":
+            row = max(0, row - int(number or 1))
+        elif kind == "K":
+            lines[row] = "" if number == "2" else lines[row][:column]
+        elif char == "\r":
+            column = 0
+        elif not code:
+            if char == "\n" or column == width:  # a full line goes on in the next one
+                row, column = row + 1, 0
+                lines += [""] * (row + 1 - len(lines))
+            if char != "\n":
+                lines[row] = f"{lines[row][:column]:{column}}{char}{lines[row][column + 1 :]}"
+                column += 1
+    return [line.rstrip() for line in lines]
+
+
+def test_ctrl_c_leaves_the_progress_on_the_screen_once():
+    c = console(terminal=True)
+
+    def stopped():
+        with Progress(c, 3) as progress:
+            progress.update(0, METRICS)
+            progress.update(1, METRICS)
+            c.file.write("^C")  # what the terminal echoes, where the cursor is
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    c.print("error: interrupted")
+    shown = on_screen(text(c))
+    assert len([line for line in shown if "training" in line]) == 1 and "2/3" in shown[0]
+    assert len([line for line in shown if "tokens kept" in line]) == 1
+    assert shown[-2] == "error: interrupted" and shown[-1] == ""
+
+
+def test_a_run_that_goes_on_says_from_which_step(tmp_path):
+    tinymodels.make().save(tmp_path / "model")
+    recipe, run = tinyruns.write(tmp_path / "r.yaml", tmp_path / "model"), tmp_path / "run"
+    code, said = call("train", recipe, "-o", run, "--device", "cpu")
+    assert code == 0 and "goes on" not in said
+    code, said = call("train", recipe, "train.steps=4", "-o", run, "--device", "cpu")
+    assert code == 0 and f"run: {run}, which goes on after step 3 of 4; watch it:" in said
+    assert "training 4/4" in said and "training 1/4" not in said
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -13,11 +13,9 @@ from typing import Any
 
 import pytest
 import tinymodels
-from ranks import NONE, alone, pair, same, write
+from ranks import LIMIT, NONE, alone, at_call, impatient, pair, same, write
 
 from zipr1.core import lock
-
-LIMIT = 4  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -25,39 +23,6 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tinymodels.make().save(folder)
     return folder
-
-
-def hang() -> None:
-    time.sleep(10_000)
-
-
-def impatient() -> None:
-    """This rank judges by LIMIT when it waits next: a busy machine must not pass for a rank that hangs."""
-    from zipr1.core import watch
-
-    arrive = watch.arrive
-
-    def waits(meeting: bool = True) -> None:
-        arrive(meeting)
-        watch._watches[-1].judge.limit = LIMIT
-
-    watch.arrive = waits
-
-
-def at_call(
-    rank: int, owner: Any, name: str, call: int, what: Callable[[], None] = hang,
-    others: Callable[[], None] = impatient,
-) -> None:  # fmt: skip
-    """`what` happens in the rank before its call of that number, and `others` in the other ranks before theirs."""
-    real, calls = getattr(owner, name), []
-
-    def changed(*arguments: Any, **named: Any) -> Any:
-        calls.append(1)
-        if len(calls) == call:
-            (what if int(os.environ["RANK"]) == rank else others)()
-        return real(*arguments, **named)
-
-    setattr(owner, name, changed)
 
 
 def in_opening_the_model() -> None:

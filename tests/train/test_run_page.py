@@ -1,10 +1,15 @@
 """The page of a run: what it says while the run trains, when it was stopped and at the end; how often it is made."""
 
+import html
 import itertools
 import re
+import shlex
+from typing import Any
 
 import numpy as np
 import pytest
+import tinyruns
+from commands import call
 
 from zipr1.core.recipe import Efficiency, Recipe, Sparse, Train
 from zipr1.core.rundir import RunDir
@@ -67,6 +72,28 @@ def test_before_the_first_step(page):
         ["right answers", "75.0%", "dense, before training"],
     ]
     assert f"zipr1 train --resume {page.path.parent}" in text
+
+
+def test_the_command_that_goes_on_repeats_what_the_user_has_to_say(tmp_path, monkeypatch):
+    """Code, and files outside of the run: `train --resume` does not take the run's own recipe's word for them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows of mine.jsonl").write_text("")
+    (tmp_path / "mine.py").write_text("def f(prediction, reference): return 1.0\n")
+    data = {"source": "rows of mine.jsonl:[5:]", "heldout": "run/kept.jsonl"}
+    recipe = tinyruns.recipe(rewards={"check": "mine.py:f"}, data=data)
+    made = RunPage(RunDir.open(recipe, tmp_path / "run"), recipe)
+    made.begin(None, PROMPTS, {"dense": DENSE, "before": BEFORE})
+    (command,) = re.findall(r"zipr1 train --resume [^<]*", made.path.read_text())
+    _, _, _, folder, *again = shlex.split(html.unescape(command))
+    assert folder == str(tmp_path / "run")
+    assert again == ["rewards.check=mine.py:f", "data.source=rows of mine.jsonl:[5:]"]
+    (tmp_path / "run" / "kept.jsonl").write_text("")
+    found: list[Any] = []
+    monkeypatch.setattr("zipr1.train.loop.run", lambda recipe, *more: found.append(recipe) or {})
+    code, said = call("train", "--resume", "run", *again)
+    assert code == 0 and found == [recipe], said
+    code, said = call("train", "--resume", "run", *again[:1])
+    assert code == 2 and len(found) == 1 and "'data.source=rows of mine.jsonl:[5:]'" in said
 
 
 def test_while_it_trains_the_newest_steps_are_shown(page, monkeypatch):

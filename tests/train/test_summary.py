@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
+from zipr1.core import activity
 from zipr1.core.recipe import Data, Efficiency, Recipe
 from zipr1.data.digits.tasks import MIX
 from zipr1.train.progress import constraint_lines
-from zipr1.train.summary import judge
+from zipr1.train.summary import judge, measure
 
 
 def block(difference: float, half: float, n: int) -> dict:
@@ -74,3 +76,12 @@ def test_without_a_mix_the_shares_are_those_of_the_family():
     judge(summary, Recipe(data=Data(source="rows.jsonl", heldout="more.jsonl")))
     by_number = sum(0.01 * i * 100 * i for i in (1, 2, 3)) / 600
     assert summary["constraint"]["lost"] == pytest.approx(by_number)
+
+
+def test_what_comes_after_the_last_question_is_told_too(monkeypatch):
+    """Intervals of thousands of questions take seconds."""
+    told: list[str] = []
+    monkeypatch.setattr(activity, "tell", lambda what, *count: told.append(what))
+    policy = SimpleNamespace(parallel=SimpleNamespace(run_unsharded=lambda work, **named: []))
+    assert measure(policy, Recipe(), [], [], "held-out, after") == []
+    assert told == ["held-out, after", "held-out, after: summing up"]

@@ -18,6 +18,7 @@ def compare(
         typer.Option(
             "--output",
             "-o",
+            metavar="DIR",
             help="Folder for report.html and comparison.json. Default: a new one under runs/.",
             show_default=False,
         ),

@@ -23,6 +23,7 @@ def evaluate(
     model: Annotated[
         str | None,
         typer.Option(
+            metavar="MODEL",
             help="A run or its checkpoint (RUN/best), a model folder, a hub id, or tiny. Default: the last finished "
             "run, else tiny.",
             show_default=False,
@@ -32,6 +33,7 @@ def evaluate(
     tasks: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="NAME,NAME",
             help="Benchmarks: mmbench,videomme, or image, video, paper13; list shows all. Default: "
             "digits,moving_digits.",
             show_default=False,
@@ -41,6 +43,7 @@ def evaluate(
         int | None,
         typer.Option(
             min=0,
+            metavar="N",
             help="First questions of each benchmark; 0 takes all. Default: 400 of the embedded pictures, 200 of the "
             "embedded clips and totals, all of the others.",
             show_default=False,
@@ -49,6 +52,7 @@ def evaluate(
     budget: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="P,P",
             help="Values of p: 0.975,0.94; 1.0 is dense. Default: the model's own.",
             show_default=False,
         ),
@@ -58,6 +62,7 @@ def evaluate(
         typer.Option(
             "--output",
             "-o",
+            metavar="DIR",
             help="The folder. Default: one under runs/, named by what is measured.",
             show_default=False,
         ),
@@ -65,6 +70,7 @@ def evaluate(
     data_root: Annotated[
         Path | None,
         typer.Option(
+            metavar="DIR",
             help="Local copies: a folder for each of the thirteen, with parquet and mp4 files. Default: the hub's "
             "cache.",
             show_default=False,

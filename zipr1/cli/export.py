@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zipr1.cli.log import busy, show_log
-from zipr1.cli.options import Device
+from zipr1.cli.options import Checkpoint, Device
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -28,10 +28,7 @@ def export(
             "--to", "--output", "-o", metavar="DIR", help="The new folder; never overwritten."
         ),
     ],
-    checkpoint: Annotated[
-        str,
-        typer.Option(metavar="best|last|STEP", help="Of the run."),
-    ] = "last",
+    checkpoint: Checkpoint = None,
     format: Annotated[
         str,
         typer.Option(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,17 +10,12 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.logging import RichHandler
 
-from zipr1.core import activity, terminal
-
-
-def is_first() -> bool:
-    """Of several processes, as a launcher starts them, the first alone prints. Known before torch is loaded."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+from zipr1.core import activity, launcher, terminal
 
 
 def quiet_unless_first() -> None:
     """Before `show_log`, warnings are plain lines on stderr: of several processes the first alone writes them."""
-    if not is_first():
+    if not launcher.is_first():
         logging.getLogger("zipr1").setLevel(logging.ERROR)
 
 
@@ -31,7 +25,7 @@ def console_of(as_json: bool) -> Console:
     Its file is fixed, so that it is heard while sys.stdout is swallowed.
     """
     file = sys.stderr if as_json else sys.stdout
-    return terminal.console(file, quiet=not is_first())
+    return terminal.console(file, quiet=not launcher.is_first())
 
 
 def tell_model(given: str | None, line: str, as_json: bool) -> None:

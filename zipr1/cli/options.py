@@ -22,6 +22,7 @@ def _device(value: str | None) -> str | None:
 Device = Annotated[
     str | None,
     typer.Option(
+        metavar="DEVICE",
         help="cpu, cuda, cuda:1. Default: cuda where there is one.",
         show_default=False,
         callback=_device,

@@ -18,6 +18,7 @@ def profile(
     model: Annotated[
         str | None,
         typer.Option(
+            metavar="MODEL",
             help="A bundled config such as qwen2.5-vl-7b (random weights), a run, a model folder, a hub id or tiny. "
             "Default: the last finished run, else tiny.",
             show_default=False,
@@ -27,6 +28,7 @@ def profile(
     lengths: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="N,N",
             help="Prompt tokens, random ones: 4096,16384. Default: a real prompt; of a bundled config, four lengths.",
             show_default=False,
         ),
@@ -34,18 +36,20 @@ def profile(
     keep: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="SHARE,SHARE",
             help="Shares of tokens kept, exactly: 0.1,0.25. Default: 0.25; with a real prompt what the model keeps.",
             show_default=False,
         ),
     ] = None,
     batch: Annotated[
         list[str] | None,
-        typer.Option(help="Prompts at once: 1,8. Default: 1.", show_default=False),
+        typer.Option(metavar="N,N", help="Prompts at once: 1,8. Default: 1.", show_default=False),
     ] = None,
     layers: Annotated[
         int | None,
         typer.Option(
             min=1,
+            metavar="N",
             help="Decoder layers of a bundled config to build and time. Default: 2 on a CPU, on a GPU what fits.",
             show_default=False,
         ),
@@ -53,6 +57,7 @@ def profile(
     image: Annotated[
         Path | None,
         typer.Option(
+            metavar="FILE",
             help="Profile a question about this picture. Default: an embedded clip.",
             show_default=False,
         ),
@@ -60,7 +65,9 @@ def profile(
     video: Annotated[
         Path | None,
         typer.Option(
-            help="Profile a question about this clip. Default: an embedded one.", show_default=False
+            metavar="FILE",
+            help="Profile a question about this clip. Default: an embedded one.",
+            show_default=False,
         ),
     ] = None,
     measure_tflops: Annotated[
@@ -72,29 +79,40 @@ def profile(
     ] = False,
     visual: Annotated[
         float,
-        typer.Option(help="With --card: share of the prompt that is visual tokens, for the tower."),
+        typer.Option(
+            metavar="SHARE",
+            help="With --card: share of the prompt that is visual tokens, for the tower.",
+        ),
     ] = 0.0,
     probes: Annotated[
         int | None,
         typer.Option(
             min=1,
+            metavar="N",
             help="Queries that score the prompt. Default: the model's own, else 128.",
             show_default=False,
         ),
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=0.0, help="Time for each row; at least 5 turns are taken.")
+        float,
+        typer.Option(
+            metavar="SECONDS", min=0.0, help="Time for each row; at least 5 turns are taken."
+        ),
     ] = 3.0,
     device: Device = None,
     dtype: Annotated[
         str,
-        typer.Option(help="auto (float32 on a CPU, else bfloat16), float32, bfloat16, float16."),
+        typer.Option(
+            metavar="DTYPE",
+            help="auto (float32 on a CPU, else bfloat16), float32, bfloat16, float16.",
+        ),
     ] = "auto",
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
+            metavar="DIR",
             help="Folder for profile.json, report.html and figures. Default: a new one under runs/.",
             show_default=False,
         ),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from zipr1.cli.log import busy, console_of, is_first, quiet_unless_first, show_log
+from zipr1.cli.log import busy, console_of, quiet_unless_first, show_log
 from zipr1.cli.options import Device
 
 
@@ -40,6 +40,7 @@ def train(
         typer.Option(
             "--output",
             "-o",
+            metavar="DIR",
             help="The run's folder. Default: a new one under runs/.",
             show_default=False,
         ),
@@ -56,6 +57,7 @@ def train(
     dtype: Annotated[
         str | None,
         typer.Option(
+            metavar="DTYPE",
             help="model.dtype: auto, float32, bfloat16, float16. Default: the recipe's.",
             show_default=False,
         ),
@@ -90,17 +92,27 @@ def train(
     if copy:
         _copy(recipe, as_json)
         return
-    from zipr1.core.load import load, refuse_unasked_code
+    from zipr1.core import launcher
+    from zipr1.core.load import code_in, load, refuse_unasked
     from zipr1.core.rundir import RunDir
+    from zipr1.train.validate import check, check_sources
 
     changes = [*given, *([f"model.dtype={dtype}"] if dtype is not None else [])]
     quiet_unless_first()
     run = load(recipe, changes)
     if by_run:
-        refuse_unasked_code(run, recipe, given)
+        from zipr1.data.sources import files_in
+
+        refuse_unasked(code_in(run) | files_in(run.data, Path(recipe).parent), recipe, given)
     if not dry_run:
         # By every process: one that ended alone would leave the others waiting.
         RunDir.check(run, output, resume)
+    if (
+        launcher.size() == 1
+    ):  # several judge it together, when they have met: one line tells what is wrong
+        check(run)
+        if not dry_run:
+            check_sources(run)
     with busy(as_json) as console:
         show_log(console)
         if dry_run:
@@ -112,7 +124,7 @@ def train(
 
             name = recipes.find(recipe).stem
             result = loop.run(run, output, resume, device, sys.argv, console, name)
-    if as_json and is_first():
+    if as_json and launcher.is_first():
         from zipr1.core.jsontext import dumps
 
         print(dumps(result), flush=True)

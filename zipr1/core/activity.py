@@ -34,10 +34,12 @@ class _Shown(Protocol):
 
 
 _open: list[_Shown] = []
+_told: list[tuple[str, int | None, int | None]] = [("", None, None)]  # the newest alone
 
 
 def tell(what: str, done: int | None = None, total: int | None = None) -> None:
     """Show `what`, and `done` of `total`; an empty `what` shows nothing until the next call."""
+    _told[:] = [(what, done, total)]
     count = "" if done is None else f" {done:,}" if total is None else f" {done:,} of {total:,}"
     if what:
         watch.at(what + count)
@@ -52,12 +54,14 @@ def spoke() -> None:
 
 
 def counted(what: str, items: Sequence[T] | Iterable[T], total: int | None = None) -> Iterator[T]:
-    """The items one by one, telling before each how many are done."""
+    """The items one by one, telling before each how many are done, and at the end again what was told before."""
     if total is None and isinstance(items, Sequence):
         total = len(items)
+    (before,) = _told
     for number, item in enumerate(items):
         tell(what, number, total)
         yield item
+    tell(*before)
 
 
 @contextmanager

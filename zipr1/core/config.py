@@ -6,9 +6,11 @@ a recipe may hold is not here: that is in the classes of zipr1/core/recipe.py.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +20,10 @@ from pydantic import BaseModel
 
 from zipr1.core.errors import InputError
 from zipr1.core.text import one_line
+
+# Values in a YAML text at most, each written out wherever an alias stands for it: a kilobyte of aliases of aliases can
+# stand for billions.
+MOST = 100_000
 
 
 def read(path: Path) -> str:
@@ -75,6 +81,15 @@ def override(values: dict[str, Any], text: str) -> str:
             )
     values[parts[-1]] = parsed
     return key
+
+
+def assignment(key: str, value: str | bool) -> str:
+    """The override that gives `key` a value, as it is typed in a shell."""
+    text = json.dumps(value, ensure_ascii=False)
+    with contextlib.suppress(InputError):
+        if isinstance(value, str) and parse(value, "") == value:
+            text = value
+    return shlex.quote(f"{key}={text}")
 
 
 def show(value: Any) -> str:
@@ -164,7 +179,15 @@ def _section_of(section: type[BaseModel], name: str) -> type[BaseModel] | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-4` as a number and refuses a key written twice."""
+    """SafeLoader that reads `1e-4` as a number, refuses a key written twice, and aliases that stand for too much."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > MOST:
+            raise yaml.composer.ComposerError(
+                None, None, f"its aliases stand for more than {MOST:,} values", node.start_mark
+            )
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -177,6 +200,20 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, str):
                 seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values in `node` with its aliases written out, MOST + 1 if there are more; what it holds of itself counts as one.
+    known: of nodes, by id."""
+    if id(node) not in known:
+        known[id(node)] = 1
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        elif isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        known[id(node)] = min(MOST + 1, 1 + sum(_written_out(part, known) for part in parts))
+    return known[id(node)]
 
 
 _Loader.add_implicit_resolver(

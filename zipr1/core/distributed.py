@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from zipr1.core import signals, watch
+from zipr1.core import launcher, signals, watch
 from zipr1.core.errors import InputError, ZipError
 from zipr1.core.text import reason
 
@@ -48,7 +48,7 @@ def size() -> int:
     """Processes in the run: those that have met, or before that those that the launcher speaks of."""
     if dist.is_initialized():
         return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launcher.size()
 
 
 def rank() -> int:
@@ -61,28 +61,6 @@ def rank() -> int:
 def is_first() -> bool:
     """Whether this process prints and writes files."""
     return rank() == 0
-
-
-def check_launcher(parallel: str) -> None:
-    """Whether accelerate started what the user asked it for; its own settings are not read. parallel: the recipe's
-    `train.parallel`. Raises InputError."""
-    told = os.environ
-    # Without a GPU and without --multi_gpu it starts one process, with an address for the others but no number.
-    if "ACCELERATE_MIXED_PRECISION" in told and "MASTER_ADDR" in told and "WORLD_SIZE" not in told:
-        raise InputError(
-            "accelerate was asked for several processes and started one; add --multi_gpu, which is right on CPUs too, "
-            "or use torchrun"
-        )
-    if size() > 1 and told.get("ACCELERATE_USE_FSDP") == "true" and parallel != "fsdp":
-        raise InputError(
-            f"accelerate was started with --use_fsdp and train.parallel is {parallel}; add train.parallel=fsdp, or "
-            "start it with --multi_gpu"
-        )
-    if told.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise InputError(
-            "accelerate was started with --use_deepspeed; start it with --multi_gpu, and set train.parallel=fsdp to "
-            "cut up the weights"
-        )
 
 
 def device(asked: str | None) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -85,15 +86,16 @@ def writing(path: Path, then: str = "resume") -> Iterator[None]:
 
 
 def digest(path: Path) -> str:
-    """A hash of the file's content, in hexadecimal: SHA-256 of the SHA-256 of its blocks of BLOCK bytes in their order.
+    """A hash of the file's content, in hexadecimal: SHA-256 of the CRC-32 of its blocks of BLOCK bytes in their order.
 
-    Blocks are hashed in threads, for a checkpoint may have a hundred gigabytes.
+    It finds accidents: each flipped bit, and of larger damage all but one in four billion. CRC-32 takes a third of the
+    time that SHA-256 takes, and blocks are hashed in threads, for a checkpoint may have a hundred gigabytes.
     """
     with path.open("rb") as file:
         starts = range(0, os.fstat(file.fileno()).st_size, BLOCK)
 
         def one(start: int) -> bytes:
-            return hashlib.sha256(os.pread(file.fileno(), BLOCK, start)).digest()
+            return zlib.crc32(os.pread(file.fileno(), BLOCK, start)).to_bytes(4)
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
             return hashlib.sha256(b"".join(threads.map(one, starts))).hexdigest()

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from zipr1.core import recipes
-from zipr1.core.config import override, parse, problem, read, show
+from zipr1.core.config import assignment, override, parse, problem, read, show
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe
 
@@ -73,27 +73,34 @@ def names_code(check: str) -> bool:
     return ".py:" in check
 
 
-def refuse_unasked_code(recipe: Recipe, path: str | Path, overrides: Sequence[str]) -> None:
-    """Raises InputError if `recipe`, read from a run's own file `path`, names code that `overrides` do not name too.
-
-    A run may have come from somewhere else: what runs code there is the user's to say.
-    """
-    said: dict[str, Any] = {}
-    for text in overrides:
-        override(said, text)
-    said, _ = _renamed(said, "command line")
+def code_in(recipe: Recipe) -> dict[str, Any]:
+    """The keys that make code run, and their values."""
     code: dict[str, Any] = {}
     if recipe.model.trust_remote_code:
         code["model.trust_remote_code"] = True
     if names_code(recipe.rewards.check):
         code["rewards.check"] = recipe.rewards.check
-    unasked = [key for key in code if key not in _flat(said)]
+    return code
+
+
+def refuse_unasked(named: Mapping[str, Any], path: str | Path, overrides: Sequence[str]) -> None:
+    """Raises InputError if `overrides` do not name too what is `named` by a run's own recipe `path`: keys, and their
+    values, that make code run or read files outside of the run.
+
+    A run may have come from somewhere else: what is run and read there is the user's to say.
+    """
+    said: dict[str, Any] = {}
+    for text in overrides:
+        override(said, text)
+    said, _ = _renamed(said, "command line")
+    unasked = {key: value for key, value in named.items() if key not in _flat(said)}
     if unasked:
-        named = ", ".join(f"{key}: {show(code[key])}" for key in unasked)
-        keys = " ".join(f"{key}={'true' if code[key] is True else '...'}" for key in unasked)
+        shown = ", ".join(f"{key}: {show(value)}" for key, value in unasked.items())
+        keys = " ".join(assignment(key, value) for key, value in unasked.items())
         raise InputError(
-            f"{path}: {named} would run code that came with the run; if you trust it, give your recipe (zipr1 train "
-            f"RECIPE --resume DIR), or repeat it on the command line: {keys}"
+            f"{path}: {shown}: code that would run, or files outside of the run, are for you to name, since a run may "
+            "have come from somewhere else: give your recipe (zipr1 train RECIPE --resume DIR), or repeat on the "
+            f"command line: {keys}"
         )
 
 

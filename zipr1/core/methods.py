@@ -1,4 +1,4 @@
-"""What lowers the token ratio: the terms that `efficiency.method` of a recipe names."""
+"""What lowers the kept share: the terms that `efficiency.method` of a recipe names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from zipr1.core.errors import InputError
 METHODS: dict[str, str] = {
     "answers": "the efficiency reward multiplies the answer's log-probability (arXiv 2504.18579)",
     "cut": "the reward multiplies the log-probability of the kept counts: a score function",
-    "pathwise": "the expected token ratio is differentiated through the scores",
+    "pathwise": "the expected kept share is differentiated through the scores",
     "through": "the losses are, to first order: what a kept token is worth pulls on its score",
 }
 

@@ -211,7 +211,7 @@ class Rewards(Section):
 class Controller(Section):
     """Gains of the PI controller that follows `efficiency.target`, for each task and layer.
 
-    proportional: with e the token ratio less the one that the schedule asks for: while e > 0, the weight of a layer is
+    proportional: with e the kept share less the one that the schedule asks for: while e > 0, the weight of a layer is
         this times e, plus a sum.
     integral, integral_max: the sum grows by `integral` * e each step, to `integral_max` at most.
     decay: a layer at or ahead of the schedule gets no weight, and its sum is multiplied by this in each step.
@@ -228,11 +228,11 @@ class Controller(Section):
 
 
 class Efficiency(Section):
-    """What lowers the token ratio, and how hard.
+    """What lowers the kept share, and how hard.
 
     method: a name in METHODS, or a sum such as `cut+pathwise`.
-    weight: of E[token ratio]; with a target, of what the controller gives.
-    target: token ratio to come down to at `sparse.p`, for each task and layer; not set: `weight` alone lowers it.
+    weight: of E[kept share]; with a target, of what the controller gives.
+    target: kept share to come down to at `sparse.p`, for each task and layer; not set: `weight` alone lowers it.
     target_at: share of the steps after which the target is to be reached.
     max_accuracy_drop, step, max_multiplier: fraction (0.005 = half a point) that answers at `sparse.p` may lose against
         the dense reference on the same prompts; null turns the constraint off. Each task's multiplier mu starts at 0,

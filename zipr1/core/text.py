@@ -24,6 +24,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def number(count: int, what: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def mib(count: float) -> str:
     """Bytes as a number of MiB, for a column whose heading names the unit: `1,234.5`."""
     return f"{count / 2**20:,.1f}"

@@ -22,14 +22,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from zipr1.core import signals
 from zipr1.core.errors import InputError, RunError, ZipError
-from zipr1.core.text import duration, one_line
+from zipr1.core.judge import Judge, Sign
+from zipr1.core.machine import moved
+from zipr1.core.text import one_line
 
 EVERY = 0.5  # seconds between two looks
 # Looks that a rank which ends leaves to those of which it knows nothing.
@@ -46,7 +46,6 @@ MOVING = 100_000
 # Bytes a second that any disk takes: waiting for them is no standstill.
 SLOWEST = 10_000_000
 
-ADVICE = "what is saved is complete, the same command with --output goes on"
 NOTHING = "-"  # in the store
 
 
@@ -61,21 +60,6 @@ class Ending(NamedTuple):
         error = InputError(self.text) if self.code == InputError.exit_code else RunError(self.text)
         error.exit_code = self.code
         return error
-
-
-@dataclass(frozen=True)
-class Sign:
-    """What a rank tells. meetings: words that it has exchanged with the others; passes: places where it waited for them
-    since; count: of signs of life; more: seconds beyond the limit that what it does may take; ended: it needs nobody
-    any more; heard: it knows why all end."""
-
-    doing: str
-    meetings: int = 0
-    passes: int = 0
-    count: int = 0
-    more: float = 0.0
-    ended: bool = False
-    heard: bool = False
 
 
 class _Here:
@@ -111,6 +95,11 @@ def arrive(meeting: bool = True) -> None:
         _here.meetings, _here.passes = _here.meetings + 1, 0
     else:
         _here.passes += 1
+    check()
+
+
+def check() -> None:
+    """Raises ZipError if the run is to end."""
     if _watches and _watches[-1].ending is not None:
         raise _watches[-1].ending.error()
 
@@ -129,80 +118,6 @@ def slow(count: int) -> Iterator[None]:
 def say(message: str, code: int) -> None:
     """Last words of a process that cannot come to the end of its program. The command line puts its own here."""
     print(f"error: {message}", file=sys.stderr, flush=True)
-
-
-class Judge:
-    """Which ranks the others wait for in vain, from what all tell. limit: seconds without a sign of life."""
-
-    def __init__(self, size: int, limit: float) -> None:
-        self.limit = limit
-        self.signs: list[Sign | None] = [None] * size
-        self.since = [0.0] * size
-
-    def note(self, rank: int, sign: Sign | None, now: float) -> None:
-        if sign != self.signs[rank]:
-            self.signs[rank], self.since[rank] = sign, now
-
-    def stuck(self, now: float) -> list[int]:
-        """None while one of those that are not as far as the others is at work: it is waited for rightly."""
-        far = {
-            rank: (sign.meetings, sign.passes) if sign else (-1, 0)
-            for rank, sign in enumerate(self.signs)
-            if sign is None or not sign.ended
-        }
-        if len(far) < 2:
-            return []  # nobody waits
-        late = [rank for rank, place in far.items() if place == min(far.values())]
-        return late if all(self._is_still(rank, now) for rank in late) else []
-
-    def _is_still(self, rank: int, now: float) -> bool:
-        sign = self.signs[rank]
-        return now - self.since[rank] > self.limit + (sign.more if sign else 0.0)
-
-    def text(self, late: Sequence[int]) -> str:
-        """What is told of `stuck` ranks: who, since when, where they were last, and where the others are."""
-        limit = duration(self.limit)
-        signs = {rank: self.signs[rank] for rank in late}
-        parts = []
-        if never := [rank for rank, sign in signs.items() if sign is None]:
-            parts.append(f"{_named(never)} did not come within {limit}")
-        if silent := {rank: sign.doing for rank, sign in signs.items() if sign is not None}:
-            has = "has" if len(silent) == 1 else "have"
-            parts.append(
-                f"{_named(list(silent))} {has} shown no sign of life for {limit}, last seen in {_places(silent)}"
-            )
-        waiting = {
-            rank: sign.doing
-            for rank, sign in enumerate(self.signs)
-            if rank not in late and sign is not None and not sign.ended
-        }
-        if waiting:
-            parts.append(
-                f"{_named(list(waiting))} {'waits' if len(waiting) == 1 else 'wait'} in {_places(waiting)}"
-            )
-        return "; ".join([*parts, f"{ADVICE} (train.stall_minutes sets the limit)"])
-
-    def gone(self, dead: Sequence[int]) -> str:
-        """What is told of ranks whose word broke off; none: nobody knows which one it was."""
-        if not dead:
-            return f"another rank is gone, the launcher names it below (Root Cause); {ADVICE}"
-        last = {rank: sign.doing for rank in dead if (sign := self.signs[rank])}
-        return f"{_named(dead)} {'is' if len(dead) == 1 else 'are'} gone, last seen in {_places(last)}; {ADVICE}"
-
-
-def _named(ranks: Sequence[int]) -> str:
-    *most, last = [str(rank) for rank in ranks]
-    return f"ranks {', '.join(most)} and {last}" if most else f"rank {last}"
-
-
-def _places(doing: dict[int, str]) -> str:
-    """What ranks are doing; of several that do not do the same, who does what."""
-    places: dict[str, list[int]] = {}
-    for rank, what in doing.items():
-        places.setdefault(what, []).append(rank)
-    if len(places) == 1:
-        return repr(next(iter(places)))
-    return ", ".join(f"{what!r} ({_named(ranks)})" for what, ranks in places.items())
 
 
 class Watch(threading.Thread):
@@ -393,14 +308,3 @@ def _read(text: bytes) -> tuple[int, Sign | None]:
         return -1, None
     beat, sign = json.loads(text)
     return beat, Sign(**sign)
-
-
-def moved() -> int:
-    """Bytes that this process has read and written, whatever from; 0 where the system does not count them."""
-    try:
-        lines = Path("/proc/self/io").read_text().splitlines()
-        return sum(
-            int(line.split(":")[1]) for line in lines if not line.startswith(("sys", "canc"))
-        )
-    except (OSError, ValueError, IndexError):
-        return 0

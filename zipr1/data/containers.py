@@ -10,6 +10,15 @@ import numpy as np
 
 from zipr1.core.errors import InputError
 
+# What FFmpeg calls the formats that are read: each is one file. Others, such as playlists (HLS, DASH, concat), SDP and
+# patterns of names, make it open more files, and addresses. Pictures are refused by name, by who asked for a clip.
+FORMATS = (
+    "mov", "matroska", "avi", "flv", "asf", "mpeg", "mpegts", "mpegvideo", "ogg", "mxf", "nut", "ivf", "gif", "apng",
+    "png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe",
+)  # fmt: skip
+# For its `avformat_open_input`: no format but these, and nothing but files on this machine.
+ONE_FILE = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
+
 # Boxes of an mp4 or mov file that hold its index and its frames.
 _BOXES = (b"moov", b"moof", b"mdat")
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
@@ -21,9 +30,9 @@ Turn = tuple[int, int, int, int]
 UPRIGHT: Turn = (1, 0, 0, 1)
 
 
-def check_whole(path: Path) -> None:
-    """Raise InputError for an mp4, mov, mkv, webm or avi file that is shorter than it says itself: decoders take what
-    is there for a shorter clip."""
+def check_whole(path: Path) -> bool:
+    """Whether the file begins as an mp4, mov, mkv, webm or avi file does. Raises InputError for one that is shorter
+    than it says itself: decoders take what is there for a shorter clip."""
     with path.open("rb") as file:
         head = file.read(64)
         if head[:4] == b"RIFF":
@@ -34,13 +43,14 @@ def check_whole(path: Path) -> None:
         elif head[4:8] in (b"ftyp", *_BOXES):
             end = _last_box_end(file)
         else:
-            return
+            return False
         size = file.seek(0, 2)
     if end > size + _SLACK:
         raise InputError(
             f"{path}: cannot be read as a video (it is cut off: it says that it has {end:,} bytes and has {size:,}); "
             "copy or download it again"
         )
+    return True
 
 
 def _matroska_end(head: bytes) -> int:

@@ -65,21 +65,32 @@ def read(source: str, data: Data) -> tuple[str, Path, NumberedRows]:
         start, stop, _ = slice(*bounds).indices(total)
         name, folder, rows = read(match[1], data)
         return name, folder, islice(rows, start, max(start, stop))
+    path, split = place(source)
+    if path.suffix.lower() in READERS and not path.is_dir():
+        return path.name, path.parent, _limited(READERS[path.suffix.lower()](path), data)
+    if path.is_dir() and (files := _split_files(path, split)):
+        return f"{path.name} ({split})", path, _limited(_chained(files), data)
+    return f"{path} ({split})", path, _datasets(path, split, data)
+
+
+def place(source: str) -> tuple[Path, str]:
+    """The file, folder or hub id of a source, and its split; nothing is opened. Raises Missing for a file or folder
+    that is not there, and InputError for what is none of the three."""
+    if match := _SLICE.fullmatch(source):
+        return place(match[1])
     path, split = _path_and_split(
         str(Path(source).expanduser()) if source.startswith("~") else source
     )
     if path.suffix.lower() in READERS and not path.is_dir():
         if not path.is_file():
             raise Missing(f"{path}: no such data file; check data.source and data.heldout")
-        return path.name, path.parent, _limited(READERS[path.suffix.lower()](path), data)
+        return path, split
     if path.is_file():
         raise InputError(
             f"{path}: a data file that ends in {path.suffix or 'nothing'}; allowed: {', '.join(READERS)}; convert it"
         )
-    if path.is_dir() and (files := _split_files(path, split)):
-        return f"{path.name} ({split})", path, _limited(_chained(files), data)
     if path.is_dir() or _is_hub_id(str(path)):
-        return f"{path} ({split})", path, _datasets(path, split, data)
+        return path, split
     if source.startswith((".", "/", "~")):
         raise Missing(f"{source}: no such file or folder; check data.source and data.heldout")
     endings = ", ".join(f"a {ending} file" for ending in READERS)
@@ -87,6 +98,14 @@ def read(source: str, data: Data) -> tuple[str, Path, NumberedRows]:
         f"data source {source!r}: unknown; allowed: {', '.join(SOURCES)}, {endings}, a folder, "
         "owner/name of a dataset of the hub; change data.source"
     )
+
+
+def file_of(source: str) -> Path | None:
+    """The file or folder that a source names, whether it is there or not; None for a dataset of the hub."""
+    if match := _SLICE.fullmatch(source):
+        source = match[1]
+    path, _ = _path_and_split(str(Path(source).expanduser()))
+    return None if _is_hub_id(str(path)) and not path.exists() else path
 
 
 def _path_and_split(source: str) -> tuple[Path, str]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from zipr1.core.errors import InputError
-from zipr1.data.containers import check_whole, is_mirrored, turn_of, turned
+from zipr1.data.containers import ONE_FILE, check_whole, is_mirrored, turn_of, turned
 
 log = logging.getLogger("zipr1")
 
@@ -183,9 +183,11 @@ ChooseFrames = Callable[[int, float], np.ndarray]
 
 def _decode(path: str | Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, float, int]:
     """Chosen frames uint8 `(F, H, W, 3)`, the clip's own frames per second, and how many frames it has."""
-    path = exists(path)
-    check_whole(path)
-    if reader()[0] != "decord" or _decord_turns_wrongly(path):
+    # Whole, for FFmpeg would take `a:b` for the protocol `a`.
+    path = exists(path).absolute()
+    known = check_whole(path)
+    # decord asks no list of formats: it gets files alone that can be nothing else.
+    if reader()[0] != "decord" or not known or _decord_turns_wrongly(path):
         return _read_pyav(path, choose_frames)
     from decord.base import DECORDError
 
@@ -237,7 +239,7 @@ def _read_pyav(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, flo
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with _opened(path) as container:
             stream = container.streams.best("video")
             if stream is None:
                 raise InputError(f"{path}: the file has no video stream; {_HELP}")
@@ -250,7 +252,7 @@ def _read_pyav(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, flo
                 raise InputError(f"{path}: the video has no frames; {_HELP}")
             clip_fps = _rate(float(stream.average_rate or 0), total, times[0], times[-1])
         chosen = set(choose_frames(total, clip_fps).tolist())
-        with av.open(str(path)) as container:
+        with _opened(path) as container:
             frames = [
                 turned(frame.to_ndarray(format="rgb24"), turn_of(frame))
                 for index, frame in enumerate(container.decode(container.streams.best("video")))
@@ -261,6 +263,19 @@ def _read_pyav(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, flo
             f"{path}: cannot be read as a video ({_first_line(error)}); {_HELP}"
         ) from error
     return np.stack(frames), clip_fps, total
+
+
+def _opened(path: Path) -> Any:
+    """A file as PyAV sees it, which opens that one file alone. Raises InputError for a format that is not read."""
+    import av
+
+    try:
+        return av.open(str(path), container_options=ONE_FILE)
+    except av.ArgumentError as error:
+        raise InputError(
+            f"{path}: no kind of file that is read as a clip; mp4, mov, mkv, webm, avi, flv, wmv, mpg, ts, ogv and gif "
+            "are, playlists are not; encode it again (H.264 mp4 is read everywhere)"
+        ) from error
 
 
 def _rate(said: float, total: int, first: float | None, last: float | None) -> float:
@@ -277,7 +292,7 @@ def _decord_turns_wrongly(path: Path) -> bool:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with _opened(path) as container:
             stream = container.streams.best("video")
             return stream is not None and is_mirrored(turn_of(next(container.decode(stream))))
     except (av.FFmpegError, OSError, StopIteration):

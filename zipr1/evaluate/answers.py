@@ -163,6 +163,7 @@ class Answerer:
         mine = range(distributed.rank(), len(asked), distributed.size())
         mine_answered: list[tuple[int, Answered]] = []
         failure: str | None = None
+        tell(0)
         try:
             size = self.batch * 4
             encoder = self._encoder(conditions)

@@ -77,12 +77,6 @@ def lmms_eval_version() -> str:
         return "unknown"
 
 
-def task_names() -> list[str]:
-    """The names of lmms-eval's own tasks."""
-    with _guarded():
-        return sorted(_register().all_tasks)
-
-
 def measure(
     suite: Suite,
     answerer: Answerer,

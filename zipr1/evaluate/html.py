@@ -215,8 +215,10 @@ def _is_right(score: float | None) -> bool | None:
 def _settings(conditions: dict[str, Any]) -> str:
     sparse, limit = conditions["sparse"], conditions["limit"]
     probes = f"{sparse['probes']['recent']} recent and {sparse['probes']['random']} random probes"
+    last, short = sparse["keep_last"], sparse["dense_below"]
+    always = "the last token" if last == 1 else f"the last {last} tokens"
     return (
-        f"Selection: {sparse['rule']}, skip: {sparse['skip']}, {probes}, the last {sparse['keep_last']} tokens always "
-        f"kept, prompts under {sparse['dense_below']} tokens dense. At most {conditions['max_pixels']:,} pixels a "
+        f"Selection: {sparse['rule']}, skip: {sparse['skip']}, {probes}, {always} always kept"
+        f"{f', prompts under {short} tokens dense' if short else ''}. At most {conditions['max_pixels']:,} pixels a "
         f"picture.{f' First {limit} questions of each benchmark.' if limit else ''}"
     )

@@ -42,7 +42,10 @@ def record(
     base, untrained = place.get(BASE), place.get(UNTRAINED)
 
     def against(name: str, ours: int, other: int) -> dict[str, Any]:
-        """The difference of two variants' scores, with its interval where samples hold numbers."""
+        """The difference of two variants' scores, with its interval where samples hold numbers. Of one and itself it is
+        nothing, for certain."""
+        if ours == other and scores[ours] is not None:
+            return {name: 0.0, f"{name}_ci": [0.0, 0.0]}
         difference = paired(units[ours], units[other], suite.top)
         if difference is not None:
             return {name: difference[0], f"{name}_ci": difference[1]}

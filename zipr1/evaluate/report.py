@@ -242,7 +242,7 @@ def conditions_text(record: dict[str, Any]) -> str:
         rate = f"{c['fps']:g} frames a second" if c["fps"] else "all frames"
         words.append(f"{rate}, at most {c['frames']}, of at most {c['frame_pixels']:,} pixels")
     words.append(
-        f"decoding {record['decoding_seconds']:.1f} s, vision {record['vision_seconds']:.1f} s, once for all budgets"
+        f"decoding {record['decoding_seconds']:.1f} s, vision {record['vision_seconds']:.1f} s, once for all p"
     )
     return ", ".join(words)
 

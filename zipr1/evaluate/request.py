@@ -12,7 +12,8 @@ from zipr1.core.errors import InputError
 from zipr1.core.load import validate
 from zipr1.core.recipe import Recipe
 from zipr1.core.runs import names_nothing
-from zipr1.evaluate.suites import check_p_values
+from zipr1.evaluate.names import suites_of
+from zipr1.evaluate.suites import GROUPS, SUITES, check_p_values
 
 # Recipe keys that mean something here.
 READ = (
@@ -51,6 +52,13 @@ def check(request: EvalRequest) -> None:
     if request.data_root is not None and not request.data_root.is_dir():
         raise InputError(
             f"--data-root {request.data_root}: no such folder; give one with a folder for each benchmark"
+        )
+    suites = suites_of(request.tasks)
+    others = [suite.name for suite in suites if suite.name not in SUITES]
+    if request.data_root is not None and others:
+        raise InputError(
+            f"--data-root {request.data_root}: not read for {', '.join(others)}; it serves "
+            f"{', '.join(GROUPS['paper13'])}: evaluate other tasks without it, from the hub or its cache"
         )
     if names_nothing(request.model):
         raise InputError(

@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from zipr1.core import activity, distributed, extras, hub, terminal
+from zipr1.core import activity, distributed, hub, terminal, watch
 from zipr1.core.errors import InputError, RunError, ZipError
+from zipr1.core.files import writing
 from zipr1.core.folders import claimed
 from zipr1.core.jsontext import dumps
 from zipr1.core.machine import describe
 from zipr1.core.recipe import Recipe
 from zipr1.core.text import one_line, reason
 from zipr1.evaluate.folder import Folder, default_root, identity
+from zipr1.evaluate.names import how_to_install, lmms_eval_folder, suites_of
 from zipr1.evaluate.request import EvalRequest, check, settings
-from zipr1.evaluate.suites import GROUPS, LMMS_EVAL, SUITES, WITH_LOGIN, Suite, resolve
+from zipr1.evaluate.suites import LMMS_EVAL, WITH_LOGIN, Suite
 from zipr1.models.loading import choose_device
 from zipr1.models.manifest import read
 from zipr1.models.open import ModelSource, find_source, inference_dtype
@@ -48,11 +50,10 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
     check(request)
     activity.tell("loading lmms-eval")
     check_installed()
-    suites = _suites(request.tasks)
+    suites = suites_of(request.tasks)
     source = find_source(request.model)
     recipe, keys = settings(request, source.sparse.model_dump())
     p_values = _p_values(request.p_values, recipe)
-    _check_data_root(request.data_root, suites)
 
     def choose() -> torch.device:
         return choose_device(request.device or distributed.shared_device())
@@ -95,7 +96,7 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
         pixels = (
             f"{policy.processor.settings}, or a benchmark's own bound of frames where it is lower"
         )
-        quiet.print(pixels, soft_wrap=True, highlight=False, markup=False)
+        quiet.print(pixels, soft_wrap=not quiet.is_terminal, highlight=False, markup=False)
         info = describe(command, str(policy.device))
         from zipr1.evaluate.harness import lmms_eval_version
 
@@ -140,7 +141,8 @@ def write(folder: Folder, results: dict[str, Any], console: Console) -> None:
     names = dict.fromkeys(row["task"] for row in results["rows"])
     records = [record for record in map(folder.read, names) if record is not None]
     activity.tell("drawing the report")
-    drawings = plots.draw(records, results, folder.root) if records else {}
+    with writing(folder.root, "run again"):
+        drawings = plots.draw(records, results, folder.root) if records else {}
     folder.write("report.md", report.markdown(results, records, list(drawings)))
     folder.write("report.html", html.page(results, records, drawings))
     activity.tell("")
@@ -155,9 +157,7 @@ def write(folder: Folder, results: dict[str, Any], console: Console) -> None:
 
 def check_installed() -> None:
     """Raises InputError, with what to install, where lmms-eval or what it needs is missing."""
-    hint = f"{extras.install('eval')} and pip install --no-deps lmms-eval=={LMMS_EVAL} (make install does both)"
-    if importlib.util.find_spec("lmms_eval") is None:
-        raise InputError(f"zipr1 eval needs lmms-eval: {hint}")
+    lmms_eval_folder()
     if importlib.util.find_spec("torchvision") is not None:
         try:
             importlib.import_module("torchvision")
@@ -170,7 +170,7 @@ def check_installed() -> None:
         with _silence():
             importlib.import_module("lmms_eval.evaluator")
     except ImportError as error:
-        raise InputError(f"lmms-eval cannot be imported ({error}); {hint}") from None
+        raise InputError(f"lmms-eval cannot be imported ({error}); {how_to_install()}") from None
 
 
 @contextlib.contextmanager
@@ -194,27 +194,6 @@ def without_login(request: EvalRequest, suites: Sequence[Suite]) -> str:
         "nobody is logged in to the hub, and lmms-eval's task files ask for a login to download "
         f"{', '.join(asking)}: {hub.LOGIN}\n"
     )
-
-
-def _suites(names: Sequence[str]) -> list[Suite]:
-    try:
-        return resolve(names)
-    except InputError:
-        from zipr1.evaluate.harness import task_names
-
-        return resolve(names, task_names())
-
-
-def _check_data_root(root: Path | None, suites: Sequence[Suite]) -> None:
-    """Raises InputError for tasks whose local copies nobody knows how to read."""
-    if root is None:
-        return
-    others = [suite.name for suite in suites if suite.name not in SUITES]
-    if others:
-        raise InputError(
-            f"--data-root {root}: not read for {', '.join(others)}; it serves {', '.join(GROUPS['paper13'])}: "
-            "evaluate other tasks without it, from the hub or its cache"
-        )
 
 
 def _with_dtype(recipe: Recipe, device: torch.device) -> Recipe:
@@ -288,8 +267,10 @@ def _measure_all(
                 suite, answerer, conditions, limit, request.data_root,
                 lambda task, done: activity.tell(f"{task}: question", done, limit),  # noqa: B023
             )  # fmt: skip
+            activity.tell(f"{suite.name}: summing up")
             result = record(suite, scored, answerer, conditions, reported, time.monotonic() - began)
         except ZipError as error:
+            watch.check()  # a rank that is gone or hangs is no benchmark's fault
             result = {"task": suite.name, "error": one_line(error)}
             failed = Text.assemble(("failed:", "bold red"), f" {result['error']}")
             console.print(failed, soft_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from zipr1.core import hub
+from zipr1.core import activity, hub
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.text import reason
 
@@ -29,6 +29,7 @@ def upload(folder: Path, name: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # of all that goes wrong on the way
 
+    activity.tell(f"uploading to {name}")
     api = HfApi()
     try:
         address = api.create_repo(name, private=True, exist_ok=True)

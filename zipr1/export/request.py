@@ -13,7 +13,7 @@ FORMAT_NAMES = ("merged", "adapter")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
 
-def check_request(run: Path, folder: Path, format: str, dtype: str, checkpoint: str) -> None:
+def check_request(run: Path, folder: Path, format: str, dtype: str, checkpoint: str | None) -> None:
     """Raises InputError for names that nobody knows, a run or a checkpoint that is not there, and a folder that cannot
     be new."""
     if format not in FORMAT_NAMES:
@@ -28,13 +28,17 @@ def check_request(run: Path, folder: Path, format: str, dtype: str, checkpoint: 
     check_folder(folder.parent, "--to")
 
 
-def find_checkpoint(path: Path, checkpoint: str) -> tuple[Path, Path]:
+def find_checkpoint(path: Path, checkpoint: str | None) -> tuple[Path, Path]:
     """The run that `path` is or is a checkpoint of (RUN/best), and the folder of the checkpoint.
 
-    checkpoint: `best`, `last`, or a step; of no effect where `path` is a checkpoint. Raises InputError if there is no
-    such run or checkpoint.
+    checkpoint: `best`, `last`, a step, or None: the last. Raises InputError if there is no such run or checkpoint, and
+    for a checkpoint asked of another one.
     """
     if (path / COMPLETE).is_file() and (root := run_of(path)) is not None:
+        if checkpoint is not None:
+            raise InputError(
+                f"--checkpoint {checkpoint}: {path} is a checkpoint itself; give its run, or leave --checkpoint out"
+            )
         return root, path
     if not (path / "recipe.yaml").is_file() or not (path / "run.json").is_file():
         what = "it has no recipe.yaml and run.json"
@@ -43,7 +47,7 @@ def find_checkpoint(path: Path, checkpoint: str) -> tuple[Path, Path]:
         raise InputError(
             f"{path}: not a run directory ({what}); give a folder that zipr1 train wrote, such as runs/tiny-..."
         )
-    last = path / "last" if checkpoint == "last" else checkpoint_of(path, checkpoint)
+    last = path / "last" if checkpoint in (None, "last") else checkpoint_of(path, str(checkpoint))
     if not last.exists() or not is_complete(last):
         raise InputError(
             f"{path}: the run has no complete checkpoint yet; resume it with zipr1 train RECIPE --resume {path}"

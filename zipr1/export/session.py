@@ -43,10 +43,10 @@ def export(
     format: str = "merged",
     dtype: str = "auto",
     device: str | None = None,
-    checkpoint: str = "last",
+    checkpoint: str | None = None,
 ) -> dict[str, Any]:
-    """Write a checkpoint of `run` (`last`, `best`, or a step's number) to the new folder `to`, and return what was
-    written and checked.
+    """Write a checkpoint of `run` (`last`, `best`, or a step's number; None: the last, or what `run` itself is) to the
+    new folder `to`, and return what was written and checked.
 
     dtype: of the weights; `auto` is that of the trained weights, or of the base that an adapter belongs to. Loading
     and checking are done in float32 on `device` (None: CUDA where there is one).
@@ -56,12 +56,12 @@ def export(
     """
     folder = Path(to)
     check_request(Path(run), folder, format, dtype, checkpoint)
+    activity.tell(f"opening {run}: step", 1, 4)
     source = open_run(Path(run), checkpoint)
     check(source, format)
     chosen = source.dtype() if dtype == "auto" else dtype
     place, kind = choose_device(device), FORMATS[format]
 
-    activity.tell(f"opening {run}: step", 1, 4)
     settings = Model(path=str(source.weights), dtype="float32")
     opened = open_model(settings, place, merge_adapter=False)
     model, processor, peft_model = opened.model, opened.processor, opened.peft_model

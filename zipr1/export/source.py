@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from zipr1.core.checksums import COMPLETE
+from zipr1.core.config import parse
+from zipr1.core.errors import InputError
 from zipr1.core.load import load_written
 from zipr1.core.recipe import Model, Recipe
 from zipr1.core.records import read
@@ -51,13 +51,13 @@ class Source:
         if text is None or not text.startswith("---"):
             return None
         try:
-            head = yaml.safe_load(text.split("---", 2)[1])
-        except yaml.YAMLError:
+            head = parse(text.split("---", 2)[1], "README.md")
+        except InputError:
             return None
         known = head.get("license") if isinstance(head, dict) else None
         if known == "other":
             known = head.get("license_name") or known
-        return str(known) if known else None
+        return known if known and isinstance(known, str) else None
 
     def dtype(self) -> str:
         """The dtype of the weights that were trained, or of the base that an adapter belongs to."""
@@ -65,8 +65,8 @@ class Source:
         return "float32" if found == "auto" else found
 
 
-def open_run(path: Path, checkpoint: str = "last") -> Source:
-    """The run `path`, or the run that `path` is a checkpoint of (RUN/best). checkpoint: `best`, `last`, or a step.
+def open_run(path: Path, checkpoint: str | None = None) -> Source:
+    """The run `path`, or the run that `path` is a checkpoint of (RUN/best). checkpoint: as of `find_checkpoint`.
 
     Raises InputError if there is no such run or checkpoint.
     """

@@ -6,16 +6,16 @@ transformers' processor would make them: two paths that share no code but the mo
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from zipr1.core.errors import InputError
-from zipr1.core.recipe import Data, Recipe
+from zipr1.core.recipe import Recipe
 from zipr1.core.types import Prompt
-from zipr1.data import sources
+from zipr1.data.embedded import SOURCES, draw_heldout
 from zipr1.models.encoder import MediaEncoder
 from zipr1.models.inputs import model_inputs
 from zipr1.models.policy import Policy
@@ -40,36 +40,28 @@ class Reference:
     origin: str
 
 
-def samples(recipe: Recipe) -> tuple[list[Prompt], str]:
-    """A few held-out questions of the run, of as many tasks as there are; of the embedded digits if its files are
-    gone. Also says which."""
-    wanted = recipe.data.model_copy(update={"heldout_prompts": QUESTIONS})
-    try:
-        found, origin = (
-            sources.load(wanted, "heldout", recipe.seed),
-            "held-out questions of the run",
-        )
-    except InputError:
-        found, origin = (
-            sources.load(Data(heldout_prompts=QUESTIONS), "heldout", 0),
-            "embedded digits",
-        )
+def samples(recipe: Recipe, kinds: Collection[str]) -> tuple[list[Prompt], str]:
+    """A few embedded questions, of as many tasks as there are, of the family that the run was trained on or else of the
+    digits; and which. kinds: of media that the model takes.
+
+    The run's own questions are not opened: its recipe, which may have come with it, names files outside of its folder.
+    """
+    family = recipe.data.source if recipe.data.source in SOURCES else "digits"
+    found = draw_heldout(family, {}, QUESTIONS, "test")
     by_task: dict[str, list[Prompt]] = {}
     for prompt in found:
-        by_task.setdefault(prompt.task, []).append(prompt)
+        if all(media.kind in kinds for media in prompt.media):
+            by_task.setdefault(prompt.task, []).append(prompt)
     queues = list(by_task.values())
     turns = [queue[i] for i in range(QUESTIONS) for queue in queues if i < len(queue)]
-    return turns[:QUESTIONS], origin
+    return turns[:QUESTIONS], f"embedded {family}"
 
 
 @torch.no_grad()
 def reference(policy: Policy, recipe: Recipe) -> Reference:
     """The run's own answers at budget 1."""
-    prompts, origin = samples(recipe)
-    pictures = MediaEncoder(
-        policy, recipe.model_copy(update={"data": _lenient(recipe.data)}), most=0
-    )
-    prompts, encoded = pictures.usable(prompts)
+    prompts, origin = samples(recipe, policy.processor.placeholder)
+    encoded = MediaEncoder(policy, Recipe(), most=0).encode(prompts)
     answers = [policy.processor.answer_ids(prompt.answer) for prompt in prompts]
     logits, texts = [], []
     for one, answer in zip(encoded, answers, strict=True):
@@ -119,8 +111,3 @@ def stock_inputs(
         [(ids, encoded.visuals)], policy.processor, policy.model.config.model_type
     )
     return dict(inputs.to(policy.device))
-
-
-def _lenient(settings: Data) -> Data:
-    """A bad row among the questions is passed over: it is the weights that are checked here."""
-    return settings.model_copy(update={"on_bad_row": "skip"})

@@ -10,7 +10,7 @@ import torch
 from zipr1_kernels import unusable
 
 from zipr1.core.machine import free_memory, git_commit, hardware, versions
-from zipr1.core.text import size
+from zipr1.core.text import number, size
 
 
 def about() -> dict[str, Any]:
@@ -20,7 +20,7 @@ def about() -> dict[str, Any]:
         "system": platform.platform(),
         **{name: version or "not installed" for name, version in versions().items()},
         "commit": "installed copy" if git is None else git["commit"] + " changed" * git["changed"],
-        "cpu": f"{own['cpu']}, {own['cpus']} cores, {own['threads']} threads",
+        "cpu": f"{own['cpu']}, {number(own['cpus'], 'core')}, {number(own['threads'], 'thread')}",
         "memory": f"{size(own['memory_bytes'])}, {size(free_memory() or 0)} free",
         "torch CUDA": torch.version.cuda or "a CPU build",
     }

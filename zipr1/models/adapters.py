@@ -14,6 +14,7 @@ from zipr1.core.config import show
 from zipr1.core.errors import InputError
 from zipr1.core.jsontext import loads
 from zipr1.core.text import reason
+from zipr1.models import patterns
 from zipr1.models.foreign import foreign
 from zipr1.models.tensors import check_finite, check_names, shapes
 
@@ -32,6 +33,7 @@ def with_adapter(model: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     tensors = read(folder)
+    patterns.check(folder, _settings(folder), [name for name, _ in model.named_modules()])
     changed = [n for n in tensors if any(end in n for end in ENDS) and "token_adapter" not in n]
     if any("lora_" in name for name in changed) and _settings(folder).get("ensure_weight_tying"):
         raise InputError(

@@ -23,7 +23,8 @@ from typing import Any, Literal, NamedTuple
 from zipr1.core.errors import InputError
 from zipr1.core.jsontext import loads
 
-# The most visual tokens of one picture, by the default max_pixels of Qwen2-VL and Qwen2.5-VL (12,845,056 of 28 x 28 each).
+# The most visual tokens of one picture, by the default max_pixels of Qwen2-VL and Qwen2.5-VL (12,845,056 of 28 x 28
+# each).
 PICTURE = 16384
 
 # Families whose sizes say all that is counted here.

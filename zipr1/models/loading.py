@@ -28,6 +28,7 @@ from zipr1.core.text import reason
 from zipr1.models import adapters, families, misshapen
 from zipr1.models.beside import read_json
 from zipr1.models.foreign import foreign
+from zipr1.models.patterns import LORA_TARGETS
 from zipr1.models.pixels import WHOLE, PixelSettings
 from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.tensors import check_finite, check_names, refuse, shapes
@@ -37,11 +38,6 @@ log = logging.getLogger("zipr1")
 
 # The run's own display shows what goes on; bars of loading and saving shards would break it.
 transformers.utils.logging.disable_progress_bar()
-
-# The text decoder alone: a list of suffixes would also hit the vision tower's gate, up and down projections.
-LORA_TARGETS = (
-    r".*(?:language|text)_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-)
 
 WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

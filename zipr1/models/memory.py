@@ -4,8 +4,9 @@ The one memory model: the plan of a run (`memory`), the tokens that one pass may
 before a profile (profiling/session.py) take the bytes of a token from the same three functions.
 
 The counts need a `Shape` (a bundled config, or that of a loaded model) and the recipe. `memory` bounds from above what
-depends on the data (nothing pruned, every row as long as the longest) and leaves out the allocator's fragments and the
-CUDA context, about 1 GiB. tests/models/test_memory.py holds it against the measured peak of a small model.
+depends on the data (nothing pruned, every row as long as the longest). It leaves out what Python and its libraries
+take, half a GiB, and on a GPU the allocator's fragments and the CUDA context, about 1 GiB; tests/models/test_memory.py
+holds it against the measured peak of a small model, tests/models/test_real_widths.py of real widths.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from zipr1.models.cost import (
 KEPT_HIDDEN, KEPT_MLP = 24, 3
 # Logits that exist at once, in numbers, and how often: as they are, their logarithms, the reference's, gradients.
 LOGITS, COPIES = 2**24, 6
+# On a CPU: of what comes and goes in a step, what the C library holds besides in pieces too small to give back. Of
+# tensors alone a step of Qwen2.5-VL-3B's widths took 1.80 GB in bfloat16, of the process 2.12 GB.
+FRAGMENTS = 0.5
 # An A100: operations a second in bfloat16 and in float32 by TF32, bytes a second; and the share of them that
 # reinforcement learning reaches: EasyR1 reports 16 % of an H100 for Qwen2.5-VL-7B (assets/baselines.md).
 RATES = {2: 312e12, 4: 156e12}
@@ -112,15 +116,22 @@ def update_bytes(s: Shape, size: int, checkpointing: bool) -> int:
 
 
 def memory(
-    s: Shape, recipe: Recipe, longest: int, size: int | None = None, ranks: int = 1
+    s: Shape,
+    recipe: Recipe,
+    longest: int,
+    size: int | None = None,
+    ranks: int = 1,
+    cpu: bool = False,
 ) -> dict[str, int]:
     """Bytes by part on one device, and their `peak`. longest: tokens of the longest prompt. size: bytes of a weight.
+    cpu: whether the device is one.
 
     weights, reference, gradients, optimizer: counted; `train.parallel: fsdp` shards them over `ranks`, but for a frozen
     tower. gathered: the larger of two sharded models, which is whole while it answers. loading: both models before they
     are sharded. kv_cache: of a micro-batch of rollouts, unpruned, with one layer's prefill beside it. activations: of a
     micro-batch in the update; with gradient checkpointing one hidden state a layer and one layer's worth. logits: at
-    most LOGITS numbers at once. vision: one longest picture in the tower.
+    most LOGITS numbers at once. vision: one longest picture in the tower. allocator: FRAGMENTS of what the update
+    makes, on a CPU.
     """
     size = size or weight_bytes(recipe)
     counts = parameters(s)
@@ -167,8 +178,10 @@ def memory(
         rollout += parts["gathered"]
         # The update gathers a decoder layer at a time, and the embeddings whole.
         learn += (s.layer_weights + s.vocab * s.hidden) * size
+    parts["allocator"] = int(FRAGMENTS * learn) if cpu else 0
     # One after the other: loading, the tower, the rollouts, the update.
-    parts["peak"] = max(parts["loading"], fixed + max(parts["vision"], rollout, learn))
+    step = max(parts["vision"], rollout, learn) + parts["allocator"]
+    parts["peak"] = max(parts["loading"], fixed + step)
     return parts
 
 
@@ -269,7 +282,9 @@ def tokens_of(s: Shape, recipe: Recipe) -> dict[str, int]:
     return {"picture": min(most, picture // side), "clip": min(most, clip), "prompt": most}
 
 
-def outline(s: Shape, recipe: Recipe, longest: int, size: int | None = None) -> dict[str, Any]:
+def outline(
+    s: Shape, recipe: Recipe, longest: int, size: int | None = None, cpu: bool = False
+) -> dict[str, Any]:
     """The part of the plan that counting gives, the same with and without a loaded model."""
     plan: dict[str, Any] = {
         "stage": recipe.train.stage,
@@ -281,7 +296,7 @@ def outline(s: Shape, recipe: Recipe, longest: int, size: int | None = None) -> 
         plan["rollout_rows"] = recipe.train.prompts_per_step * recipe.budgets.num_generations
         plan["greedy_rows"] = rollout_rows(recipe) - plan["rollout_rows"]
     plan["checkpoints"] = checkpoints(s, recipe, size)
-    plan["memory"] = memory(s, recipe, longest, size)
+    plan["memory"] = memory(s, recipe, longest, size, cpu=cpu)
     if recipe.train.parallel == "fsdp":
         plan["memory"] |= {
             f"peak_of_{n}_ranks": memory(s, recipe, longest, size, n)["peak"] for n in (2, 4, 8)

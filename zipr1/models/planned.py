@@ -36,7 +36,7 @@ def bundled_shape(path: str) -> Shape | None:
 
 
 def parts_of(model: Any) -> dict[str, int]:
-    """Parameters of a transformers model by part, as `memory.parameters` gives them; adapters in it are none of them."""
+    """Parameters of a transformers model by part, as `memory.parameters` gives them; adapters do not count."""
     own = [p for n, p in model.named_parameters() if "lora_" not in n]
     vision = sum(p.numel() for tower in families.towers(model) for p in tower.parameters())
     ends = (model.get_input_embeddings(), model.get_output_embeddings())

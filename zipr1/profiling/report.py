@@ -13,7 +13,7 @@ from rich.table import Table
 from zipr1.core.files import write_whole, writing
 from zipr1.core.jsontext import dumps
 from zipr1.core.page import Tile, compared, page_table, render
-from zipr1.core.text import mib, size, times
+from zipr1.core.text import mib, number, size, times
 from zipr1.models.cost import tera
 from zipr1.profiling import plots
 
@@ -189,7 +189,9 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     """The conditions of every number, what failed and what to beware of."""
     model, machine = result["model"], result["machine"]
     hardware = machine["hardware"]
-    device = hardware["device_name"] or f"{hardware['cpu']}, {hardware['threads']} threads"
+    device = (
+        hardware["device_name"] or f"{hardware['cpu']}, {number(hardware['threads'], 'thread')}"
+    )
     versions = machine["versions"]
     text = (
         f"{model['name']}, {model['layers']} of {model['all_layers']} layers, {model['dtype']}, weights: "

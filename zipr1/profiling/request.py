@@ -43,9 +43,34 @@ def check(request: ProfileRequest) -> None:
     if names_nothing(request.model) and request.model not in cost.bundled():
         raise cost.unknown(request.model)
     check_numbers(request.lengths, request.keeps, request.batches)
+    _check_sizes(request)
     if request.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(
             f"--dtype {request.dtype}: allowed: auto, float32, bfloat16, float16; leave it out for auto"
+        )
+
+
+def _check_sizes(request: ProfileRequest) -> None:
+    """Raise InputError for layers and lengths that the model has not, as far as that is known without opening it, and
+    for pictures that random weights cannot see."""
+    name, bundled = request.model, request.model in cost.bundled()
+    if request.layers is not None and not bundled:
+        raise InputError(
+            f"--layers is for a bundled config with random weights and {name} has weights; leave it out"
+        )
+    if bundled and (request.image is not None or request.video is not None):
+        raise InputError(
+            "random weights of a bundled config have no tokenizer for --image or --video; give --lengths, or --model "
+            "with a model folder"
+        )
+    if not bundled and name != "tiny":
+        return
+    shape = cost.shape_of(name)
+    if request.layers is not None and not 1 <= request.layers <= shape.layers:
+        raise InputError(f"--layers {request.layers} is outside 1..{shape.layers}, what {name} has")
+    if max(request.lengths, default=1) > shape.limit:
+        raise InputError(
+            f"--lengths {max(request.lengths)} is outside 1..{shape.limit}, what {name} was made for"
         )
 
 

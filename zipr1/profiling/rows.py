@@ -56,6 +56,7 @@ def take(
 
     what: told to who waits.
     """
+    activity.tell(f"{what}: warming up")
     variants = [measure.fastest_dense(subject, inputs)]
     for keep in keeps:
         for skip in ("attention", "layer"):
@@ -68,6 +69,7 @@ def take(
     activity.tell(f"{what}: prefill by phase")
     phases = measure.by_phase(subject, inputs, variants)
     steps = measure.decoding(subject, inputs, variants, seconds, f"{what}: decoding, turn")
+    activity.tell(f"{what}: memory")
     out = []
     for variant, parts, by_phase, (step, size) in zip(variants, times, phases, steps, strict=True):
         with memory(subject.device) as used:

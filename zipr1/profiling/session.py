@@ -46,6 +46,7 @@ def profile(request: ProfileRequest) -> dict[str, Any]:
             cases.append((f"{length:,} tokens" if synthetic else "a real prompt", length, batch))
     tokens = max(lengths) if synthetic else 4096
     known = rates.measure(s, tokens, built.device, built.dtype, min(0.5, request.seconds))
+    activity.tell("measuring what Python takes")
     python = {batch: measure.overhead_ms(built, batch) for batch in request.batches}
     found: list[rows.Row] = []
     for number, (name, length, batch) in enumerate(cases, start=1):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from zipr1.core.errors import InputError
 from zipr1.core.recipe import Data, Model, Sparse
 from zipr1.core.types import Media, Prompt
 from zipr1.data.digits import tasks
@@ -88,11 +87,7 @@ class Subject:
     def real(self, prompt: Prompt, batch: int) -> Inputs:
         """`batch` copies of a real prompt. Raises InputError for media that cannot be read."""
         policy = self.policy
-        if policy is None:
-            raise InputError(
-                "random weights of a bundled config have no tokenizer for --image or --video; "
-                "give --lengths, or --model with a model folder"
-            )
+        assert policy is not None  # of a bundled config none is asked for
         encoded = self.encode(policy, prompt, self.shape.limit)
         features = policy.encode_vision([encoded])
         arguments, valid = policy.rows([encoded] * batch, features, None, left=True)
@@ -129,17 +124,11 @@ def load(
     if model in cost.bundled():
         shape = cost.shape_of(model)
         built = layers if layers is not None else shape.layers
-        if not 1 <= built <= shape.layers:
-            raise InputError(f"--layers {built} is outside 1..{shape.layers}, what {model} has")
         network = random_model(cost.values_of(model), built, chosen, dtype)
         subject = Subject(
             network, replace(shape, layers=built), shape.layers, Sparse(skip="layer"), "random"
         )
     else:
-        if layers is not None:
-            raise InputError(
-                f"--layers is for a bundled config with random weights and {model} has weights; leave it out"
-            )
         if model != "tiny" and "/" not in model and not Path(model).exists():
             cost.shape_of(model)  # which names the nearest bundled config
         policy = load_policy(Model.model_validate({"path": model, "dtype": dtype}), device)

@@ -16,6 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from zipr1.core import activity
 from zipr1.core.errors import InputError, Missing
 from zipr1.core.machine import free_memory
 from zipr1.core.recipe import Recipe
@@ -74,6 +75,7 @@ def dry_run(recipe: Recipe, device: str | None, console: Console) -> dict[str, A
 
 def _prompts(recipe: Recipe, unchecked: list[str]) -> tuple[list[Prompt], list[Prompt]] | None:
     """Training prompts and held-out questions; None, and a note, where they are not here."""
+    activity.tell("reading the questions")
     try:
         train = sources.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
         heldout = sources.load(recipe.data, "heldout", recipe.seed)
@@ -87,6 +89,7 @@ def _prompts(recipe: Recipe, unchecked: list[str]) -> tuple[list[Prompt], list[P
 def _policy(recipe: Recipe, device: str | None, unchecked: list[str]) -> Policy | None:
     """The model; None, and a note, where it is not here or too large for here and a bundled config can stand in."""
     path = recipe.model.path
+    activity.tell(f"opening {path}")
     known = bundled_shape(path)
     if known is None or path == "scratch":
         return load_policy(recipe.model, device, recipe.seed)
@@ -142,6 +145,7 @@ def _tried(
     console: Console,
 ) -> dict[str, Any]:
     """The plan with everything here: samples tokenised and shown, and one rollout of two questions."""
+    activity.tell("reading prompts and answering two of them")
     lessons = not needs_prompts(recipe)
     check_positions(recipe, policy.positions)
     check_skip(recipe.sparse, policy.decoder)
@@ -167,7 +171,8 @@ def _tried(
         "stage": recipe.train.stage,
         "steps": recipe.train.steps,
     }
-    result |= memory.outline(shape, recipe, int(tokens.max()), size)
+    on_cpu = policy.device.type == "cpu"
+    result |= memory.outline(shape, recipe, int(tokens.max()), size, on_cpu)
     result["trainable"] = sum(p.numel() for _, p in policy.trainable())
     if recipe.train.stage == "rl":
         policy.keep_reference()

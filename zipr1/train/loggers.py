@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
+import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from zipr1.core import distributed, extras
+from zipr1.core import activity, extras, launcher
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Recipe
 from zipr1.core.records import read_json
@@ -23,19 +24,22 @@ from zipr1.core.text import reason
 Writer = Callable[[int, Mapping[str, float]], None]
 Opened = contextlib.AbstractContextManager[Writer]
 
-MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+MODULES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 def check(recipe: Recipe) -> None:
-    """Raise InputError if a package that `log.to` names is not installed."""
-    for name in recipe.log.to if distributed.is_first() else []:
-        try:
-            library = importlib.import_module(MODULES[name])
-        except ImportError:
-            library = None
-        # A folder called wandb, such as runs of wandb leave in the working folder, can be imported too.
-        if library is None or getattr(library, "__file__", "") is None:
+    """Raise InputError if a package that `log.to` names is not installed; none is imported."""
+    for name in recipe.log.to if launcher.is_first() else []:
+        if not _installed(MODULES[name]):
             raise InputError(f"log.to has {name}, which is not installed; {extras.install(name)}")
+
+
+def _installed(module: str) -> bool:
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    found = importlib.util.find_spec(module)
+    # A folder called wandb, such as runs of wandb leave in the working folder, can be imported too.
+    return found is not None and found.origin is not None
 
 
 @contextlib.contextmanager
@@ -112,15 +116,25 @@ def board(
 ) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
     """A function that sends the numbers of a step's metrics to all that `log.to` names. start: the first step."""
     with contextlib.ExitStack() as stack:
-        names = recipe.log.to if distributed.is_first() else []
-        writers = [stack.enter_context(WRITERS[name](recipe, root, start)) for name in names]
+        writers = []
+        for name in recipe.log.to if launcher.is_first() else []:
+            try:
+                writers.append(stack.enter_context(WRITERS[name](recipe, root, start)))
+            except ImportError as error:
+                raise InputError(
+                    f"log.to has {name}, which cannot be imported ({reason(error)}); {extras.install(name)}"
+                ) from error
 
         def write(step: int, metrics: Mapping[str, Any]) -> None:
             scalars = dict(flat(metrics))
             for writer in writers:
                 writer(step, scalars)
 
-        yield write
+        try:
+            yield write
+        finally:
+            if writers:
+                activity.tell("sending the last metrics")
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -143,6 +143,7 @@ def load_questions(
     be used, unless the recipe skips them."""
     check_positions(recipe, pictures.policy.positions)
     check_skip(recipe.sparse, pictures.policy.decoder)
+    activity.tell("reading the questions")
     prompts = sources.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
     questions = sources.load(recipe.data, "heldout", recipe.seed)
     check_answers([*prompts, *questions], recipe)

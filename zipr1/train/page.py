@@ -4,6 +4,7 @@ what comes next. Written whole each time, and never for more than a fiftieth of 
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +13,16 @@ from typing import Any
 import numpy as np
 
 from zipr1.core import curves
+from zipr1.core.config import assignment
 from zipr1.core.files import write_whole, writing
+from zipr1.core.load import code_in
 from zipr1.core.page import Tile, compared, page_table, render
 from zipr1.core.recipe import Recipe
 from zipr1.core.rundir import RunDir, read_lines
 from zipr1.core.text import duration, size
 from zipr1.core.types import Prompt
 from zipr1.data.media import load_timed
+from zipr1.data.sources import files_in
 from zipr1.models import gallery
 from zipr1.models.policy import Policy
 from zipr1.train.heldout import Result
@@ -148,7 +152,7 @@ class RunPage:
             differing=list(differing),
             newest=[] if judged else self._newest,
             figures=figures + ([by_layer] if by_layer else []),
-            commands=_commands(root, state),
+            commands=_commands(root, recipe, state),
         )
         with writing(self.path):
             write_whole(self.path, page)
@@ -323,7 +327,7 @@ def _judged(summary: Mapping[str, Any], heldout: Mapping[str, Mapping[str, float
     return tiles
 
 
-def _commands(root: Path, state: str) -> list[tuple[str, str]]:
+def _commands(root: Path, recipe: Recipe, state: str) -> list[tuple[str, str]]:
     """What comes next, and how."""
     if state == "finished":
         return [
@@ -332,4 +336,10 @@ def _commands(root: Path, state: str) -> list[tuple[str, str]]:
             ("A plain Hugging Face folder", f"zipr1 export {root} --to DIR"),
             ("Side by side with another run", f"zipr1 compare {root} OTHER"),
         ]
-    return [("Go on after it was stopped", f"zipr1 train --resume {root}")]
+    # What a run's own recipe may not say without the user.
+    named = code_in(recipe) | files_in(recipe.data, root)
+    again = [
+        f"zipr1 train --resume {shlex.quote(str(root))}",
+        *(assignment(*one) for one in named.items()),
+    ]
+    return [("Go on after it was stopped", " ".join(again))]

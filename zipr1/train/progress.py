@@ -40,7 +40,7 @@ BRIEF = {"loss", "accuracy", "token_ratio", "kl"}  # of these a plain line tells
 
 class Progress:
     """A live bar, whose time runs, and a small table of the newest step; plain lines where nobody watches, one for each
-    tenth of the steps and one a minute at least, also within a step that takes longer.
+    tenth of the steps, and of the same form one a minute (activity.py), also within a step that takes longer.
 
     with Progress(console, total=300) as progress:
         progress.update(step, metrics)      # step counts from 0, after it is done
@@ -52,11 +52,11 @@ class Progress:
         self.title = title
         self.done = start
         self._start = start
-        self._began = self._told = self._last = time.monotonic()
+        self._began = self._last = time.monotonic()
         self._metrics: Mapping[str, Any] = {}
         self._live = (
             Live(console=console, get_renderable=self._view, refresh_per_second=4)
-            if console.is_terminal
+            if console.is_terminal and not console.is_dumb_terminal
             else None
         )
 
@@ -66,7 +66,7 @@ class Progress:
             activity.tell("")
             self._live.start()
         else:
-            activity.tell(f"{self.title}: step", self.done + 1, self.total)
+            activity.tell(self._line())
         return self
 
     def __exit__(
@@ -87,16 +87,15 @@ class Progress:
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Shows `metrics`, those of the step that just ended."""
         before, self.done, self._metrics = self.done, step + 1, metrics
-        self._last = now = time.monotonic()
+        self._last = time.monotonic()
         if self._live:
             self._live.refresh()
             return
-        activity.tell(f"{self.title}: step", min(self.done + 1, self.total), self.total)
+        activity.tell(self._line())
         every = max(1, round(self.total / 10))
         first = before == self._start
         tenth = self.done // every > before // every
-        if first or tenth or self.done == self.total or now - self._told >= activity.EVERY:
-            self._told = now
+        if first or tenth or self.done == self.total:
             self.console.print(self._line(), soft_wrap=True, highlight=False)
             activity.spoke()
 
@@ -144,7 +143,9 @@ class Progress:
         for i in range(0, len(cells), columns):
             row = cells[i : i + columns]
             body.add_row(*(text for cell in row for text in cell))
-        return Group(head, body)
+        # An empty line for what the keyboard echoes: at the end of a full one, `^C` would begin another, and the first
+        # would be drawn twice.
+        return Group(head, body, "")
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:

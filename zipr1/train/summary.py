@@ -12,6 +12,7 @@ from rich.console import Console
 
 from zipr1.core import activity, distributed
 from zipr1.core.errors import InputError
+from zipr1.core.files import writing
 from zipr1.core.plots import kept_picture
 from zipr1.core.recipe import Recipe, Sparse
 from zipr1.core.records import read
@@ -43,7 +44,7 @@ def measure(
         policy=True,
         reference=None in settings,
     )
-    activity.tell("")
+    activity.tell(f"{title}: summing up")
     return [joined(prompts, distributed.gather(result.plain())) for result in found]
 
 
@@ -125,7 +126,8 @@ def finish(
     if "after" in results:
         console.print(summary_table(summary))
         for line in constraint_lines(summary):
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+            wrapped = not console.is_terminal  # whole words in a terminal, a line each in a file
+            console.print(line, soft_wrap=wrapped, highlight=False, markup=False)
     where = f"everything is in {folder.root}; report: {page.path}"
     console.print(where, soft_wrap=True, highlight=False)
     made = f"a plain Hugging Face folder of it: zipr1 export {folder.root} --to DIR"
@@ -166,10 +168,11 @@ def pictures(
                 kept[name].append((cells, float(mask.mean())))
         answers = {name: r.said[i] for name, r in results.items() if name != "before"}
         answers["right"] = prompt.answer
-        kept_picture(
-            seen[0], grid, kept, question(prompt.messages), answers,
-            root / f"kept-{task}.png",
-        )  # fmt: skip
+        path = root / f"kept-{task}.png"
+        with writing(path):
+            kept_picture(
+                seen[0], grid, kept, question(prompt.messages), answers, path
+            )
 
 
 def judge(summary: dict[str, Any], recipe: Recipe) -> None:

@@ -1,13 +1,15 @@
-"""What can be known wrong with a recipe before anything is loaded."""
+"""What can be known wrong with a recipe before anything is loaded. Light: no torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zipr1.core import distributed
+from zipr1.core import launcher
 from zipr1.core.errors import InputError
 from zipr1.core.methods import parse
 from zipr1.core.recipe import Recipe
+from zipr1.core.runs import names_nothing
+from zipr1.data import readers
 from zipr1.data.embedded import SOURCES, check_mix
 from zipr1.rewards.registry import find
 from zipr1.train import loggers
@@ -15,12 +17,17 @@ from zipr1.train import loggers
 
 def check(recipe: Recipe) -> None:
     """What can be known wrong before anything is loaded. Raises InputError."""
-    distributed.check_launcher(recipe.train.parallel)
+    launcher.check(recipe.train.parallel)
     methods = parse(recipe.efficiency.method)
     find(recipe.rewards.check)
     loggers.check(recipe)
     check_mix(recipe.data.mix)
     _check_sizes(recipe)
+    path = recipe.model.path
+    if path != "scratch" and names_nothing(path):
+        raise InputError(
+            f"model.path: {path} does not exist; give a model folder, a run, a hub id or 'tiny'"
+        )
     if recipe.model.lora and recipe.model.train_vision:
         raise InputError(
             "model.lora trains adapters alone; set model.train_vision false, or leave lora out"
@@ -41,9 +48,9 @@ def check(recipe: Recipe) -> None:
             "is ddp; use parallel fsdp, or leave param_dtype out"
         )
     if recipe.train.stage == "rl":
-        if recipe.train.prompts_per_step < distributed.size():
+        if recipe.train.prompts_per_step < launcher.size():
             raise InputError(
-                f"train.prompts_per_step {recipe.train.prompts_per_step} leaves some of {distributed.size()} ranks "
+                f"train.prompts_per_step {recipe.train.prompts_per_step} leaves some of {launcher.size()} ranks "
                 "without a question; raise it, or start fewer"
             )
         if recipe.model.path == "scratch":
@@ -75,6 +82,14 @@ def check(recipe: Recipe) -> None:
                 f"efficiency.method {recipe.efficiency.method} differentiates top_p and sparse.rule is "
                 f"{recipe.sparse.rule}; use rule top_p or method answers"
             )
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Raise InputError for files of rows that are not here; nothing is opened, and nothing asked of the hub."""
+    data = recipe.data
+    for source in (data.source, data.heldout):
+        if source is not None and source != "validation" and source not in SOURCES:
+            readers.place(source)
 
 
 # Embedded questions that one run may ask for: each takes 12 (digits) to 78 KB (pages) of memory.

@@ -96,8 +96,8 @@ class SparseContext(ABC):
 
 
 class Prefill(SparseContext):
-    """A prompt, of which each layer that chooses keeps a part. cache: takes the kept keys and values; None: they are not
-    cached. layers: of the decoder, of which the last one is finished where `batch.read_at` says."""
+    """A prompt, of which each layer that chooses keeps a part. cache: takes the kept keys and values; None: none are.
+    layers: of the decoder, of which the last one is finished where `batch.read_at` says."""
 
     def __init__(
         self,

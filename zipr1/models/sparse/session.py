@@ -40,7 +40,8 @@ ATTRIBUTE = "_zipr1"
 @dataclass(frozen=True)
 class Stats:
     """What the last prefill kept. lengths: `(B,)` prompt tokens of each row; kept: `(B, D)` of them kept in each
-    layer that chooses; both int64 on the CPU. Beams and returned sequences are rows of their own. settings: in force then."""
+    layer that chooses; both int64 on the CPU. Beams and returned sequences are rows of their own. settings: in force
+    then."""
 
     lengths: torch.Tensor
     kept: torch.Tensor

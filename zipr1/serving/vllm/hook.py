@@ -1,12 +1,13 @@
-"""The hook where vLLM lets an architecture change the configuration, and our model classes beside vLLM's.
+"""The place where vLLM settles its configuration, and our model classes beside vLLM's.
 
-The hook leaves folders without our key in config.json alone. A folder with it gets our model, worker and scheduler
-classes, or is refused, or runs dense; one line of the log says which. Imported where vLLM was tested (plugin.py): what
-it imports of vllm need not be there in another version.
+Folders without our key in config.json are left alone. A folder with it gets our model, worker and scheduler classes, or
+is refused, or runs dense; one line of the log says which. Imported where vLLM was tested (plugin.py): what it imports
+of vllm need not be there in another version.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ import vllm
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models import ModelRegistry
-from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from zipr1.core.recipe import Sparse
 from zipr1.serving.vllm import clips, limits
-from zipr1.serving.vllm.settings import KEY, asked, marked, wanted
+from zipr1.serving.vllm.settings import KEY, judged, marked
 
 logger = init_logger("vllm.zipr1")  # vLLM shows the lines of its own name alone
 PREFIX = "Zipr1"
@@ -34,36 +35,44 @@ def install() -> None:
     ModelRegistry.register_model(
         f"{PREFIX}{limits.ARCHITECTURES[1]}", f"{HERE}.model:SparseQwen25VL"
     )
-    for name in (*limits.ARCHITECTURES, *limits.OTHERS):
-        stock = MODELS_CONFIG_MAP.get(name, VerifyAndUpdateConfig)
-        if not issubclass(stock, Hook):
-            MODELS_CONFIG_MAP[name] = type("Zipr1Hook", (Hook, stock), {})
+    # vLLM's hooks of single architectures would miss a folder that an option serves by another one.
+    stock = VllmConfig.try_verify_and_update_config
+    if stock.__module__ != __name__:
+
+        def try_verify_and_update_config(self: VllmConfig) -> None:
+            model = self.model_config
+            new = model is not None and not model.config_updated
+            stock(self)
+            if new and not (model.architecture or "").startswith(PREFIX):
+                serve(self)
+
+        named = functools.wraps(stock, assigned=("__doc__",))(try_verify_and_update_config)
+        VllmConfig.try_verify_and_update_config = named
 
 
-class Hook(VerifyAndUpdateConfig):
-    """Called by vLLM with the whole configuration, once, where an engine is set up."""
+def serve(config: VllmConfig) -> None:
+    """The whole configuration, once, where an engine is set up. Raises RunError where it cannot be served sparse."""
+    found = judged(config)
+    if found is None:
+        return
+    sparse, why = found
+    if sparse is None:
+        logger.info("zipr1: dense: %s", why)
+        return
+    try:
+        reason = limits.refusal(config, platform())
+        if reason is None:
+            prepare(config, sparse)
+    except AttributeError as error:
+        reason = limits.lacking(vllm.__version__, error)
+    if reason is not None:
+        raise limits.refuse(reason)
+    logger.info("%s", said(config, sparse))
 
-    @classmethod
-    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        super().verify_and_update_config(vllm_config)
-        model = vllm_config.model_config
-        sparse = asked(model.hf_config, model.model)
-        if sparse is None:
-            return
-        chosen, why = wanted(sparse, vllm_config.additional_config)
-        if chosen is None:
-            logger.info("zipr1: dense: %s", why)
-            return
-        platform = "cpu" if current_platform.is_cpu() else current_platform.device_name
-        try:
-            reason = limits.refusal(vllm_config, platform)
-            if reason is None:
-                prepare(vllm_config, chosen)
-        except AttributeError as error:
-            reason = limits.lacking(vllm.__version__, error)
-        if reason is not None:
-            raise limits.refuse(reason)
-        logger.info("%s", said(vllm_config, chosen))
+
+def platform() -> str:
+    """`cpu`, `cuda`, or another."""
+    return "cpu" if current_platform.is_cpu() else str(current_platform.device_name)
 
 
 def prepare(config: VllmConfig, sparse: Sparse) -> None:
@@ -71,12 +80,15 @@ def prepare(config: VllmConfig, sparse: Sparse) -> None:
     model, scheduler = config.model_config, config.scheduler_config
     setattr(model.hf_config, KEY, marked(sparse))  # our model class reads it in the worker
     put(model.hf_config, architectures=[PREFIX + model.architecture])
-    side = "cpu" if current_platform.is_cpu() else "gpu"
+    side = "cpu" if platform() == "cpu" else "gpu"
     put(config.parallel_config, worker_cls=f"{HERE}.worker_{side}.Worker")
+    if side == "gpu":  # where some GPUs would get another one
+        put(config.attention_config, backend=AttentionBackendEnum[limits.ON_GPU])
     put(model, enforce_eager=True)
     put(config.cache_config, enable_prefix_caching=False)
     # A prompt is read in one step, or its tokens could not be chosen before they run.
-    tokens = max(scheduler.max_num_batched_tokens, model.max_model_len)
+    # Beside the longest there is room for those that answer meanwhile, or it would wait until they have ended.
+    tokens = max(scheduler.max_num_batched_tokens, model.max_model_len + scheduler.max_num_seqs)
     put(
         scheduler,
         scheduler_cls=f"{HERE}.scheduler.Scheduler",
@@ -84,6 +96,7 @@ def prepare(config: VllmConfig, sparse: Sparse) -> None:
         enable_chunked_prefill=False,
         long_prefill_token_threshold=0,
         max_num_batched_tokens=tokens,
+        max_num_scheduled_tokens=None,  # a prompt above it would wait for ever
         # Were there no room for a picture, the scheduler would read the text in front of it alone.
         max_num_encoder_input_tokens=tokens,
         encoder_cache_size=2 * tokens,
@@ -114,5 +127,7 @@ def said(config: VllmConfig, sparse: Sparse) -> str:
     )
     stored = getattr(model.hf_config, "dtype", None)
     if stored == torch.float32 and model.dtype != stored:
-        line += f"; the weights are float32 and run in {str(model.dtype).removeprefix('torch.')}: --dtype float32"
+        line += f"; the weights are float32 and run in {str(model.dtype).removeprefix('torch.')}"
+        if platform() == "cpu":
+            line += ": --dtype float32"
     return line

@@ -16,17 +16,8 @@ from zipr1.core.text import reason
 # The extra `vllm` of pyproject.toml is held to it by a test.
 TESTED = ">=0.32,<0.33"
 ARCHITECTURES = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
-# Of the other families that zipr1 exports.
-OTHERS = (
-    "Qwen3VLForConditionalGeneration",
-    "Qwen3VLMoeForConditionalGeneration",
-    "Qwen3_5ForConditionalGeneration",
-    "Qwen3_5MoeForConditionalGeneration",
-    "InternVLForConditionalGeneration",
-    "LlavaOnevisionForConditionalGeneration",
-    "SmolVLMForConditionalGeneration",
-)
-BACKENDS = ("CPU_ATTN", "FLASH_ATTN")
+ON_GPU = "FLASH_ATTN"
+BACKENDS = ("CPU_ATTN", ON_GPU)
 PLAIN_CACHE = ("auto", "float16", "bfloat16", "float32")
 DENSE = """--additional-config '{"zipr1": "dense"}'"""
 
@@ -49,13 +40,20 @@ def refusal(config: Any, platform: str) -> str | None:
     config: a VllmConfig. platform: `cpu`, `cuda`, or another name.
     """
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    if model.model_impl not in ("auto", "vllm"):
+        return f"it cannot be joined with --model-impl {model.model_impl}; leave that out"
     if model.architecture not in ARCHITECTURES:
         return f"{model.architecture} is not known; {' and '.join(ARCHITECTURES)} are"
     if platform not in ("cpu", "cuda"):
         return f"the platform {platform} is not known; cpu and cuda are"
-    text = model.hf_text_config
+    text, attention = model.hf_text_config, config.attention_config
+    backends = [attention.backend, *attention.backend_per_kind.values()]
+    on_gpu = platform == "cuda"
     found = {
-        "--model-impl": model.model_impl not in ("auto", "vllm"),
+        f"--attention-backend other than {ON_GPU}": on_gpu
+        and any(backend and backend.name != ON_GPU for backend in backends),
+        f"--dtype float32, which {ON_GPU} does not take": on_gpu
+        and str(model.dtype) == "torch.float32",
         "--runner pooling": model.runner_type != "generate",
         "--quantization": model.quantization is not None,
         "sliding windows (use_sliding_window in config.json)": getattr(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from zipr1.serving.vllm import limits
-from zipr1.serving.vllm.settings import asked, wanted
+from zipr1.serving.vllm.settings import judged
 
 
 def register() -> None:
@@ -36,9 +36,8 @@ def guard(reason: str) -> None:
     stock = VllmConfig.__post_init__
 
     def checked(self: Any, *given: Any, **named: Any) -> None:
-        model = self.model_config
-        sparse = None if model is None else asked(model.hf_config, model.model)
-        if sparse is not None and wanted(sparse, self.additional_config)[0] is not None:
+        found = None if self.model_config is None else judged(self)
+        if found is not None and found[0] is not None:
             raise limits.refuse(reason)
         stock(self, *given, **named)
 

@@ -11,12 +11,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zipr1.core.errors import InputError
+from zipr1.core.errors import InputError, RunError
 from zipr1.core.load import validate
 from zipr1.core.recipe import Sparse
 from zipr1.models import manifest
 
 KEY = "zipr1"
+
+
+def judged(config: Any) -> tuple[Sparse | None, str] | None:
+    """What a VllmConfig with a model wants: settings, or None and why it is dense; None altogether for a folder that is
+    not ours. Raises RunError: of an InputError, as of any ValueError, pydantic would make a report of many lines."""
+    model = config.model_config
+    try:
+        sparse = asked(model.hf_config, model.model)
+        return None if sparse is None else wanted(sparse, config.additional_config)
+    except InputError as error:
+        raise RunError(f"zipr1: {error}") from None
 
 
 def marked(sparse: Sparse) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Step:
         last = self.lengths.tolist()
         for number, first in enumerate(table[:count, 0].tolist()):
             entry, rows = ledger.of(first), bounds[number + 1] - bounds[number]
-            if rows == last[number]:
+            if rows == last[number] and rows >= entry.prompt:
                 entry.length, entry.kept = rows, []
                 self.reading.append(Reading(number, bounds[number], bounds[number + 1], entry))
             elif rows > 1 or len(entry.kept) != layers:
