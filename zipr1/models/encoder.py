@@ -153,7 +153,7 @@ class MediaEncoder:
                         times,
                         media.asked,
                         alone=len(prompt.media) == 1,
-                    )  # fmt: skip
+                    )
                 )
             length = processor.length(processor.text(prompt.messages), visuals)
         except InputError as error:

@@ -120,8 +120,8 @@ def _llava_tiles(rows: Sequence[Media]) -> dict[str, torch.Tensor]:
         return {}
     most = max(len(v.patches) for v in shown)
     pixels = torch.zeros(len(shown), most, *shown[0].patches.shape[1:])
-    for tiles, visual in zip(pixels, shown, strict=True):
-        tiles[: len(visual.patches)] = visual.patches
+    for room, visual in zip(pixels, shown, strict=True):
+        room[: len(visual.patches)] = visual.patches
     sizes = torch.tensor([v.size for v in shown])
     several = torch.tensor([len(row) for row in rows if row])
     return {"pixel_values": pixels, "image_sizes": sizes, "batch_num_images": several}

@@ -18,7 +18,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.types import NOTHING, Asked
 from zipr1.data.video import QWEN2_FRAMES, FrameRule
 from zipr1.models.beside import read_json
-from zipr1.models.tiles import Cuts
+from zipr1.models.tiles import UNCUT, Cuts
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -96,8 +96,8 @@ class PixelSettings:
     bounded besides only by max_frame_pixels. shared: in what `of` gives, the frames that share such bounds; 0: none.
 
     tile: pixels on a side of the squares that a picture is made, 0 for any size; cuts: how many; besides: tokens of a
-    picture that show no part of it. clips: whether videos are handled. size: height and width that are asked of one picture or clip, in
-    place of its own."""
+    picture that show no part of it. clips: whether videos are handled. size: height and width that are asked of one
+    picture or clip, in place of its own."""
 
     patch: int = 14
     merge: int = 2
@@ -108,7 +108,7 @@ class PixelSettings:
     std: tuple[float, ...] = CLIP_STD
     tile: int = 0
     besides: int = 0
-    cuts: Cuts = Cuts()
+    cuts: Cuts = UNCUT
     clips: bool = True
     max_frame_pixels: int | None = None
     min_frame_pixels: int | None = None

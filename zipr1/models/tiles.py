@@ -61,6 +61,9 @@ class Cuts:
         return (0, 0) if rows * columns == 1 else (rows, columns)
 
 
+UNCUT = Cuts()
+
+
 def _nearest(height: int, width: int, side: int, least: int, most: int) -> tuple[int, int]:
     """Rows and columns: of all grids of `least` to `most` tiles the one nearest in shape. Of several as near the larger
     one, so long as the picture has more than half of its pixels."""
@@ -181,9 +184,10 @@ def cut(
             pixels = _made_square(pixels, [int(255 * colour) for colour in mean])
         tiles = _on_canvas(pixels, cuts, side, resample, resized) if alone else []
         return [resized(pixels, side, side, resample), *tiles], (0, 0)
-    rows, columns = cuts.grid(*pixels.shape[:2], side)
+    height, width = pixels.shape[:2]
+    rows, columns = cuts.grid(height, width, side)
     if cuts.along:
-        sizes, _ = _along(*pixels.shape[:2], side, cuts.along)
+        sizes, _ = _along(height, width, side, cuts.along)
         for high, wide in sizes:
             pixels = resized(pixels, high, wide, resample)
         canvas = pixels

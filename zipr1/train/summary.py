@@ -170,9 +170,7 @@ def pictures(
         answers["right"] = prompt.answer
         path = root / f"kept-{task}.png"
         with writing(path):
-            kept_picture(
-                seen[0], grid, kept, question(prompt.messages), answers, path
-            )
+            kept_picture(seen[0], grid, kept, question(prompt.messages), answers, path)
 
 
 def judge(summary: dict[str, Any], recipe: Recipe) -> None:
