@@ -7,8 +7,8 @@ from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
-import transformers
 import torch
+import transformers
 from alike import same_pixels
 from test_pictures import picture
 from transformers import AutoImageProcessor
