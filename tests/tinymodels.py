@@ -126,8 +126,10 @@ def encode(policy: Policy, prompts: list[Prompt]) -> list[Encoded]:
 # --- families beside Qwen2-VL and Qwen2.5-VL: transformers' own classes, in tiny
 
 # Those whose clips are handled.
-CLIPS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-OTHERS = ("qwen3_vl", "qwen3_vl_moe", "internvl", "llava_onevision", "smolvlm")
+CLIPS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+# Those with layers of linear attention beside those that choose.
+HYBRID = ("qwen3_5", "qwen3_5_moe")
+OTHERS = ("qwen3_vl", "qwen3_vl_moe", *HYBRID, "internvl", "llava_onevision", "smolvlm")
 OTHER_TEXT = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -136,6 +138,22 @@ OTHER_TEXT = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 4096,
+}
+# Layers 1 and 3 of four choose; of a head's 16 numbers the first 8 turn with the position.
+LINEAR = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [2, 1, 1],
+        "partial_rotary_factor": 0.5,
+    },
 }
 OTHER_TOWER = {
     "hidden_size": 32,
@@ -148,7 +166,7 @@ OTHER_TOWER = {
 def _config(family: str, text: dict[str, Any], tokenizer: Any) -> Any:
     """A tiny config whose pictures make 16 to 65 tokens."""
     token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    if family.startswith("qwen3_vl"):
+    if family.startswith("qwen3"):
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
         vision = {
             "depth": 3,
@@ -164,9 +182,16 @@ def _config(family: str, text: dict[str, Any], tokenizer: Any) -> Any:
         names = ("image_pad", "video_pad", "vision_start", "vision_end")
         image, clip, start, end = tokenizer.convert_tokens_to_ids([f"<|{n}|>" for n in names])
         kind = transformers.Qwen3VLConfig
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
         if family == "qwen3_vl_moe":
-            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
             kind, text = transformers.Qwen3VLMoeConfig, {**text, **experts}
+        if family in HYBRID:
+            kind, text = transformers.Qwen3_5Config, {**text, **LINEAR}
+            del vision["deepstack_visual_indexes"]
+        if family == "qwen3_5_moe":
+            kind = transformers.Qwen3_5MoeConfig
+            del text["intermediate_size"]
+            text |= {**experts, "shared_expert_intermediate_size": 32}
         return kind(
             text_config=text,
             vision_config=vision,

@@ -150,7 +150,7 @@ def test_masks_of_other_forms_are_refused_by_what_they_are(family, kind):
 @torch.no_grad()
 def test_at_one_a_custom_mask_does_what_it_does_in_the_stock_model(family, kind):
     """The mask hides the first half of a row from the second."""
-    if kind == "dict" and family in ("qwen3_vl", "qwen3_vl_moe", "smolvlm"):
+    if kind == "dict" and family in (*tinymodels.HYBRID, "qwen3_vl", "qwen3_vl_moe", "smolvlm"):
         pytest.skip("this family's decoder takes no dict of masks")
     model, given = plain(family), text()
     stock = copy.deepcopy(model)
@@ -186,7 +186,8 @@ def test_packed_sequences_are_refused_and_right_at_one(family):
     ]
     with zipr1.sparse(model, 1.0):
         alone = model(**call).logits
-    torch.testing.assert_close(alone, torch.cat(halves, dim=1), atol=2e-4, rtol=1e-4)
+    if family not in tinymodels.HYBRID:  # a linear layer's state goes on, in the stock model too
+        torch.testing.assert_close(alone, torch.cat(halves, dim=1), atol=2e-4, rtol=1e-4)
     with zipr1.sparse(model, 0.5, **SPARSE):
         for cached in (False, True):
             with pytest.raises(InputError, match="position_ids: restart or jump within a row"):
@@ -237,7 +238,8 @@ def test_a_cache_that_stayed_empty_is_not_taken_for_a_new_conversation(family):
 
 
 @pytest.mark.parametrize(
-    "family", [f for f in FAMILIES if f not in ("qwen3_vl", "qwen3_vl_moe", "smolvlm")]
+    "family",
+    [f for f in FAMILIES if f not in ("qwen3_vl", "qwen3_vl_moe", "smolvlm", *tinymodels.HYBRID)],
 )
 @torch.no_grad()
 def test_sliding_windows_are_refused(family):

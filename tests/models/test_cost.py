@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -66,7 +67,17 @@ def test_the_tower_by_hand():
     assert two.flops == 2 * cost.vision(TOY, cost.PICTURE).flops, "pictures do not see each other"
 
 
-@pytest.mark.parametrize("name", ["qwen2-vl-2b", "qwen2.5-vl-3b", "qwen2.5-vl-7b"])
+# In thousand millions of parameters.
+PUBLISHED = {
+    "qwen2-vl-2b": 2.21,
+    "qwen2.5-vl-3b": 3.75,
+    "qwen2.5-vl-7b": 8.29,
+    "qwen3-vl-4b": 4.44,
+    "qwen3-vl-8b": 8.77,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_bundled_sizes_are_those_of_the_real_classes(name):
     from importlib.resources import files
 
@@ -81,13 +92,12 @@ def test_bundled_sizes_are_those_of_the_real_classes(name):
     products = sum(p.numel() for p in layer.parameters() if p.ndim == 2)
     assert products == shape.layer_weights
     assert len(model.get_decoder().layers) == shape.layers
-    # Published sizes, in thousand millions of parameters.
-    published = {"qwen2-vl-2b": 2.21, "qwen2.5-vl-3b": 3.75, "qwen2.5-vl-7b": 8.29}[name]
-    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(published, rel=0.005)
+    size = sum(p.numel() for p in model.parameters()) / 1e9
+    assert size == pytest.approx(PUBLISHED[name], rel=0.005)
 
 
 def test_every_bundled_config_has_a_card():
-    assert len(cost.bundled()) == 7
+    assert len(cost.bundled()) == 10
     for name in [*cost.bundled(), "tiny"]:
         shape = cost.shape_of(name)
         rows = cost.card(shape, [256, 1024], [0.1, 1.0], 64, 8, visual=0.5)
@@ -122,7 +132,9 @@ def test_wrong_input_is_one_line(arguments, said, monkeypatch, capsys):
 
 def test_other_folders_and_families(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(InputError, match="model_type is 'llama'; allowed: qwen2_vl, qwen2_5_vl"):
+    with pytest.raises(
+        InputError, match="model_type is 'llama'; allowed: qwen2_vl, qwen2_5_vl, qwen3_vl"
+    ):
         cost.shape_of(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
     with pytest.raises(InputError, match="the config has no embed_dim"):
@@ -148,4 +160,7 @@ def test_the_command_loads_no_torch_and_ends_with_json():
     assert {(r["length"], r["keep"]) for r in found["rows"]} == {
         (n, k) for n in (4096, 16384) for k in (0.1, 0.25)
     }
-    assert "KV cache" in done.stderr
+    # Of keys and values a share is saved: x is times faster, and nothing else.
+    assert "KV saved" in done.stderr and re.search(
+        r"4,096 +25% +layer +\d\.\d\dx .* 75\.0% ", done.stderr
+    )

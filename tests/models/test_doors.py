@@ -227,6 +227,32 @@ def test_exports_write_the_bounds_where_they_belong(paths, tmp_path, format):
     assert sizes("processor_config.json", "video_processor") == frames
 
 
+def test_the_bounds_of_a_real_run_reach_its_export_and_load(tmp_path):
+    """Trained for a step through the loop itself, then exported and loaded; no file was made by a test."""
+    sections = {
+        "model": {"path": "tiny", "lora": LORA, **BOUNDS},
+        "data": {"prompts": 4, "heldout_prompts": 2, "max_frames": 4},
+        "budgets": {"num_generations": 2},
+        "train": {"steps": 1, "prompts_per_step": 2, "max_new_tokens": 2},
+    }
+    recipe = tinyruns.recipe(**sections)
+    loop.run(recipe, tmp_path / "run", "never", "cpu", ["zipr1"], QUIET)
+    export(tmp_path / "run", tmp_path / "out", device="cpu")
+    (tmp_path / "out" / "recipe.yaml").unlink()
+    clip = np.zeros((4, 160, 160, 3), np.uint8)
+    content = [{"type": "video", "video": clip}, {"type": "text", "text": "which?"}]
+    for path in (tmp_path / "run", tmp_path / "run" / "best", tmp_path / "out"):
+        if not path.exists():  # a run that never got better has no best
+            continue
+        loaded = Loaded(str(path))
+        for name, (seen, shape, wanted) in SEEN.items():
+            assert grid(loaded.processor, seen, shape) == wanted, (path.name, name)
+        inputs = loaded.chat.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=True, return_dict=True
+        )
+        assert inputs["video_grid_thw"].tolist() == [list(SEEN["max_frame_pixels"][2])]
+
+
 def test_frames_of_a_clip_are_those_of_the_run(monkeypatch, tmp_path):
     run = tinyruns.make_run(tmp_path / "run", data={"max_frames": 6, "fps": 2.5})
     inside = str(run / "checkpoints" / "step-000007" / "model")

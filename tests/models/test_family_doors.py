@@ -50,7 +50,15 @@ families = pytest.mark.parametrize(
 
 def test_these_are_the_families_of_the_readme():
     readme = (Path(__file__).parents[2] / "README.md").read_text().lower()
-    names = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "internvl", "llava-onevision", "smolvlm")
+    names = (
+        "qwen2-vl",
+        "qwen2.5-vl",
+        "qwen3-vl",
+        "qwen3.5",
+        "internvl",
+        "llava-onevision",
+        "smolvlm",
+    )
     assert all(name in readme for name in names)
     assert len([f for f in FAMILIES if not f.endswith("_moe")]) == len(names)
 

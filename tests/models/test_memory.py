@@ -26,6 +26,7 @@ from zipr1.models import memory
 from zipr1.models.cost import Shape, bundled, shape_of
 from zipr1.models.encoder import MediaEncoder
 from zipr1.models.loading import add_lora
+from zipr1.models.planned import bundled_shape
 from zipr1.models.token_budget import token_budget
 from zipr1.profiling import session as profiling
 from zipr1.train import dry_run as plan
@@ -50,6 +51,23 @@ def test_parameters_are_those_of_transformers(name):
     model, counts = on_meta(name), memory.parameters(shape_of(name))
     assert counts["vision"] == sum(p.numel() for p in model.model.visual.parameters())
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_model_whose_sizes_do_not_tell_is_counted_from_its_class():
+    """Qwen3.5-9B: 8.95 thousand million parameters of language, as published, beside its tower; its adapters by peft;
+    keys and values in 8 of 32 layers."""
+    s = bundled_shape("Qwen/Qwen3.5-9B")
+    counts = memory.parameters(s)
+    assert (counts["decoder"] + counts["embeddings"]) / 1e9 == pytest.approx(8.95, rel=0.001)
+    values = json.loads((CONFIGS.parent / "planned" / "qwen3.5-9b.json").read_text())
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(**values)
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
+    adapted = add_lora(model, Lora(rank=8))
+    assert memory.adapters(s, 8) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert memory.cache_bytes(s, 2) == 8 * 2 * 4 * 256 * 2
+    assert bundled_shape("Qwen/Qwen3.5-9000B") is None
 
 
 def test_adapters_are_those_of_peft():
@@ -105,6 +123,17 @@ def test_fixed_parts_are_exact():
     assert parts["weights"] == 4 * sum(p.numel() for p in policy.model.parameters())
     assert parts["reference"] == parts["weights"] - 4 * tower
     assert parts["gradients"] == 4 * own and parts["optimizer"] == 8 * own
+
+
+def test_a_cpu_holds_half_of_what_an_update_makes_besides():
+    s, recipe = shape_of("qwen2.5-vl-3b"), Recipe()
+    gpu, cpu = (memory.memory(s, recipe, 500, cpu=on_cpu) for on_cpu in (False, True))
+    half = (gpu["activations"] + gpu["logits"]) // 2
+    assert gpu["allocator"] == 0 and cpu["allocator"] == half
+    assert cpu["peak"] - gpu["peak"] == half
+    assert {k: v for k, v in cpu.items() if k not in ("allocator", "peak")} == {
+        k: v for k, v in gpu.items() if k not in ("allocator", "peak")
+    }
 
 
 def test_sharding_divides_and_memory_grows_with_what_it_should():

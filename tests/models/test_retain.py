@@ -9,6 +9,7 @@ import torch
 import zipr1
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Probes, Sparse
+from zipr1.models.sparse.hybrid import Choosing
 from zipr1.models.sparse.packing import Handover
 from zipr1.models.sparse.record import LayerRecord
 from zipr1.models.sparse.request import Request
@@ -137,10 +138,12 @@ def test_attention_of_a_turn_against_loops(past, monkeypatch):
     key, value = torch.randn(2, rows, 2, past + new, dim)
     keep = torch.rand(rows, past + new) < 0.5
     keep[:, -1] = True
-    cache = RetainedCache(1)
+    cache = RetainedCache(Choosing((0,), 0))
     settings = Sparse(skip="layer", dense_below=0)
     valid = torch.ones(rows, past + new, dtype=torch.bool)
-    one = Turn(Request(settings), cache, valid, past, Handover(), torch.device("cpu"))
+    one = Turn(
+        Request(settings), cache, valid, past, Handover(), Choosing((0,), 0), torch.device("cpu")
+    )
     monkeypatch.setattr(Selector, "choose", lambda *a: LayerRecord(keep))
     wanted = reference(query, key, value, keep, past, 0.3)
     gone = ~keep[:, None, :, None]
@@ -162,7 +165,15 @@ def test_a_turns_probes_are_its_own_tokens(monkeypatch):
     probes = Probes(recent=3, random=0)
     settings = Sparse(p=0.7, keep_last=1, dense_below=0, normalise=False, probes=probes)
     valid = torch.ones(1, past + new, dtype=torch.bool)
-    one = Turn(Request(settings), RetainedCache(1), valid, past, Handover(), torch.device("cpu"))
+    one = Turn(
+        Request(settings),
+        RetainedCache(Choosing((0,), 0)),
+        valid,
+        past,
+        Handover(),
+        Choosing((0,), 0),
+        torch.device("cpu"),
+    )
     keep = one.selector.choose(0, Heads.given(query, key, scale)).keep
     scores = torch.zeros(past + new)
     for i in range(new - 3, new):

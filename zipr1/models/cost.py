@@ -23,8 +23,12 @@ from typing import Any, Literal, NamedTuple
 from zipr1.core.errors import InputError
 from zipr1.core.jsontext import loads
 
-# The most visual tokens of one picture, by the default max_pixels of both families (12,845,056 of 28 x 28 each).
+# The most visual tokens of one picture, by the default max_pixels of Qwen2-VL and Qwen2.5-VL (12,845,056 of 28 x 28
+# each).
 PICTURE = 16384
+
+# Families whose sizes say all that is counted here.
+SIZED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 Skip = Literal["none", "attention", "layer"]
 
@@ -41,9 +45,11 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Qwen2-VL or Qwen2.5-VL model. size: bytes of a number. counted: parameters by part, of a loaded model
-    of another family (memory.py), which cannot be had from the sizes; per_rank: likewise parameters of its adapters of
-    rank 1."""
+    """Sizes of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model. size: bytes of a number. mergers: of the tower, what deepstack
+    adds among them; places: its learned positions; head_norms: norms of queries and keys stand in place of their biases
+    (Qwen3-VL). counted: parameters by part, of a loaded model of another family (memory.py), which cannot be had from
+    the sizes; per_rank: likewise parameters of its adapters of rank 1; holding: how many of its layers hold keys and
+    values, 0 for all."""
 
     name: str
     hidden: int
@@ -65,21 +71,28 @@ class Shape:
     frames: int
     tied: bool = False
     size: int = 2
+    mergers: int = 1
+    places: int = 0
+    head_norms: bool = False
     counted: Mapping[str, int] | None = None
     per_rank: int | None = None
+    holding: int = 0
 
     @classmethod
     def of(cls, config: Mapping[str, Any], name: str = "model") -> Shape:
         """From a config.json. Raises InputError for another family or a missing key."""
         family = config.get("model_type")
-        if family not in ("qwen2_vl", "qwen2_5_vl"):
-            raise InputError(f"{name}: model_type is {family!r}; allowed: qwen2_vl, qwen2_5_vl")
+        if family not in SIZED:
+            raise InputError(f"{name}: model_type is {family!r}; allowed: {', '.join(SIZED)}")
         # Newer configs keep the language model's sizes in a section of their own.
         text = {**config, **config.get("text_config", {})}
         vision = config.get("vision_config", {})
-        newer = family == "qwen2_5_vl"
+        windows, newest = family == "qwen2_5_vl", family == "qwen3_vl"
         try:
-            width = vision["hidden_size"] if newer else vision["embed_dim"]
+            width = vision["embed_dim" if family == "qwen2_vl" else "hidden_size"]
+            mlp = (
+                width * vision["mlp_ratio"] if family == "qwen2_vl" else vision["intermediate_size"]
+            )
             return cls(
                 name=name,
                 hidden=text["hidden_size"],
@@ -92,14 +105,17 @@ class Shape:
                 limit=text["max_position_embeddings"],
                 vision_depth=vision["depth"],
                 vision_hidden=width,
-                vision_mlp=vision["intermediate_size"] if newer else width * vision["mlp_ratio"],
-                vision_gated=newer,
-                full_blocks=len(vision["fullatt_block_indexes"]) if newer else vision["depth"],
-                window=(vision["window_size"] // vision["patch_size"]) ** 2 if newer else 0,
+                vision_mlp=mlp,
+                vision_gated=windows,
+                full_blocks=len(vision["fullatt_block_indexes"]) if windows else vision["depth"],
+                window=(vision["window_size"] // vision["patch_size"]) ** 2 if windows else 0,
                 patch=vision["patch_size"],
                 merge=vision["spatial_merge_size"],
                 frames=vision["temporal_patch_size"],
                 tied=bool(text.get("tie_word_embeddings")),
+                mergers=1 + len(vision["deepstack_visual_indexes"]) if newest else 1,
+                places=vision["num_position_embeddings"] if newest else 0,
+                head_norms=newest,
             )
         except KeyError as error:
             raise InputError(f"{name}: the config has no {error.args[0]}") from None
@@ -240,10 +256,10 @@ def vision(s: Shape, tokens: int) -> Work:
     flops = (
         s.vision_depth * 2.0 * patches * weights
         + 2.0 * patches * inputs * h
-        + 2.0 * tokens * merger
+        + 2.0 * tokens * s.mergers * merger
     )
     flops += s.full_blocks * full + (s.vision_depth - s.full_blocks) * local
-    moved = s.vision_depth * (weights + 10 * patches * h) + inputs * h + merger
+    moved = s.vision_depth * (weights + 10 * patches * h) + inputs * h + s.mergers * merger
     return Work(flops, float(e * moved))
 
 

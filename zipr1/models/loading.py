@@ -218,11 +218,13 @@ def frozen_copy(model: Any) -> Any:
 def random_model(values: dict[str, Any], layers: int, device: torch.device, dtype: str) -> Any:
     """A model of a config.json's `values` with `layers` decoder layers, a tower of one block and random weights."""
     vision = {**values["vision_config"], "depth": 1}
-    if "fullatt_block_indexes" in vision:
-        vision["fullatt_block_indexes"] = [0]
-    config = AutoConfig.for_model(
-        **{**values, "num_hidden_layers": layers, "vision_config": vision}
-    )
+    for blocks in ("fullatt_block_indexes", "deepstack_visual_indexes"):
+        if blocks in vision:
+            vision[blocks] = [0]
+    few: dict[str, Any] = {"num_hidden_layers": layers}
+    if "text_config" in values:
+        few = {"text_config": {**values["text_config"], **few}}
+    config = AutoConfig.for_model(**{**values, **few, "vision_config": vision})
     with torch.random.fork_rng(), device:
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config, dtype=WEIGHT_DTYPES[dtype])

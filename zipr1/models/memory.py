@@ -4,8 +4,9 @@ The one memory model: the plan of a run (`memory`), the tokens that one pass may
 before a profile (profiling/session.py) take the bytes of a token from the same three functions.
 
 The counts need a `Shape` (a bundled config, or that of a loaded model) and the recipe. `memory` bounds from above what
-depends on the data (nothing pruned, every row as long as the longest) and leaves out the allocator's fragments and the
-CUDA context, about 1 GiB. tests/models/test_memory.py holds it against the measured peak of a small model.
+depends on the data (nothing pruned, every row as long as the longest). It leaves out what Python and its libraries
+take, half a GiB, and on a GPU the allocator's fragments and the CUDA context, about 1 GiB; tests/models/test_memory.py
+holds it against the measured peak of a small model, tests/models/test_real_widths.py of real widths.
 """
 
 from __future__ import annotations
@@ -15,13 +16,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from zipr1.core.recipe import Recipe
-from zipr1.models.cost import Shape, add, bundled, decode, prefill, shape_of, vision
+from zipr1.models.cost import (
+    SIZED,
+    Shape,
+    add,
+    decode,
+    prefill,
+    vision,
+)
 
 # Numbers of hidden width, and of MLP width, that autograd keeps of a token in a layer (counted in transformers' Qwen2
 # decoder layer: norms, projections, rotations, residuals; gate, up and their product).
 KEPT_HIDDEN, KEPT_MLP = 24, 3
 # Logits that exist at once, in numbers, and how often: as they are, their logarithms, the reference's, gradients.
 LOGITS, COPIES = 2**24, 6
+# On a CPU: of what comes and goes in a step, what the C library holds besides in pieces too small to give back. Of
+# tensors alone a step of Qwen2.5-VL-3B's widths took 1.80 GB in bfloat16, of the process 2.12 GB.
+FRAGMENTS = 0.5
 # An A100: operations a second in bfloat16 and in float32 by TF32, bytes a second; and the share of them that
 # reinforcement learning reaches: EasyR1 reports 16 % of an H100 for Qwen2.5-VL-7B (assets/baselines.md).
 RATES = {2: 312e12, 4: 156e12}
@@ -37,11 +48,15 @@ def parameters(s: Shape) -> dict[str, int]:
     attention = 4 * h * h + 4 * h
     mlp = (3 * h * m + 2 * m + h) if s.vision_gated else (2 * h * m + m + h)
     tower = 3 * s.frames * s.patch**2 * h + s.vision_depth * (2 * norm + attention + mlp)
-    merger = norm + wide * wide + wide + wide * s.hidden + s.hidden
-    biases = (s.q_heads + 2 * s.heads) * s.dim
-    decoder = s.layers * (s.layer_weights + biases + 2 * s.hidden) + s.hidden
+    merger = wide * wide + wide + wide * s.hidden + s.hidden
+    # The first merger's norm is one of a patch, that of deepstack's one of a token.
+    merging = s.mergers * merger + norm + (s.mergers - 1) * 2 * wide
+    if s.places:  # and a bias where patches come in
+        tower += s.places * h + h
+    besides = 2 * s.dim if s.head_norms else (s.q_heads + 2 * s.heads) * s.dim
+    decoder = s.layers * (s.layer_weights + besides + 2 * s.hidden) + s.hidden
     return {
-        "vision": tower + merger,
+        "vision": tower + merging,
         "decoder": decoder,
         "embeddings": s.vocab * s.hidden * (1 if s.tied else 2),
     }
@@ -89,7 +104,7 @@ def layer_bytes(s: Shape, size: int) -> int:
 
 def cache_bytes(s: Shape, size: int) -> int:
     """Bytes of one token's keys and values in all layers, nothing pruned."""
-    return size * s.layers * 2 * s.heads * s.dim
+    return size * (s.holding or s.layers) * 2 * s.heads * s.dim
 
 
 def update_bytes(s: Shape, size: int, checkpointing: bool) -> int:
@@ -101,15 +116,22 @@ def update_bytes(s: Shape, size: int, checkpointing: bool) -> int:
 
 
 def memory(
-    s: Shape, recipe: Recipe, longest: int, size: int | None = None, ranks: int = 1
+    s: Shape,
+    recipe: Recipe,
+    longest: int,
+    size: int | None = None,
+    ranks: int = 1,
+    cpu: bool = False,
 ) -> dict[str, int]:
     """Bytes by part on one device, and their `peak`. longest: tokens of the longest prompt. size: bytes of a weight.
+    cpu: whether the device is one.
 
     weights, reference, gradients, optimizer: counted; `train.parallel: fsdp` shards them over `ranks`, but for a frozen
     tower. gathered: the larger of two sharded models, which is whole while it answers. loading: both models before they
     are sharded. kv_cache: of a micro-batch of rollouts, unpruned, with one layer's prefill beside it. activations: of a
     micro-batch in the update; with gradient checkpointing one hidden state a layer and one layer's worth. logits: at
-    most LOGITS numbers at once. vision: one longest picture in the tower.
+    most LOGITS numbers at once. vision: one longest picture in the tower. allocator: FRAGMENTS of what the update
+    makes, on a CPU.
     """
     size = size or weight_bytes(recipe)
     counts = parameters(s)
@@ -156,8 +178,10 @@ def memory(
         rollout += parts["gathered"]
         # The update gathers a decoder layer at a time, and the embeddings whole.
         learn += (s.layer_weights + s.vocab * s.hidden) * size
+    parts["allocator"] = int(FRAGMENTS * learn) if cpu else 0
     # One after the other: loading, the tower, the rollouts, the update.
-    parts["peak"] = max(parts["loading"], fixed + max(parts["vision"], rollout, learn))
+    step = max(parts["vision"], rollout, learn) + parts["allocator"]
+    parts["peak"] = max(parts["loading"], fixed + step)
     return parts
 
 
@@ -190,6 +214,8 @@ def hours(
     update = recipe.train.prompts_per_step * recipe.budgets.num_generations
     length = min(length, s.limit - new)
     one = add(prefill(s, length, 1.0, "none", 0).values()).flops
+    if s.holding:  # layers of linear attention have more products than the others, and no more is counted of them
+        one *= parameters(s)["decoder"] / (s.layers * s.layer_weights)
     work = recipe.train.prompts_per_step * vision(s, visual).flops + rows * one
     passes = 1 + 3 + recipe.model.gradient_checkpointing
     work += (
@@ -214,8 +240,8 @@ def loaded_shape(
 ) -> Shape:
     """Sizes of a loaded model of any family, for `memory` and `checkpoints`. config: as config.json has it. merge:
     patches on a side of a visual token. counted: parameters of `vision`, `decoder` and `embeddings`, which `parameters`
-    needs for families other than Qwen2-VL's and Qwen2.5-VL's."""
-    if config["model_type"] in ("qwen2_vl", "qwen2_5_vl"):
+    needs for families whose sizes do not tell."""
+    if config["model_type"] in SIZED:
         return Shape.of(config, name)
     text, seen = config["text_config"], config["vision_config"]
     heads, patch = text["num_attention_heads"], seen["patch_size"]
@@ -226,7 +252,10 @@ def loaded_shape(
         q_heads=heads,
         heads=text.get("num_key_value_heads") or heads,
         dim=text.get("head_dim") or text["hidden_size"] // heads,
-        mlp=text["intermediate_size"],
+        # Of experts: those that work on a token, and the one for all tokens.
+        mlp=text.get("intermediate_size")
+        or text["num_experts_per_tok"] * text["moe_intermediate_size"]
+        + text["shared_expert_intermediate_size"],
         vocab=text["vocab_size"],
         limit=text["max_position_embeddings"],
         vision_depth=seen.get("depth") or seen["num_hidden_layers"],
@@ -239,13 +268,8 @@ def loaded_shape(
         merge=merge,
         frames=seen.get("temporal_patch_size", 1),
         counted=counted,
+        holding=list(text.get("layer_types") or ()).count("full_attention"),
     )
-
-
-def bundled_shape(path: str) -> Shape | None:
-    """The bundled config of a hub id such as `Qwen/Qwen2.5-VL-7B-Instruct`, or None."""
-    name = path.rpartition("/")[2].lower().removesuffix("-instruct")
-    return shape_of(name) if name in bundled() else None
 
 
 def tokens_of(s: Shape, recipe: Recipe) -> dict[str, int]:
@@ -258,7 +282,9 @@ def tokens_of(s: Shape, recipe: Recipe) -> dict[str, int]:
     return {"picture": min(most, picture // side), "clip": min(most, clip), "prompt": most}
 
 
-def outline(s: Shape, recipe: Recipe, longest: int, size: int | None = None) -> dict[str, Any]:
+def outline(
+    s: Shape, recipe: Recipe, longest: int, size: int | None = None, cpu: bool = False
+) -> dict[str, Any]:
     """The part of the plan that counting gives, the same with and without a loaded model."""
     plan: dict[str, Any] = {
         "stage": recipe.train.stage,
@@ -270,7 +296,7 @@ def outline(s: Shape, recipe: Recipe, longest: int, size: int | None = None) -> 
         plan["rollout_rows"] = recipe.train.prompts_per_step * recipe.budgets.num_generations
         plan["greedy_rows"] = rollout_rows(recipe) - plan["rollout_rows"]
     plan["checkpoints"] = checkpoints(s, recipe, size)
-    plan["memory"] = memory(s, recipe, longest, size)
+    plan["memory"] = memory(s, recipe, longest, size, cpu=cpu)
     if recipe.train.parallel == "fsdp":
         plan["memory"] |= {
             f"peak_of_{n}_ranks": memory(s, recipe, longest, size, n)["peak"] for n in (2, 4, 8)

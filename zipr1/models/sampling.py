@@ -20,6 +20,7 @@ import torch
 from zipr1.core.errors import RunError
 from zipr1.models.decoding import Steps
 from zipr1.models.sparse.cache import PrunedCache, kv_bytes
+from zipr1.models.sparse.hybrid import Choosing
 from zipr1.models.sparse.last_layer import last_column, slots_of
 from zipr1.models.sparse.patch import SparseRun, finished_at
 from zipr1.models.sparse.record import Record
@@ -81,7 +82,7 @@ def prefill(
     if run is not None and run.request is not None:
         assert run.in_force, "the block of sparse_attention that this run belongs to has ended"
         batch = PromptBatch(valid, prompt, read_at)
-        held = PrunedCache() if cache else None
+        held = PrunedCache(Choosing.of(decoder)) if cache else None
         out = decoder(**inputs, sparse_batch=batch, past_key_values=held, use_cache=cache)
         return out.last_hidden_state, held
     device = inputs["inputs_embeds"].device
@@ -104,7 +105,11 @@ def decode_step(
     """
     mask = None
     if valid is not None and not bool(valid.all()):
-        (mask,) = send(inputs["inputs_embeds"].device, valid.long())
+        # A single token sees all that is real. A mask of four dimensions transformers takes as it is; in another it
+        # looks for padding, and a GPU is waited for with every token.
+        single = inputs["inputs_embeds"].shape[1] == 1
+        seen = valid[:, None, None] if single else valid.long()
+        (mask,) = send(inputs["inputs_embeds"].device, seen)
     out = model.get_decoder()(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True)
     hidden: torch.Tensor = out.last_hidden_state
     return hidden

@@ -10,6 +10,7 @@ import torch
 from zipr1.models import sampling
 from zipr1.models.policy import Features, Policy
 from zipr1.models.processors import Encoded
+from zipr1.models.sparse.hybrid import select_rows
 from zipr1.models.sparse.last_layer import last_column
 from zipr1.models.transfer import send
 
@@ -47,7 +48,7 @@ def shared_states(
     states = hidden[index, -1:]
     if longest == 1:
         return states, answered
-    cache.batch_select_indices(index)
+    select_rows(cache, index)
     seen = torch.cat([valid[owners], torch.ones_like(answered[:, 1:])], dim=1)
     following = {
         "inputs_embeds": model.get_input_embeddings()(ids),

@@ -27,8 +27,10 @@ from zipr1.models import memory
 from zipr1.models.cost import Shape
 from zipr1.models.encoder import MediaEncoder, effective
 from zipr1.models.open import is_here
+from zipr1.models.planned import bundled_shape, parts_of
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
+from zipr1.models.sparse.hybrid import check_skip
 from zipr1.models.sparse.request import dense_below
 from zipr1.rewards.registry import check_answers, examples
 from zipr1.train import supervised
@@ -51,7 +53,7 @@ def dry_run(recipe: Recipe, device: str | None, console: Console) -> dict[str, A
     for line in examples([*prompts[0], *prompts[1]], recipe) if prompts is not None else ():
         console.print(line, soft_wrap=not console.is_terminal, highlight=False, markup=False)
     policy = _policy(recipe, device, unchecked)
-    shape = memory.bundled_shape(recipe.model.path)
+    shape = bundled_shape(recipe.model.path)
     if policy is not None:
         shape = _shape(policy)
     if policy is not None and shape is not None and prompts is not None:
@@ -88,7 +90,7 @@ def _policy(recipe: Recipe, device: str | None, unchecked: list[str]) -> Policy 
     """The model; None, and a note, where it is not here or too large for here and a bundled config can stand in."""
     path = recipe.model.path
     activity.tell(f"opening {path}")
-    known = memory.bundled_shape(path)
+    known = bundled_shape(path)
     if known is None or path == "scratch":
         return load_policy(recipe.model, device, recipe.seed)
     if not is_here(path, recipe.model.revision):
@@ -106,16 +108,8 @@ def _policy(recipe: Recipe, device: str | None, unchecked: list[str]) -> Policy 
 
 def _shape(policy: Policy) -> Shape:
     """Sizes to count with, and parameters as they are without adapters."""
-    own = [(n, p) for n, p in policy.model.named_parameters() if "lora_" not in n]
-    total, vision = sum(p.numel() for _, p in own), sum(p.numel() for p in policy.tower())
-    ends = (policy.model.get_input_embeddings(), policy.model.get_output_embeddings())
-    embeddings = sum(p.numel() for p in {id(m.weight): m.weight for m in ends}.values())
-    parts = {
-        "vision": vision,
-        "decoder": total - vision - embeddings,
-        "embeddings": embeddings,
-    }
     merge = policy.processor.settings.merge
+    parts = parts_of(policy.model)
     shape = memory.loaded_shape(policy.model.config.to_dict(), policy.name, merge, parts)
     lora = policy.settings.lora
     if lora is None:
@@ -154,10 +148,11 @@ def _tried(
     activity.tell("reading prompts and answering two of them")
     lessons = not needs_prompts(recipe)
     check_positions(recipe, policy.positions)
+    check_skip(recipe.sparse, policy.decoder)
     pictures = MediaEncoder(policy, recipe)
     prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     samples, encoded = pictures.usable((prompts or questions)[:SAMPLED])
-    limit = dense_below(recipe.sparse, policy.device)
+    limit = dense_below(recipe.sparse, policy.device, policy.weight.dtype)
     check_lengths(recipe, [len(sample) for sample in encoded], limit)
     for prompt, sample in list(zip(samples, encoded, strict=True))[:2]:
         _show(policy, prompt, sample, console)
@@ -176,7 +171,8 @@ def _tried(
         "stage": recipe.train.stage,
         "steps": recipe.train.steps,
     }
-    result |= memory.outline(shape, recipe, int(tokens.max()), size)
+    on_cpu = policy.device.type == "cpu"
+    result |= memory.outline(shape, recipe, int(tokens.max()), size, on_cpu)
     result["trainable"] = sum(p.numel() for _, p in policy.trainable())
     if recipe.train.stage == "rl":
         policy.keep_reference()
@@ -256,7 +252,7 @@ def _table(result: dict[str, Any]) -> Table:
         elif key == "not_checked":
             continue
         elif isinstance(value, float):
-            table.add_row(name, f"{value:.1%}")
+            table.add_row("tokens kept" if key == "token_ratio" else name, f"{value:.1%}")
         elif value is not None:
             table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     return table

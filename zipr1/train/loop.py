@@ -33,6 +33,7 @@ from zipr1.models.loading import choose_device, without_plans
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.processors import Encoded
 from zipr1.models.sampling import OUTGROWN
+from zipr1.models.sparse.hybrid import check_skip
 from zipr1.models.sparse.request import dense_below, settled
 from zipr1.rewards.registry import check_answers
 from zipr1.train import chunks, optim, supervised
@@ -84,7 +85,7 @@ def run(
             except Missing as error:  # all that has to be brought here, at once
                 raise Missing("; ".join([str(error), *sources.missing(recipe.data)])) from None
             without_plans(policy.device)
-            recipe = recipe.model_copy(update={"sparse": settled(recipe.sparse, policy.device)})
+            recipe = recipe.model_copy(update={"sparse": settled(recipe.sparse, policy.weight)})
             try:
                 return _run(policy, recipe, output, resume, command, console, opened)
             finally:
@@ -121,9 +122,14 @@ def _run(
     # 3. the reference, and how it answers
     if recipe.train.stage == "rl":
         policy.keep_reference()
-    before = measure_before(policy, recipe, questions, folder)
-    activity.tell("preparing to train")
     page = RunPage(folder, recipe)
+    page.open()
+    try:
+        before = measure_before(policy, recipe, questions, folder)
+    except signals.Stopped:
+        page.stopped(start)
+        raise
+    activity.tell("preparing to train")
     page.begin(policy, questions, before)
     # 4. the weights to go on from, on all devices, and the optimizer
     state, optimizer = start_or_resume(policy, recipe, folder)
@@ -132,7 +138,11 @@ def _run(
     gc.freeze()
     train(policy, recipe, pictures, prompts, optimizer, state, folder, page, writer, console)
     # 6. what it was worth
-    return finish(policy, recipe, questions, before, folder, state["seconds"], page, console)
+    try:
+        return finish(policy, recipe, questions, before, folder, state["seconds"], page, console)
+    except signals.Stopped:
+        page.stopped(recipe.train.steps)
+        raise
 
 
 def load_questions(
@@ -141,6 +151,7 @@ def load_questions(
     """Prompts to train on, held-out questions, and the first prompts made ready. Raises InputError for rows that cannot
     be used, unless the recipe skips them."""
     check_positions(recipe, pictures.policy.positions)
+    check_skip(recipe.sparse, pictures.policy.decoder)
     activity.tell("reading the questions")
     prompts = sources.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
     questions = sources.load(recipe.data, "heldout", recipe.seed)
@@ -148,7 +159,8 @@ def load_questions(
     prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     if recipe.data.on_bad_row == "skip":
         questions = chunks.readable(pictures, questions)
-    limit = dense_below(recipe.sparse, pictures.policy.device)
+    weight = pictures.policy.weight
+    limit = dense_below(recipe.sparse, weight.device, weight.dtype)
     _, first = pictures.usable(prompts[: FIRST if limit else 1], least=0)
     check_lengths(recipe, [len(encoded) for encoded in first], limit)
     return prompts, questions, first

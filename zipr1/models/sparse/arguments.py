@@ -51,7 +51,8 @@ def named(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
 
 def check_config(config: Any) -> None:
     """Raise InputError for a text config whose layers do not see all tokens before them. config: of the decoder."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    known = {"full_attention", "linear_attention"}  # the second chooses nothing (hybrid.py)
+    kinds = set(getattr(config, "layer_types", None) or known) - known
     if not kinds and getattr(config, "layer_types", None) is None:
         kinds = {n for n in ("sliding_window", "attention_chunk_size") if getattr(config, n, None)}
     if kinds:

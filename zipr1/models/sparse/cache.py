@@ -14,6 +14,8 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from zipr1_kernels import Kept
 
+from zipr1.models.sparse.hybrid import Choosing
+
 
 class PrunedLayer(DynamicLayer):
     """keys, values `(B, H, n, D)`; valid `(B, n)` bool or None: all are; cumulative_length: tokens seen, kept or not.
@@ -173,10 +175,14 @@ class FixedLayer(PrunedLayer):
 
 
 class PrunedCache(Cache):
-    """One `PrunedLayer` per decoder layer, made as layers are met; or `FixedLayer`s, after `reserve`."""
+    """One `PrunedLayer` for each decoder layer that chooses, made as layers are met; or `FixedLayer`s, after `reserve`.
+    layers: of a decoder that has others besides, whose states lie between them."""
 
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=PrunedLayer)
+    def __init__(self, layers: Choosing | None = None) -> None:
+        if layers is None or layers.config is None:
+            super().__init__(layer_class_to_replicate=PrunedLayer)
+        else:
+            super().__init__(layers=layers.cache_layers(PrunedLayer))
         # `(2, D, B)` int64 of fixed layers: each row's next place, and how many slots are filled with it.
         self._places: torch.Tensor | None = None
 
@@ -204,26 +210,34 @@ class PrunedCache(Cache):
             self.layers[layer].lazy_initialization(keys, values)
         self.layers[layer].prune(keys, values, kept)
 
+    @property
+    def pruned(self) -> list[PrunedLayer]:
+        """The layers that hold keys and values."""
+        return [layer for layer in self.layers if isinstance(layer, PrunedLayer)]
+
     def reserve(self, new: int) -> None:
         """Make room for `new` tokens of each row, which then come one by one, none of them padding. From then on a step
         has the same tensors at the same places as the one before, and can be captured as a CUDA graph."""
-        counts = torch.stack([layer.prompt_counts for layer in self.layers])
+        counts = self.prompt_counts().T.contiguous()
         self._places = torch.stack([counts - 1, counts])
-        for i, layer in enumerate(self.layers):
-            place, filled = self._places[:, i]
-            self.layers[i] = FixedLayer(layer, new, filled, place)
+        waiting = iter(range(len(counts)))
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, PrunedLayer):
+                place, filled = self._places[:, next(waiting)]
+                self.layers[number] = FixedLayer(layer, new, filled, place)
 
     def expect(self, incoming: torch.Tensor | None) -> None:
         """A pass begins; which of its tokens are padding: `(B, q)` bool, True for real ones."""
         if self._places is not None:
             self._places += 1
             return
-        for layer in self.layers:
+        for layer in self.pruned:
             layer.incoming = incoming
 
     def prompt_counts(self) -> torch.Tensor:
         """`(B, D)` int64: prompt tokens physically held, by sample and layer."""
-        return torch.stack([layer.prompt_counts for layer in self.layers], dim=1)
+        counts = [layer.prompt_counts for layer in self.pruned if layer.prompt_counts is not None]
+        return torch.stack(counts, dim=1)
 
     def kv_bytes(self) -> int:
         """Bytes of keys and values held now, batch padding included."""
@@ -231,5 +245,7 @@ class PrunedCache(Cache):
 
 
 def kv_bytes(cache: Cache) -> int:
-    """Bytes of keys and values that any cache of transformers holds now, batch padding included."""
-    return sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    """Bytes of keys and values that any cache of transformers holds now, batch padding included. States of linear
+    attention, whose size no prompt changes, are not counted."""
+    holding = [layer for layer in cache.layers if hasattr(layer, "keys")]
+    return sum(t.nbytes for layer in holding for t in (layer.keys, layer.values))

@@ -29,6 +29,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.phases import phase
 from zipr1.models.sparse.cache import PrunedCache
 from zipr1.models.sparse.gate import gated_attention, gated_prefill, straight_through
+from zipr1.models.sparse.hybrid import Choosing
 from zipr1.models.sparse.last_layer import finished, slots_of
 from zipr1.models.sparse.packing import Handover, OutputRows, PackedRows
 from zipr1.models.sparse.record import LayerRecord, Record
@@ -57,10 +58,20 @@ class DecoderCall:
             return self.real
         return torch.ones(self.embeds.shape[:2], dtype=torch.bool)
 
+    @property
+    def padding(self) -> torch.Tensor | None:
+        """`(B, q)` bool on the device, False for padding among the new tokens; None: there is none."""
+        valid = self.batch.valid if self.batch is not None else self.real
+        if valid is None or self.embeds.shape[1] == 1 or bool(valid.all()):
+            return None
+        return valid.to(self.embeds.device)
+
 
 class SparseContext(ABC):
     """One forward pass. handover: where a layer's attention says what the rest of that layer works on; the patched
-    output projection and MLP read it (patch.py)."""
+    output projection and MLP read it (patch.py). padding: as of `DecoderCall`, for layers that choose nothing."""
+
+    padding: torch.Tensor | None = None
 
     def __init__(self, handover: Handover) -> None:
         self.handover = handover
@@ -85,7 +96,7 @@ class SparseContext(ABC):
 
 
 class Prefill(SparseContext):
-    """A prompt, of which each layer keeps a part. cache: takes the kept keys and values; None: they are not cached.
+    """A prompt, of which each layer that chooses keeps a part. cache: takes the kept keys and values; None: none are.
     layers: of the decoder, of which the last one is finished where `batch.read_at` says."""
 
     def __init__(
@@ -94,16 +105,18 @@ class Prefill(SparseContext):
         batch: PromptBatch,
         cache: PrunedCache | None,
         handover: Handover,
-        layers: int,
+        layers: Choosing,
         device: torch.device,
     ) -> None:
         super().__init__(handover)
+        self.place = layers.place
         valid = batch.valid.cpu()
         prompt = valid if batch.prompt is None else batch.prompt.cpu()
         self.request = request
-        self.selector = Selector(request, prompt, ProbeRange.of(prompt), layers, device)
+        asking = ProbeRange.of(prompt)
+        self.selector = Selector(request, prompt, asking, len(layers.numbers), device)
         self.cache = cache
-        self.last = layers - 1
+        self.last = layers.last
         self._rotation: Rotation | None = None
         self.slots = None if batch.read_at is None else slots_of(batch.read_at, device)
         # A choice that was recorded is known here already, counts and all: no GPU waits for them.
@@ -122,9 +135,10 @@ class Prefill(SparseContext):
 
     def choose(self, layer: int, heads: Heads) -> tuple[Kept, LayerRecord]:
         """Tokens that take part in `layer`: what it keeps of the prompt, and the answers, which are never dropped."""
-        choice = self.selector.choose(layer, heads)
+        place = self.place[layer]
+        choice = self.selector.choose(place, heads)
         if self.known is not None:
-            return self.known[layer], choice
+            return self.known[place], choice
         with phase("selection"):
             keep = choice.keep if self.answers is None else choice.keep | self.answers
             return pack_indices(keep), choice
@@ -235,7 +249,7 @@ class Decode(SparseContext):
 
 
 def begin(
-    request: Request, call: DecoderCall, handover: Handover, layers: int
+    request: Request, call: DecoderCall, handover: Handover, layers: Choosing
 ) -> tuple[SparseContext, Any]:
     """The context of a call, a prompt or tokens after it, and the cache to go on with, if any. layers: of the decoder.
 
@@ -246,7 +260,7 @@ def begin(
         cache.expect(call.real)
         return Decode(cache, handover), cache
     if PrunedCache.replaces(cache) or (cache is None and call.use_cache):
-        cache = PrunedCache()
+        cache = PrunedCache(layers)
     if cache is not None and not isinstance(cache, PrunedCache):
         raise InputError(
             f"sparse attention needs its own KV cache and got a {type(cache).__name__} that is in use; "

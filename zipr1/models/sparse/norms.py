@@ -16,7 +16,8 @@ import torch.nn.functional as F
 def norms(layer: Any) -> Iterator[tuple[Any, Callable[[torch.Tensor], torch.Tensor]]]:
     """The norms of a decoder layer that have such a form, each with it as its forward."""
     owners = (layer, "input_layernorm"), (layer, "post_attention_layernorm")
-    heads = (layer.self_attn, "q_norm"), (layer.self_attn, "k_norm")
+    attention = getattr(layer, "self_attn", None)  # None: linear attention
+    heads = (attention, "q_norm"), (attention, "k_norm")
     for owner, name in (*owners, *heads):
         norm: Any = getattr(owner, name, None)
         # Those of the Llama kind, weight * x / rms(x). Gemma's, (1 + weight) * x / rms(x), name their epsilon

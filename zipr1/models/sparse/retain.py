@@ -22,6 +22,7 @@ from zipr1_kernels import Kept, kv_compact, pack_each, sparse_prefill
 from zipr1.core.errors import InputError
 from zipr1.models.sparse.cache import PrunedCache, PrunedLayer, kv_bytes
 from zipr1.models.sparse.context import Decode, DecoderCall, SparseContext
+from zipr1.models.sparse.hybrid import Choosing
 from zipr1.models.sparse.packing import Handover, OutputRows
 from zipr1.models.sparse.record import Record
 from zipr1.models.sparse.request import Request
@@ -90,14 +91,19 @@ class RetainedLayer(PrunedLayer):
 
 
 class RetainedCache(Cache):
-    """One `RetainedLayer` for each of a decoder's layers."""
+    """One `RetainedLayer` for each of a decoder's layers that chooses; the states of others lie between them."""
 
-    def __init__(self, layers: int) -> None:
-        super().__init__(layers=[RetainedLayer() for _ in range(layers)])
+    def __init__(self, layers: Choosing) -> None:
+        super().__init__(layers=layers.cache_layers(RetainedLayer))
+
+    @property
+    def retained(self) -> list[RetainedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, RetainedLayer)]
 
     def kv_bytes(self) -> int:
         """Bytes of all keys and values held now: the whole, and the copies that decoding reads."""
-        return kv_bytes(self) + sum(t.nbytes for layer in self.layers for t in layer.whole)
+        wholes = [layer.whole for layer in self.retained if layer.whole is not None]
+        return kv_bytes(self) + sum(t.nbytes for whole in wholes for t in whole)
 
 
 class Turn(SparseContext):
@@ -111,15 +117,17 @@ class Turn(SparseContext):
         valid: torch.Tensor,
         past: int,
         handover: Handover,
+        layers: Choosing,
         device: torch.device,
     ) -> None:
         super().__init__(handover)
+        self.place = layers.place
         self.request = request
         self.cache = cache
         self.past = past
         valid = valid.cpu()
         asking = ProbeRange.of(valid[:, past:], past)
-        self.selector = Selector(request, valid, asking, len(cache.layers), device)
+        self.selector = Selector(request, valid, asking, len(layers.numbers), device)
 
     @property
     def record(self) -> Record:
@@ -130,7 +138,7 @@ class Turn(SparseContext):
     ) -> torch.Tensor:
         """Choose, keep the choice for decoding, and attend: query `(B, HQ, q, D)`, key and value `(B, H, S + q, D)`
         -> `(B, q, HQ, D)`, 0 at tokens of the turn that were not chosen."""
-        keep = self.selector.choose(layer, Heads.given(query, key, scale)).keep
+        keep = self.selector.choose(self.place[layer], Heads.given(query, key, scale)).keep
         mine = keep[:, self.past :]
         whole = self.request.settings.skip == "layer"
         # Of a first turn both are the same.
@@ -150,7 +158,7 @@ class Turn(SparseContext):
 
 
 def begin(
-    request: Request, call: DecoderCall, handover: Handover, layers: int
+    request: Request, call: DecoderCall, handover: Handover, layers: Choosing
 ) -> tuple[SparseContext, Any]:
     """As `context.begin`, with all keys and values retained from turn to turn."""
     cache = call.cache
@@ -162,13 +170,13 @@ def begin(
             "past_key_values and cache_implementation out"
         )
     if cache.get_seq_length() > 0 and call.embeds.shape[1] == 1:
-        for layer in cache.layers:
+        for layer in cache.retained:
             layer.incoming = call.real
         return Decode(cache, handover), cache
     new = call.valid.to(call.embeds.device)
-    past = cache.layers[0].seen() if cache.get_seq_length() > 0 else new[:, :0]
+    past = cache.retained[0].seen() if cache.get_seq_length() > 0 else new[:, :0]
     valid = torch.cat([past, new], dim=1)
-    turn = Turn(request, cache, valid, past.shape[1], handover, new.device)
-    for layer in cache.layers:
+    turn = Turn(request, cache, valid, past.shape[1], handover, layers, new.device)
+    for layer in cache.retained:
         layer.turn = valid
     return turn, cache

@@ -27,6 +27,7 @@ from zipr1.core.recipe import Sparse
 from zipr1.models.families import FAMILIES
 from zipr1.models.sparse import arguments, context, generate, retain
 from zipr1.models.sparse.cache import PrunedCache
+from zipr1.models.sparse.hybrid import Choosing
 from zipr1.models.sparse.patch import SparseRun, attributes, our_attention, sparse_attention
 from zipr1.models.sparse.record import Record
 from zipr1.models.sparse.request import Request, settled
@@ -39,7 +40,8 @@ ATTRIBUTE = "_zipr1"
 @dataclass(frozen=True)
 class Stats:
     """What the last prefill kept. lengths: `(B,)` prompt tokens of each row; kept: `(B, D)` of them kept in each
-    layer; both int64 on the CPU. Beams and returned sequences are rows of their own. settings: in force then."""
+    layer that chooses; both int64 on the CPU. Beams and returned sequences are rows of their own. settings: in force
+    then."""
 
     lengths: torch.Tensor
     kept: torch.Tensor
@@ -202,12 +204,12 @@ class SparseSession:
                     )
                 run.record = None
                 out = stock(**kwargs)
-                then = settled(settings, decoder.embed_tokens.weight.device)
+                then = settled(settings, decoder.embed_tokens.weight)
                 if run.record is not None:
                     self._last.prefill = run.record, then
                 elif not past:
                     lengths = arguments.prompt_lengths(kwargs)
-                    self._last.prefill = (lengths, len(decoder.layers)), then
+                    self._last.prefill = (lengths, len(Choosing.of(decoder).numbers)), then
                 return out
 
         return forward
