@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import zipr1_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from zipr1_kernels.select_top_p import kernel as selecting
 
 DEVICE = torch.device("meta")
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,12 +56,14 @@ TWICE = (
 )
 
 # Kernels that each operation launches on a GPU, with what its wrapper does before (kernels/zipr1_kernels/*/kernel.py);
-# `packed_attention` is torch's own, which is one, and so is torch's RMS norm.
+# test_waits.py counts them. `packed_attention` is torch's own, which is one, and so is torch's RMS norm.
 KERNELS = {
     "probe_scores": 3, "select_top_p": 1, "select_top_k": 2, "select_threshold": 1, "pack_indices": 3, "pack_each": 3,
     "kv_compact": 1,
     "sparse_prefill": 6, "packed_attention": 1, "sparse_decode": 2,
 }  # fmt: skip
+# What more it takes to sort a row that is too long to be searched; the sort itself counts as one.
+SORTED = 3
 
 
 class OnGpu(torch.Tensor):
@@ -212,7 +215,10 @@ def _tensor(gpu: Gpu) -> Callable[..., torch.Tensor]:
 def _kernel(gpu: Gpu, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
     def counted(*args: Any, **kwargs: Any) -> Any:
         packs = name in ("pack_indices", "pack_each")
-        with gpu.counted_as(KERNELS[name] * (len(args) if packs else 1), waits=packs):
+        launches = KERNELS[name] * (len(args) if packs else 1)
+        if name in ("select_top_p", "select_top_k") and args[0].shape[1] > selecting.LONGEST:
+            launches += SORTED
+        with gpu.counted_as(launches, waits=packs):
             out = run(*args, **kwargs)
             for kept in (out if isinstance(out, tuple) else (out,)) if packs else ():
                 _ = kept.flat, kept.starts, kept.places  # the kernel writes these along

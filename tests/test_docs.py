@@ -267,6 +267,7 @@ def test_the_model_cards_snippets(folder, exported, monkeypatch, capsys):
         "docs/tutorial.md",
         "docs/choosing.md",
         "docs/recipe.md",
+        "docs/models.md",
         "recipes/README.md",
         "kernels/README.md",
     ],

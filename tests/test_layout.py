@@ -75,6 +75,16 @@ def test_text_is_never_markup():
     assert found == []
 
 
+def test_x_is_times_faster_and_written_in_one_place():
+    """`text.times`, which takes a speed-up."""
+    written = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.glob("zipr1/**/*.py")
+        if re.search(r"\{[^{}]*\}x\b", path.read_text(encoding="utf-8"))
+    }
+    assert written == {"zipr1/core/text.py"}
+
+
 def test_core_is_light():
     """Every command imports core: it loads torch and its like when a function needs them. distributed.py is torch's."""
     names = [p.stem for p in (ROOT / "zipr1/core").glob("*.py") if p.stem != "distributed"]

@@ -130,7 +130,8 @@ def scoring(context: Context, clock: Clock) -> None:
         runs = problem.runs()
         selecting = dict(runs["select_top_p"])
         if context.device == "cuda":
-            selecting["triton"] = forced("triton", selecting["ours"])
+            selecting["searched"] = searched(10**9, selecting["ours"])
+            selecting["sorted"] = searched(0, selecting["ours"])
             selecting["torch"] = forced("torch", selecting["ours"])
         timed(context, clock, problem, "probe_scores", runs["probe_scores"], 0.3)
         timed(context, clock, problem, "select_top_p", selecting, 0.4)
@@ -144,6 +145,20 @@ def forced(path: str, run: Run) -> Run:
     def inside() -> object:
         with use(path):
             return run()
+
+    return inside
+
+
+def searched(longest: int, run: Run) -> Run:
+    """With rows of up to `longest` tokens searched and longer ones sorted."""
+    kernel = importlib.import_module("zipr1_kernels.select_top_p.kernel")
+
+    def inside() -> object:
+        shipped, kernel.LONGEST = kernel.LONGEST, longest
+        try:
+            return run()
+        finally:
+            kernel.LONGEST = shipped
 
     return inside
 

@@ -34,8 +34,8 @@ WARPS, BLOCKS = 64, 32
 # Whole numbers that Triton compiles apart where they are 1.
 ONES = ("H", "G", "R", "queries", "shares")
 
-FLOATS = {"Lse", "Delta", "Most", "Total", "Part", "Scores", "Budget", "Share"}
-LONGS = {"Index", "Count", "Flat", "Places"}
+FLOATS = {"Lse", "Delta", "Most", "Total", "Part", "Scores", "Budget", "Share", "Ranked"}
+LONGS = {"Index", "Count", "Flat", "Places", "Order"}
 BYTES = {"Valid", "Cand", "Always", "Keep"}
 REALS = {"scale", "factor"}
 COLUMNS_OUT = {"Out": "*fp32", "Count": "*fp32"}
@@ -53,6 +53,8 @@ KERNELS: list[tuple[str, str, str, bool, dict[str, str], dict[str, Any]]] = [
     ("select_top_p", "SELECT", "select_kernel", False, {}, {"MODE": 0}),
     ("select_top_p", "SELECT", "select_kernel", False, {}, {"MODE": 1}),
     ("select_top_p", "SELECT", "select_kernel", False, {}, {"MODE": 2}),
+    ("select_top_p", "MARK", "mark_kernel", False, {}, {"MODE": 0}),
+    ("select_top_p", "MARK", "mark_kernel", False, {}, {"MODE": 1}),
     ("select_top_p", "PACK", "pack_kernel", False, {}, {"ROWS": 64}),
     ("sparse_prefill", "FORWARD", "forward_kernel", False, {}, {}),
     ("sparse_prefill", "QUERIES", "queries_grad_kernel", True, {}, {}),

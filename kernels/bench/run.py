@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from cases import SHAPES, Case, Problem, Run, Shape  # noqa: E402
-from zipr1_kernels import ran, sparse_prefill  # noqa: E402
+from zipr1_kernels import ran, sparse_prefill, use  # noqa: E402
 
 COLUMNS = (
     "op", "provider", "mode", "shape", "dtype", "length", "keep", "batch", "path", "p20_ms", "p50_ms", "p80_ms",
@@ -96,23 +96,25 @@ def machine(clock: Clock, dtype: torch.dtype, device: str) -> tuple[float, float
     return 2 * size**3 / product, 2 * source.nbytes / times["copy"][1]
 
 
-def gate(device: str) -> list[str]:
-    """What is wrong, in each dtype, forward and backward, against masked attention in float64: rows of one length,
-    which torch computes, and ragged ones of the models' head dimension, for which a GPU runs the kernel."""
+def gate(device: str, paths: tuple[str, ...] = ("auto",)) -> list[str]:
+    """What is wrong, in each dtype and by each path, forward and backward, against masked attention in float64: rows
+    of one length, and ragged ones of the models' head dimension. paths: of `use`; on a GPU `auto` takes a library's
+    attention, and the kernel runs where it is forced."""
     wrong = []
-    for (name, dtype), ragged in itertools.product(DTYPES.items(), (False, True)):
+    for (name, dtype), ragged, path in itertools.product(DTYPES.items(), (False, True), paths):
         dim = 128 if ragged else 64
         # Half a unit in the last place of the largest: gradients of shared heads are rounded once more here than there.
         floor = max(1e-5, torch.finfo(dtype).eps / 2) if ragged else 1e-5
         shape = Shape("small", 4, 2, dim)
         problem = Problem(shape, 1000, 0.3, dtype, device, batch=2, ragged=ragged)
         tensors = [problem.q, problem.k, problem.v]
-        exact, plain, ours = (
-            answers(problem, tensors, kind, masked)
-            for kind, masked in ((torch.float64, True), (dtype, True), (dtype, False))
+        exact, plain = (
+            answers(problem, tensors, kind, masked=True) for kind in (torch.float64, dtype)
         )
-        with torch.no_grad():  # another path than the one that has a gradient
-            alone = sparse_prefill(*tensors, problem.kept).double()
+        with use(path):
+            ours = answers(problem, tensors, dtype, masked=False)
+            with torch.no_grad():  # another way than the one that has a gradient
+                alone = sparse_prefill(*tensors, problem.kept).double()
         names = ("output", "dq", "dk", "dv", "output without gradient")
         for what, right, usual, found in zip(
             names, [*exact, exact[0]], [*plain, plain[0]], [*ours, alone], strict=True
@@ -120,7 +122,7 @@ def gate(device: str) -> list[str]:
             allowed = 2 * (usual - right).abs().max() + floor * right.abs().max()
             error = (found - right).abs().max()
             if not error <= allowed:
-                rows = f"{dim}, {'ragged' if ragged else 'equal'} rows"
+                rows = f"{dim}, {'ragged' if ragged else 'equal'} rows, {path}"
                 wrong.append(f"{name} {what}: off by {error:.2e}, allowed {allowed:.2e} ({rows})")
     return wrong
 
@@ -419,7 +421,7 @@ def main() -> None:
     arguments.length = arguments.length or ([4096, 16384, 32768, 131072] if gpu else [4096])
     arguments.keep = arguments.keep or [0.25]
     torch.manual_seed(0)
-    wrong = gate(arguments.device)
+    wrong = gate(arguments.device, ("auto", "triton") if gpu else ("auto",))
     if wrong:
         print("wrong results, nothing was timed:", *wrong, sep="\n  ")
         sys.exit(1)

@@ -6,7 +6,7 @@ definition that any faster version is tested against, and the path taken on a CP
 head-first, `(B, H, L, D)`, as transformers hands them over. See kernels/README.md.
 """
 
-from zipr1_kernels.break_even import BREAK_EVEN
+from zipr1_kernels.break_even import BREAK_EVEN, break_even
 from zipr1_kernels.dispatch import ran, unusable, use
 from zipr1_kernels.kept import Kept
 from zipr1_kernels.kv_compact import kv_compact
@@ -31,6 +31,7 @@ from zipr1_kernels.sparse_prefill.reference import sparse_prefill as sparse_pref
 __all__ = [
     "BREAK_EVEN",
     "Kept",
+    "break_even",
     "cut_points",
     "kv_compact",
     "kv_compact_reference",

@@ -1,7 +1,9 @@
 """The command line: thin, quick to start, and one clear line for whatever goes wrong."""
 
 import errno
+import io
 import json
+import logging
 import os
 import re
 import signal
@@ -12,10 +14,12 @@ import types
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import zipr1
 import zipr1.train
 from zipr1.cli import main
+from zipr1.cli.log import show_log
 from zipr1.core import recipes, signals
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.folders import claimed
@@ -322,6 +326,22 @@ def test_versions_for_a_bug_report(cli):
     found = json.loads(out)
     assert code == 0 and found["zipr1"] == zipr1.__version__
     assert {"torch", "transformers", "cpu", "memory", "kernels"} <= set(found)
+
+
+def test_a_message_is_one_line_in_a_file_and_whole_words_in_a_terminal():
+    words = " ".join(f"[b]word{n}[/b]" for n in range(30))
+    for terminal in (False, True):
+        console = Console(
+            file=io.StringIO(), width=40, force_terminal=terminal, color_system=None, markup=False
+        )
+        show_log(console)
+        logging.getLogger("zipr1.data").info("%s", words)
+        said = console.file.getvalue().splitlines()
+        if not terminal:
+            assert said == [words]
+        else:
+            assert max(map(len, said)) <= 40 < len(words)
+            assert [word for line in said for word in line.split()] == words.split()
 
 
 def test_recipes_are_completed_by_the_shell():

@@ -156,6 +156,16 @@ def test_the_fallback_says_why_once(clip, monkeypatch, caplog):
     video.reader.cache_clear()
 
 
+@pytest.mark.usefixtures("backend")
+def test_without_pyav_a_clip_is_one_line(clip, monkeypatch):
+    """Even where decord is there: it does not tell of mirrored clips, and cannot read all."""
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(
+        InputError, match=r"^clips are read by PyAV.*import of av.*: pip install av$"
+    ):
+        video.read(clip)
+
+
 def test_what_decord_cannot_read_goes_to_pyav(tmp_path, caplog, monkeypatch):
     """It is said once for all clips that fail for the same reason, by name, as a warning."""
     pytest.importorskip("decord")

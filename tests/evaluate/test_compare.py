@@ -81,7 +81,12 @@ def test_two_runs_are_paired_question_by_question(tmp_path):
     page = compared.page(a, b, pairs)
     assert "<h1>50.0% → 25.0% of the tokens, +25.00 points</h1>" in page
     assert "Right in A, wrong in B: 1" in page and "Right in B, wrong in A: 2" in page
-    assert page.index("Right in A") < page.index("Right in B") < page.index("Curves")
+    assert (
+        page.index("Right in A")
+        < page.index("Right in B")
+        < page.index("Scores")
+        < page.index("Curves")
+    )
     assert (
         "1.25x faster than A" in page
         and page.count("<svg") == 2

@@ -39,7 +39,28 @@ def test_nothing_is_timed_that_is_wrong(monkeypatch):
     assert any("float32 dq" in line for line in wrong)
     monkeypatch.setattr(run, "sparse_prefill", lambda *x: right(*x) * (1 + 0.01 * x[-1].ragged))
     wrong = run.gate("cpu")
-    assert wrong and all(line.endswith("(128, ragged rows)") for line in wrong)
+    assert wrong and all(line.endswith("(128, ragged rows, auto)") for line in wrong)
+
+
+def test_the_kernel_is_held_to_the_same_where_another_path_is_the_usual_one(monkeypatch):
+    """As on a GPU, where the library's attention is right and the kernel, which has to be forced, is not."""
+    import run
+    from zipr1_kernels import dispatch
+
+    right = run.sparse_prefill
+
+    def kernel(*tensors):
+        wrong = 1.1 if dispatch.forced("triton") else 1
+        with run.use("torch"):
+            return right(*tensors) * wrong
+
+    monkeypatch.setattr(run, "sparse_prefill", kernel)
+    assert run.gate("cpu") == []
+    wrong = run.gate("cpu", ("auto", "triton"))
+    assert wrong and all(line.endswith("rows, triton)") for line in wrong)
+    found = {line.split(":")[0] for line in wrong}
+    assert {f"{dtype} dk" for dtype in run.DTYPES} <= found
+    assert "bfloat16 output without gradient" in found
 
 
 def test_what_does_not_run_is_left_out_whatever_it_raises(capsys):

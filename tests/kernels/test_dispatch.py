@@ -22,6 +22,7 @@ from zipr1_kernels import (
     unusable,
     use,
 )
+from zipr1_kernels.select_top_p import kernel as selecting
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = ("kv_compact", "probe_scores", "select_top_p", "sparse_decode", "sparse_prefill")
@@ -41,13 +42,16 @@ def every_operation(device=DEVICE):
         index = probes[:, None, :, None].expand(-1, 4, -1, 16)
         scores = probe_scores(q.gather(2, index), k, probes, every)
         p = torch.tensor([0.3, 0.8], device=device)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(selecting, "LONGEST", 0)
+            by_sort = select_top_p(scores, p, every, ~every)
         kept = pack_indices(select_top_p(scores, p, every, ~every))
         out = sparse_prefill(q, k, v, kept)
         grads = torch.autograd.grad(out.sum() + scores.sum(), (q, k, v))
         with torch.no_grad():
             cache = kv_compact(k, v, kept)
             step = sparse_decode(q[:, :, :1], *cache, kept.real)
-    return [out, scores, *grads, *cache, step]
+    return [out, scores, by_sort, *grads, *cache, step]
 
 
 @pytest.fixture

@@ -145,6 +145,17 @@ def test_limits_leave_room_within_the_whole():
         assert len(wave) == 1 or "timing" not in {part.name for part in wave}, "timed alone"
 
 
+def test_every_file_with_tests_for_a_gpu_is_run():
+    import gpu_parts
+
+    root = BENCH.parents[1] / "tests"
+    mark = "mark." + "gpu"
+    found = {str(p.relative_to(root)) for p in root.rglob("test_*.py") if mark in p.read_text()}
+    files = {*gpu_parts.KERNEL_TESTS, *gpu_parts.OTHER_TESTS}
+    assert found <= files and all((root / name).is_file() for name in files)
+    assert "models/test_waits.py" in found, "what a GPU alone can show of waits and captured steps"
+
+
 def test_the_table_by_hand():
     timing = {"part": "timing", "which": "attention", "ok": True, "length": 4096}
     rows = [

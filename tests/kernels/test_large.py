@@ -19,6 +19,7 @@ from zipr1_kernels import (
 )
 from zipr1_kernels.probe_scores import kernel as probing
 from zipr1_kernels.select_top_p import LONGEST
+from zipr1_kernels.select_top_p import kernel as selecting
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # rows, query heads, key heads, length, dtype. Interpreted ones span several blocks of each kernel.
@@ -159,26 +160,25 @@ def test_shares_of_the_keys_are_joined(rows, monkeypatch):
 
 
 def test_long_rows_are_sorted_and_short_ones_searched(monkeypatch):
-    """The choice on a made-up GPU; the result is the same by either."""
-    from zipr1_kernels import dispatch
-
-    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
-    taken = []
+    launched = []
+    launch = selecting.launch
     monkeypatch.setattr(
-        dispatch, "plan", lambda op, *x, slower=None, **y: bool(taken.append(slower))
-    )
+        selecting, "launch", lambda kernel, *x, **y: launched.append(kernel) or launch(kernel, *x, **y)
+    )  # fmt: skip
     for length in (LONGEST, LONGEST + 1):
-        scores = torch.rand(1, length)
-        every = torch.ones(1, length, dtype=torch.bool)
-        keep = select_top_k(scores, torch.tensor([5]), every, ~every)
+        scores = torch.rand(1, length, device=DEVICE)
+        every = torch.ones(1, length, dtype=torch.bool, device=DEVICE)
+        with use("triton"):
+            keep = select_top_k(scores, torch.tensor([5], device=DEVICE), every, ~every)
         assert set(keep[0].nonzero()[:, 0].tolist()) == set(scores[0].topk(5).indices.tolist())
-        pack_indices(keep)
-    assert taken == [None, None, "above 8192 tokens a sort is faster", None], "packing never sorts"
+    assert launched == [selecting.select_kernel, selecting.mark_kernel]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("longest", [0, 10**6])
 @pytest.mark.parametrize("length", [8192, 50_000, 200_000])
-def test_search_and_sort_choose_the_same(length):
+def test_search_and_sort_choose_the_fewest_tokens(length, longest, monkeypatch):
+    monkeypatch.setattr(selecting, "LONGEST", longest)
     generator = torch.Generator(DEVICE).manual_seed(1)
     scores = torch.rand(2, length, generator=generator, device=DEVICE).pow(8)
     every = torch.ones(2, length, dtype=torch.bool, device=DEVICE)

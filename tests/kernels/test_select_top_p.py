@@ -1,5 +1,7 @@
 """Selection: hand-computed cases, and properties of what is kept."""
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,15 +22,27 @@ NONE = torch.zeros(1, 4, dtype=torch.bool)
 LAST = torch.tensor([[False, False, False, True]])
 
 
-PATHS = ["torch", pytest.param("triton", marks=pytest.mark.interpreted)]
+INTERPRETED = pytest.mark.interpreted
+PATHS = ["torch", *(pytest.param(x, marks=INTERPRETED) for x in ("triton", "triton, sorted"))]
+
+
+@contextlib.contextmanager
+def forced(path):
+    """`use`, and "triton, sorted": as the kernel chooses in long rows."""
+    with pytest.MonkeyPatch.context() as patch, use(path.partition(",")[0]):
+        if path == "triton, sorted":
+            from zipr1_kernels.select_top_p import kernel
+
+            patch.setattr(kernel, "LONGEST", 0)
+        yield
 
 
 @pytest.fixture(params=PATHS)
 def each_path(request):
     dispatch._state.ran.clear()
-    with use(request.param):
+    with forced(request.param):
         yield
-    taken = "triton" if request.param == "triton" else "torch: forced"
+    taken = "torch: forced" if request.param == "torch" else "triton"
     assert set(dispatch._state.ran.values()) == {taken}
 
 
@@ -134,11 +148,11 @@ def test_kept_mass_is_enough_and_minimal_in_any_order(path, values, p, fixed, se
     always = torch.arange(len(values))[None] >= len(values) - fixed
     at = torch.tensor([p], dtype=scores.dtype)
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))
-    with use(path):
+    with forced(path):
         keep = select_top_p(scores, at, every, always)
         again = select_top_p(scores, at, every, always)
         shuffled = select_top_p(scores[:, order], at, every, always[:, order])
-    assert ran("select_top_p") == ("triton" if path == "triton" else "torch: forced")
+    assert ran("select_top_p") == ("torch: forced" if path == "torch" else "triton")
     assert torch.equal(keep, again)
     share = scores.double() / scores.double().sum()
     mass = (share * keep).sum()

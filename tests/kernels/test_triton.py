@@ -20,6 +20,7 @@ from zipr1_kernels import (
     sparse_prefill,
     use,
 )
+from zipr1_kernels.select_top_p import kernel as selecting
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -217,9 +218,17 @@ def test_scores_never_read_what_does_not_count():
         torch.testing.assert_close(scores, probe_scores(*inputs, probes, candidates))
 
 
-@pytest.mark.parametrize("length", [1, 7, 100, 2500])
+@pytest.fixture(params=["searched", "sorted"])
+def ways(request, monkeypatch):
+    """Both ways in which kernels choose, whatever a row's length."""
+    if request.param == "sorted":
+        monkeypatch.setattr(selecting, "LONGEST", 0)
+
+
+@pytest.mark.usefixtures("ways")
+@pytest.mark.parametrize("length", [1, 7, 100, 2500, 4099])
 @pytest.mark.parametrize("budget", [0.05, 0.5, 0.975, 1.0])
-def test_selection_is_that_of_the_sort(length, budget):
+def test_selection_is_that_of_plain_torch(length, budget):
     generator = torch.Generator().manual_seed(length)
     scores = torch.rand(3, length, generator=generator).square().to(DEVICE)
     candidates = (torch.rand(3, length, generator=generator) < 0.9).to(DEVICE)
@@ -242,6 +251,7 @@ def test_selection_is_that_of_the_sort(length, budget):
             assert (listed[count:] == (listed[count - 1] if count else 0)).all()
 
 
+@pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize("choose", [select_top_p, select_top_k])
 def test_ties_go_to_the_lower_index(choose):
     scores = torch.tensor([[4.0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0], [2, 2, 2, 2, 2, 2]])

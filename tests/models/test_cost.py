@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -159,4 +160,7 @@ def test_the_command_loads_no_torch_and_ends_with_json():
     assert {(r["length"], r["keep"]) for r in found["rows"]} == {
         (n, k) for n in (4096, 16384) for k in (0.1, 0.25)
     }
-    assert "KV cache" in done.stderr
+    # Of keys and values a share is saved: x is times faster, and nothing else.
+    assert "KV saved" in done.stderr and re.search(
+        r"4,096 +25% +layer +\d\.\d\dx .* 75\.0% ", done.stderr
+    )

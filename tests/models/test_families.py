@@ -8,6 +8,7 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import policychecks
@@ -19,6 +20,7 @@ from rich.console import Console
 from zipr1.core.errors import InputError
 from zipr1.core.load import validate
 from zipr1.core.recipe import Model, Probes, Sparse
+from zipr1.models import families
 from zipr1.models.families import CANNOT, FAMILIES, find
 from zipr1.models.policy import Policy, load_policy
 from zipr1.models.sparse.patch import sparse_attention
@@ -54,6 +56,43 @@ def inputs(policy: Policy, encoded: Any) -> dict[str, Any]:
     if kind == "smolvlm":
         found["pixel_values"] = visual.patches[None]
     return found
+
+
+@pytest.mark.parametrize("parted", [True, False])
+def test_what_qwen3_sees_is_the_same_in_either_form_of_its_features(parted):
+    """Those for the first layers come parted by picture, or whole, as from older versions of transformers."""
+    sizes, grids = (2, 3), ([1, 2, 4], [1, 2, 6])
+    whole = torch.arange(5 * 4.0).view(5, 4)
+    layers = [whole + 100 * depth for depth in (1, 2)]
+
+    class Seen:
+        pooler_output = whole.split(sizes)
+        deepstack_features = [x.split(sizes) if parted else x for x in layers]  # noqa: RUF012
+
+    class Model:
+        def get_image_features(self, patches, grid):
+            assert grid.tolist() == list(grids)
+            return Seen
+
+    visuals = [SimpleNamespace(patches=torch.zeros(4 * n, 1), grid=g) for n, g in zip(sizes, grids)]
+    found = FAMILIES["qwen3_vl"].encode_vision(Model(), "image", visuals, torch.device("cpu"))
+    assert [len(x) for x in found] == [2, 3]
+    assert torch.equal(torch.cat(found), torch.cat([whole, *layers], 1))
+
+
+def test_a_version_whose_class_asks_for_torchvision_is_refused_by_name(monkeypatch):
+    class Asking(type):
+        def __getattr__(cls, name):
+            raise ImportError("\nXPil requires the Torchvision library\n")
+
+    older = SimpleNamespace(__version__="5.17.0", SmolVLMImageProcessorPil=Asking("XPil", (), {}))
+    monkeypatch.setattr(families, "transformers", older)
+    with pytest.raises(InputError) as told:
+        families.pixel_defaults(FAMILIES["smolvlm"])
+    assert str(told.value) == (
+        "SmolVLMImageProcessor: transformers 5.17.0 does not read its settings here (XPil requires the Torchvision "
+        "library); pip install 'transformers>=5.23'"
+    )
 
 
 def prompts() -> list[Any]:

@@ -3,6 +3,7 @@ would make them."""
 
 import policychecks
 import pytest
+import standingpu
 import tinymodels
 import torch
 
@@ -58,12 +59,54 @@ def test_queries_and_keys_are_the_layers_own(audit):
             torch.testing.assert_close(got[p], want, atol=1e-6, rtol=1e-5)
 
 
-def test_what_is_the_same_in_all_layers_is_taken_once():
-    cos, sin = torch.rand(1, 6, 4), torch.rand(1, 6, 4)
+def halves(q, k, cos, sin):
+    """As models of the Llama kind have it."""
+    cos, sin = cos[:, None], sin[:, None]
+
+    def turned(x):
+        low, high = x.chunk(2, -1)
+        return x * cos + torch.cat([-high, low], -1) * sin
+
+    return turned(q), turned(k)
+
+
+def pairs(q, k, cos, sin):
+    """Another kind, which turns neighbours against each other."""
+    cos, sin = cos[:, None], sin[:, None]
+
+    def turned(x):
+        even, odd = x[..., ::2], x[..., 1::2]
+        return x * cos + torch.stack([-odd, even], -1).flatten(-2) * sin
+
+    return turned(q), turned(k)
+
+
+@pytest.mark.parametrize(("rotate", "changed"), [(halves, [-3, -4, 1, 2]), (pairs, [-2, 1, -4, 3])])
+def test_places_of_all_layers_are_taken_once_and_heads_are_turned_as_the_model_turns_them(
+    rotate, changed
+):
+    """By hand: x = (1, 2, 3, 4) becomes x * cos + what changes places * sin."""
+    whole = torch.arange(2 * 6 * 4.0).view(2, 1, 6, 4)
+    cos, sin = whole
     rotation = Rotation((cos, sin), 2, torch.tensor([[0, 7], [5, 11]]))
+    x = torch.tensor([1.0, 2, 3, 4])
+
+    def by_hand(slots):
+        return [(x * cos[0, i % 6] + torch.tensor(changed) * sin[0, i % 6]).tolist() for i in slots]
+
     for slots in ([0, 7], [5, 11], [3]):
-        want = [[x[0, i % 6].tolist() for i in slots] for x in (cos, sin)]
-        assert [x[0].tolist() for x in rotation.at(torch.tensor(slots))] == want
-        if len(slots) == 2:
-            found = rotation.of_probes(0 if slots[0] == 0 else 1)
-            assert [x[0].tolist() for x in found] == want
+        want = [[part[0, i % 6].tolist() for i in slots] for part in (cos, sin)]
+        assert [part[0].tolist() for part in rotation.at(torch.tensor(slots))] == want
+
+    def check(rotation, x):
+        for layer, slots in enumerate(([0, 7], [5, 11])):
+            turned = rotation.probes(x.expand(1, 2, 3, 4), layer, rotate)
+            assert turned.shape == (1, 2, 3, 4), "three heads of two probes"
+            assert turned[0].transpose(0, 1).tolist() == [by_hand(slots)] * 3
+        turned = rotation.keys(x.expand(2, 6, 1, 4), rotate)
+        assert turned[:, :, 0].flatten(0, 1).tolist() == by_hand(range(12))
+
+    check(rotation, x)
+    with standingpu.gpu():  # by another sum, of whole numbers here
+        there = [standingpu.OnGpu(part) for part in (cos, sin, torch.tensor([[0, 7], [5, 11]]))]
+        check(Rotation((there[0], there[1]), 2, there[2]), standingpu.OnGpu(x))

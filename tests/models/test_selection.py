@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from zipr1_kernels import dispatch
 
 from zipr1.core.recipe import Probes, Sparse
 from zipr1.models.sparse.hashing import mix, splitmix64, uniforms
@@ -86,13 +87,22 @@ def test_probe_slots_do_not_depend_on_padding_or_batch():
     assert slots[1].tolist() == [17, 18, 19, 19, 19]
 
 
-def test_prompts_too_short_to_gain_stay_dense_by_the_kind_of_device():
-    """384 on a CPU is measured (docs/results.md), 4,096 on a GPU estimated; what is set holds everywhere."""
-    for device, below in (("cpu", 384), ("cuda:1", 4096)):
+def test_prompts_too_short_to_gain_stay_dense_by_the_kind_of_device(monkeypatch):
+    """384 and 1,024 on CPUs are measured (docs/results.md), 4,096 on a GPU estimated; what is set holds everywhere."""
+    single, half = torch.float32, torch.bfloat16
+    for device, dtype, units, below in (
+        ("cpu", single, False, 384), ("cpu", single, True, 384), ("cpu", half, False, 384), ("cpu", half, True, 1024),
+        ("cuda:1", single, True, 4096), ("cuda:1", half, True, 4096), ("mps", half, False, 4096),
+    ):  # fmt: skip
+        monkeypatch.setattr(dispatch, "has_amx", lambda units=units: units)
         where = torch.device(device)
-        assert dense_below(Sparse(), where) == below
-        assert settled(Sparse(p=0.5), where) == Sparse(p=0.5, dense_below=below)
-        assert [dense_below(Sparse(dense_below=n), where) for n in (0, 7)] == [0, 7]
+        assert dense_below(Sparse(), where, dtype) == below
+        assert [dense_below(Sparse(dense_below=n), where, dtype) for n in (0, 7)] == [0, 7]
+        if device == "cpu":
+            weight = torch.zeros(1, dtype=dtype)
+            wanted = Sparse(p=0.5, dense_below=below)
+            assert settled(Sparse(p=0.5), weight) == wanted
+            assert Request(Sparse(p=0.5)).settled(weight).settings == wanted
     candidates = torch.arange(400) < torch.tensor([383, 384])[:, None]
     request = Request(Sparse())
     selector = Selector(request, candidates, ProbeRange.of(candidates), 2, torch.device("cpu"))

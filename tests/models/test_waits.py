@@ -1,6 +1,7 @@
 """How often a GPU would be waited for and what it would be given, counted on a stand-in (standingpu.py)."""
 
 import contextlib
+import importlib
 import itertools
 import logging
 
@@ -10,12 +11,16 @@ import tinymodels
 import torch
 from standingpu import DEVICE, OnGpu
 from tinysteps import gradients, recipe, roll, with_train
+from zipr1_kernels import Kept
+from zipr1_kernels.probe_scores import kernel as probing
+from zipr1_kernels.select_top_p import kernel as selecting
+from zipr1_kernels.sparse_prefill import packed
 
 from zipr1.core.recipe import Efficiency, Model, Ppo, Probes, Sparse
 from zipr1.models import decoding, sampling
 from zipr1.models.policy import load_policy
 from zipr1.models.sparse.patch import attributes, sparse_attention
-from zipr1.models.sparse.request import Request
+from zipr1.models.sparse.request import PromptBatch, Request
 
 LAYERS = tinymodels.TEXT["num_hidden_layers"]
 PROBES = Probes(recent=3, random=6)
@@ -121,26 +126,113 @@ def test_a_prefill_waits_once_a_layer_and_decoding_once_in_eight_tokens(skip, au
         assert [x.tolist() for x in one] == [x.tolist() for x in other]
 
 
-# In Qwen3-VL the norms of heads are four more (of the probes, of all keys, of the kept tokens' both), and transformers'
-# adding of features to the first layers four.
-@pytest.mark.parametrize(
-    ("family", "most"),
-    [("qwen2_vl", 50), ("llava_onevision", 50), ("smolvlm", 50), ("qwen3_vl", 58)],
-)
-def test_a_layer_in_16_bits_is_launched_as_seldom(family, most, tmp_path):
-    settings_of = Model(path=str(tinymodels.folder(family, tmp_path)), dtype="bfloat16")
-    policy = load_policy(settings_of, "cpu")
-    encoded = tinymodels.encode(
-        policy, [tinymodels.prompt(0, "image"), tinymodels.prompt(1, "image")]
-    )
-    features = policy.encode_vision(encoded)
+def test_dense_decoding_waits_once_in_eight_tokens_too(fixed):
+    policy, encoded, features = prompts()
+    wanted = generate(policy, encoded, features, None, 18)
     with standingpu.gpu() as gpu:
         features = there(policy, features)
-        request = Request(settings(skip="layer"), audit=(0,))
-        of_layers = launches_of_layers(
-            policy, gpu, lambda: generate(policy, encoded, features, request, 1)
-        )
-    assert 40 < max(of_layers) <= most, of_layers
+        generate(policy, encoded, features, None, 1)
+        prefill = gpu.waits.copy()
+        gpu.waits.clear()
+        got = generate(policy, encoded, features, None, 18)
+    assert prefill.total() <= LAYERS, prefill
+    assert (gpu.waits - prefill).total() <= 17 // 8, gpu.waits - prefill
+    for one, other in zip(wanted.tokens, got.tokens, strict=True):
+        assert one.tolist() == other.tolist()
+
+
+def counted_in_a_prefill(policy, *requests):
+    """For each request, of two pictures of two sizes: launches of each layer but the last one, and waits."""
+    encoded = tinymodels.encode(policy, [tinymodels.prompt(i, "image") for i in (0, 1)])
+    features, found = policy.encode_vision(encoded), []
+    with standingpu.gpu() as gpu:
+        features = there(policy, features)
+        for request in requests:
+            gpu.waits.clear()
+            of_layers = launches_of_layers(
+                policy, gpu, lambda r=request: generate(policy, encoded, features, r, 1)
+            )
+            found.append((of_layers, gpu.waits.copy()))
+    return found
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision", "smolvlm", "qwen3_vl"])
+@pytest.mark.parametrize("longest", [selecting.LONGEST, 0])
+def test_a_layer_in_16_bits_is_launched_as_seldom(family, longest, tmp_path, monkeypatch):
+    """Of whatever family, and where rows are so long that they are sorted. Qwen3-VL's layers, which norm their heads,
+    and add features between the first ones, are given fewer than they are when dense."""
+    monkeypatch.setattr(selecting, "LONGEST", longest)
+    settings_of = Model(path=str(tinymodels.folder(family, tmp_path)), dtype="bfloat16")
+    policy = load_policy(settings_of, "cpu")
+    request = Request(settings(skip="layer"), audit=(0,))
+    (of_layers, waits), (dense, dense_waits) = counted_in_a_prefill(policy, request, None)
+    most = dense if family == "qwen3_vl" else [50] * len(dense)
+    assert all(40 < own <= limit for own, limit in zip(of_layers, most, strict=True)), of_layers
+    assert max(of_layers) <= 55
+    assert waits.total() <= LAYERS + 2, waits
+    assert not any("index" in where or "size" in where for where in dense_waits), dense_waits
+
+
+def test_an_adapter_adds_to_a_sparse_layer_what_it_adds_to_a_dense_one():
+    """The launches of each of its projections, of which scoring asks two a second time."""
+    request = Request(settings(skip="layer"))
+    counts = {}
+    for lora in (False, True):
+        sparse, dense = counted_in_a_prefill(tinymodels.make(lora=lora), request, None)
+        counts[lora] = sparse[0], dense[0]
+    of_a_projection = {(b - a) / 7 for a, b in zip(counts[False][1], counts[True][1], strict=True)}
+    assert of_a_projection == {4}, "two products, a factor and a sum"
+    assert [b - a for a, b in zip(counts[False][0], counts[True][0], strict=True)] == [36] * 2
+
+
+@torch.no_grad()
+def test_the_table_of_launches_is_what_the_wrappers_launch(monkeypatch):
+    """Kernels themselves do not run; all that torch does around them is counted."""
+    rows, tokens, dim = 2, 300, 16
+    monkeypatch.setattr(probing, "PROGRAMS", 10**6)  # the keys are split, and joined
+    with standingpu.gpu() as gpu:
+
+        def launch(kernel, grid, *args, **options):
+            gpu.launches += 1
+
+        found = {}
+
+        def count(op, module, *args, **kwargs):
+            module = importlib.import_module(f"zipr1_kernels.{module}.kernel")
+            monkeypatch.setattr(module, "launch", launch)
+            before = gpu.launches + gpu.waits.total()  # a wait is for a copy, launched too
+            getattr(module, op)(*args, **kwargs)
+            found[op] = gpu.launches + gpu.waits.total() - before
+
+        def heads(number, length=tokens):
+            return OnGpu(torch.randn(rows, length, number, dim)).transpose(1, 2)
+
+        every = OnGpu(torch.ones(rows, tokens, dtype=torch.bool))
+        few = OnGpu(torch.zeros(rows, tokens, dtype=torch.bool))
+        index = torch.arange(tokens).repeat(rows, 1)
+        kept = Kept(OnGpu(index), OnGpu(torch.tensor([tokens, 7])), 7, tokens, tokens + 7)
+        vars(kept).update(flat=OnGpu(torch.arange(tokens + 7)))  # the kernel writes it along
+        k = heads(2)
+        probes = OnGpu(torch.arange(6, dtype=torch.int32).view(rows, 3))
+        scores, amount = OnGpu(torch.rand(rows, tokens)), OnGpu(torch.rand(rows))
+        which = OnGpu(torch.zeros(rows, dtype=torch.int32))
+        count("probe_scores", "probe_scores", heads(4, 3), k, probes, every, rows=which)
+        for op in ("select_top_p", "select_threshold"):
+            count(op, "select_top_p", scores, amount, every, few)
+        count("select_top_k", "select_top_p", scores, OnGpu(torch.tensor([1, 2])), every, few)
+        count("pack_each", "select_top_p", every)
+        count("kv_compact", "kv_compact", k, k, kept.index)
+        count("sparse_decode", "sparse_decode", heads(4, 1), k, k, count=kept.count)
+        # By a library's attention, which is one launch: what it takes to gather, and to put back.
+        monkeypatch.setattr(packed, "packed_attention", lambda q, *x, **y: launch(None, ()) or q)
+        before = gpu.launches
+        packed.sparse_prefill(heads(4), k, k, kept)
+        found["sparse_prefill"] = gpu.launches - before
+        searched = dict(found)
+        monkeypatch.setattr(selecting, "LONGEST", 0)
+        count("select_top_p", "select_top_p", scores, amount, every, few)
+    assert searched == {op: standingpu.KERNELS[op] for op in searched}
+    assert found["select_top_p"] == searched["select_top_p"] + standingpu.SORTED
 
 
 @pytest.mark.parametrize("kv", ["evict", "retain"])
@@ -156,6 +248,31 @@ def test_a_prompt_of_a_users_own_waits_for_its_mask_besides(kv):
         with sparse_attention(policy.model, Request(settings(skip="layer", kv=kv)), begin):
             policy.decoder(**inputs, attention_mask=mask, use_cache=True)
     assert gpu.waits.total() <= LAYERS + 1, gpu.waits
+
+
+@torch.no_grad()
+def test_a_picture_that_transformers_itself_adds_waits_for_its_places_once(tmp_path):
+    """By a mask, whose size is asked for twice in each of the first layers otherwise."""
+    policy = load_policy(Model(path=str(tinymodels.folder("qwen3_vl", tmp_path))), "cpu")
+    encoded = tinymodels.encode(policy, [tinymodels.prompt(i, "image") for i in (0, 1)])
+    features = policy.encode_vision(encoded)
+    request = Request(settings(skip="layer"))
+
+    def passed(features, place):
+        inputs, valid = policy.rows(encoded, features, None, left=True)
+        shown = torch.zeros(valid.numel(), dtype=torch.bool)
+        slots = inputs["visual_pos_masks"]
+        shown[getattr(slots, "held", slots)] = True
+        with sparse_attention(policy.model, request):
+            by_slots = policy.decoder(**inputs, sparse_batch=PromptBatch(valid))
+            inputs["visual_pos_masks"] = place(shown.view(valid.shape))
+            by_mask = policy.decoder(**inputs, sparse_batch=PromptBatch(valid))
+        return by_slots.last_hidden_state, by_mask.last_hidden_state
+
+    assert torch.equal(*passed(features, lambda x: x))
+    with standingpu.gpu() as gpu:
+        passed(there(policy, features), OnGpu)
+    assert gpu.waits.total() <= 2 * LAYERS + 1, gpu.waits
 
 
 @pytest.mark.parametrize("skip", ["attention", "layer"])

@@ -386,7 +386,7 @@ def test_a_run_can_be_the_model_of_another(tmp_path, model):
 def test_a_place_for_metrics_that_is_missing_is_said_before_anything_is_loaded(
     tmp_path, model, monkeypatch
 ):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.setattr(loop, "load_policy", lambda *_: pytest.fail("loaded"))
     recipe = write(tmp_path / "r.yaml", model, log={"to": ["tensorboard"]})
     with pytest.raises(InputError, match=r"which is not installed; pip install tensorboard"):

@@ -4,16 +4,20 @@ import html
 import itertools
 import re
 import shlex
+import signal
 from typing import Any
 
 import numpy as np
 import pytest
+import tinymodels
 import tinyruns
 from commands import call
 
+from zipr1.core import signals
 from zipr1.core.recipe import Efficiency, Recipe, Sparse, Train
 from zipr1.core.rundir import RunDir
 from zipr1.core.types import Prompt
+from zipr1.train import loop
 from zipr1.train import page as module
 from zipr1.train.heldout import Result
 from zipr1.train.page import RunPage
@@ -62,6 +66,32 @@ def page(tmp_path):
     made = RunPage(RunDir.open(RECIPE, tmp_path / "run"), RECIPE)
     made.begin(None, PROMPTS, {"dense": DENSE, "before": BEFORE})
     return made
+
+
+def test_the_page_is_there_before_anything_is_measured(tmp_path, monkeypatch):
+    """What the run prints is where it can be watched, from then on; a signal within the measurement is told too."""
+    seen = []
+
+    def measure(policy, recipe, questions, folder):
+        seen.append((folder.root / "report.html").read_text())
+        raise signals.Stopped(signal.SIGINT)
+
+    monkeypatch.setattr(loop, "measure_before", measure)
+    tinymodels.make().save(tmp_path / "model")
+    recipe = tinyruns.write(tmp_path / "r.yaml", tmp_path / "model")
+    with pytest.raises(signals.Stopped):
+        tinyruns.start(recipe, tmp_path / "run")
+    (text,) = seen
+    assert "<h1>Step 0 of 3</h1>" in text and "renews itself" in text and tiles(text) == []
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "<h1>Stopped at step 0 of 3</h1>" in text and 'http-equiv="refresh"' not in text
+    monkeypatch.setattr(loop, "measure_before", lambda *a: {})
+    monkeypatch.setattr(loop, "finish", lambda *a: measure(*a[:3], a[4]))
+    with pytest.raises(signals.Stopped):
+        tinyruns.start(recipe, tmp_path / "run")
+    assert "renews itself" in seen[1]
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "<h1>Stopped at step 3 of 3</h1>" in text and 'http-equiv="refresh"' not in text
 
 
 def test_before_the_first_step(page):

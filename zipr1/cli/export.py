@@ -78,7 +78,7 @@ def export(
             result["pushed"] = upload(to, push)
     for line in export_text(result).split("\n"):
         code = line.plain.startswith(" ")  # is copied
-        console.print(line, soft_wrap=code)
+        console.print(line, soft_wrap=code or not console.is_terminal)
     if as_json:
         from zipr1.core.jsontext import dumps
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.logging import RichHandler
 
 from zipr1.core import activity, launcher, terminal
 
@@ -47,10 +46,18 @@ def show_log(console: Console) -> None:
     """Print what `zipr1` logs from INFO on, through `console`, so that a live display is not torn."""
     log = logging.getLogger("zipr1")
     log.setLevel(logging.INFO)
-    for old in [h for h in log.handlers if isinstance(h, RichHandler)]:
+    for old in [h for h in log.handlers if isinstance(h, _Printed)]:
         log.removeHandler(old)
-    log.addHandler(
-        RichHandler(
-            console=console, show_time=False, show_level=False, show_path=False, markup=False
-        )
-    )
+    log.addHandler(_Printed(console))
+
+
+class _Printed(logging.Handler):
+    """Whole words in a terminal; a message is one line in a file."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        wrapped = not self._console.is_terminal
+        self._console.print(self.format(record), soft_wrap=wrapped, highlight=False)

@@ -27,6 +27,7 @@ PACKAGES = (
     "datasets",
     "av",
     "decord",
+    "lmms-eval",
 )
 
 

@@ -114,10 +114,20 @@ def exists(path: str | Path) -> Path:
     return path
 
 
+def _pyav() -> Any:
+    """The module. Raises InputError where it cannot be imported."""
+    try:
+        import av
+    except (ImportError, OSError) as error:
+        raise InputError(
+            f"clips are read by PyAV, which cannot be imported ({_first_line(error)}): pip install av"
+        ) from None
+    return av
+
+
 def write(path: Path, frames: np.ndarray, fps: float) -> None:
     """Encode uint8 `(F, H, W, 3)` to H.264 mp4 in one thread (5 ms for 12 frames of 96 px)."""
-    import av
-
+    av = _pyav()
     _, height, width, _ = frames.shape
     with av.open(str(path), "w", format="mp4") as container:
         stream: Any = container.add_stream(
@@ -236,8 +246,7 @@ def _read_decord(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, f
 
 
 def _read_pyav(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, float, int]:
-    import av
-
+    av = _pyav()
     try:
         with _opened(path) as container:
             stream = container.streams.best("video")
@@ -267,7 +276,7 @@ def _read_pyav(path: Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, flo
 
 def _opened(path: Path) -> Any:
     """A file as PyAV sees it, which opens that one file alone. Raises InputError for a format that is not read."""
-    import av
+    av = _pyav()
 
     try:
         return av.open(str(path), container_options=ONE_FILE)
@@ -289,8 +298,7 @@ def _rate(said: float, total: int, first: float | None, last: float | None) -> f
 
 def _decord_turns_wrongly(path: Path) -> bool:
     """Whether the clip's frames are to be mirrored: decord knows quarter turns alone."""
-    import av
-
+    av = _pyav()
     try:
         with _opened(path) as container:
             stream = container.streams.best("video")

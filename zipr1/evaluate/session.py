@@ -65,7 +65,7 @@ def run(request: EvalRequest, command: Sequence[str], console: Console) -> dict[
         recipe = _with_dtype(recipe, device)
         activity.tell(f"opening {request.model}")
         policy = load_policy(recipe.model, device)
-        recipe = recipe.model_copy(update={"sparse": settled(recipe.sparse, policy.device)})
+        recipe = recipe.model_copy(update={"sparse": settled(recipe.sparse, policy.weight)})
         base, base_name, base_note = _base(request, source, recipe, device)
         meta = {
             "model": request.model,

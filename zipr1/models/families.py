@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from zipr1.core.errors import InputError
+from zipr1.core.text import reason
 from zipr1.data.video import FrameRule
 from zipr1.models import spelling, tiles
 from zipr1.models.beside import read_json
@@ -77,7 +78,10 @@ def _qwen2(model: Any, kind: str, visuals: Sequence[Visual], device: torch.devic
 
 def _qwen3(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> list[Any]:
     out = _qwen(model, kind, visuals, device)
-    return [torch.cat(parts, -1) for parts in zip(out.pooler_output, *out.deepstack_features)]
+    whole, sizes = torch.cat(list(out.pooler_output)), [len(x) for x in out.pooler_output]
+    # Parted by picture or not, which differs between versions of transformers.
+    layers = [x if isinstance(x, torch.Tensor) else torch.cat(x) for x in out.deepstack_features]
+    return list(torch.cat([whole, *layers], -1).split(sizes))
 
 
 def _patches(rows: Sequence[Media]) -> dict[str, torch.Tensor]:
@@ -265,9 +269,16 @@ def find(model_type: str, path: str) -> Family:
 
 
 def pixel_defaults(family: Family) -> dict[str, Any]:
-    """What transformers' class of the family takes for pixel settings that its files leave unsaid."""
+    """What transformers' class of the family takes for pixel settings that its files leave unsaid. Raises InputError
+    for a version whose class asks for torchvision, as 5.17 does for SmolVLM's."""
     known = getattr(transformers, f"{family.pixels}Pil")
-    return {name: getattr(known, name) for name in PICTURE_DEFAULTS}
+    try:
+        return {name: getattr(known, name) for name in PICTURE_DEFAULTS}
+    except ImportError as error:
+        raise InputError(
+            f"{family.pixels}: transformers {transformers.__version__} does not read its settings here "
+            f"({reason(error)}); pip install 'transformers>=5.23'"
+        ) from None
 
 
 def frame_rule(folder: str) -> FrameRule:
@@ -283,16 +294,17 @@ def towers(model: Any) -> list[torch.nn.Module]:
 
 
 def deepstack(
-    features: torch.Tensor, hidden: int, visual: torch.Tensor
+    features: torch.Tensor, hidden: int, slots: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Features `(n, hidden * (1 + depth))` -> those of the embeddings, and the decoder's other arguments.
 
-    visual: `(B, L)` bool, where the n tokens are.
+    slots: `(n,)` int64, where the n tokens are in the flattened batch; the decoder is patched for them
+    (`features_at_slots` in patch.py).
     """
     parts = features.split(hidden, -1)
     if len(parts) == 1:
         return features, {}
-    return parts[0], {"visual_pos_masks": visual, "deepstack_visual_embeds": list(parts[1:])}
+    return parts[0], {"visual_pos_masks": slots, "deepstack_visual_embeds": list(parts[1:])}
 
 
 def merge_of(vision: Any, config: Any) -> tuple[int, int, int]:

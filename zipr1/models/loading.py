@@ -32,7 +32,7 @@ from zipr1.models.patterns import LORA_TARGETS
 from zipr1.models.pixels import WHOLE, PixelSettings
 from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.tensors import check_finite, check_names, refuse, shapes
-from zipr1.models.trust import refuse_code
+from zipr1.models.trust import refuse_code, refuse_elsewhere
 
 log = logging.getLogger("zipr1")
 
@@ -126,6 +126,7 @@ def whole_model(kind: Any, folder: str, **options: Any) -> Any:
     with the names, where one is missing, of another shape, or not the model's: transformers makes random weights of the
     first two and drops the third, with a warning. And where config.json asks for code of the hub."""
     refuse_code(folder, options.get("revision"))
+    refuse_elsewhere(folder)
     try:
         with quiet_report():
             model, found = kind.from_pretrained(

@@ -27,18 +27,13 @@ from zipr1.core.types import Prompt
 from zipr1.models import sampling
 from zipr1.models.batching import answer_slots, groups, padded
 from zipr1.models.families import FAMILIES, deepstack, towers
-from zipr1.models.loading import (
-    add_lora,
-    frozen_copy,
-    restore_weights,
-    save_folder,
-)
+from zipr1.models.loading import add_lora, frozen_copy, restore_weights, save_folder
 from zipr1.models.open import open_model
 from zipr1.models.processors import Encoded, Processor
 from zipr1.models.sampling import Answers
 from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.sparse.hybrid import Choosing
-from zipr1.models.sparse.patch import SparseRun, sparse_attention
+from zipr1.models.sparse.patch import SparseRun, features_at_slots, sparse_attention
 from zipr1.models.sparse.request import Request
 from zipr1.models.transfer import send
 from zipr1.models.visual import Visual
@@ -66,6 +61,7 @@ class Policy:
         self.peft_model: Any = add_lora(model, lora, settings.revision) if lora else None
         self.reference_model: Any = None
         self.decoder = model.get_decoder()
+        vars(self.decoder).update(features_at_slots(self.decoder))
         self.layers = len(Choosing.of(self.decoder).numbers)
         self.vision_calls = 0
         self._blocked: torch.Tensor | None = None  # placeholders, where logits are
@@ -79,9 +75,14 @@ class Policy:
             (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     @property
+    def weight(self) -> torch.Tensor:
+        """One of the model's weights, for its device and dtype."""
+        weight: torch.Tensor = self.decoder.embed_tokens.weight
+        return weight
+
+    @property
     def device(self) -> torch.device:
-        device: torch.device = self.decoder.embed_tokens.weight.device
-        return device
+        return self.weight.device
 
     @property
     def positions(self) -> int:
@@ -250,13 +251,13 @@ class Policy:
         visual = torch.isin(ids, torch.tensor(list(self.processor.placeholder.values())))
         # By index, a seventh of the time of masked_scatter on a CPU; found there, so that no GPU waits.
         found = visual.flatten().nonzero()[:, 0]
-        ids, positions, visual, slots = send(self.device, ids, positions, visual, found)
+        ids, positions, slots = send(self.device, ids, positions, found)
         embeds = (model or self.model).get_input_embeddings()(ids)
         pictures = [features[e.picture] for e in encoded if e.visuals]
         besides: dict[str, Any] = {}
         if pictures:
             shown = torch.cat(pictures).to(embeds.dtype)
-            shown, besides = deepstack(shown, embeds.shape[-1], visual)
+            shown, besides = deepstack(shown, embeds.shape[-1], slots)
             embeds = embeds.flatten(0, 1).index_copy(0, slots, shown).view_as(embeds)
         return {"inputs_embeds": embeds, "position_ids": self.places(positions), **besides}, valid
 

@@ -105,7 +105,11 @@ def decode_step(
     """
     mask = None
     if valid is not None and not bool(valid.all()):
-        (mask,) = send(inputs["inputs_embeds"].device, valid.long())
+        # A single token sees all that is real. A mask of four dimensions transformers takes as it is; in another it
+        # looks for padding, and a GPU is waited for with every token.
+        single = inputs["inputs_embeds"].shape[1] == 1
+        seen = valid[:, None, None] if single else valid.long()
+        (mask,) = send(inputs["inputs_embeds"].device, seen)
     out = model.get_decoder()(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True)
     hidden: torch.Tensor = out.last_hidden_state
     return hidden

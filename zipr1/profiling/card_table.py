@@ -11,7 +11,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from zipr1.core.text import mib
+from zipr1.core.text import mib, times
 from zipr1.models import cost
 from zipr1.models.cost import Shape, tera
 
@@ -52,7 +52,8 @@ def tables(s: Shape, rows: list[dict[str, Any]], probes: int, visual: float) -> 
         title=f"{s.name}: bounds by counting, batch {batch}, {probes} probes, {visual:.0%} of tokens visual",
         title_justify="left",
         box=SIMPLE_HEAD,
-        caption="operations (layer, prefill) or bytes (decode, KV cache), dense / sparse: the most at one rate",
+        caption="layer, prefill, decode: times faster at most, by operations (a decoding step by bytes) at one rate; "
+        "KV saved: of the bytes of keys and values",
         caption_justify="left",
     )
     for name in (
@@ -62,7 +63,7 @@ def tables(s: Shape, rows: list[dict[str, Any]], probes: int, visual: float) -> 
         "layer",
         "prefill",
         "decode",
-        "KV cache",
+        "KV saved",
         "KV MiB",
     ):
         bounds.add_column(name, justify="left" if name == "skip" else "right", no_wrap=True)
@@ -72,7 +73,8 @@ def tables(s: Shape, rows: list[dict[str, Any]], probes: int, visual: float) -> 
             f"{one['length']:,}",
             f"{one['keep']:.0%}",
             one["skip"],
-            *(f"{r['bound']:.2f}x" for r in (one, whole, step, cache)),
+            *(times(row["bound"]) for row in (one, whole, step)),
+            f"{1 - 1 / cache['bound']:.1%}",
             mib(cache["kv_bytes"]),
         )
     longest = max(row["length"] for row in rows)

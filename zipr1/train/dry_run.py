@@ -152,7 +152,7 @@ def _tried(
     pictures = MediaEncoder(policy, recipe)
     prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     samples, encoded = pictures.usable((prompts or questions)[:SAMPLED])
-    limit = dense_below(recipe.sparse, policy.device)
+    limit = dense_below(recipe.sparse, policy.device, policy.weight.dtype)
     check_lengths(recipe, [len(sample) for sample in encoded], limit)
     for prompt, sample in list(zip(samples, encoded, strict=True))[:2]:
         _show(policy, prompt, sample, console)
@@ -252,7 +252,7 @@ def _table(result: dict[str, Any]) -> Table:
         elif key == "not_checked":
             continue
         elif isinstance(value, float):
-            table.add_row(name, f"{value:.1%}")
+            table.add_row("tokens kept" if key == "token_ratio" else name, f"{value:.1%}")
         elif value is not None:
             table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     return table

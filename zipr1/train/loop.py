@@ -85,7 +85,7 @@ def run(
             except Missing as error:  # all that has to be brought here, at once
                 raise Missing("; ".join([str(error), *sources.missing(recipe.data)])) from None
             without_plans(policy.device)
-            recipe = recipe.model_copy(update={"sparse": settled(recipe.sparse, policy.device)})
+            recipe = recipe.model_copy(update={"sparse": settled(recipe.sparse, policy.weight)})
             try:
                 return _run(policy, recipe, output, resume, command, console, opened)
             finally:
@@ -122,9 +122,14 @@ def _run(
     # 3. the reference, and how it answers
     if recipe.train.stage == "rl":
         policy.keep_reference()
-    before = measure_before(policy, recipe, questions, folder)
-    activity.tell("preparing to train")
     page = RunPage(folder, recipe)
+    page.open()
+    try:
+        before = measure_before(policy, recipe, questions, folder)
+    except signals.Stopped:
+        page.stopped(start)
+        raise
+    activity.tell("preparing to train")
     page.begin(policy, questions, before)
     # 4. the weights to go on from, on all devices, and the optimizer
     state, optimizer = start_or_resume(policy, recipe, folder)
@@ -133,7 +138,11 @@ def _run(
     gc.freeze()
     train(policy, recipe, pictures, prompts, optimizer, state, folder, page, writer, console)
     # 6. what it was worth
-    return finish(policy, recipe, questions, before, folder, state["seconds"], page, console)
+    try:
+        return finish(policy, recipe, questions, before, folder, state["seconds"], page, console)
+    except signals.Stopped:
+        page.stopped(recipe.train.steps)
+        raise
 
 
 def load_questions(
@@ -150,7 +159,8 @@ def load_questions(
     prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     if recipe.data.on_bad_row == "skip":
         questions = chunks.readable(pictures, questions)
-    limit = dense_below(recipe.sparse, pictures.policy.device)
+    weight = pictures.policy.weight
+    limit = dense_below(recipe.sparse, weight.device, weight.dtype)
     _, first = pictures.usable(prompts[: FIRST if limit else 1], least=0)
     check_lengths(recipe, [len(encoded) for encoded in first], limit)
     return prompts, questions, first

@@ -41,7 +41,8 @@ Card = dict[str, Any]
 class RunPage:
     """The page of one run; a rank that does not write makes none.
 
-    With the run: `begin` when the held-out questions are measured, `update` after each step, `stopped` or `finished`.
+    With the run: `open` at once, `begin` when the held-out questions are measured, `update` after each step, `stopped`
+    or `finished`.
     """
 
     def __init__(self, folder: RunDir, recipe: Recipe) -> None:
@@ -57,10 +58,16 @@ class RunPage:
         self._began = time.monotonic()
         self._due = 0.0
 
+    def open(self) -> None:
+        """The first page, which waits for nothing."""
+        if self._folder.writes:
+            self._write("")
+
     def begin(
         self, policy: Policy, prompts: Sequence[Prompt], before: Mapping[str, Result]
     ) -> None:
-        """What the untouched model does is known. The first page."""
+        """What the untouched model does is known, and training begins."""
+        self._began = time.monotonic()
         if not self._folder.writes:
             return
         self._heldout = {name: _means(result) for name, result in before.items()}

@@ -15,8 +15,8 @@ from zipr1_kernels import checks, dispatch
 from zipr1_kernels.kept import Kept
 from zipr1_kernels.select_top_p import reference
 
-# Tokens up to which searching is taken to be faster than sorting: one program searches a row, about 7 us for each 1,024
-# tokens (counted in instructions, not measured), while a sort uses the whole GPU.
+# Tokens up to which the kernel searches a row and does not sort it: one program searches, about 7 us for each 1,024
+# tokens (counted in instructions, not measured), while a sort uses the whole GPU. A threshold needs neither.
 LONGEST = 8192
 
 
@@ -116,9 +116,7 @@ def _module(op: str, *tensors: torch.Tensor) -> ModuleType:
     """`reference` or `kernel`, for these tensors."""
     scores = tensors[0]
     cannot = "no kernel for torch.float64" if scores.dtype == torch.float64 else None
-    long = op != "pack_indices" and scores.shape[1] > LONGEST
-    slower = f"above {LONGEST} tokens a sort is faster" if long else None
-    if not dispatch.plan(op, *tensors, cannot=cannot, slower=slower):
+    if not dispatch.plan(op, *tensors, cannot=cannot):
         return reference
     from zipr1_kernels.select_top_p import kernel
 

@@ -1,8 +1,10 @@
-"""Selection in Triton without a sort: a search for the least score kept, then one pass that marks, another that packs.
+"""Selection in Triton: which tokens of a row are kept, then a pass that packs them. One program a row.
 
-Scores that are not negative keep their order when their bits are read as integers. So the threshold is found digit by
-digit: eight passes over a row, each of which sums the mass above sixteen thresholds. Tokens that tie with the threshold
-are kept by index as long as mass is wanting. One program a row. Arguments as in `select_top_p/__init__.py`.
+Rows of up to LONGEST tokens are searched for the least score kept. Scores that are not negative keep their order when
+their bits are read as integers, so the threshold is found digit by digit: eight passes over a row, each of which sums
+the mass above sixteen thresholds. Tokens that tie with the threshold are kept by index as long as mass is wanting.
+Longer rows are sorted by torch, which has the whole GPU for it, and one pass marks those that come first. Arguments as
+in `select_top_p/__init__.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ import triton.language as tl
 
 from zipr1_kernels.kept import Kept
 from zipr1_kernels.launch import Config, launch
+from zipr1_kernels.select_top_p import LONGEST
 
 SELECT = Config(1, 1024, 8, 1)
+MARK = Config(1, 4096, 8, 1)
 PACK = Config(1, 4096, 8, 1)
 
 TOP_P, TOP_K, THRESHOLD = 0, 1, 2
@@ -99,6 +103,39 @@ def select_kernel(Scores, Cand, Always, Budget, Keep, L, MODE: tl.constexpr, BLO
             before += tl.sum(tie, 0)
 
 
+@triton.jit(do_not_specialize=["L"])
+def mark_kernel(
+    Scores, Cand, Always, Budget, Ranked, Order, Keep, L, MODE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """`select_kernel` of sorted rows. Ranked `(B, L)` float32 and Order `(B, L)` int64: scores of the tokens that are
+    free to drop, falling, and their slots; then -inf."""
+    b = tl.program_id(0)
+    budget = tl.load(Budget + b)
+    total = tl.zeros([], tl.float32)
+    fixed = tl.zeros([], tl.float32)
+    for n0 in range(0, L, BLOCK):
+        at, score, free, held = _load(Scores, Cand, Always, b, n0, L, BLOCK)
+        total += tl.sum(score, 0)
+        fixed += tl.sum(tl.where(held, tl.where(MODE == 1, 1.0, score), 0.0), 0)
+        tl.store(Keep + b * L + at, held.to(tl.uint8), mask=(at < L) & (free == 0))
+    # What free tokens must add.
+    need = budget - fixed
+    if MODE == 0:
+        need = budget * total - fixed
+        # All stay where p is 1, and where no token has any mass.
+        need = tl.where((budget >= 1.0) | (total <= 0.0), float("inf"), need)
+    before = tl.zeros([], tl.float32)
+    for n0 in range(0, L, BLOCK):
+        at = n0 + tl.arange(0, BLOCK)
+        score = tl.load(Ranked + b * L + at, mask=at < L, other=-float("inf"))
+        slot = tl.load(Order + b * L + at, mask=at < L, other=0)
+        free = score != -float("inf")
+        weight = tl.where(free, tl.where(MODE == 1, 1.0, tl.maximum(score, 0.0)), 0.0)
+        ahead = before + tl.cumsum(weight, 0) - weight
+        tl.store(Keep + b * L + slot, (ahead < need).to(tl.uint8), mask=free)
+        before += tl.sum(weight, 0)
+
+
 @triton.jit(do_not_specialize=["L", "n"])
 def pack_kernel(
     Keep, Count, Index, Flat, Starts, Places, L, n, BLOCK: tl.constexpr, ROWS: tl.constexpr
@@ -136,15 +173,24 @@ def _mask(
 ) -> torch.Tensor:  # fmt: skip
     batch, length = scores.shape
     keep = torch.empty(batch, length, dtype=torch.bool, device=scores.device)
-    launch(
-        select_kernel, (batch,),
+    row = (
         scores.detach().contiguous(),
         candidates.contiguous().view(torch.uint8),
         always.contiguous().view(torch.uint8),
         budget.to(torch.float32).contiguous(),
-        keep.view(torch.uint8),
-        length,
-        MODE=mode, BLOCK=SELECT.columns, **SELECT.options,
+    )
+    if mode == THRESHOLD or length <= LONGEST:
+        launch(
+            select_kernel, (batch,), *row, keep.view(torch.uint8), length,
+            MODE=mode, BLOCK=SELECT.columns, **SELECT.options,
+        )  # fmt: skip
+        return keep
+    # A number of the host's own; a plain -inf would be written to the GPU first.
+    free = torch.where(candidates > always, row[0].float(), torch.tensor(-torch.inf))
+    ranked, order = free.sort(dim=-1, descending=True, stable=True)
+    launch(
+        mark_kernel, (batch,), *row, ranked, order, keep.view(torch.uint8), length,
+        MODE=mode, BLOCK=MARK.columns, **MARK.options,
     )  # fmt: skip
     return keep
 

@@ -42,17 +42,14 @@ def projections(layer: Any, hidden: torch.Tensor, rotation: Rotation) -> Heads:
         x = getattr(attention, f"{kind}_proj")(x)
         x = x.unflatten(-1, (-1, attention.head_dim))
         norm = getattr(attention, f"{kind}_norm", None)
-        return (x if norm is None else norm(x)).transpose(1, 2)
+        return x if norm is None else norm(x)
 
     def queries(slots: torch.Tensor) -> torch.Tensor:
         q = heads(normed().flatten(0, 1).index_select(0, slots)[None], "q")
-        rotated: torch.Tensor = rotate(q, q[:, :0], *rotation.of_probes(number))[0]
-        return rotated[0].transpose(0, 1)
+        return rotation.probes(q, number, rotate)[0]
 
     def keys() -> torch.Tensor:
-        k = heads(normed(), "k")
-        rotated: torch.Tensor = rotate(k[:, :0], k, *rotation.place)[1]
-        return rotated
+        return rotation.keys(heads(normed(), "k"), rotate).transpose(1, 2)
 
     return Heads(queries, keys, attention.scaling)
 

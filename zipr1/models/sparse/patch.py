@@ -6,10 +6,11 @@
   hands on to every layer's attention as a keyword, and swaps a pruned cache in;
 * decoder layers choose before they run, if they are to be skipped whole (layer_skip.py);
 * output projections and MLPs work on the tokens that the attention of their layer has named;
-* norms are torch's own (norms.py);
+* norms are torch's own (norms.py), and features are added to the first layers' output by index;
 * layers of linear attention work as they do, beside those that choose (hybrid.py).
 
-Changes are attributes of single module objects, so other models are not touched, and all are gone when the block ends.
+Changes are attributes of single module objects, so other models are not touched, and all are gone when the block ends;
+`features_at_slots` alone is there for good in the decoder of a `Policy` (policy.py), whose dense passes want it too.
 With gradient checkpointing, run backward inside the block: layers are computed again there.
 """
 
@@ -26,12 +27,15 @@ from zipr1.models.sparse import arguments, context
 from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.sparse.context import DecoderCall, SparseContext
 from zipr1.models.sparse.hybrid import Choosing, check_skip, reading_all
-from zipr1.models.sparse.last_layer import finished
+from zipr1.models.sparse.last_layer import finished, slots_of
 from zipr1.models.sparse.layer_skip import skipping
 from zipr1.models.sparse.norms import norms
 from zipr1.models.sparse.packing import Handover, computed_at
 from zipr1.models.sparse.record import Record
 from zipr1.models.sparse.request import PromptBatch, Request
+
+# Method of a decoder that adds features to the output of its first layers.
+ADDING = "_deepstack_process"
 
 # How a pass starts: `context.begin`, or `retain.begin` where conversations lose nothing.
 Begin = Callable[[Request, DecoderCall, Handover, Choosing], tuple[SparseContext, Any]]
@@ -73,6 +77,7 @@ def _patch(model: Any, run: SparseRun, begin: Begin, undo: contextlib.ExitStack)
     if run.request is not None:
         check_skip(run.request.settings, decoder)
     undo.enter_context(attributes(decoder, forward=_passes(run, decoder, begin)))
+    undo.enter_context(attributes(decoder, **features_at_slots(decoder)))
     choosing = Choosing.of(decoder)
     for number, layer in enumerate(decoder.layers):
         for norm, forward in norms(layer):
@@ -118,7 +123,8 @@ def _passes(run: SparseRun, decoder: Any, begin: Begin) -> Callable[..., Any]:
             real=None if mask is None else mask[:, -embeds.shape[1] :].bool(),
             batch=sparse_batch,
         )
-        current, cache = begin(request, call, run.handover, layers)
+        there = request.settled(decoder.embed_tokens.weight)
+        current, cache = begin(there, call, run.handover, layers)
         if layers.config is not None:
             current.padding = call.padding
         if current.record is not None:
@@ -130,11 +136,32 @@ def _passes(run: SparseRun, decoder: Any, begin: Begin) -> Callable[..., Any]:
             # none is built; nobody reads it.
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device),
         }
+        shown = kwargs.get("visual_pos_masks")
+        if shown is not None and shown.dtype == torch.bool and hasattr(decoder, ADDING):
+            changed["visual_pos_masks"] = slots_of(shown, embeds.device)
         out = stock(**{**kwargs, **changed})
         arguments.remember(kwargs, cache)
         return out
 
     return forward
+
+
+def features_at_slots(decoder: Any) -> dict[str, Callable[..., torch.Tensor]]:
+    """An attribute for a decoder that adds features to its first layers' output (deepstack), none for others: there
+    `visual_pos_masks` may be slots `(n,)` int64 of the flattened batch. Of a mask `(B, L)` bool, as transformers' own
+    code has it, a GPU is waited for twice a layer, for the number of its tokens."""
+    stock = getattr(decoder, ADDING, None)
+    if stock is None:
+        return {}
+
+    def add(hidden: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        if where.dtype == torch.bool:
+            mixed: torch.Tensor = stock(hidden, where, features)
+            return mixed
+        flat = hidden.flatten(0, 1)
+        return flat.index_add(0, where, features.to(flat)).view_as(hidden)
+
+    return {ADDING: add}
 
 
 def _rows_of(run: SparseRun, layer: int, name: str) -> Callable[[], torch.Tensor | None]:

@@ -7,24 +7,26 @@ that `sparse_attention` yields holds after each prefill.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from zipr1_kernels import BREAK_EVEN
+from zipr1_kernels import break_even
 
 from zipr1.core.recipe import Sparse
 
 
-def dense_below(settings: Sparse, device: torch.device) -> int:
-    """Tokens below which a prompt stays dense: what `settings` say, else where sparsity begins to save time there."""
+def dense_below(settings: Sparse, device: torch.device, dtype: torch.dtype = torch.float32) -> int:
+    """Tokens below which a prompt stays dense: what `settings` say, else where sparsity begins to save time for weights
+    of that dtype there."""
     if settings.dense_below is not None:
         return settings.dense_below
-    return BREAK_EVEN.get(device.type, BREAK_EVEN["cuda"])
+    return break_even(device, dtype)
 
 
-def settled(settings: Sparse, device: torch.device) -> Sparse:
-    """The same with that number in them, to be written down."""
-    return settings.model_copy(update={"dense_below": dense_below(settings, device)})
+def settled(settings: Sparse, weight: torch.Tensor) -> Sparse:
+    """The same with that number in them, to be written down. weight: of the model."""
+    below = dense_below(settings, weight.device, weight.dtype)
+    return settings.model_copy(update={"dense_below": below})
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,12 @@ class Request:
     audit: Sequence[int] = ()
     through: tuple[float, float] | None = None
     force: bool = False
+
+    def settled(self, weight: torch.Tensor) -> Request:
+        """The same with settled settings. weight: of the model."""
+        if self.settings.dense_below is not None:
+            return self
+        return replace(self, settings=settled(self.settings, weight))
 
     @property
     def keeps_all(self) -> bool:

@@ -1,9 +1,14 @@
-"""Cosines and sines of a pass's tokens, for layers that are run on some of them (layer_skip.py).
+"""Rotary positions of a pass's tokens, for layers that are run on some of them (layer_skip.py).
 
-They are the same in every layer, so what can be taken out of them is taken out once: a GPU is given few launches.
+Cosines and sines are the same in every layer, so what can be taken out of them is taken out once, and what is scored
+is turned by three kernels in place of five: a GPU is given few launches.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -17,22 +22,54 @@ class Rotation:
 
     def __init__(self, place: Place, rows: int, probes: torch.Tensor | None) -> None:
         self.place = place
-        # Side by side, so that one launch takes both.
-        self._table = torch.cat(place, -1).expand(rows, -1, -1).flatten(0, 1)
+        cos, sin = place
+        low, high = sin.chunk(2, -1)
+        # Side by side, so that one launch takes them; the last with the signs of the halves that change places.
+        table = torch.cat([cos, sin, -low, high], -1).expand(rows, -1, -1)
+        flat = table.flatten(0, 1)
+        self._keys, self._table = table, flat[:, : 2 * cos.shape[-1]]
         self._probes = None
         if probes is not None:
-            self._probes = self._table.index_select(0, probes.flatten()).view(*probes.shape, -1)
+            self._probes = flat.index_select(0, probes.flatten()).view(*probes.shape, -1)
 
     def at(self, slots: torch.Tensor) -> Place:
         """At slots `(n,)` of the flattened batch: `(1, n, D)` each."""
-        return _parted(self._table.index_select(0, slots))
+        cos, sin = self._table.index_select(0, slots)[None].chunk(2, -1)
+        return cos, sin
 
-    def of_probes(self, layer: int) -> Place:
-        """At the layer's probes: `(1, n, D)` each."""
+    def keys(self, x: torch.Tensor, rotate: Callable[..., Any]) -> torch.Tensor:
+        """All keys `(B, L, H, D)`, turned. rotate: the model's own `apply_rotary_pos_emb`."""
+        return _turned(x, self._keys, rotate)
+
+    def probes(self, x: torch.Tensor, layer: int, rotate: Callable[..., Any]) -> torch.Tensor:
+        """Queries `(1, n, HQ, D)` of the layer's probes, turned."""
         assert self._probes is not None
-        return _parted(self._probes[layer])
+        return _turned(x, self._probes[layer][None], rotate)
 
 
-def _parted(both: torch.Tensor) -> Place:
-    cos, sin = both[None].chunk(2, -1)
-    return cos, sin
+def _turned(x: torch.Tensor, table: torch.Tensor, rotate: Callable[..., Any]) -> torch.Tensor:
+    """Heads `(B, n, H, D)` by a table `(B, n, 3 D)`."""
+    cos, sin, signed = table.chunk(3, -1)
+    if cos.shape[-1] != x.shape[-1] or not _by_halves(rotate):
+        x = x.transpose(1, 2)
+        turned: torch.Tensor = rotate(x, x[:, :0], cos, sin)[0]
+        return turned.transpose(1, 2)
+    cos, signed = cos[:, :, None], signed[:, :, None]
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    if x.device.type == "cpu":  # to the bit what the model has
+        return x * cos + swapped * signed
+    return torch.addcmul(x * cos, swapped, signed)
+
+
+@functools.cache
+def _by_halves(rotate: Callable[..., Any]) -> bool:
+    """Whether a model's function turns the first half of a head against the second, as that of the Llama kind does:
+    tried on numbers, for each family has a copy of its own."""
+    x, cos, sin = torch.arange(3 * 2 * 8, dtype=torch.float32, device="cpu").view(3, 1, 2, 8)
+    rolled = torch.cat([-x[..., 4:], x[..., :4]], -1)
+    heads = x[:, None]
+    try:
+        found = rotate(heads, heads[:, :0], cos, sin)[0][:, 0]
+    except (TypeError, RuntimeError, IndexError):  # it wants other shapes
+        return False
+    return torch.equal(found, x * cos + rolled * sin)

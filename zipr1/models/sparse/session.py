@@ -204,7 +204,7 @@ class SparseSession:
                     )
                 run.record = None
                 out = stock(**kwargs)
-                then = settled(settings, decoder.embed_tokens.weight.device)
+                then = settled(settings, decoder.embed_tokens.weight)
                 if run.record is not None:
                     self._last.prefill = run.record, then
                 elif not past:

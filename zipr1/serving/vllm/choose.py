@@ -34,7 +34,7 @@ def keep(
     """
     length, device = len(query), query.device
     prompt = torch.ones(1, length, dtype=torch.bool, device=device)
-    if settings.p >= 1 or length < dense_below(settings, device):
+    if settings.p >= 1 or length < dense_below(settings, device, query.dtype):
         return prompt[0]
     if settings.rule == "random":
         scores = torch.zeros(1, length, device=device)
