@@ -1,7 +1,9 @@
-"""Two processes that evaluate, of which one stands still: both end, and tell which one and where."""
+"""Two processes that evaluate, of which one stands still or dies: both end, and tell which one and where."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -31,6 +33,19 @@ def in_scoring() -> None:
     at_call(0, records, "record", 1)
 
 
+def dies_in_answering() -> None:
+    from zipr1.core import watch
+    from zipr1.evaluate.answers import Answerer
+
+    def die() -> None:
+        watch._watches[-1]._tell()  # where it is, as twice a second
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    at_call(1, Answerer, "_chunk", 1, die, lambda: None)
+
+
+WHAT = ["--model", "tiny", "--tasks", "digits", "--limit", "6"]
+COMMAND = ["eval", *WHAT, "train.stall_minutes=5"]
 # What hangs, in which rank, and the phase that the line names.
 CASES: dict[str, tuple[Callable[[], None], int, str]] = {
     "opening the model": (in_opening_the_model, 1, "opening tiny'"),
@@ -43,21 +58,11 @@ CASES: dict[str, tuple[Callable[[], None], int, str]] = {
 def hung(tmp_path_factory) -> dict[str, Any]:
     """All cases at once, for they mostly wait: exit codes, what was said, and the folder."""
     folder = tmp_path_factory.mktemp("hung")
-    command = [
-        "eval",
-        "--model",
-        "tiny",
-        "--tasks",
-        "digits",
-        "--limit",
-        "6",
-        "train.stall_minutes=5",
-    ]
 
     def one(name: str) -> Any:
         before, _, _ = CASES[name]
         output = folder / name.replace(" ", "-")
-        return (*pair(output, output, before, 300, command=command), output)
+        return (*pair(output, output, before, 300, command=COMMAND), output)
 
     with ThreadPoolExecutor(len(CASES)) as pool:
         return dict(zip(CASES, pool.map(one, CASES), strict=True))
@@ -76,3 +81,13 @@ def test_a_rank_that_hangs_in_an_evaluation_is_named_with_its_phase(hung, name):
         assert "train.stall_minutes" in line
         assert "Traceback" not in text and "failed: " not in text, text[-3000:]
     assert not list(output.glob("benchmarks/*.json"))
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_in_an_evaluation_is_named_with_its_phase(tmp_path):
+    codes, said = pair(tmp_path / "out", tmp_path / "out", dies_in_answering, command=COMMAND)
+    assert codes == [1, -signal.SIGKILL], "".join(said)[-3000:]
+    (line,) = [x for x in said[0].splitlines() if "error: " in x]
+    told = "error: rank 0: rank 1 is gone, last seen in 'digits: question 0 of 6'"
+    assert line.startswith(told) and "Traceback" not in said[0] and "failed: " not in said[0], said
+    assert not list((tmp_path / "out").glob("benchmarks/*.json"))

@@ -155,11 +155,11 @@ def test_the_base_answers_dense_and_at_the_highest_p(policy, questions):
 
 
 def test_progress_is_seen_while_lmms_eval_is_silenced(policy, questions):
-    """After each batch; and on the terminal, although what lmms-eval prints is swallowed."""
+    """Before the first batch and after each; and on the terminal, although what lmms-eval prints is swallowed."""
     done = []
     asked = [lambda p=p: p for p in questions]
     Answerer(policy, TINY, [1.0], 4, 0).answer(asked, CONDITIONS, done.append)
-    assert done == [4, 8, 12, 16]
+    assert done == [0, 4, 8, 12, 16]
 
     class Terminal(io.StringIO):
         def isatty(self):

@@ -140,6 +140,20 @@ def test_one_expert_among_many_is_named(tmp_path):
     assert misshapen.find(str(folder)) == {third: ((64, 47), (64, 48))}
 
 
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/elsewhere.safetensors", 7])
+def test_weights_that_lie_elsewhere_are_refused(tmp_path, name):
+    """An index may name any file of the machine, and transformers reads it."""
+    folder = tmp_path / "model"
+    shutil.copytree(resolve("tiny"), folder)
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    name = str(tmp_path) + name if str(name).startswith("/") else name
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(whole, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    said = ("model.safetensors.index.json has ", "which is not a file in the folder")
+    refused(lambda: load_policy(Model(path=str(folder)), "cpu"), str(folder), *said)
+
+
 def test_tied_embeddings_and_buffers_that_are_computed_are_no_fault(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(resolve("tiny"), folder)

@@ -26,12 +26,13 @@ from zipr1.core.errors import InputError, Missing
 from zipr1.core.recipe import Lora, Model
 from zipr1.core.text import reason
 from zipr1.models import adapters, families, misshapen
+from zipr1.models.beside import read_json
 from zipr1.models.foreign import foreign
 from zipr1.models.patterns import LORA_TARGETS
-from zipr1.models.pixels import WHOLE, PixelSettings, read_json
+from zipr1.models.pixels import WHOLE, PixelSettings
 from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.tensors import check_finite, check_names, refuse, shapes
-from zipr1.models.trust import refuse_code
+from zipr1.models.trust import refuse_code, refuse_elsewhere
 
 log = logging.getLogger("zipr1")
 
@@ -125,6 +126,7 @@ def whole_model(kind: Any, folder: str, **options: Any) -> Any:
     with the names, where one is missing, of another shape, or not the model's: transformers makes random weights of the
     first two and drops the third, with a warning. And where config.json asks for code of the hub."""
     refuse_code(folder, options.get("revision"))
+    refuse_elsewhere(folder)
     try:
         with quiet_report():
             model, found = kind.from_pretrained(
@@ -265,7 +267,7 @@ def save_processor(tokenizer: Any, settings: PixelSettings, family: str, folder:
     known_as = families.FAMILIES[family]
     processor = {"processor_class": known_as.processor}
     image = {"image_processor_type": known_as.pixels, **_pixel_values(settings)}
-    image |= known_as.whole(settings.tile)
+    image |= known_as.written(settings.tile, settings.cuts)
     parts: dict[str, Any] = {"image_processor": image}
     if known_as.clips is not None:
         video = {"video_processor_type": known_as.video, **_clip_values(settings)}

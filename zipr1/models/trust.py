@@ -1,13 +1,17 @@
-"""What in a model's config.json would make transformers fetch and run code from the hub, without being asked."""
+"""What in a model's folder would make transformers fetch and run code from the hub, or read weights from elsewhere,
+without being asked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from zipr1.core.config import show
 from zipr1.core.errors import InputError
-from zipr1.models.pixels import read_json
+from zipr1.models.beside import read_json
+
+INDEX = "model.safetensors.index.json"
 
 
 def refuse_code(folder: str, revision: str | None = None) -> None:
@@ -24,6 +28,19 @@ def refuse_code(folder: str, revision: str | None = None) -> None:
             raise InputError(
                 f"model.path: {folder}: its weights are quantised (config.json has {key}), which is not handled here; "
                 "use the model in bfloat16 or float32"
+            )
+
+
+def refuse_elsewhere(folder: str) -> None:
+    """Raises InputError for a folder whose index of weights names files that are not in it."""
+    if not Path(folder).is_dir():
+        return
+    names = (read_json(folder, INDEX, None) or {}).get("weight_map")
+    for name in names.values() if isinstance(names, dict) else ():
+        if not isinstance(name, str) or name.startswith("/") or ".." in name.split("/"):
+            raise InputError(
+                f"model.path: {folder}: {INDEX} has {show(name)}, which is not a file in the folder; copy the model "
+                "folder again"
             )
 
 

@@ -252,7 +252,7 @@ def _table(result: dict[str, Any]) -> Table:
         elif key == "not_checked":
             continue
         elif isinstance(value, float):
-            table.add_row(name, f"{value:.1%}")
+            table.add_row("tokens kept" if key == "token_ratio" else name, f"{value:.1%}")
         elif value is not None:
             table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     return table
