@@ -219,7 +219,7 @@ def _config(family: str, text: dict[str, Any], tokenizer: Any) -> Any:
             text_config=text,
             vision_config={**vision, "vision_use_head": False},
             image_token_index=token,
-            image_grid_pinpoints=[[64, 64]],
+            image_grid_pinpoints=[[64, 64], [64, 128], [128, 64], [128, 128]],
         )
     vision = {**OTHER_TOWER, "image_size": 128, "patch_size": 8}
     text = {**text, "model_type": "llama"}
@@ -244,7 +244,10 @@ def folder(family: str, path: Path) -> Path:
             parameter.data *= 25
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    (path / "preprocessor_config.json").write_text("{}")  # its class's own settings
+    # Its class's own settings, but for few and small tiles.
+    few = {"internvl": {"max_patches": 3}}
+    few["smolvlm"] = {"size": {"longest_edge": 256}, "max_image_size": {"longest_edge": 128}}
+    (path / "preprocessor_config.json").write_text(json.dumps(few.get(family, {})))
     if family in CLIPS:  # its class's own are too large for tests, and take two frames a second
         bounds = {"shortest_edge": 1024, "longest_edge": 2**20}
         clips = {"size": bounds, "do_sample_frames": False}

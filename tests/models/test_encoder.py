@@ -20,6 +20,7 @@ from zipr1.data import video
 from zipr1.models import encoder as module
 from zipr1.models import processors
 from zipr1.models.encoder import MediaEncoder, effective
+from zipr1.models.policy import load_policy
 
 
 def recipe(**changes):
@@ -85,12 +86,32 @@ def test_what_was_decoded_ahead_is_not_decoded_again_and_is_the_same(counted):
     assert all(name.startswith("decode") for _, name in counted)
 
 
+def test_a_picture_that_is_alone_in_one_prompt_and_not_in_another_is_cut_up_in_the_first(tmp_path):
+    """In LLaVA-OneVision: 64 tokens of the whole and, of one tile more of 8 x 8, a line's end each; or 64 and one."""
+    folder = tinymodels.folder("llava_onevision", tmp_path)
+    policy = load_policy(Model(path=str(folder)), "cpu")
+    rng = np.random.default_rng(0)
+    a, b = (Media("image", rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(2))
+    text = {"type": "text", "text": "which?"}
+    one, two = (
+        Prompt(str(len(media)), [{"role": "user", "content": [{"type": "image"}] * len(media) + [text]}], media, "x")
+        for media in ((a,), (a, b))
+    )  # fmt: skip
+    pictures = MediaEncoder(policy, recipe())
+    for prompts in ([one, two], [two, one]):
+        encoded = {e.picture: e for e in pictures.encode(prompts)}
+        found = [[v.tokens for v in encoded[p.media_key].visuals] for p in (one, two)]
+        assert found == [[64 + 8 * 8 + 8], [65, 65]]
+        looked = pictures.encode_vision(list(encoded.values())).policy
+        assert [len(looked[p.media_key]) for p in (one, two)] == [136, 130]
+
+
 def test_ahead_forgets_what_nobody_came_for_and_skips_what_is_remembered(counted):
     prompts = tinymodels.mixed()
     pictures = MediaEncoder(tinymodels.shared(), recipe())
     pictures.ahead(prompts[:2])
     pictures.ahead(prompts[2:])
-    assert set(pictures.coming) == {m.key for p in prompts[2:] for m in p.media}
+    assert set(pictures.coming) == {(m.key, True) for p in prompts[2:] for m in p.media}
     pictures.encode_vision(pictures.encode(prompts[2:]))
     pictures.ahead(prompts[2:])
     assert not pictures.coming  # their features are remembered

@@ -23,6 +23,7 @@ from zipr1.core.load import validate
 from zipr1.core.recipe import Model, Sparse
 from zipr1.data import video
 from zipr1.export.session import export
+from zipr1.export.verify import QUESTIONS
 from zipr1.models import positions
 from zipr1.models.families import FAMILIES
 from zipr1.models.inputs import model_inputs
@@ -125,10 +126,11 @@ def messages_of(chat: Any) -> Any:
 
 def encoded_of(policy: Any, chat: Any, name: str) -> Any:
     visuals = []
+    alone = sum(part["type"] != "text" for part in chat[0]["content"]) == 1
     for part in chat[0]["content"]:
         if part["type"] == "image":
             pixels = np.asarray(Image.open(part["image"]))
-            visuals.append(policy.processor.visual("image", pixels, None))
+            visuals.append(policy.processor.visual("image", pixels, None, alone=alone))
         elif part["type"] == "video":
             pixels, fps, times = video.read_timed(part["video"])
             visuals.append(policy.processor.visual("video", pixels, fps, times=times))
@@ -214,15 +216,16 @@ def by_hand(family: str, policy: Any, one: Any) -> dict[str, torch.Tensor]:
         return inputs
     if not pictures:
         return inputs
-    tiles = torch.stack([p[0] for p in pictures])  # (n, 3, S, S)
+    tiles = torch.cat(pictures)  # (n, 3, S, S)
     if family == "internvl":
         return {**inputs, "pixel_values": tiles}
     if family == "smolvlm":
         return {**inputs, "pixel_values": tiles[None]}
-    sizes = torch.tensor([[64, 64]] * len(tiles))
-    several = torch.tensor([max(2, len(tiles))])  # one tile each, as of a sample with several
+    sizes = torch.tensor([v.size for v in one.visuals])
+    assert [len(p) for p in pictures] in ([2], [1, 1]), "alone a tile more, together one each"
     return {
-        **inputs, "pixel_values": tiles[:, None], "image_sizes": sizes, "batch_num_images": several,
+        **inputs, "pixel_values": torch.stack(pictures), "image_sizes": sizes,
+        "batch_num_images": torch.tensor([len(pictures)]),
     }  # fmt: skip
 
 
@@ -263,7 +266,7 @@ def test_exports_are_the_run_in_stock_transformers_and_in_load(runs, tmp_path, f
     run = runs(family)
     result = export(run, tmp_path / "out", device="cpu")
     asked = chats(run.parent, family)
-    assert result["check"]["n"] == result["check"]["same_text"] == len(asked)
+    assert result["check"]["n"] == result["check"]["same_text"] == QUESTIONS
     assert result["check"]["logits_error"] < 1e-5
     policy = load_policy(Model(path=str(run)), "cpu")
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()

@@ -203,7 +203,7 @@ def test_settings_that_are_not_here_are_fetched_at_the_revision(tmp_path, monkey
         found = tmp_path / name
         return str(found) if found.is_file() else None
 
-    monkeypatch.setattr("zipr1.models.pixels.cached_file", fetch)
+    monkeypatch.setattr("zipr1.models.beside.cached_file", fetch)
     settings = PixelSettings.read("me/vl", (14, 2, 2), {}, revision="v1")
     assert (settings.min_pixels, settings.max_pixels) == (784, 5000)
     assert ("me/vl", PICTURES, "v1") in asked
@@ -219,7 +219,9 @@ def test_opening_a_model_says_its_bounds(tmp_path, caplog):
     internvl = tinymodels.folder("internvl", tmp_path / "internvl")
     with caplog.at_level(logging.INFO, logger="zipr1"):
         open_model(Model(path=str(internvl)), "cpu")
-    assert caplog.messages[-1].endswith("each picture becomes one tile of 128 x 128 pixels")
+    assert caplog.messages[-1].endswith(
+        "each picture becomes one tile, or up to 3 and one tile of 128 x 128 pixels"
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from zipr1.core.errors import InputError
 from zipr1.export.source import Source
 from zipr1.models.adapters import WEIGHTS, read, with_adapter
+from zipr1.models.beside import read_json
 from zipr1.models.loading import save_processor
 from zipr1.models.open import open_model
-from zipr1.models.pixels import read_json
 from zipr1.models.processors import Processor
 
 

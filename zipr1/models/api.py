@@ -244,7 +244,10 @@ class ChatProcessor:
                     self.fps if fps is None else fps,
                     self.inner.settings.frame_rule,
                 )
-                visuals.append(self.inner.visual(m.kind, pixels, frame_fps, times, asked=m.asked))
+                alone = len(some) == 1
+                visuals.append(
+                    self.inner.visual(m.kind, pixels, frame_fps, times, asked=m.asked, alone=alone)
+                )
             rows.append((self.inner.ids(text, visuals), visuals))
         return model_inputs(rows, self.inner, self.family)
 

@@ -36,6 +36,10 @@ log = logging.getLogger("zipr1")
 MOST = 2**30
 
 
+# Of a medium, and whether it is the only one of its prompt.
+Key = tuple[str, bool]
+
+
 class Looked(NamedTuple):
     """Vision features as the policy and as the reference see them: the same unless the tower is trained."""
 
@@ -58,7 +62,8 @@ class MediaEncoder:
         self.most = 0 if policy.settings.train_vision else most
         self.seen: dict[str, torch.Tensor] = {}
         self.visuals: dict[str, tuple[Visual, ...]] = {}
-        self.coming: dict[str, Future[Visual]] = {}
+        self.coming: dict[Key, Future[Visual]] = {}
+        self._cuts_alone = bool(policy.processor.settings.cuts.canvases)
         self.held = 0
 
     def ahead(self, prompts: Sequence[Prompt]) -> None:
@@ -73,26 +78,34 @@ class MediaEncoder:
         for prompt in prompts:
             media: Sequence[Visual] = self.visuals.get(prompt.media_key, ())
             try:
-                media = media or [begun[m.key].result() for m in prompt.media]
+                media = media or [begun[self._key(m, prompt)].result() for m in prompt.media]
             except InputError as error:
                 raise InputError(f"{prompt.row or prompt.id}: {error}") from None
             out.append(self.policy.encode(prompt, media, self.data.max_prompt_tokens))
         return out
 
-    def _begun(self, prompts: Sequence[Prompt]) -> dict[str, Future[Visual]]:
+    def _begun(self, prompts: Sequence[Prompt]) -> dict[Key, Future[Visual]]:
         """The work on each medium that is not remembered, by key: begun now unless it was before."""
-        media = {m.key: m for p in prompts if p.media_key not in self.visuals for m in p.media}
+        new = [p for p in prompts if p.media_key not in self.visuals]
+        media = {self._key(m, p): m for p in new for m in p.media}
         pool = _pool(self.data.workers)
         return {
-            key: self.coming.pop(key) if key in self.coming else pool.submit(self._decode, m)
+            key: self.coming.pop(key)
+            if key in self.coming
+            else pool.submit(self._decode, m, alone=key[1])
             for key, m in media.items()
         }
 
-    def _decode(self, media: Media) -> Visual:
+    def _key(self, media: Media, prompt: Prompt) -> Key:
+        """Of what becomes of a medium: whether it is alone in its prompt matters where only such ones are cut up."""
+        return media.key, len(prompt.media) == 1 or not self._cuts_alone
+
+    def _decode(self, media: Media, alone: bool) -> Visual:
         pixels, fps, times = load_timed(media, *self.frames)
         return self.policy.processor.visual(
-            media.kind, pixels, fps, times, frame_pixels=self.frame_pixels, asked=media.asked
-        )
+            media.kind, pixels, fps, times, frame_pixels=self.frame_pixels, asked=media.asked,
+            alone=alone,
+        )  # fmt: skip
 
     def fitting(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Prompts with one placeholder for each medium and at most `data.max_prompt_tokens` tokens, found from the
@@ -131,7 +144,16 @@ class MediaEncoder:
                     rows = len(chosen)
                     total, fps = rows, own * rows / total
                 visuals.append(
-                    processor.planned(media.kind, total, height, width, fps, times, media.asked)
+                    processor.planned(
+                        media.kind,
+                        total,
+                        height,
+                        width,
+                        fps,
+                        times,
+                        media.asked,
+                        alone=len(prompt.media) == 1,
+                    )
                 )
             length = processor.length(processor.text(prompt.messages), visuals)
         except InputError as error:
@@ -227,7 +249,7 @@ def effective(encoded: Sequence[Encoded], policy: Policy) -> list[str]:
         seen = [v for e in encoded for v in e.visuals if v.kind == kind]
         if not seen:
             continue
-        most = "one tile" if settings.tile else f"at most {settings.of(kind).max_pixels:,}"
+        most = str(settings.cuts) if settings.tile else f"at most {settings.of(kind).max_pixels:,}"
         if kind == "video" and settings.clip_pixels is not None:
             most += " over all frames"
         parts = [

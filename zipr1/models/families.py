@@ -1,13 +1,13 @@
 """Model families: where each has its tower, how its pictures become features, how its tokens get their places.
 
-All that is particular to a family is a row of FAMILIES. Families with `tile` look at one square tile a picture, where
-their own processors cut large pictures into several; clips are handled for the families of Qwen alone.
+All that is particular to a family is a row of FAMILIES. Families with `tile` see squares, as many as their own
+processors make of a picture (tiles.py). Clips are handled for the families of Qwen alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,15 +17,16 @@ import transformers
 from zipr1.core.errors import InputError
 from zipr1.core.text import reason
 from zipr1.data.video import FrameRule
-from zipr1.models import spelling
+from zipr1.models import spelling, tiles
+from zipr1.models.beside import read_json
 from zipr1.models.pixels import (
     PICTURE_DEFAULTS,
     QWEN2_CLIPS,
     QWEN3_CLIPS,
     ClipClass,
     clip_rule,
-    read_json,
 )
+from zipr1.models.tiles import Cuts
 from zipr1.models.visual import Visual
 
 EncodeVision = Callable[[Any, str, Sequence[Visual], torch.device], list[torch.Tensor]]
@@ -42,9 +43,9 @@ class Family:
     tower: attributes of `model.model` that see. spell: how a picture or clip is written in a prompt (spelling.py).
     mrope: positions are `(3, l)` by the model's `get_rope_index`, else 0, 1, ... qwen_positions: with that method from
     positions.py, in place of transformers'. clips: what `video` does besides its file; None: clips are not handled.
-    tile: config -> pixels on a side of the one tile, tokens on a side, and how many tokens come besides. whole: that
-    side -> settings beside an exported model with which transformers' own class makes one tile too; LLaVA-OneVision's
-    knows none.
+    tile: config -> pixels on a side of a tile, tokens on a side, and how many tokens come besides. cuts: settings of
+    pictures, config, that side and the folder -> how many tiles. written: that side and the cuts -> settings beside an
+    exported model with which transformers' own class makes as many.
     pixels, video, processor: transformers' classes that read preprocessor_config.json,
     video_preprocessor_config.json and processor_config.json.
     """
@@ -60,7 +61,8 @@ class Family:
     qwen_positions: bool = False
     clips: ClipClass | None = QWEN2_CLIPS
     tile: Callable[[Any], tuple[int, int, int]] | None = None
-    whole: Callable[[int], dict[str, Any]] = lambda side: {}
+    cuts: Callable[[Mapping[str, Any], Any, int, str], Cuts] | None = None
+    written: Callable[[int, Cuts], dict[str, Any]] = lambda side, cuts: {}
 
 
 def _qwen(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> Any:
@@ -110,43 +112,56 @@ def _tiles(rows: Sequence[Media]) -> dict[str, torch.Tensor]:
 
 def _internvl(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> list[Any]:
     pixels = _tiles([visuals])["pixel_values"].to(device)
-    return list(model.get_image_features(pixel_values=pixels).pooler_output)
+    out = model.get_image_features(pixel_values=pixels).pooler_output  # (tiles, tokens, hidden)
+    return [part.flatten(0, 1) for part in out.split([len(v.patches) for v in visuals])]
 
 
 def _llava_tiles(rows: Sequence[Media]) -> dict[str, torch.Tensor]:
-    """Pictures `(n, 1, 3, S, S)` of one tile each, and their sizes `(n, 2)`."""
-    inputs = _tiles(rows)
-    if not inputs:
-        return inputs
-    tiles = inputs["pixel_values"]
-    sizes = torch.tensor([tiles.shape[-2:]] * len(tiles))
-    # Pictures of a sample that has several are one tile each; a sample's only one would be cut up. So all count as
-    # those of one sample.
-    several = torch.tensor([max(2, len(tiles))])
-    return {"pixel_values": tiles[:, None], "image_sizes": sizes, "batch_num_images": several}
+    """Tiles `(n, most, 3, S, S)` of n pictures, of those with fewer zeros at the end, the sizes of the pictures
+    `(n, 2)`, and how many each prompt has that has some."""
+    shown = [v for row in rows for v in row]
+    if not shown:
+        return {}
+    most = max(len(v.patches) for v in shown)
+    pixels = torch.zeros(len(shown), most, *shown[0].patches.shape[1:])
+    for room, visual in zip(pixels, shown, strict=True):
+        room[: len(visual.patches)] = visual.patches
+    sizes = torch.tensor([v.size for v in shown])
+    several = torch.tensor([len(row) for row in rows if row])
+    return {"pixel_values": pixels, "image_sizes": sizes, "batch_num_images": several}
 
 
 def _llava(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> list[Any]:
-    inputs = {name: values.to(device) for name, values in _llava_tiles([visuals]).items()}
-    return list(model.get_image_features(**inputs).pooler_output)
+    out = []
+    for visual in visuals:
+        # One tile is a picture that is not alone.
+        rows = [[visual]] if len(visual.patches) > 1 else [[visual, visual]]
+        inputs = {name: values.to(device) for name, values in _llava_tiles(rows).items()}
+        out.append(model.get_image_features(**inputs).pooler_output[0])
+    return out
 
 
 def _smolvlm_tiles(rows: Sequence[Media]) -> dict[str, torch.Tensor]:
-    """Pictures `(B, most, 3, S, S)` of one tile each; prompts with fewer have zeros at the end."""
-    most = max(len(row) for row in rows)
+    """Tiles `(B, most, 3, S, S)` of all pictures of a prompt; prompts with fewer have zeros at the end."""
+    tiles = [[tile for visual in row for tile in visual.patches] for row in rows]
+    most = max(len(row) for row in tiles)
     if not most:
         return {}
-    shape = next(v.patches.shape[1:] for row in rows for v in row)
-    pixels = torch.zeros(len(rows), most, *shape)
-    for b, row in enumerate(rows):
-        for i, visual in enumerate(row):
-            pixels[b, i] = visual.patches[0]
+    pixels = torch.zeros(len(rows), most, *next(row[0].shape for row in tiles if row))
+    for b, row in enumerate(tiles):
+        for i, tile in enumerate(row):
+            pixels[b, i] = tile
     return {"pixel_values": pixels}
 
 
 def _smolvlm(model: Any, kind: str, visuals: Sequence[Visual], device: torch.device) -> list[Any]:
     pixels = _smolvlm_tiles([[visual] for visual in visuals])["pixel_values"].to(device)
     return list(model.get_image_features(pixel_values=pixels).pooler_output)
+
+
+def _smolvlm_settings(side: int, cuts: Cuts) -> dict[str, Any]:
+    whole = {"do_image_splitting": bool(cuts.along), "max_image_size": {"longest_edge": side}}
+    return whole | ({"size": {"longest_edge": cuts.along * side}} if cuts.along else {})
 
 
 def _side(size: Any) -> int:
@@ -193,7 +208,12 @@ FAMILIES: dict[str, Family] = {
         mrope=False,
         clips=None,
         tile=lambda config: _square(config, config.downsample_ratio),
-        whole=lambda side: {"min_patches": 1, "max_patches": 1},
+        cuts=tiles.of_internvl,
+        written=lambda side, cuts: {
+            "crop_to_patches": True,
+            "min_patches": cuts.least,
+            "max_patches": cuts.most,
+        },
     ),
     "llava_onevision": Family(
         _llava,
@@ -204,6 +224,8 @@ FAMILIES: dict[str, Family] = {
         mrope=False,
         clips=None,
         tile=lambda config: _square(config, 1, 1),
+        cuts=tiles.of_llava,
+        written=lambda side, cuts: {"image_grid_pinpoints": [list(one) for one in cuts.canvases]},
     ),
     "smolvlm": Family(
         _smolvlm,
@@ -211,13 +233,12 @@ FAMILIES: dict[str, Family] = {
         ("vision_model", "connector"),
         "SmolVLMImageProcessor",
         "SmolVLMProcessor",
-        spell=spelling.between(
-            "<fake_token_around_image><global-img>", "<fake_token_around_image>"
-        ),
+        spell=spelling.by_rows,
         mrope=False,
         clips=None,
         tile=lambda config: _square(config, 1 / config.scale_factor),
-        whole=lambda side: {"do_image_splitting": False, "max_image_size": {"longest_edge": side}},
+        cuts=tiles.of_smolvlm,
+        written=_smolvlm_settings,
     ),
 }
 

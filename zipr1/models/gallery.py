@@ -30,16 +30,14 @@ def draw(
     pixels: uint8 `(H, W, 3)` or `(F, H, W, 3)`. kept: by a variant's name and by layer, positions in the prompt.
     """
     visual = np.isin(encoded.ids.numpy(), list(policy.processor.placeholder.values()))
-    t, h, w = encoded.visuals[0].grid
-    merge = policy.processor.settings.merge
-    # A family may have more tokens after these, which show no part of the picture.
-    cells = t * (h // merge) * (w // merge)
+    seen, merge = encoded.visuals[0], policy.processor.settings.merge
     shares: dict[str, np.ndarray] = {}
     for name, layers in kept.items():
         share = np.zeros(len(visual))
         for positions in layers:
             share[positions.numpy()] += 1 / len(layers)
-        shares[name] = share[visual][:cells].reshape(t, h // merge, w // merge)  # type: ignore[assignment]
+        cells, (t, h, w) = seen.cells(share[visual], merge)
+        shares[name] = cells.reshape(t, h, w)
     frames = pixels[None] if pixels.ndim == 3 else pixels
     drawn: dict[str, list[np.ndarray]] = {PLAIN: [], **{name: [] for name in kept}}
     for moment in evenly_spaced(t, MOMENTS):

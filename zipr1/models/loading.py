@@ -26,9 +26,10 @@ from zipr1.core.errors import InputError, Missing
 from zipr1.core.recipe import Lora, Model
 from zipr1.core.text import reason
 from zipr1.models import adapters, families, misshapen
+from zipr1.models.beside import read_json
 from zipr1.models.foreign import foreign
 from zipr1.models.patterns import LORA_TARGETS
-from zipr1.models.pixels import WHOLE, PixelSettings, read_json
+from zipr1.models.pixels import WHOLE, PixelSettings
 from zipr1.models.sparse.attention import ATTENTION
 from zipr1.models.tensors import check_finite, check_names, refuse, shapes
 from zipr1.models.trust import refuse_code, refuse_elsewhere
@@ -266,7 +267,7 @@ def save_processor(tokenizer: Any, settings: PixelSettings, family: str, folder:
     known_as = families.FAMILIES[family]
     processor = {"processor_class": known_as.processor}
     image = {"image_processor_type": known_as.pixels, **_pixel_values(settings)}
-    image |= known_as.whole(settings.tile)
+    image |= known_as.written(settings.tile, settings.cuts)
     parts: dict[str, Any] = {"image_processor": image}
     if known_as.clips is not None:
         video = {"video_processor_type": known_as.video, **_clip_values(settings)}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.resources
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from zipr1.core.records import Record, wrong
 from zipr1.core.runs import names_nothing
 from zipr1.models import families, manifest, positions
 from zipr1.models.adapters import with_adapter
+from zipr1.models.beside import read_json
 from zipr1.models.foreign import foreign
 from zipr1.models.loading import (
     WEIGHT_DTYPES,
@@ -38,7 +39,7 @@ from zipr1.models.loading import (
     choose_dtype,
     from_pretrained,
 )
-from zipr1.models.pixels import PixelSettings, has_pixel_settings, read_json
+from zipr1.models.pixels import PixelSettings, has_pixel_settings, saved
 from zipr1.models.processors import Processor
 from zipr1.models.random_weights import build_model, build_tokenizer
 from zipr1.models.tensors import check_finite
@@ -331,6 +332,10 @@ def _processor(model: Any, tokenizer: Any, source: ModelSource, settings: Model)
         tile=side,
         besides=besides,
     )
+    if family.cuts is not None:
+        found = saved(source.place, "image", revision) or {}
+        cuts = family.cuts(found, config, side, source.place)
+        pixels = replace(pixels, cuts=cuts.within(settings.max_pixels, side))
     video = config.video_token_id if family.clips else None
     marks = [config.image_token_id, *([video] if family.clips else [])]
     _check_tokens(

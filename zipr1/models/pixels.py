@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers.utils.hub import cached_file
 
 from zipr1.core import hub
 from zipr1.core.errors import InputError
-from zipr1.core.jsontext import loads
 from zipr1.core.types import NOTHING, Asked
 from zipr1.data.video import QWEN2_FRAMES, FrameRule
+from zipr1.models.beside import read_json
+from zipr1.models.tiles import UNCUT, Cuts
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -95,9 +95,9 @@ class PixelSettings:
     clip_pixels: bounds of frames x height x width, where a clip is bounded as a whole (Qwen3-VL); its frames are
     bounded besides only by max_frame_pixels. shared: in what `of` gives, the frames that share such bounds; 0: none.
 
-    tile: pixels on a side of the one square that a picture is made, 0 for any size; besides: its tokens that show no
-    part of it. clips: whether videos are handled. size: height and width that are asked of one picture or clip, in
-    place of its own."""
+    tile: pixels on a side of the squares that a picture is made, 0 for any size; cuts: how many; besides: tokens of a
+    picture that show no part of it. clips: whether videos are handled. size: height and width that are asked of one
+    picture or clip, in place of its own."""
 
     patch: int = 14
     merge: int = 2
@@ -108,6 +108,7 @@ class PixelSettings:
     std: tuple[float, ...] = CLIP_STD
     tile: int = 0
     besides: int = 0
+    cuts: Cuts = UNCUT
     clips: bool = True
     max_frame_pixels: int | None = None
     min_frame_pixels: int | None = None
@@ -135,8 +136,8 @@ class PixelSettings:
         sizes = (asked.min_pixels, asked.max_pixels, asked.height)
         if self.tile and any(size is not None for size in sizes):
             raise InputError(
-                f"a size is asked of one {kind} (max_pixels, resized_height or the like), and this model makes every "
-                f"picture {self.tile} x {self.tile}; leave it out"
+                f"a size is asked of one {kind} (max_pixels, resized_height or the like), and this model sees "
+                f"pictures as squares of {self.tile} x {self.tile}; leave it out"
             )
         if kind == "image":
             return self._with_asked(asked, asked.max_pixels or self.max_pixels)
@@ -182,7 +183,7 @@ class PixelSettings:
 
     def __str__(self) -> str:
         if self.tile:
-            return f"each picture becomes one tile of {self.tile} x {self.tile} pixels"
+            return f"each picture becomes {self.cuts} of {self.tile} x {self.tile} pixels"
         parts = [f"pictures of {self.min_pixels:,} to {self.max_pixels:,} pixels"]
         if self.clips:
             clip, what = self.of("video"), "clips" if self.clip_pixels else "frames of clips"
@@ -212,7 +213,7 @@ class PixelSettings:
         done here.
         """
         if folder:
-            picture, clip = _saved(folder, "image", revision), _saved(folder, "video", revision)
+            picture, clip = saved(folder, "image", revision), saved(folder, "video", revision)
         else:
             picture, clip = dict(given or {}), None
         if picture is None:
@@ -277,7 +278,7 @@ def _of_clips(clip: Mapping[str, Any], kind: ClipClass, picture: PixelSettings) 
 
 def clip_rule(folder: str, kind: ClipClass) -> FrameRule:
     """Which frames of a clip the settings beside a folder's weights choose."""
-    return _rule(_saved(folder, "video", None) or {}, kind)
+    return _rule(saved(folder, "video", None) or {}, kind)
 
 
 def _rule(clip: Mapping[str, Any], kind: ClipClass) -> FrameRule:
@@ -297,10 +298,10 @@ def _rule(clip: Mapping[str, Any], kind: ClipClass) -> FrameRule:
 
 def has_pixel_settings(folder: str | Path) -> bool:
     """Whether a folder holds pixel settings of its own."""
-    return _saved(folder, "image", None) is not None
+    return saved(folder, "image", None) is not None
 
 
-def _saved(folder: str | Path, kind: str, revision: str | None) -> dict[str, Any] | None:
+def saved(folder: str | Path, kind: str, revision: str | None) -> dict[str, Any] | None:
     """The settings of pictures or of clips: what transformers 5 writes as a part of processor_config.json, else the
     file of that kind, else, for clips, the pictures'."""
     whole = read_json(folder, WHOLE, revision) or {}
@@ -371,29 +372,3 @@ def _missing(folder: str | Path) -> str:
         f"model.path: {folder} has no pixel settings ({PICTURES}, or {WHOLE} with image_processor), and without them "
         f"pictures would be resized and normalised by guess; {hint}"
     )
-
-
-def read_json(folder: str | Path, name: str, revision: str | None) -> dict[str, Any] | None:
-    """A JSON object beside the weights of a model folder or of a hub id, downloaded if it was not; None where there is
-    none. Raises InputError for a file that holds something else."""
-    path: Any = Path(folder) / name
-    if not folder:
-        return None
-    if not Path(folder).is_dir():
-        try:
-            path = cached_file(
-                str(folder),
-                name,
-                revision=revision,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-                _raise_exceptions_for_gated_repo=False,
-            )
-        except OSError:
-            path = None
-    if path is None or not Path(path).is_file():
-        return None
-    try:
-        return dict(loads(Path(path).read_bytes()))
-    except (ValueError, TypeError):
-        raise InputError(f"{path}: not a JSON object; copy the model folder again") from None

@@ -162,7 +162,9 @@ class Policy:
             visuals = [
                 one
                 if isinstance(one, Visual)
-                else self.processor.visual(m.kind, *one, asked=m.asked)
+                else self.processor.visual(
+                    m.kind, *one, asked=m.asked, alone=len(prompt.media) == 1
+                )
                 for m, one in zip(prompt.media, media, strict=True)
             ]
             ids = self.processor.ids(self.processor.text(prompt.messages), visuals)

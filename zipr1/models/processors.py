@@ -21,6 +21,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.text import reason
 from zipr1.core.types import NOTHING, Asked
 from zipr1.models.pixels import PixelSettings
+from zipr1.models.tiles import cut, laid_out
 from zipr1.models.visual import UNKNOWN_FPS, Visual, patch_times
 
 
@@ -91,19 +92,13 @@ def patchify(
     return torch.from_numpy(flat), (t, h, w)
 
 
-def square(
-    pixels: np.ndarray, settings: PixelSettings
-) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """uint8 `(H, W, 3)` -> the one tile `(1, 3, S, S)` float32 and its grid of patches `(1, h, w)`."""
-    side = settings.tile
-    scaled = resized(pixels, side, side, settings.resample).astype(np.float32) / 255
+def squares(pixels: np.ndarray, settings: PixelSettings, alone: bool) -> torch.Tensor:
+    """uint8 `(H, W, 3)` -> tiles `(n, 3, S, S)` float32. alone: as in `Processor.visual`."""
+    side, resample = settings.tile, settings.resample
+    tiles, _ = cut(pixels, settings.cuts, side, resample, resized, settings.mean, alone)
+    scaled = np.stack(tiles).astype(np.float32) / 255
     scaled = (scaled - np.array(settings.mean, np.float32)) / np.array(settings.std, np.float32)
-    cells = side // settings.patch
-    return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)[None])), (
-        1,
-        cells,
-        cells,
-    )
+    return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)))
 
 
 @dataclass(frozen=True)
@@ -159,18 +154,19 @@ class Processor:
         *,
         frame_pixels: int | None = None,
         asked: Asked = NOTHING,
+        alone: bool = True,
     ) -> Visual:
         """pixels: uint8 `(H, W, 3)` or `(F, H, W, 3)`; fps of the frames given. times: the second at which each frame
-        is shown; None: one after the other at `fps`. frame_pixels, asked: as in `PixelSettings.of`.
+        is shown; None: one after the other at `fps`. frame_pixels, asked: as in `PixelSettings.of`. alone: the only
+        picture of its prompt, which matters where such ones are cut up alone.
 
         Raises InputError for a clip where the family's are not handled."""
         self._handled(kind)
         frames = pixels[None] if pixels.ndim == 3 else pixels
         settings = self.settings.of(kind, frame_pixels, len(frames), asked)
         if settings.tile:
-            patches, grid = square(pixels, self.settings)
-            tokens = math.prod(grid) // self.settings.merge**2 + self.settings.besides
-            return Visual(kind, patches, grid, 0.0, tokens)
+            tiles = squares(pixels, self.settings, alone)
+            return self._tiled(kind, tiles, pixels.shape[0], pixels.shape[1], alone)
         patches, grid = patchify(frames, settings)
         return self._visual(kind, patches, grid, fps, len(frames), times)
 
@@ -183,17 +179,29 @@ class Processor:
         fps: float | None,
         times: Sequence[float] | np.ndarray | None = None,
         asked: Asked = NOTHING,
+        alone: bool = True,
     ) -> Visual:
         """What `visual` gives for frames of this size, without patches."""
         self._handled(kind)
         settings = self.settings.of(kind, frames=frames, asked=asked)
         if settings.tile:
-            side = settings.tile // settings.patch
-            tokens = side**2 // settings.merge**2 + settings.besides
-            return Visual(kind, torch.empty(0), (1, side, side), 0.0, tokens)
+            return self._tiled(kind, torch.empty(0), height, width, alone)
         h, w = (side // settings.patch for side in fit_size(height, width, settings))
         grid = (-(-frames // settings.temporal), h, w)
         return self._visual(kind, torch.empty(0), grid, fps, frames, times)
+
+    def _tiled(
+        self, kind: str, patches: torch.Tensor, height: int, width: int, alone: bool
+    ) -> Visual:
+        settings, side = self.settings, self.settings.tile
+        grid = (1, side // settings.patch, side // settings.patch)
+        tiles = settings.cuts.grid(height, width, side)
+        tokens = (math.prod(tiles) + 1) * math.prod(grid) // settings.merge**2
+        if settings.cuts.canvases and alone:
+            tokens += laid_out(height, width, settings.cuts, side, grid[1])
+        else:
+            tokens += settings.besides
+        return Visual(kind, patches, grid, 0.0, tokens, tiles=tiles, size=(height, width))
 
     def _handled(self, kind: str) -> None:
         if kind == "video" and not self.settings.clips:

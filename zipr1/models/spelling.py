@@ -31,6 +31,20 @@ def timed(visual: Visual) -> Spelling:
     return out
 
 
+def by_rows(visual: Visual) -> Spelling:
+    """A picture as SmolVLM reads it: its tiles with the names of their row and column, a line for each row, and the
+    whole picture behind them; or that alone."""
+    mark = "<fake_token_around_image>"
+    rows, columns = visual.tiles
+    each = visual.tokens // (rows * columns + 1)
+    out: Spelling = []
+    for row in range(1, rows + 1):
+        for column in range(1, columns + 1):
+            out += [f"{mark}<row_{row}_col_{column}>", each]
+        out.append("\n")
+    return [*out, "\n" * bool(rows) + f"{mark}<global-img>", each, mark]
+
+
 def between(before: str, after: str) -> Spell:
     """Placeholders between two marks."""
     return lambda visual: [before, visual.tokens, after]

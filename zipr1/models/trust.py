@@ -9,7 +9,7 @@ from typing import Any
 
 from zipr1.core.config import show
 from zipr1.core.errors import InputError
-from zipr1.models.pixels import read_json
+from zipr1.models.beside import read_json
 
 INDEX = "model.safetensors.index.json"
 

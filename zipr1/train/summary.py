@@ -157,7 +157,6 @@ def pictures(
         seen = load_timed(prompt.media[0], *limits)
         encoded = policy.encode(prompt, [seen], recipe.data.max_prompt_tokens)
         visual = np.isin(encoded.ids.numpy(), list(policy.processor.placeholder.values()))
-        t, h, w = encoded.visuals[0].grid
         merge = policy.processor.settings.merge
         kept: dict[str, list[tuple[np.ndarray, float]]] = {}
         for name, result in rows.items():
@@ -165,15 +164,13 @@ def pictures(
             for positions in result.kept[i]:
                 mask = np.zeros(len(visual), dtype=bool)
                 mask[positions.numpy()] = True
-                cells = mask[visual][: t * (h // merge) * (w // merge)]
+                cells, grid = encoded.visuals[0].cells(mask[visual], merge)
                 kept[name].append((cells, float(mask.mean())))
         answers = {name: r.said[i] for name, r in results.items() if name != "before"}
         answers["right"] = prompt.answer
         path = root / f"kept-{task}.png"
         with writing(path):
-            kept_picture(
-                seen[0], (t, h // merge, w // merge), kept, question(prompt.messages), answers, path
-            )
+            kept_picture(seen[0], grid, kept, question(prompt.messages), answers, path)
 
 
 def judge(summary: dict[str, Any], recipe: Recipe) -> None:
