@@ -44,7 +44,7 @@ def write(path: Path, base: Path, **sections: dict[str, Any]) -> Path:
     return path
 
 
-LIMIT = 4  # seconds without a sign of life, for `impatient`
+LIMIT = 6  # seconds without a sign of life, for `impatient`
 
 
 def hang() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 
@@ -12,6 +13,7 @@ def program() -> None:
 
         program()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
         if "--json" in sys.argv:
             print('{"error": "interrupted", "exit_code": 130}', flush=True)
         print("error: interrupted; nothing was done", file=sys.stderr, flush=True)

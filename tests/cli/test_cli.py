@@ -110,7 +110,7 @@ def test_help_loads_no_torch(arguments):
         "assert not heavy, heavy"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=3000
     )
     assert done.returncode == 0, done.stderr
     assert "zipr1" in done.stdout + done.stderr
@@ -118,7 +118,7 @@ def test_help_loads_no_torch(arguments):
 
 def test_importing_the_package_loads_no_torch():
     code = "import sys, zipr1; assert zipr1.load and zipr1.sparse and zipr1.stats; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=3000)
 
 
 def test_version(cli):
@@ -300,7 +300,7 @@ def test_arguments_are_judged_before_anything_heavy_is_loaded(recipe, run, argum
     hub = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "", "HF_TOKEN_PATH": str(recipe.parent / "none")}
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments, "--json"],
-        capture_output=True, text=True, timeout=60, cwd=recipe.parent, env=os.environ | hub,
+        capture_output=True, text=True, timeout=3000, cwd=recipe.parent, env=os.environ | hub,
     )  # fmt: skip
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert expected in done.stderr
@@ -461,7 +461,7 @@ def test_a_stopped_export_leaves_nothing(run, tmp_path, number, code, word):
     ) as process:
         assert "ready\n" in iter(process.stdout.readline, "")
         process.send_signal(number)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=300)
     assert process.returncode == code and not list(tmp_path.iterdir())
     assert err == f"error: {word}; nothing was written: the folder is made whole or not at all\n"
 
@@ -489,7 +489,7 @@ def test_signals_end_with_one_line(recipe, number, code, word):
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.1)
         process.send_signal(number)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (code, "")
     assert err == f"error: {word}; saved checkpoints are complete: go on with --resume DIR\n"
 

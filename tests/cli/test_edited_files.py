@@ -32,7 +32,7 @@ from zipr1.train.page import RunPage
 QUIET = Console(quiet=True)
 VALUES: list[Any] = [
     None, True, -1, 0, 3, 2**63, 10**24, 1e308, float("nan"), -0.5, "x", "", [], {}, [[]],
-    {"a": 1}, [1, 2, 3], "[/bold]", "\ud83d", "../../x", ["x"] * 3,
+    {"a": 1}, [1, 2, 3], "[/bold]", "\ud83d", "../../x", ["x"] * 3, float("inf"), "a\0b",
 ]  # fmt: skip
 DAMAGES = [
     b"",

@@ -103,6 +103,14 @@ def test_of_several_ranks_one_writes(root):
     assert names(root) == ["checkpoints", "recipe.yaml", "run.json"]
 
 
+WRONG = {
+    "list": "[1]",
+    "deep": "[" * 100_000,
+    "endless": '{"files": {"a": {"bytes": 1e999}}}',
+    "nul": '{"files": {"a\\u0000b": {"bytes": 1}}}',
+}
+
+
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
@@ -112,6 +120,8 @@ def test_of_several_ranks_one_writes(root):
         ("bit", "adapter/a.bin is not as it was written: its hash is another"),
         ("list", "complete.json is not as it was written (TypeError)"),
         ("deep", "complete.json is not as it was written (ValueError)"),
+        ("endless", "complete.json is not as it was written (OverflowError)"),
+        ("nul", "complete.json names 'a\\x00b', which no file can be called"),
     ],
 )
 def test_damaged_checkpoints_are_passed_over_and_named(root, harm, said, caplog):
@@ -121,9 +131,8 @@ def test_damaged_checkpoints_are_passed_over_and_named(root, harm, said, caplog)
     assert is_complete(newest)
     if harm in ("short", "bit"):
         (newest / "adapter/a.bin").write_text("wei" if harm == "short" else "weightr")
-    elif harm in ("list", "deep"):
-        text = "[1]" if harm == "list" else "[" * 100_000
-        (newest / "complete.json").write_text(text)
+    elif harm in WRONG:
+        (newest / "complete.json").write_text(WRONG[harm])
     else:
         (newest / harm).unlink()
     (root / "checkpoints" / ".tmp-step-000012").mkdir()

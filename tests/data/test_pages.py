@@ -222,7 +222,7 @@ def test_a_page_is_made_in_milliseconds(bank):
         start = time.process_time()
         drawing.draw_page(np.random.default_rng(i), bank)
         spent.append(time.process_time() - start)
-    assert np.median(spent) < 0.03
+    assert np.median(spent) < 0.1  # seconds of the processor
 
 
 PIXELS = """

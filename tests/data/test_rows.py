@@ -267,19 +267,19 @@ def test_files_go_through_load(folder):
 
 
 def test_files_that_a_recipe_names_outside_of_its_run(tmp_path, monkeypatch):
+    """Rows inside of it, too, for they may name pictures anywhere."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     (tmp_path / "digits").mkdir()  # the embedded ones go first
     inside, outside = tmp_path / "run", {
         "rows.jsonl", "~/rows.jsonl", "/a/b", "./c", "run/../d.json", "owner/name:test", "e.parquet:[:-5]",
+        "run/rows.jsonl", f"{inside}/x:[1:]",
     }  # fmt: skip
     within = {
-        "run/rows.jsonl",
         "digits",
         "validation",
         "of/hub:train",
         "of/hub:test:[5:]",
-        f"{inside}/x:[1:]",
     }
     for source in outside | within:
         found = {"data.source": source} if source in outside else {}
@@ -290,4 +290,4 @@ def test_files_that_a_recipe_names_outside_of_its_run(tmp_path, monkeypatch):
     assert files_in(Data(media_root="of/hub"), inside) == {"data.media_root": "of/hub"}
     (inside / "link").parent.mkdir()
     (inside / "link").symlink_to(tmp_path)
-    assert files_in(Data(source="run/link/rows.json"), inside) != {}
+    assert files_in(Data(media_root="run/link/media"), inside) != {}

@@ -62,8 +62,8 @@ def alive(pid):
 
 def test_a_part_that_hangs_ends_with_all_that_it_started(run):
     begin = time.monotonic()
-    run.wave([Part("ops", 2, "hangs"), Part("ops", 30, "good")])
-    assert time.monotonic() - begin < 20
+    run.wave([Part("ops", 2, "hangs"), Part("ops", 90, "good")])
+    assert time.monotonic() - begin < 60
     assert ends(run)["good"]["ok"] is True
     end = ends(run)["hangs"]
     assert end["ok"] is False
@@ -133,7 +133,7 @@ def test_without_time_left_parts_are_not_begun(tmp_path, monkeypatch):
     later = gpu.Session(tmp_path / "out", gpu.RESERVE + 6, small=True)
     begin = time.monotonic()
     later.wave([Part("ops", 30, "hangs")])
-    assert time.monotonic() - begin < 12, "a part gets what is left, not its own limit"
+    assert time.monotonic() - begin < 25, "a part gets what is left, not its own limit"
 
 
 def test_limits_leave_room_within_the_whole():

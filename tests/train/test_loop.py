@@ -76,6 +76,34 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path, model):
     assert steps(one) != steps(other)
 
 
+def interrupted(name, step, recipe, output):
+    """A run in a process of its own that gets a signal when it has written the numbers of its step `step`."""
+    program = f"""
+import os, signal
+from zipr1.core.rundir import RunDir
+real, seen = RunDir.append_metrics, []
+def append(*arguments):
+    real(*arguments)
+    seen.append(1)
+    if len(seen) == {step}:
+        os.kill(os.getpid(), signal.{name})
+RunDir.append_metrics = append
+from zipr1.cli import main; main()
+"""
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "train",
+        recipe,
+        "--output",
+        output,
+        "--device",
+        "cpu",
+    ]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("kind", ["full", "lora", "supervised"])
 def test_a_killed_run_goes_on_as_if_nothing_happened(tmp_path, model, kind):
     changes: dict = {"train": {"steps": 6, "save_every": 2}}
@@ -88,32 +116,8 @@ def test_a_killed_run_goes_on_as_if_nothing_happened(tmp_path, model, kind):
     recipe = write(tmp_path / "r.yaml", model, **changes)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     summary = start(recipe, whole)
-    command = [
-        sys.executable,
-        "-c",
-        "from zipr1.cli import main; main()",
-        "train",
-        str(recipe),
-        "--output",
-        str(broken),
-        "--device",
-        "cpu",
-    ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
-    )
-    try:
-        limit = time.monotonic() + 120
-        metrics = broken / "metrics.jsonl"
-        while time.monotonic() < limit and process.poll() is None:
-            if metrics.is_file() and len(metrics.read_text().splitlines()) >= 3:
-                break
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+    done = interrupted("SIGKILL", 3, recipe, broken)
+    assert done.returncode == -signal.SIGKILL
     assert not (broken / "summary.json").exists()
     resumed = start(recipe, broken)
     assert steps(broken) == steps(whole)
@@ -126,18 +130,8 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path, model):
     recipe = write(tmp_path / "r.yaml", model, train={"steps": 12, "save_every": 0})
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     start(recipe, whole)
-    program = "from zipr1.cli import main; main()"
-    command = [sys.executable, "-c", program, "train", str(recipe), "--output", str(broken)]
-    with subprocess.Popen(
-        [*command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
-        limit, metrics = time.monotonic() + 120, broken / "metrics.jsonl"
-        while time.monotonic() < limit and process.poll() is None:
-            if metrics.is_file() and len(metrics.read_text().splitlines()) >= 2:
-                break
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        said = process.stderr.read()
+    process = interrupted("SIGTERM", 2, recipe, broken)
+    said = process.stderr
     assert process.returncode == 143
     done = int((broken / "last").resolve().name.removeprefix("step-"))
     assert 2 <= done < 12

@@ -62,18 +62,28 @@ def test_a_dead_rank_ends_the_run_and_is_named(tmp_path, model):
     script.write_text("""
 import os, signal, time
 import zipr1.train.loop
-real, calls = zipr1.train.loop.roll_out, []
+from pathlib import Path
+from zipr1.core import distributed
+real, calls, gather = zipr1.train.loop.roll_out, [], distributed.gather
+waits = Path(__file__).with_name("waits")
+def gathers(value):
+    if os.environ["RANK"] == "0" and len(calls) == 2:
+        waits.touch()
+    return gather(value)
+distributed.gather = gathers
 def dies(*arguments):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 2:
-        time.sleep(2)  # the other waits, and knows before the launcher does
+        while not waits.exists():
+            time.sleep(0.05)
+        time.sleep(1)  # the other waits, and knows before the launcher does, which looks every twenty seconds
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 zipr1.train.loop.roll_out = dies
 from zipr1.cli import main; main()
 """)
     recipe = write(tmp_path / "r.yaml", model, evaluation=NONE, train={"save_every": 1})
-    done = launch(TORCHRUN, [str(script)], recipe, tmp_path / "two")
+    done = launch([*TORCHRUN, "--monitor-interval=20"], [str(script)], recipe, tmp_path / "two")
     assert done.returncode != 0
     report = done.stderr[done.stderr.index("Root Cause") :]
     assert "rank      : 1" in report and "SIGKILL" in report

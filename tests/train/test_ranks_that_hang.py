@@ -71,7 +71,7 @@ def frozen() -> None:
     watch.GRACE = 2.0
 
     def stop() -> None:
-        time.sleep(1)  # it has told where it is
+        watch._watches[-1]._tell()  # where it is
         os.kill(os.getpid(), signal.SIGSTOP)
 
     at_call(1, loop, "rl_step", 1, stop)
@@ -87,7 +87,7 @@ class Case:
     where: str
     ranks: int = 2
     lost: bool = False
-    soon: bool = False
+    soon: int = 0
     parallel: str = "ddp"
 
 
@@ -98,7 +98,7 @@ CASES = {
     "update": Case(in_update, 0, "step 1: update"),
     "sharded update": Case(in_update, 0, "step 1: update", parallel="fsdp"),
     "saving": Case(in_saving, 0, "step 2: page and checkpoint"),
-    "coming": Case(before_it_comes, 2, "", ranks=3, lost=True, soon=True),
+    "coming": Case(before_it_comes, 2, "", ranks=3, lost=True, soon=20),
     "frozen": Case(frozen, 1, "step 1: data", lost=True),
 }
 
@@ -110,7 +110,7 @@ def hung(tmp_path_factory, model) -> dict[str, Any]:
 
     def one(name: str) -> Any:
         case = CASES[name]
-        train = {"steps": 2, "save_every": 1, "stall_minutes": (LIMIT if case.soon else 300) / 60}
+        train = {"steps": 2, "save_every": 1, "stall_minutes": (case.soon or 300) / 60}
         train["parallel"] = case.parallel
         recipe = write(folder / f"{name}.yaml", model, train=train, evaluation=NONE)
         lost = case.who if case.lost else None
@@ -125,9 +125,9 @@ def hung(tmp_path_factory, model) -> dict[str, Any]:
 def test_a_rank_that_hangs_is_named_with_its_phase_by_all(hung, name):
     case = CASES[name]
     codes, said, _, _ = hung[name]
-    told = f"rank {case.who} has shown no sign of life for {LIMIT} s, last seen in '{case.where}"
+    told = f"rank {case.who} has shown no sign of life for {case.soon or LIMIT} s, last seen in '{case.where}"
     if not case.where:
-        told = f"rank {case.who} did not come within {LIMIT} s"
+        told = f"rank {case.who} did not come within {case.soon} s"
     for rank, text in enumerate(said):
         if case.lost and rank == case.who:
             continue
@@ -161,6 +161,10 @@ def test_the_run_goes_on_after_a_rank_has_hung(hung, unbroken, name, done):
     same(unbroken, output)
 
 
+def nothing() -> None:
+    pass
+
+
 def slow_and_alive() -> None:
     """The first rank reads slowly, and writes slowly, while the other waits for it twice the limit."""
     from zipr1.core import checksums
@@ -172,8 +176,8 @@ def slow_and_alive() -> None:
                 sink.write(bytes(10**6))
                 time.sleep(0.1)
 
-    at_call(0, loop, "load_policy", 1, moves)
-    at_call(0, checksums, "write", 1, moves)
+    at_call(0, loop, "load_policy", 1, moves, nothing)
+    at_call(0, checksums, "write", 1, moves, nothing)
     at_call(1, loop, "save", 1, impatient)
 
 
@@ -181,10 +185,6 @@ def test_a_rank_that_reads_and_writes_slowly_is_waited_for(tmp_path, model):
     recipe = write(tmp_path / "r.yaml", model, train={"steps": 1}, evaluation=NONE)
     codes, said = pair(recipe, tmp_path / "out", slow_and_alive)
     assert codes == [0, 0], "".join(said)[-3000:]
-
-
-def nothing() -> None:
-    pass
 
 
 def refuses_in_reading() -> None:

@@ -45,7 +45,15 @@ def _problem(folder: Path, part: str, whole: bool) -> str | None:
         expected = {str(name): _about(about) for name, about in files.items()}
     except FileNotFoundError:
         return f"{COMPLETE} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        OSError,
+        ArithmeticError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         return f"{COMPLETE} is not as it was written ({type(error).__name__})"
     for name, (size, known) in expected.items():
         if not name.startswith(part):
@@ -61,6 +69,8 @@ def _problem(folder: Path, part: str, whole: bool) -> str | None:
                 return f"{name} is not as it was written: its hash is another"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
+        except ValueError:
+            return f"{COMPLETE} names {name!r}, which no file can be called"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Rows of a parquet file, a few at a time: texts that a dictionary holds once are not made a text for each row.
+"""Rows of a parquet file, a few at a time: what a dictionary holds once is not written out for each row.
 
 Files whose pictures lie in a dictionary take, while they are read, the memory of the dictionary of one row group:
 pyarrow decodes it as a whole.
@@ -13,8 +13,8 @@ from typing import Any
 from zipr1.core.errors import InputError
 from zipr1.core.text import reason, size
 
-# Rows that are decoded together, without pictures or clips among the columns and with them.
-ROWS, PICTURES = 256, 16
+# Rows that are decoded together, at most.
+ROWS = 256
 # Bytes of one row with all of its texts written out, at most; of a batch, to be made Python objects at once.
 MAX_ROW = 2**28
 MAX_BATCH = 2**26
@@ -33,9 +33,9 @@ def rows(path: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            texts, binary = _columns(file)
-        with parquet.ParquetFile(path, read_dictionary=texts) as file:
-            for batch in _batches(file, PICTURES if binary else ROWS):
+            columns = _columns(file)
+        with parquet.ParquetFile(path, read_dictionary=columns) as file:
+            for batch in _batches(file):
                 held = _Batch(batch)
                 for place in range(batch.num_rows):
                     number += 1
@@ -46,23 +46,20 @@ def rows(path: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
         ) from error
 
 
-def _batches(file: Any, most: int) -> Iterator[Any]:
-    """All rows, at most so many together; one row group after the other, or pyarrow would hold several."""
+def _batches(file: Any) -> Iterator[Any]:
+    """All rows, some MAX_BATCH bytes of a row group together; one group after the other, or pyarrow would hold
+    several."""
     for group in range(file.num_row_groups):
-        yield from file.iter_batches(batch_size=most, row_groups=[group])
+        about = file.metadata.row_group(group)
+        # What a dictionary holds counts once; it is not written out.
+        most = MAX_BATCH * about.num_rows // max(1, about.total_byte_size)
+        yield from file.iter_batches(batch_size=max(1, min(ROWS, most)), row_groups=[group])
 
 
-def _columns(file: Any) -> tuple[list[str], bool]:
-    """The paths of the columns of texts, nested ones too, and whether there are columns of bytes."""
-    texts, binary = [], False
-    schema = file.schema
-    for i in range(len(schema)):
-        column = schema.column(i)
-        if column.physical_type == "BYTE_ARRAY":
-            is_text = column.logical_type.type in ("STRING", "ENUM", "JSON")
-            texts += [column.path] if is_text else []
-            binary = binary or not is_text
-    return texts, binary
+def _columns(file: Any) -> list[str]:
+    """The paths of the columns of texts and bytes, nested ones too."""
+    columns = [file.schema.column(i) for i in range(len(file.schema))]
+    return [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
 
 
 class _Batch:

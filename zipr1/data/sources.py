@@ -57,14 +57,15 @@ def load(data: Data, split: Split, seed: int) -> list[Prompt]:
 
 def files_in(data: Data, folder: Path) -> dict[str, str]:
     """The keys of a recipe's `data` section that name files or folders of this machine outside of `folder`, and what
-    they name."""
+    they name. Rows inside of it count too: they may name pictures anywhere."""
     named = {"source": data.source, "heldout": data.heldout, "media_root": data.media_root}
     found = {}
     for key, value in named.items():
         if value is None or value in SOURCES or value == "validation":
             continue
         place = Path(value).expanduser() if key == "media_root" else readers.file_of(value)
-        if place is not None and not place.resolve().is_relative_to(folder.resolve()):
+        rows = key != "media_root"
+        if place is not None and (rows or not place.resolve().is_relative_to(folder.resolve())):
             found[f"data.{key}"] = value
     return found
 

@@ -293,9 +293,10 @@ def _load(
 def _check_bytes(source: ModelSource) -> None:
     """Raises InputError, with the file, if a checkpoint or an exported folder is not as it was written."""
     place = Path(source.place)
-    checkpoint = place.parent
+    inside = [p for p in place.parents[:2] if (p / checksums.COMPLETE).is_file()]
+    checkpoint = inside[0] if inside else place.parent
     if (Path(source.path) / "last").exists() or (checkpoint / checksums.COMPLETE).is_file():
-        problem = checksums.problem(checkpoint, f"{place.name}/")
+        problem = checksums.problem(checkpoint, f"{place.relative_to(checkpoint).as_posix()}/")
         if problem is not None:
             raise InputError(
                 f"{checkpoint}: {problem}; bring it back from a copy, or name another checkpoint's model folder"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from zipr1.core import watch
 from zipr1.core.recipe import Recipe, Sparse
 from zipr1.core.statistics import confidence_interval
 from zipr1.core.types import Prompt
@@ -162,6 +163,7 @@ def _note(
         prompt, text = result.prompts[i], policy.processor.decode(answers.tokens[row])
         result.said[i] = text
         result.correct[i] = reward_of(prompt, recipe)(text, prompt.answer)
+        watch.alive()
         if answers.counts is not None and answers.kept is not None:
             result.layer_ratios[i] = answers.counts[row].numpy() / len(encoded[row])
             result.token_ratio[i] = result.layer_ratios[i].mean()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from zipr1.core import distributed
+from zipr1.core import distributed, watch
 from zipr1.core.methods import parse
 from zipr1.core.recipe import Recipe
 from zipr1.core.types import Group, Prompt, Rollout
@@ -236,6 +236,7 @@ def grade(prompt: Prompt, rollouts: Sequence[Rollout], recipe: Recipe) -> None:
     reward = reward_of(prompt, recipe)
     for rollout in rollouts:
         rollout.rewards["correct"] = reward(rollout.text, prompt.answer)
+        watch.alive()  # a check of the user's own may take long
 
 
 def check(prompt: Prompt, greedy: Rollout, dense: float) -> Check:
@@ -278,6 +279,7 @@ def answer_dense(
             for b, i in enumerate(rows):
                 text = policy.processor.decode(answers.tokens[b])
                 right[i] = reward_of(prompts[i], recipe)(text, prompts[i].answer)
+                watch.alive()
     return right
 
 
