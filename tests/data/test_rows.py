@@ -271,7 +271,8 @@ def test_files_that_a_recipe_names_outside_of_its_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     (tmp_path / "digits").mkdir()  # the embedded ones go first
-    inside, outside = tmp_path / "run", {
+    inside = tmp_path / "run"
+    outside = {
         "rows.jsonl", "~/rows.jsonl", "/a/b", "./c", "run/../d.json", "owner/name:test", "e.parquet:[:-5]",
         "run/rows.jsonl", f"{inside}/x:[1:]",
     }  # fmt: skip
