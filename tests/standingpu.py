@@ -63,7 +63,7 @@ KERNELS = {
     "sparse_prefill": 6, "packed_attention": 1, "sparse_decode": 2,
 }  # fmt: skip
 # What more it takes to sort a row that is too long to be searched; the sort itself counts as one.
-SORTED = 3
+SORTED = 4
 
 
 class OnGpu(torch.Tensor):
@@ -168,6 +168,8 @@ class Gpu(TorchDispatchMode):
             self.wait("the size of repeat_interleave")
         elif name == "equal":
             self.wait("equal")
+        elif name == "where" and not all(isinstance(x, OnGpu) for x in before):
+            self.wait("a number of the host's is copied")
         elif name in ("_to_copy", "copy_") and self.crosses(name, before, there, target):
             if there and not target:
                 self.wait("a copy to the host")

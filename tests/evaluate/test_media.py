@@ -105,3 +105,20 @@ def test_a_pass_has_as_many_tokens_as_the_memory_allows(policy, monkeypatch):
     answered = answerer.answer(asked, Conditions(2, 16, None))
     assert len(answered) == 12
     assert max(passes) <= 150 < 8 * min(passes)  # eight of them at once would be too many
+
+
+def test_the_first_pass_of_each_variant_is_nobodys_time(policy, monkeypatch):
+    """It takes several times as long as those after it; of a few questions it was most of the time."""
+    calls, generate = [], policy.generate
+
+    def noted(encoded, features, request, length, **more):
+        calls.append(("dense" if request is None else "sparse", "timed" in more))
+        return generate(encoded, features, request, length, **more)
+
+    monkeypatch.setattr(policy, "generate", noted)
+    asked = [lambda p=p: p for p in clips(6)]
+    answered = Answerer(policy, TINY, [1.0, 0.9], batch=2, shown=0).answer(
+        asked, Conditions(2, 16, None)
+    )
+    assert [len(one.answers) for one in answered] == [2] * 6
+    assert calls == [("dense", False), ("sparse", False)] + [("dense", True), ("sparse", True)] * 3

@@ -147,6 +147,7 @@ class Answerer:
         self.batch = batch
         self.bound = Recipe(train=Train(micro_tokens=micro_tokens))
         self.shown = shown
+        self._warm = False
         self.longest = int(policy.model.config.get_text_config().max_position_embeddings)
 
     def answer(
@@ -228,6 +229,7 @@ class Answerer:
         lengths = [len(e) + conditions.max_new_tokens for e in encoded]
         most = token_budget(self.policy, self.bound, update=False)
         for batch in by_length(lengths, self.batch, most):
+            self._warm_up([encoded[b] for b in batch], features)
             for variant in self.variants:
                 began = time.perf_counter()
                 output = self.policy.generate(
@@ -252,6 +254,13 @@ class Answerer:
                 frames, _ = load_media(prompts[b].media[0], *encoder.frames)
                 answered[b].pictures = gallery.draw(self.policy, encoded[b], frames, positions)
         return answered
+
+    def _warm_up(self, encoded: Sequence[Encoded], features: Features) -> None:
+        """The first pass of a variant takes longer than those after it, and is nobody's time: once, for nothing."""
+        for variant in self.variants if not self._warm else ():
+            request = None if variant.sparse is None else Request(variant.sparse)
+            self.policy.generate(encoded, features, request, 2, model=variant.model)
+        self._warm = True
 
     def _worth(self, answered: Answered, encoded: Encoded, drawn: _Drawn) -> bool:
         """Whether a question's picture is drawn: one of the first, or one of some whose answers differ."""

@@ -185,8 +185,7 @@ def _mask(
             MODE=mode, BLOCK=SELECT.columns, **SELECT.options,
         )  # fmt: skip
         return keep
-    # A number of the host's own; a plain -inf would be written to the GPU first.
-    free = torch.where(candidates > always, row[0].float(), torch.tensor(-torch.inf))
+    free = torch.where(candidates > always, row[0].float(), -torch.inf)
     ranked, order = free.sort(dim=-1, descending=True, stable=True)
     launch(
         mark_kernel, (batch,), *row, ranked, order, keep.view(torch.uint8), length,
