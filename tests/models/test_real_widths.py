@@ -32,15 +32,15 @@ spec.loader.exec_module(planned)
 
 @pytest.fixture(
     scope="module",
-    params=[(m, d) for m in planned.MODELS for d in planned.DTYPES],
-    ids="-".join,
+    params=planned.MODELS,
 )
 def trained(request, tmp_path_factory):
-    """The folder of a model with its run in it, and what was measured."""
-    name, dtype = request.param
-    folder = tmp_path_factory.mktemp(f"{name}-{dtype}")
+    """The folder of a model with its run in it, and what was measured. In bfloat16, of which the plan is farther off;
+    the command measures float32 too, which takes minutes."""
+    name = request.param
+    folder = tmp_path_factory.mktemp(name)
     planned.build(name, folder)
-    yield folder, planned.measured(name, dtype, folder)
+    yield folder, planned.measured(name, "bfloat16", folder)
     shutil.rmtree(folder)  # two gigabytes
 
 
