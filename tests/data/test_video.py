@@ -113,6 +113,29 @@ def test_a_clip_that_names_other_files_is_refused(clip, backend, tmp_path, text,
     assert len(video.read(tmp_path / "other.ts")[0]) == 20  # whole, and read by who asks for it
 
 
+@pytest.mark.parametrize(
+    "head", [b"\x1a\x45\xdf\xa3\x80", b"\0\0\0\x10ftypisom\0\0\0\0", HLS.encode()]
+)
+def test_decord_gets_nothing_that_pyav_does_not_open(clip, tmp_path, monkeypatch, head):
+    """Its own list of formats is longer, and older."""
+    decord = pytest.importorskip("decord")
+    given: list[str] = []
+
+    def reader(path, **options):
+        given.append(path)
+        raise RuntimeError("no clip")
+
+    monkeypatch.setattr(decord, "VideoReader", reader)
+    path = tmp_path / "a.mp4"
+    path.write_bytes(head + SDP.encode())
+    video.reader.cache_clear()
+    with pytest.raises(InputError, match=ONE_FILE):
+        video.read(path)
+    assert not given
+    video.read(clip)
+    assert given == [str(clip)]
+
+
 def test_lists_would_be_followed(clip, tmp_path):
     """What the test above refuses is a way to other files."""
     path = tmp_path / "list.mp4"

@@ -196,8 +196,8 @@ def _decode(path: str | Path, choose_frames: ChooseFrames) -> tuple[np.ndarray, 
     # Whole, for FFmpeg would take `a:b` for the protocol `a`.
     path = exists(path).absolute()
     known = check_whole(path)
-    # decord asks no list of formats: it gets files alone that can be nothing else.
-    if reader()[0] != "decord" or not known or _decord_turns_wrongly(path):
+    # decord asks no list of formats: it gets files alone that can be nothing else, and that PyAV opens.
+    if reader()[0] != "decord" or not known or not _is_for_decord(path):
         return _read_pyav(path, choose_frames)
     from decord.base import DECORDError
 
@@ -296,15 +296,19 @@ def _rate(said: float, total: int, first: float | None, last: float | None) -> f
     return said if abs(said - measured) <= measured / 10 else measured
 
 
-def _decord_turns_wrongly(path: Path) -> bool:
-    """Whether the clip's frames are to be mirrored: decord knows quarter turns alone."""
+def _is_for_decord(path: Path) -> bool:
+    """Whether PyAV opens the clip, and its frames are not to be mirrored: decord knows quarter turns alone."""
     av = _pyav()
     try:
-        with _opened(path) as container:
+        container = _opened(path)
+    except (av.FFmpegError, OSError):
+        return False
+    try:
+        with container:
             stream = container.streams.best("video")
-            return stream is not None and is_mirrored(turn_of(next(container.decode(stream))))
+            return stream is None or not is_mirrored(turn_of(next(container.decode(stream))))
     except (av.FFmpegError, OSError, StopIteration):
-        return False  # told by whoever decodes it
+        return True  # told by whoever decodes it
 
 
 def _first_line(error: Exception) -> str:
