@@ -127,7 +127,7 @@ def test_a_home_folder_is_found(folder, monkeypatch):
     (p,) = rows.load("~/rows.jsonl", Data(media_root="~"))
     assert p.media[0].source == folder / "a.png"
     for source in ("~no such user/rows.jsonl", "~no such user/rows"):
-        with pytest.raises(InputError, match="~no such user/rows.*: no such (data )?file"):
+        with pytest.raises(InputError, match=r"~no such user/rows.*: no such (data )?file"):
             rows.load(source, Data())
     with pytest.raises(InputError, match=r"~no such user/a.png: no such image file"):
         rows.load("~/rows.jsonl", Data(media_root="~no such user"))

@@ -161,7 +161,7 @@ def _datasets(path: Path, split: str, data: Data) -> NumberedRows:
     except (
         OSError,
         ValueError,
-        KeyError,
+        LookupError,
         RuntimeError,
         datasets.exceptions.DatasetsError,
     ) as error:
