@@ -396,6 +396,8 @@ def test_export_says_what_was_checked_and_how_to_use_it(cli, run, tmp_path):
     [
         (InputError("data.source: got 'x';\nallowed: [b]"), 2, "error: data.source: got 'x'; allowed: [b]\n"),
         (RunError("loss is NaN"), 1, "error: loss is NaN\n"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "d" * 500), 2,
+         f"error: {'d' * 400}: File name too long; give a shorter path\n"),
         (OSError(errno.ENOSPC, "No space left", "/d"), 1, "error: /d: No space left; free some space, then resume\n"),
         (MemoryError(), 1, "error: out of memory; use a smaller train.micro_batch, evaluation.batch or model.lora\n"),
     ],

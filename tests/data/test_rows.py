@@ -126,6 +126,11 @@ def test_a_home_folder_is_found(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     (p,) = rows.load("~/rows.jsonl", Data(media_root="~"))
     assert p.media[0].source == folder / "a.png"
+    for source in ("~no such user/rows.jsonl", "~no such user/rows"):
+        with pytest.raises(InputError, match=r"~no such user/rows.*: no such (data )?file"):
+            rows.load(source, Data())
+    with pytest.raises(InputError, match=r"~no such user/a.png: no such image file"):
+        rows.load("~/rows.jsonl", Data(media_root="~no such user"))
 
 
 BAD = {
@@ -287,6 +292,9 @@ def test_files_that_a_recipe_names_outside_of_its_run(tmp_path, monkeypatch):
         assert files_in(Data(source=source), inside) == found
         found = {key.replace("source", "heldout"): value for key, value in found.items()}
         assert files_in(Data(heldout=source), inside) == found
+    for odd in ("a\0b", "\ud800", "~no such user/x", "x" * 5000):
+        assert files_in(Data(source=odd), inside) == {"data.source": odd}
+        assert files_in(Data(media_root=odd), inside) == {"data.media_root": odd}
     assert files_in(Data(media_root="run/media"), inside) == {}
     assert files_in(Data(media_root="of/hub"), inside) == {"data.media_root": "of/hub"}
     (inside / "link").parent.mkdir()

@@ -316,7 +316,13 @@ def test_a_later_turn_of_a_conversation_waits_once_a_layer_too(skip):
 
 
 @pytest.mark.parametrize("method", ["answers", "cut+pathwise", "pathwise+through"])
-def test_an_update_waits_once_a_minibatch_and_once_at_its_end(method):
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_an_update_waits_once_a_minibatch_and_once_at_its_end(
+    family, method, tmp_path, monkeypatch
+):
+    if family == "qwen3_vl":
+        path = str(tinymodels.folder(family, tmp_path))
+        monkeypatch.setattr(tinymodels, "make", lambda: load_policy(Model(path=path), "cpu"))
     own = recipe(
         sparse=settings(skip="layer"),
         efficiency=Efficiency(method=method),

@@ -27,7 +27,7 @@ from zipr1.cli.export import export
 from zipr1.cli.profile import profile
 from zipr1.cli.train import train
 from zipr1.core import signals, terminal, watch
-from zipr1.core.errors import ZipError, out_of_memory
+from zipr1.core.errors import InputError, ZipError, out_of_memory
 from zipr1.core.text import one_line
 
 
@@ -91,7 +91,9 @@ REFUSED = {
     errno.EACCES: "give a path that you may use",
     errno.EPERM: "give a path that you may use",
     errno.EIO: "check the disk",
+    errno.ENAMETOOLONG: "give a shorter path",
 }
+WRONG = {errno.ENAMETOOLONG}  # input, of these
 
 
 def _version(asked: bool) -> None:
@@ -154,8 +156,9 @@ def _run() -> None:
     except OSError as error:
         if error.errno not in REFUSED:
             raise
-        path = f"{error.filename}: " if error.filename else ""
-        _leave(f"{path}{error.strerror}; {REFUSED[error.errno]}", 1)
+        path = f"{one_line(error.filename, 400)}: " if error.filename else ""
+        code = InputError.exit_code if error.errno in WRONG else 1
+        _leave(f"{path}{error.strerror}; {REFUSED[error.errno]}", code)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

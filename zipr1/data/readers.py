@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from os.path import expanduser  # pathlib's raises RuntimeError for a user that there is none of
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,7 @@ def place(source: str) -> tuple[Path, str]:
     that is not there, and InputError for what is none of the three."""
     if match := _SLICE.fullmatch(source):
         return place(match[1])
-    path, split = _path_and_split(
-        str(Path(source).expanduser()) if source.startswith("~") else source
-    )
+    path, split = _path_and_split(expanduser(source))
     if path.suffix.lower() in READERS and not path.is_dir():
         if not path.is_file():
             raise Missing(f"{path}: no such data file; check data.source and data.heldout")
@@ -104,7 +103,7 @@ def file_of(source: str) -> Path | None:
     """The file or folder that a source names, whether it is there or not; None for a dataset of the hub."""
     if match := _SLICE.fullmatch(source):
         source = match[1]
-    path, _ = _path_and_split(str(Path(source).expanduser()))
+    path, _ = _path_and_split(expanduser(source))
     return None if _is_hub_id(str(path)) and not path.exists() else path
 
 
@@ -162,7 +161,7 @@ def _datasets(path: Path, split: str, data: Data) -> NumberedRows:
     except (
         OSError,
         ValueError,
-        KeyError,
+        LookupError,
         RuntimeError,
         datasets.exceptions.DatasetsError,
     ) as error:

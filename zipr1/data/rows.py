@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ Size = tuple[int, int, int, float]  # as Media.size
 def load(source: str | Path, data: Data) -> list[Prompt]:
     """All rows of a source, in its order. A bad row stops with its number, or is counted (`data.on_bad_row`)."""
     name, folder, rows = read(str(source), data)
-    root = Path(data.media_root).expanduser() if data.media_root else folder
+    root = Path(expanduser(data.media_root)) if data.media_root else folder
     bad_rows = _BadRows(name, data.on_bad_row)
     formats_seen: set[Format] = set()
     parsed: list[tuple[int, Prompt]] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Literal
 
@@ -63,9 +64,14 @@ def files_in(data: Data, folder: Path) -> dict[str, str]:
     for key, value in named.items():
         if value is None or value in SOURCES or value == "validation":
             continue
-        place = Path(value).expanduser() if key == "media_root" else readers.file_of(value)
-        rows = key != "media_root"
-        if place is not None and (rows or not place.resolve().is_relative_to(folder.resolve())):
+        try:
+            place = Path(expanduser(value)) if key == "media_root" else readers.file_of(value)
+            within = place is None or (
+                key == "media_root" and place.resolve().is_relative_to(folder.resolve())
+            )
+        except (ValueError, OSError):  # no name that a file can have
+            within = False
+        if not within:
             found[f"data.{key}"] = value
     return found
 
