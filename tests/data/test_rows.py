@@ -277,6 +277,8 @@ def test_files_that_a_recipe_names_outside_of_its_run(tmp_path, monkeypatch):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     (tmp_path / "digits").mkdir()  # the embedded ones go first
     inside = tmp_path / "run"
+    inside.mkdir()
+    (inside / "rows.jsonl").touch()
     outside = {
         "rows.jsonl", "~/rows.jsonl", "/a/b", "./c", "run/../d.json", "owner/name:test", "e.parquet:[:-5]",
         "run/rows.jsonl", f"{inside}/x:[1:]",
@@ -297,6 +299,5 @@ def test_files_that_a_recipe_names_outside_of_its_run(tmp_path, monkeypatch):
         assert files_in(Data(media_root=odd), inside) == {"data.media_root": odd}
     assert files_in(Data(media_root="run/media"), inside) == {}
     assert files_in(Data(media_root="of/hub"), inside) == {"data.media_root": "of/hub"}
-    (inside / "link").parent.mkdir()
     (inside / "link").symlink_to(tmp_path)
     assert files_in(Data(media_root="run/link/media"), inside) != {}

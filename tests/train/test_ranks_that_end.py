@@ -76,14 +76,14 @@ def dies(*arguments):
     if os.environ["RANK"] == "1" and len(calls) == 2:
         while not waits.exists():
             time.sleep(0.05)
-        time.sleep(1)  # the other waits, and knows before the launcher does, which looks every twenty seconds
+        time.sleep(1)  # the other waits, and knows before the launcher does, which looks once a second
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 zipr1.train.loop.roll_out = dies
 from zipr1.cli import main; main()
 """)
     recipe = write(tmp_path / "r.yaml", model, evaluation=NONE, train={"save_every": 1})
-    done = launch([*TORCHRUN, "--monitor-interval=20"], [str(script)], recipe, tmp_path / "two")
+    done = launch([*TORCHRUN, "--monitor-interval=1"], [str(script)], recipe, tmp_path / "two")
     assert done.returncode != 0
     report = done.stderr[done.stderr.index("Root Cause") :]
     assert "rank      : 1" in report and "SIGKILL" in report

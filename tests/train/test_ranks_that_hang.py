@@ -60,7 +60,7 @@ def in_saving() -> None:
 def before_it_comes() -> None:
     from zipr1.core import distributed
 
-    at_call(2, distributed, "_store", 1)
+    at_call(2, distributed, "_store", 1, others=nothing)
 
 
 def frozen() -> None:
@@ -93,7 +93,7 @@ class Case:
 
 CASES = {
     "opening the model": Case(in_opening_the_model, 1, "opening "),
-    "opening the data": Case(in_opening_the_data, 0, "opening "),
+    "opening the data": Case(in_opening_the_data, 0, "reading the questions'"),
     "rollout": Case(in_rollout, 1, "step 2: rollout", ranks=3),
     "update": Case(in_update, 0, "step 1: update"),
     "sharded update": Case(in_update, 0, "step 1: update", parallel="fsdp"),
