@@ -372,3 +372,23 @@ def test_pictures_need_a_tokenizer(tmp_path):
     path.write_bytes(b"x")
     with pytest.raises(InputError, match="no tokenizer"):
         check(ProfileRequest("qwen2.5-vl-3b", image=path))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_model_that_shows_the_overhead_is_narrow_in_every_family(family, tmp_path, monkeypatch):
+    """8 numbers for each of 4 heads, an MLP of 16, 64 words, as deep as the model; none of a family's own sizes."""
+    folder = tinymodels.folder(family, tmp_path)
+    profiled = subject.load(str(folder), None, "cpu", "float32", None)
+    made = []
+    build = measure.random_model
+
+    def noted(*arguments):
+        made.append(build(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(measure, "random_model", noted)
+    assert measure.overhead_ms(profiled, 1) > 0
+    text = made[0].config.get_text_config()
+    sizes = (text.hidden_size, text.intermediate_size, text.vocab_size, text.num_hidden_layers)
+    assert sizes == (32, 16, 64, 3)
+    assert made[0].get_decoder().layers[0].self_attn.head_dim == 8

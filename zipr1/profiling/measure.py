@@ -275,8 +275,7 @@ def overhead_ms(subject: Subject, batch: int) -> float:
     """
     config, s = subject.model.config, subject.shape
     tower = config.vision_config.to_dict()
-    values = {
-        "model_type": config.model_type,
+    text = {
         "hidden_size": 8 * s.q_heads,
         "num_attention_heads": s.q_heads,
         "num_key_value_heads": s.heads,
@@ -284,9 +283,17 @@ def overhead_ms(subject: Subject, batch: int) -> float:
         "vocab_size": 64,
         "bos_token_id": None,
         "eos_token_id": None,
-        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    }
+    values: dict[str, Any] = {
+        "model_type": config.model_type,
         "vision_config": {k: v for k, v in tower.items() if "hidden_size" not in k},
     }
+    turned = {"mrope_section": [1, 1, 2]}
+    if s.head_norms:  # Qwen3-VL reads its sizes in a section of their own alone
+        rope = {"rope_type": "default", "mrope_interleaved": True, **turned}
+        values["text_config"] = {**text, "head_dim": 8, "rope_scaling": rope}
+    else:
+        values |= {**text, "rope_scaling": {"type": "mrope", **turned}}
     dtype = str(subject.dtype).removeprefix("torch.")
     model = random_model(values, s.layers, subject.device, dtype)
     narrow = Subject(model, s, s.layers, subject.sparse, "random")
