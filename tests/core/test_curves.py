@@ -48,6 +48,15 @@ def test_a_curve_shows_each_step_and_a_running_mean():
     assert ax.get_legend() is None
 
 
+def test_the_target_of_a_very_long_run_is_drawn_by_few_points():
+    """As many as a recipe may have: they would be 8 GB."""
+    long = RECIPE.model_copy(update={"train": Train(steps=10**9)})
+    tokens, *_ = panels(rows(2), long, {})
+    ((x, y, _),) = tokens.guides
+    assert len(x) <= 500 and (x[0], x[-1]) == (1, 10**9)
+    assert y[0] == pytest.approx(0.8) and y[-1] == pytest.approx(0.2)
+
+
 def test_what_is_wanted_and_what_is_held_out():
     """Two tasks that keep 0.9 and 0.7 start at 0.8; half of the four steps lead to a quarter of it, 0.2. One point may
     be lost."""

@@ -184,8 +184,9 @@ def _who() -> str:
 
 
 def _say(message: str, code: int, who: str) -> None:
-    """One line on stderr, and with --json one on stdout: `{"error": ..., "exit_code": ...}`."""
-    if "--json" in sys.argv:
+    """One line on stderr, and with --json one on stdout: `{"error": ..., "exit_code": ...}`. Of several processes the
+    first alone prints the latter; if it is the one that died, there is none."""
+    if "--json" in sys.argv and who in ("", "rank 0: "):
         print(json.dumps({"error": one_line(message), "exit_code": code}), flush=True)
     line = Text.assemble(("error:", "bold red"), f" {who}{one_line(message)}")
     terminal.console(stderr=True).print(line, soft_wrap=True)

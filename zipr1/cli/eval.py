@@ -107,6 +107,7 @@ def evaluate(
         return
     p_values = numbers("--budget", budget, float)
 
+    from zipr1.core import launcher
     from zipr1.core.files import check_folder
     from zipr1.core.runs import find_model
     from zipr1.evaluate.request import EvalRequest, check
@@ -123,7 +124,7 @@ def evaluate(
         from zipr1.evaluate import session
 
         result = session.run(request, sys.argv, console)
-    if as_json:
+    if as_json and launcher.is_first():
         from zipr1.core.jsontext import dumps
 
         print(dumps(result), flush=True)

@@ -93,7 +93,7 @@ def export_text(result: Mapping[str, Any]) -> Text:
 
     check, to = result["check"], result["to"]
     stopped = f", which {result['stopped']}" if result["stopped"] else ""
-    pushed = f"uploaded, private: {result['pushed']}\n" if result.get("pushed") else ""
+    pushed = f"uploaded: {result['pushed']}\n" if result.get("pushed") else ""
     whom = (
         "peft takes it with its base"
         if result["format"] == "adapter"

@@ -187,7 +187,7 @@ def _targets(rows: Rows, recipe: Recipe) -> list[tuple[np.ndarray, np.ndarray, s
         or not np.isfinite(ratios[0])
     ):
         return []
-    x = np.arange(1, recipe.train.steps + 1)
+    x = np.unique(np.linspace(1, recipe.train.steps, min(recipe.train.steps, 500)).round())
     done = np.minimum(1.0, (x - 1) / recipe.train.steps / recipe.efficiency.target_at)
     y = ratios[0] * min(1.0, target / ratios[0]) ** done
     return [(x, y, f"target {target:.0%}")]

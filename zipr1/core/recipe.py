@@ -234,10 +234,11 @@ class Efficiency(Section):
     weight: of E[kept share]; with a target, of what the controller gives.
     target: kept share to come down to at `sparse.p`, for each task and layer; not set: `weight` alone lowers it.
     target_at: share of the steps after which the target is to be reached.
-    max_accuracy_drop, step, max_multiplier: fraction (0.005 = half a point) that answers at `sparse.p` may lose against
-        the dense reference on the same prompts; null turns the constraint off. Each task's multiplier mu starts at 0,
-        moves by `step` times the violation, is clipped to [0, max_multiplier], and divides the weight by 1 + mu. Kinds
-        that `data.hard_kind_boost` draws more often count more often: with it the constraint errs on the safe side.
+    max_accuracy_drop: fraction (0.005 = half a point) that a task's answers at `sparse.p` may lose against the dense
+        reference on the same prompts; null turns the constraint off. Kinds that `data.hard_kind_boost` draws more often
+        count more often: with it the constraint errs on the safe side.
+    step: a task's multiplier mu starts at 0, moves by `step` times the violation, and divides the weight by 1 + mu.
+    max_multiplier: the largest mu.
     """
 
     method: str = "pathwise"
@@ -282,8 +283,9 @@ class Optim(Section):
     name: `adamw` or `muon`.
     lr: the highest learning rate.
     betas: of AdamW.
-    lr_scheduler_type, min_lr_ratio: how it goes on after the warm-up, by the names of Hugging Face: `cosine` falls to
-        0, `cosine_with_min_lr` to `min_lr_ratio` of lr, `constant_with_warmup` stays.
+    lr_scheduler_type: how it goes on after the warm-up, by the names of Hugging Face: `cosine` falls to 0,
+        `cosine_with_min_lr` to `min_lr_ratio` of lr, `constant_with_warmup` stays.
+    min_lr_ratio: share of lr at which `cosine_with_min_lr` ends.
     warmup: share of the steps over which the learning rate rises.
     weight_decay: of the optimizer.
     max_grad_norm: gradients are scaled down to it.

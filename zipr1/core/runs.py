@@ -29,11 +29,11 @@ def find_model(
     the line says so. Raises InputError for a checkpoint that is not there.
     """
     if given is not None:
-        path, why = given, ""
+        root = run_of(Path(given))
+        stopped = root and how_it_stopped(root)
+        path, why = given, f"; this run {stopped}" if stopped else ""
         if checkpoint is None:
-            root = run_of(Path(given))
-            stopped = root and how_it_stopped(root)
-            return given, f"model: {given}" + (f"; this run {stopped}" if stopped else "")
+            return given, f"model: {given}{why}"
     else:
         trained = [path for path in runs.glob("*") if (path / "last" / "model").is_dir()]
         trained.sort(key=lambda path: (path / "last").stat().st_mtime, reverse=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zipr1.core.errors import InputError
+from zipr1.core.extras import install
 from zipr1.core.text import reason, size
 
 # Rows that are decoded together, at most.
@@ -28,7 +29,7 @@ def rows(path: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
         from pyarrow import parquet
     except ImportError as error:
         raise InputError(
-            f"{path}: parquet needs pyarrow ({error}); pip install 'zipr1[data]', or convert it to .jsonl"
+            f"{path}: parquet needs pyarrow ({error}); {install('data')}, or convert it to .jsonl"
         ) from error
     number = 0
     try:

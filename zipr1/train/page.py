@@ -336,17 +336,18 @@ def _judged(summary: Mapping[str, Any], heldout: Mapping[str, Mapping[str, float
 
 def _commands(root: Path, recipe: Recipe, state: str) -> list[tuple[str, str]]:
     """What comes next, and how."""
+    run = shlex.quote(str(root))
     if state == "finished":
         return [
-            ("Benchmarks, dense beside sparse", f"zipr1 eval --model {root}"),
-            ("Time and memory on this machine", f"zipr1 profile --model {root}"),
-            ("A plain Hugging Face folder", f"zipr1 export {root} --to DIR"),
-            ("Side by side with another run", f"zipr1 compare {root} OTHER"),
+            ("Benchmarks, dense beside sparse", f"zipr1 eval --model {run}"),
+            ("Time and memory on this machine", f"zipr1 profile --model {run}"),
+            ("A plain Hugging Face folder", f"zipr1 export {run} --to DIR"),
+            ("Side by side with another run", f"zipr1 compare {run} OTHER"),
         ]
     # What a run's own recipe may not say without the user.
     named = code_in(recipe) | files_in(recipe.data, root)
     again = [
-        f"zipr1 train --resume {shlex.quote(str(root))}",
+        f"zipr1 train --resume {run}",
         *(assignment(*one) for one in named.items()),
     ]
     return [("Go on after it was stopped", " ".join(again))]

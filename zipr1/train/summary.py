@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,9 @@ def finish(
             console.print(line, soft_wrap=wrapped, highlight=False, markup=False)
     where = f"everything is in {folder.root}; report: {page.path}"
     console.print(where, soft_wrap=True, highlight=False)
-    made = f"a plain Hugging Face folder of it: zipr1 export {folder.root} --to DIR"
+    made = (
+        f"a plain Hugging Face folder of it: zipr1 export {shlex.quote(str(folder.root))} --to DIR"
+    )
     console.print(made, soft_wrap=True, highlight=False)
     return summary
 
