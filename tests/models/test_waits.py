@@ -21,6 +21,7 @@ from zipr1.models import decoding, sampling
 from zipr1.models.policy import load_policy
 from zipr1.models.sparse.patch import attributes, sparse_attention
 from zipr1.models.sparse.request import PromptBatch, Request
+from zipr1.models.sparse.rules import RULES
 
 LAYERS = tinymodels.TEXT["num_hidden_layers"]
 PROBES = Probes(recent=3, random=6)
@@ -173,6 +174,17 @@ def test_a_layer_in_16_bits_is_launched_as_seldom(family, longest, tmp_path, mon
     assert max(of_layers) <= 56
     assert waits.total() <= LAYERS + 2, waits
     assert not any("index" in where or "size" in where for where in dense_waits), dense_waits
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_layer_in_16_bits_is_launched_as_seldom_by_rule(rule, tmp_path):
+    """What a rule makes of p is made for all layers before the first. The control hashes each place of each layer."""
+    path = str(tinymodels.folder("qwen2_5_vl", tmp_path))
+    policy = load_policy(Model(path=path, dtype="bfloat16"), "cpu")
+    request = Request(settings(rule=rule, skip="layer"), audit=(0,))
+    ((of_layers, waits),) = counted_in_a_prefill(policy, request)
+    assert max(of_layers) <= (80 if rule == "random" else 50), of_layers
+    assert waits.total() <= LAYERS + 2, waits
 
 
 def test_an_adapter_adds_to_a_sparse_layer_what_it_adds_to_a_dense_one():
