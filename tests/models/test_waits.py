@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import itertools
 import logging
+import warnings
 
 import pytest
 import standingpu
@@ -459,6 +460,30 @@ def test_a_captured_step_answers_as_the_eager_one(skip, monkeypatch, caplog):
     assert not caplog.records
     for one, other in zip(captured.tokens, eager.tokens, strict=True):
         assert one.tolist() == other.tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+def test_a_prefill_and_decoding_wait_as_seldom_on_a_gpu(skip, monkeypatch):
+    policy, encoded, features = prompts()
+    policy.model.cuda()
+    features = {name: values.cuda() for name, values in features.items()}
+    request = Request(settings(skip=skip))
+    monkeypatch.setattr(decoding, "CAPTURED", 1000)  # what is captured cannot wait at all
+    generate(policy, encoded, features, request, 18)
+    seen = {}
+    for new in (1, 18):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                generate(policy, encoded, features, request, new)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        places = [(w.filename, w.lineno) for w in caught if "synchroniz" in str(w.message)]
+        seen[new] = places
+    assert len(seen[1]) <= LAYERS + 2, seen[1]
+    assert len(seen[18]) - len(seen[1]) <= 17 // 8, seen[18]
 
 
 @pytest.mark.gpu
