@@ -234,7 +234,12 @@ def test_every_part_runs_on_a_cpu(tmp_path):
             "torch: not on a GPU" if row["op"] == "packed_attention" else "triton"
         )
     named = {(row["part"], row["name"]) for row in rows}
-    assert {("waits", "prefill"), ("tiny", "finite"), ("step", "step with through")} <= named
+    assert {
+        ("waits", "prefill"),
+        ("waits", "32 tokens, eager"),
+        ("tiny", "finite"),
+        ("step", "step with through"),
+    } <= named
     assert ("timing", "sparse_prefill: ours") in named and ("profile", "tiny: decode") in named
     files = {path.name for path in tmp_path.iterdir()}
     allowed = {
