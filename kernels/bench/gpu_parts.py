@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -333,18 +334,28 @@ KERNEL_TESTS = (
 OTHER_TESTS = ("models/test_waits.py",)
 
 
+# pytest, which an interrupt ends wherever it was started from: a shell's background commands ignore one.
+PYTEST = (
+    "import signal, sys, pytest; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "sys.exit(pytest.main(sys.argv[1:]))"
+)
+
+
+def interrupted(process: subprocess.Popen[Any], grace: float) -> None:
+    """pytest is ended, and writes what it has found so far; where a test hears no interrupt it is killed."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(grace)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 def tests(context: Context) -> None:
     """The kernels' own tests, on the kernels that will be used; and what a GPU waits for and captures."""
     target = context.out / "tests.xml"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={target}",
-    ]
+    target.unlink(missing_ok=True)
+    command = [sys.executable, "-c", PYTEST, "-q", "-p", "no:cacheprovider", f"--junitxml={target}"]
     command += [str(ROOT / "tests" / name) for name in (*KERNEL_TESTS, *OTHER_TESTS)]
     if importlib.util.find_spec("xdist") and not context.small:
         command += ["-n", "4"]
@@ -355,7 +366,16 @@ def tests(context: Context) -> None:
     wanted = "compaction or by_hand or signature" if context.small else f"not ({others}) or gpu"
     command += ["-k", wanted]
     environment = {k: v for k, v in os.environ.items() if k != "ZIPR1_KERNELS"}
-    subprocess.run(command, cwd=ROOT, env=environment, timeout=max(1.0, context.left()))
+    process, cut = subprocess.Popen(command, cwd=ROOT, env=environment), ""
+    grace = min(15.0, max(0.0, context.left()) / 4)
+    try:
+        process.wait(max(1.0, context.left() - grace))
+    except subprocess.TimeoutExpired:
+        cut = "ended by its time limit"
+        interrupted(process, grace * 2 / 3)
+    if not target.exists():
+        context.row("pytest", False, note=cut or f"exit code {process.returncode}, no results")
+        return
     found = xml.etree.ElementTree.parse(target).getroot()
     for case in found.iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
@@ -364,7 +384,8 @@ def tests(context: Context) -> None:
         k: sum(int(suite.get(k, 0)) for suite in found.iter("testsuite"))
         for k in ("tests", "failures", "errors", "skipped")
     }
-    context.row("pytest", counts["tests"] > 0, **counts)
+    told = {"note": cut} if cut else {}
+    context.row("pytest", counts["tests"] > 0 and not cut, **counts, **told)
 
 
 def shapes(context: Context) -> None:

@@ -1,4 +1,5 @@
-"""The parts of gpu.py that run zipr1 itself: through its command line and `zipr1.sparse`, nothing that lies deeper."""
+"""The parts of gpu.py that run zipr1 itself: through its command line, and through `Policy.generate`, by which rollouts
+and evaluation decode."""
 
 from __future__ import annotations
 
@@ -130,31 +131,41 @@ def random_weights(context: Context, folder: Path, dtype: torch.dtype) -> Any:
 def waits(context: Context) -> None:
     """Waits and launches of a prefill and of a decoding step, and the waits of a training step."""
     layers, length, batch = (2, 96, 2) if context.small else (8, 4096, 2)
-    with context.attempt("prefill and decoding"), tempfile.TemporaryDirectory() as folder:
+    with (
+        context.attempt("prefill and decoding"),
+        tempfile.TemporaryDirectory() as folder,
+        random_instead_of_loaded(context),
+    ):
         write_config(context, Path(folder), layers)
-        dtype = torch.float32 if context.small else torch.bfloat16
-        model = random_weights(context, Path(folder), dtype).eval().requires_grad_(False)
-        generated(context, model, layers, length, batch)
+        generated(context, folder, layers, length, batch)
     with context.attempt("training step"):
         update(context)
 
 
-def generated(context: Context, model: Any, layers: int, length: int, batch: int) -> None:
-    import zipr1
+def generated(context: Context, folder: str, layers: int, length: int, batch: int) -> None:
+    """Counted launched piece by piece, which is what a captured step repeats; timed both ways."""
+    from zipr1.core.recipe import Model, Sparse
+    from zipr1.models import decoding
+    from zipr1.models.policy import load_policy
+    from zipr1.models.processors import Encoded
+    from zipr1.models.sparse.request import Request
 
-    ids = torch.randint(7, 400, (batch, length), device=context.device)
-    mask = torch.ones_like(ids)
-    mask[0, : length // 4] = 0
+    dtype = "float32" if context.small else "bfloat16"
+    policy = load_policy(Model(path=folder, dtype=dtype), context.device)
+    policy.processor.end_ids = [-1]  # no answer ends early
+    encoded = []
+    for row in range(batch):
+        own = length - row * length // (4 * batch)
+        places = torch.arange(own).expand(3, -1)
+        encoded.append(Encoded(torch.randint(7, 400, (own,)), places, own, (), str(row)))
+    features = policy.encode_vision(encoded)
+    request = Request(Sparse(p=0.9, skip="layer", dense_below=0))
 
     def answer(tokens: int) -> None:
-        model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
-            pad_token_id=0,
-        )  # fmt: skip
+        policy.generate(encoded, features, request, tokens)
 
-    with torch.no_grad(), zipr1.sparse(model, 0.9, skip="layer", dense_below=0):
-        answer(3)
-        one, many = (counts(context, lambda n=n: answer(n)) for n in (1, 9))  # type: ignore[misc]
+    answer(3)
+    one, many = (counts(context, lambda n=n: answer(n)) for n in (1, 9))  # type: ignore[misc]
     context.row("prefill", layers=layers, tokens=length, rows=batch, waits=one[0], launches=one[1])
     wait, launch = ((b - a) / 8 for a, b in zip(one[:2], many[:2], strict=True))
     context.row("decoding step", layers=layers, rows=batch, waits=wait, launches=launch)
@@ -162,13 +173,38 @@ def generated(context: Context, model: Any, layers: int, length: int, batch: int
         context.row(f"waits in prefill at {place}", times=times)
     for place, times in (many[2] - one[2]).most_common(6):
         context.row(f"waits in eight steps at {place}", times=times)
+    stock = decoding.CAPTURED
+    ways = (
+        {"captured": stock, "eager": sys.maxsize} if context.device == "cuda" else {"eager": stock}
+    )
+    for way, least in ways.items():
+        with context.attempt(f"32 tokens, {way}"):
+            decoding.CAPTURED = least
+            try:
+                seconds = [timed(context, lambda n=n: answer(n)) for n in (1, 33)]  # type: ignore[misc]
+            finally:
+                decoding.CAPTURED = stock
+            prefill, whole = (1e3 * x for x in seconds)
+            told = {"prefill_ms": prefill, "decoding_ms": whole - prefill}
+            context.row(f"32 tokens, {way}", layers=layers, rows=batch, **told)
     if context.device == "cuda":
-        with torch.no_grad(), zipr1.sparse(model, 0.9, skip="layer", dense_below=0):
-            seen = traced(lambda: answer(2))
+        seen = traced(lambda: answer(2))
         path = context.out / "trace.json"
         seen.export_chrome_trace(str(path))
         if path.stat().st_size > 15 * 2**20:  # more does not come back from a lent machine
             path.unlink()
+
+
+def timed(context: Context, run: Callable[[], object]) -> float:
+    """Seconds, the better of two; what is captured is captured each time, and counted."""
+    found = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        run()
+        if context.device == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - begin)
+    return min(found)
 
 
 def traced(run: Callable[[], object]) -> Any:

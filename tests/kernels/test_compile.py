@@ -1,5 +1,6 @@
 """Every kernel at every shipped configuration, compiled for two kinds of GPU without having one."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -67,6 +68,25 @@ def test_hopper_multiplies_by_warp_groups_and_spills_nothing(rows):
     assert {row["kernel"] for row in checked if row["arch"] == 90 and row["op"] == "sparse_prefill"} == {
         "forward_kernel", "queries_grad_kernel", "keys_grad_kernel",
     }  # fmt: skip
+
+
+def test_no_cache_is_split_into_more_shares_than_are_compiled():
+    """And every place is in one of them."""
+    import resources
+    from zipr1_kernels.sparse_decode import kernel
+
+    (compiled,) = (
+        row[-1]["SHARES"]
+        for row in resources.KERNELS
+        if (row[0], row[2]) == ("sparse_decode", "join_kernel")
+    )
+    most = 0
+    lengths = (1, 63, 64, 65, 4096, 8193, 131_072, 1_000_003)
+    for pairs, columns, n in itertools.product((1, 2, 3, 4, 8, 64, 300), (16, 64, 128), lengths):
+        span, shares = kernel.split(n, pairs, columns)
+        assert span % columns == 0 and (shares - 1) * span < n <= shares * span
+        most = max(most, shares)
+    assert 64 < most <= compiled
 
 
 def test_blocks_of_a_multiprocessor_by_hand():

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ BENCH = Path(__file__).resolve().parents[2] / "kernels" / "bench"
 sys.path.insert(0, str(BENCH))
 
 import gpu  # noqa: E402
+import gpu_parts  # noqa: E402
 from gpu import Part  # noqa: E402
 
 # Stands in for gpu_parts.py: a part does what its name says.
@@ -154,6 +156,25 @@ def test_every_file_with_tests_for_a_gpu_is_run():
     assert "models/test_waits.py" in found, "what a GPU alone can show of waits and captured steps"
 
 
+def test_pytest_that_is_ended_in_a_test_tells_of_those_before(tmp_path):
+    code = "import pathlib, time\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c():\n"
+    code += "    pathlib.Path('begun').touch()\n    time.sleep(600)\n"
+    (tmp_path / "test_some.py").write_text(code)
+    words = ["-q", "-p", "no:cacheprovider", "--junitxml=found.xml", "test_some.py"]
+    process = subprocess.Popen([sys.executable, "-c", gpu_parts.PYTEST, *words], cwd=tmp_path)
+    try:
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        gpu_parts.interrupted(process, 300)
+    finally:
+        process.kill()
+        process.wait()
+    cases = xml.etree.ElementTree.parse(tmp_path / "found.xml").getroot().iter("testcase")
+    failed = {case.get("name"): case.find("failure") is not None for case in cases}
+    assert failed["test_a"] is False and failed["test_b"] is True
+
+
 def test_the_table_by_hand():
     timing = {"part": "timing", "which": "attention", "ok": True, "length": 4096}
     rows = [
@@ -211,7 +232,12 @@ def test_every_part_runs_on_a_cpu(tmp_path):
             "torch: not on a GPU" if row["op"] == "packed_attention" else "triton"
         )
     named = {(row["part"], row["name"]) for row in rows}
-    assert {("waits", "prefill"), ("tiny", "finite"), ("step", "step with through")} <= named
+    assert {
+        ("waits", "prefill"),
+        ("waits", "32 tokens, eager"),
+        ("tiny", "finite"),
+        ("step", "step with through"),
+    } <= named
     assert ("timing", "sparse_prefill: ours") in named and ("profile", "tiny: decode") in named
     files = {path.name for path in tmp_path.iterdir()}
     allowed = {

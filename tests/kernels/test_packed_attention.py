@@ -198,6 +198,30 @@ def test_the_form_for_a_gpu_stays_off_torchs_slow_path(dim, values, dtype, monke
     assert grouped == shared and b[1] == c[1] == (2 if shared else 4)
 
 
+def test_a_gpu_before_sm_80_is_not_offered_a_library_that_raises(installed):
+    assert installed(*BOTH, major=7) == ()
+    assert [provider.name for provider in installed(major=8)] == ["its variable-length attention"]
+
+
+@pytest.mark.parametrize("function", ["by_213", "by_3"])
+def test_a_signature_is_looked_up_once(function, monkeypatch):
+    looked, real = [], library.inspect.signature
+
+    def signature(run):
+        looked.append(run)
+        return real(run)
+
+    monkeypatch.setattr(library.inspect, "signature", signature)
+    library._arguments.cache_clear()
+    call = library._by_torch if function == "by_213" else library._by_flash
+    provider = library.Provider("", 256, globals()[function], call)
+    kept = kept_of("ragged")
+    x = normal(kept.total, 2, 8)
+    for _ in range(3):
+        library.packed_attention(provider, x, x, x, kept)
+    assert looked == [globals()[function]]
+
+
 def test_why_the_library_is_not_taken(monkeypatch):
     x = normal(4, 2, 8).bfloat16()
     assert library.choose(x, x, x).name == "its variable-length attention"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import tinyruns
 import torch
+import torch.nn.functional as F
 
 import zipr1
 from zipr1.core.errors import InputError
 from zipr1.core.recipe import Probes, Sparse
+from zipr1.models.sparse.attention import EXPANDS
 from zipr1.models.sparse.hybrid import Choosing
 from zipr1.models.sparse.packing import Handover
 from zipr1.models.sparse.record import LayerRecord
@@ -155,6 +157,21 @@ def test_attention_of_a_turn_against_loops(past, monkeypatch):
     left = one.handover.find(0)
     assert left.o_proj.tolist() == left.mlp.tolist() == rest
     assert cache.layers[0].prompt_counts.tolist() == keep.sum(1).tolist()
+
+
+def test_a_turn_on_a_gpu_shares_no_heads_beside_its_mask(monkeypatch):
+    """For which torch has no fused kernel. The result is the same."""
+    seen, real = [], F.scaled_dot_product_attention
+
+    def watched(q, k, v, **options):
+        seen.append((k.shape[1], v.shape[1], options["enable_gqa"]))
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    test_attention_of_a_turn_against_loops(9, monkeypatch)
+    monkeypatch.setitem(EXPANDS, "cpu", True)
+    test_attention_of_a_turn_against_loops(9, monkeypatch)
+    assert seen == [(2, 2, True), (4, 4, False)]
 
 
 def test_a_turns_probes_are_its_own_tokens(monkeypatch):

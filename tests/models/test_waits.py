@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import itertools
 import logging
+import warnings
 
 import pytest
 import standingpu
@@ -21,6 +22,7 @@ from zipr1.models import decoding, sampling
 from zipr1.models.policy import load_policy
 from zipr1.models.sparse.patch import attributes, sparse_attention
 from zipr1.models.sparse.request import PromptBatch, Request
+from zipr1.models.sparse.rules import RULES
 
 LAYERS = tinymodels.TEXT["num_hidden_layers"]
 PROBES = Probes(recent=3, random=6)
@@ -173,6 +175,17 @@ def test_a_layer_in_16_bits_is_launched_as_seldom(family, longest, tmp_path, mon
     assert max(of_layers) <= 56
     assert waits.total() <= LAYERS + 2, waits
     assert not any("index" in where or "size" in where for where in dense_waits), dense_waits
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_layer_in_16_bits_is_launched_as_seldom_by_rule(rule, tmp_path):
+    """What a rule makes of p is made for all layers before the first. The control hashes each place of each layer."""
+    path = str(tinymodels.folder("qwen2_5_vl", tmp_path))
+    policy = load_policy(Model(path=path, dtype="bfloat16"), "cpu")
+    request = Request(settings(rule=rule, skip="layer"), audit=(0,))
+    ((of_layers, waits),) = counted_in_a_prefill(policy, request)
+    assert max(of_layers) <= (80 if rule == "random" else 50), of_layers
+    assert waits.total() <= LAYERS + 2, waits
 
 
 def test_an_adapter_adds_to_a_sparse_layer_what_it_adds_to_a_dense_one():
@@ -447,6 +460,30 @@ def test_a_captured_step_answers_as_the_eager_one(skip, monkeypatch, caplog):
     assert not caplog.records
     for one, other in zip(captured.tokens, eager.tokens, strict=True):
         assert one.tolist() == other.tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("skip", ["attention", "layer"])
+def test_a_prefill_and_decoding_wait_as_seldom_on_a_gpu(skip, monkeypatch):
+    policy, encoded, features = prompts()
+    policy.model.cuda()
+    features = {name: values.cuda() for name, values in features.items()}
+    request = Request(settings(skip=skip))
+    monkeypatch.setattr(decoding, "CAPTURED", 1000)  # what is captured cannot wait at all
+    generate(policy, encoded, features, request, 18)
+    seen = {}
+    for new in (1, 18):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                generate(policy, encoded, features, request, new)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        places = [(w.filename, w.lineno) for w in caught if "synchroniz" in str(w.message)]
+        seen[new] = places
+    assert len(seen[1]) <= LAYERS + 2, seen[1]
+    assert len(seen[18]) - len(seen[1]) <= 17 // 8, seen[18]
 
 
 @pytest.mark.gpu

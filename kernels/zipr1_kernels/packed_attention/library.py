@@ -54,10 +54,11 @@ def _providers(major: int) -> tuple[Provider, ...]:
             log.warning("FlashAttention %d is installed and does not load (%s)", version, error)
             continue
         found.append(Provider(f"FlashAttention {version}", widest, run, _by_flash))
-    with contextlib.suppress(ImportError):
-        from torch.nn.attention.varlen import varlen_attn
+    if major == 0 or major >= 8:  # an older GPU raises an error when it is called
+        with contextlib.suppress(ImportError):
+            from torch.nn.attention.varlen import varlen_attn
 
-        found.append(Provider("its variable-length attention", 256, varlen_attn, _by_torch))
+            found.append(Provider("its variable-length attention", 256, varlen_attn, _by_torch))
     return tuple(found)
 
 
@@ -112,6 +113,12 @@ def packed_attention(
     return out[..., :values]
 
 
+@functools.cache
+def _arguments(run: Callable[..., Any]) -> frozenset[str]:
+    """Names, looked up once: every layer of every pass asks."""
+    return frozenset(inspect.signature(run).parameters)
+
+
 def _by_torch(
     run: Callable[..., Any],
     q: torch.Tensor,
@@ -121,7 +128,7 @@ def _by_torch(
     longest: int,
     scale: float,
 ) -> torch.Tensor:
-    known = inspect.signature(run).parameters
+    known = _arguments(run)
     options: dict[str, Any] = {}
     if "is_causal" in known:
         options["is_causal"] = True
@@ -154,7 +161,7 @@ def _by_flash(
     }
     # Some versions read the longest row off the starts.
     lengths = {"max_seqlen_q": longest, "max_seqlen_k": longest}
-    known = inspect.signature(run).parameters
+    known = _arguments(run)
     options |= {name: n for name, n in lengths.items() if name in known}
     out = run(q, k, v, **options)
     result: torch.Tensor = out[0] if isinstance(out, tuple) else out  # beside it the normalisers

@@ -40,6 +40,8 @@ FORWARD: Tables = {
 
 # Programs to aim at, about two for each multiprocessor of an H100: fewer leave it idle, more have more to join.
 PROGRAMS = 264
+# Shares of one row and head that are joined at once, at most: the most that `resources.py` compiles.
+SHARES = 128
 
 
 @triton.jit(do_not_specialize=["n", "span"])
@@ -120,6 +122,13 @@ def join_kernel(
     tl.store(out + dims, acc.to(Out.dtype.element_ty), mask=dims < DV)
 
 
+def split(n: int, pairs: int, columns: int) -> tuple[int, int]:
+    """Places of a share, a multiple of `columns`, and how many shares n places make; pairs: rows times key heads."""
+    wanted = min(SHARES, triton.cdiv(PROGRAMS, pairs))
+    span = triton.cdiv(triton.cdiv(n, wanted), columns) * columns
+    return span, triton.cdiv(n, span)
+
+
 def sparse_decode(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -138,9 +147,7 @@ def sparse_decode(
     config = table(FORWARD, k.device)[max(padded(dim), padded(values))]
     n = k.shape[2]
     block = max(config.rows, triton.next_power_of_2(rows))
-    wanted = triton.cdiv(PROGRAMS, batch * heads)
-    span = triton.cdiv(triton.cdiv(n, wanted), config.columns) * config.columns
-    shares = triton.cdiv(n, span)
+    span, shares = split(n, batch * heads, config.columns)
     part = q.new_empty(batch * heads, shares, block, padded(values), dtype=torch.float32)
     most, total = (part.new_empty(batch * heads, shares, block) for _ in range(2))
     out = torch.empty(batch, queries, q_heads, values, dtype=q.dtype, device=q.device).transpose(1, 2)  # fmt: skip

@@ -20,6 +20,7 @@ from transformers import Cache
 from zipr1_kernels import Kept, kv_compact, pack_each, sparse_prefill
 
 from zipr1.core.errors import InputError
+from zipr1.models.sparse.attention import EXPANDS
 from zipr1.models.sparse.cache import PrunedCache, PrunedLayer, kv_bytes
 from zipr1.models.sparse.context import Decode, DecoderCall, SparseContext
 from zipr1.models.sparse.hybrid import Choosing
@@ -151,9 +152,15 @@ class Turn(SparseContext):
             return sparse_prefill(query, key, value, kept, scale=scale).transpose(1, 2)
         place = self.past + torch.arange(query.shape[2], device=query.device)
         sees = (kept.index[:, None] <= place[:, None]) & kept.real[:, None]
+        k, v = few
+        if EXPANDS.get(
+            query.device.type, False
+        ):  # no fused kernel takes both a mask and shared heads
+            k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in few)
         out = F.scaled_dot_product_attention(
-            query, *few, attn_mask=sees[:, None], scale=scale, enable_gqa=True
-        )
+            query, k, v, attn_mask=sees[:, None], scale=scale,
+            enable_gqa=query.shape[1] != k.shape[1],
+        )  # fmt: skip
         return torch.where(mine[:, :, None, None], out.transpose(1, 2), 0.0)
 
 

@@ -1,7 +1,7 @@
 """Selection rules by name: scores and one number p per sample -> which tokens stay.
 
-To add a rule: a function with the signature of `top_p` and a line in `RULES`. Every rule keeps all
-candidates at p = 1 and never drops an always-kept token.
+To add a rule: a function with the signature of `top_p`, one that turns p into the amount that it takes, and a line in
+`RULES`. Every rule keeps all candidates at p = 1 and never drops an always-kept token.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ class Draw(NamedTuple):
     layer: int = 0
 
 
-Rule = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Draw],
-    torch.Tensor,
-]
+class Rule(NamedTuple):
+    """amount: of p `(.., B)` and the number of candidates `(B,)` -> `(.., B)`, all that `choose` has to know of p, made
+    for all layers at once, where lengths are known. choose: see `top_p`."""
+
+    amount: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    choose: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Draw], torch.Tensor]
 
 
 def top_p(
@@ -37,37 +39,37 @@ def top_p(
 ) -> torch.Tensor:
     """The fewest tokens that hold the share p of the score mass.
 
-    Args of every rule: scores `(B, L)` float >= 0; p `(B,)` float in (0, 1]; candidates and always
-    `(B, L)` bool; draw for random rules. Returns `(B, L)` bool.
+    Args of every rule: scores `(B, L)` float >= 0; its amount `(B,)`, here p itself, float in (0, 1]; candidates and
+    always `(B, L)` bool; draw for random rules. Returns `(B, L)` bool.
     """
     return select_top_p(scores, p, candidates, always)
 
 
 def top_k(
     scores: torch.Tensor,
-    p: torch.Tensor,
+    k: torch.Tensor,
     candidates: torch.Tensor,
     always: torch.Tensor,
     draw: Draw,
 ) -> torch.Tensor:
     """The ceil(p * length) tokens of highest score, always-kept ones counted."""
-    return select_top_k(scores, _count(p, candidates), candidates, always)
+    return select_top_k(scores, k, candidates, always)
 
 
 def threshold(
     scores: torch.Tensor,
-    p: torch.Tensor,
+    t: torch.Tensor,
     candidates: torch.Tensor,
     always: torch.Tensor,
     draw: Draw,
 ) -> torch.Tensor:
     """Drop tokens whose score, relative to a uniform spread, is below 1 - p."""
-    return select_threshold(scores, 1 - p, candidates, always)
+    return select_threshold(scores, t, candidates, always)
 
 
 def random(
     scores: torch.Tensor,
-    p: torch.Tensor,
+    k: torch.Tensor,
     candidates: torch.Tensor,
     always: torch.Tensor,
     draw: Draw,
@@ -75,12 +77,19 @@ def random(
     """ceil(p * length) tokens by a hash of (seed, layer, unpadded position): the control."""
     position = candidates.cumsum(-1) - 1
     noise = uniforms(mix(draw.seed, draw.layer), position.clamp_min(0))
-    return select_top_k(noise, _count(p, candidates), candidates, always)
+    return select_top_k(noise, k, candidates, always)
 
 
-def _count(p: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """ceil(p * candidates), `(B,)` int64, with the rounding of p's own dtype forgiven."""
-    length = candidates.sum(-1)
+def _itself(p: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    return p
+
+
+def _rest(p: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    return 1 - p
+
+
+def _count(p: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """ceil(p * length), int64, with the rounding of p's own dtype forgiven."""
     exact = p.double() * length
     # 0.7 in float32 times 10 is 6.99999988 or 7.00000018: neither may move the count from 7.
     whole = exact.round()
@@ -89,10 +98,10 @@ def _count(p: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
 
 
 RULES: dict[str, Rule] = {
-    "top_p": top_p,
-    "top_k": top_k,
-    "threshold": threshold,
-    "random": random,
+    "top_p": Rule(_itself, top_p),
+    "top_k": Rule(_count, top_k),
+    "threshold": Rule(_rest, threshold),
+    "random": Rule(_count, random),
 }
 
 
@@ -105,4 +114,5 @@ def select(
     draw: Draw,
 ) -> torch.Tensor:
     """Apply the rule named `rule`, one of `RULES` (the recipe has checked the name)."""
-    return RULES[rule](scores, p, candidates, always, draw)
+    amount = RULES[rule].amount(p, candidates.sum(-1))
+    return RULES[rule].choose(scores, amount, candidates, always, draw)

@@ -23,7 +23,7 @@ from zipr1.core.recipe import Probes
 from zipr1.models.sparse.probes import probe_slots
 from zipr1.models.sparse.record import LayerRecord, Record
 from zipr1.models.sparse.request import Request, dense_below
-from zipr1.models.sparse.rules import Draw, select
+from zipr1.models.sparse.rules import RULES, Draw
 from zipr1.models.transfer import send
 
 # Added to a pass's seed for the probes of its audit, so that they are other ones.
@@ -112,7 +112,8 @@ class Selector:
             "dense": dense,
         }
         if request.replay is None:
-            made["p"] = self._thresholds(dense, layers)
+            p = self._thresholds(dense, layers)
+            made["amount"] = RULES[settings.rule].amount(p, candidates.sum(1))
         else:
             made["replay"] = torch.stack(list(request.replay))
         self.scored = len(dense)
@@ -167,8 +168,9 @@ class Selector:
             scores = torch.zeros(self.candidates.shape, device=self.candidates.device)
         rule, draw = self.request.settings.rule, Draw(self.request.seed, layer)
         with phase("selection"):
-            p = self._of_layers["p"][layer]
-            return select(rule, scores.detach(), p, self.candidates, self.always, draw)
+            amount = self._of_layers["amount"][layer]
+            choose = RULES[rule].choose
+            return choose(scores.detach(), amount, self.candidates, self.always, draw)
 
     def _probes(self, asking: ProbeRange, layers: int, length: int) -> dict[str, torch.Tensor]:
         """`index`, `places` and `rows` of the probes of all layers, and which rows are audited, `audited`; on the CPU.
