@@ -28,7 +28,7 @@ from zipr1.core.errors import InputError
 from zipr1.core.load import validate
 from zipr1.core.recipe import Lora, Model
 from zipr1.export.session import export
-from zipr1.models import loading, pixels
+from zipr1.models import loading
 from zipr1.models.open import find_source, open_model, resolve, stored_dtype
 from zipr1.models.policy import load_policy
 from zipr1.profiling import subject
@@ -344,7 +344,7 @@ def hub(monkeypatch):
         path = Path(resolve("tiny")) / file
         return str(path) if path.is_file() else None
 
-    monkeypatch.setattr(pixels, "cached_file", cached)
+    monkeypatch.setattr("zipr1.models.beside.cached_file", cached)
     return asked
 
 

@@ -105,19 +105,23 @@ def test_before_the_first_step(page):
 
 
 def test_the_command_that_goes_on_repeats_what_the_user_has_to_say(tmp_path, monkeypatch):
-    """Code, and files outside of the run: `train --resume` does not take the run's own recipe's word for them."""
+    """Code, and files of rows: `train --resume` does not take the run's own recipe's word for them."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows of mine.jsonl").write_text("")
     (tmp_path / "mine.py").write_text("def f(prediction, reference): return 1.0\n")
     data = {"source": "rows of mine.jsonl:[5:]", "heldout": "run/kept.jsonl"}
     recipe = tinyruns.recipe(rewards={"check": "mine.py:f"}, data=data)
     made = RunPage(RunDir.open(recipe, tmp_path / "run"), recipe)
+    (tmp_path / "run" / "kept.jsonl").write_text("")  # its rows may name pictures anywhere
     made.begin(None, PROMPTS, {"dense": DENSE, "before": BEFORE})
     (command,) = re.findall(r"zipr1 train --resume [^<]*", made.path.read_text())
     _, _, _, folder, *again = shlex.split(html.unescape(command))
     assert folder == str(tmp_path / "run")
-    assert again == ["rewards.check=mine.py:f", "data.source=rows of mine.jsonl:[5:]"]
-    (tmp_path / "run" / "kept.jsonl").write_text("")
+    assert again == [
+        "rewards.check=mine.py:f",
+        "data.source=rows of mine.jsonl:[5:]",
+        "data.heldout=run/kept.jsonl",
+    ]
     found: list[Any] = []
     monkeypatch.setattr("zipr1.train.loop.run", lambda recipe, *more: found.append(recipe) or {})
     code, said = call("train", "--resume", "run", *again)

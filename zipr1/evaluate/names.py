@@ -34,7 +34,7 @@ def own_tasks() -> tuple[str, ...]:
         if path.suffix in (".pyc", ".py") or not path.is_file():
             continue
         for key, value in NAMED.findall(path.read_text(encoding="utf-8-sig", errors="replace")):
-            lines = value.splitlines()
+            lines = value.split("\n")
             # Of a group, `task` lists its members, each of which has a file of its own.
             inside = lines[:1] if key == "task" else lines
             for line in inside:
