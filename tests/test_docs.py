@@ -148,7 +148,11 @@ def commands(page: str) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md", "recipes/README.md"])
+PAGES = ["README.md", "CONTRIBUTING.md", "recipes/README.md"]
+PAGES += [f"docs/{name}.md" for name in ("choosing", "results", "models")]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_commands_exist_with_their_options(page):
     from zipr1.core.load import load
 
@@ -169,8 +173,13 @@ def test_commands_exist_with_their_options(page):
         for file in files:
             load(ROOT / file, overrides)  # raises for a key that is not there
         seen.add(name)
-    wanted = {"README.md": {"make", *known}, "docs/choosing.md": {"profile"}}
-    assert seen >= wanted.get(page, {"make", "train"})
+    wanted = {
+        "README.md": {"make", *known},
+        "CONTRIBUTING.md": {"make", "train"},
+        "recipes/README.md": {"make", "train"},
+        "docs/results.md": {"make", "train", "eval", "profile"},
+    }
+    assert seen >= wanted.get(page, {"profile"})
 
 
 def named_files(page: str) -> list[tuple[str, str | None]]:
