@@ -5,6 +5,7 @@ the recipe; and the memory that it took, beside the plan's figure. Models and ru
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,13 @@ from zipr1.models import positions
 from zipr1.models.inputs import model_inputs
 from zipr1.models.policy import load_policy
 
-pytestmark = pytest.mark.slow
+ROOM = 16 * 2**30  # bytes; ten are taken
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < ROOM, reason="needs 16 GiB"
+    ),
+]
 
 FILE = Path(__file__).parents[2] / "recipes" / "bench" / "planned.py"
 spec = importlib.util.spec_from_file_location("planned", FILE)
