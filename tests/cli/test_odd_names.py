@@ -1,6 +1,7 @@
 """Every command in a folder whose name would be markup and emoji to the terminal: it is shown as it is, and works."""
 
 import contextlib
+import shlex
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,9 @@ def test_train(odd):
     code, said = odd
     assert code == 0, said
     assert f"run: {ODD}/run" in said and f"report: {ODD}/run/report.html" in said
-    assert f"zipr1 export {ODD}/run --to DIR" in said
+    assert (
+        f"zipr1 export {shlex.quote(f'{ODD}/run')} --to DIR" in said
+    )  # brackets mean more to a shell
     assert f"{ODD}/model, 1 steps" in said  # the title of the table
     assert f"{ODD}/model: pictures of" in said  # the log
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from zipr1.core.errors import InputError
+from zipr1.core.extras import install
 from zipr1.core.recipe import Data
 from zipr1.data import rows, video
 from zipr1.data.media import load_media
@@ -236,8 +237,9 @@ def test_json_holds_a_list(folder):
 def test_parquet_without_pyarrow_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (folder / "rows.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InputError, match=r"zipr1\[data\]"):
+    with pytest.raises(InputError, match="parquet needs pyarrow") as told:
         rows.load(folder / "rows.parquet", Data())
+    assert f"; {install('data')}, or convert it to .jsonl" in str(told.value)
 
 
 def test_parquet_with_pictures_in_the_rows(folder):
