@@ -20,7 +20,8 @@ from rich.console import Console
 
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.load import load, validate
-from zipr1.core.recipe import LARGEST, Recipe
+from zipr1.core.recipe import Recipe
+from zipr1.core.section import LARGEST
 from zipr1.train import dry_run as plan
 from zipr1.train import loop
 from zipr1.train.page import RunPage

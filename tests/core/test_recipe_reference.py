@@ -8,7 +8,8 @@ from pydantic import Field
 
 from zipr1.core import load, reference
 from zipr1.core.errors import InputError
-from zipr1.core.recipe import Recipe, Section
+from zipr1.core.recipe import Recipe
+from zipr1.core.section import Section
 
 PAGE = Path(__file__).parents[2] / "docs/recipe.md"
 

@@ -17,7 +17,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from zipr1.core.methods import METHODS
-from zipr1.core.recipe import Recipe, Section
+from zipr1.core.recipe import Recipe
+from zipr1.core.section import Section
 
 HEAD = """# Every key of a recipe
 
