@@ -155,7 +155,7 @@ def load_questions(
     activity.tell("reading the questions")
     prompts = sources.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
     questions = sources.load(recipe.data, "heldout", recipe.seed)
-    check_answers([*prompts, *questions], recipe)
+    prompts, questions = check_answers(prompts, recipe), check_answers(questions, recipe)
     prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     if recipe.data.on_bad_row == "skip":
         questions = chunks.readable(pictures, questions)
