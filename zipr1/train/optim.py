@@ -150,7 +150,7 @@ def clipped_step(
 def state_tensors(
     optimizer: Optimizers,
     named: Sequence[tuple[str, torch.nn.Parameter]],
-    newest: Mapping[str, torch.Tensor],
+    newest: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Moments and step counts of every parameter by its name, to be saved as safetensors; of several ranks the first
     has them. All ranks must ask. A parameter that no gradient has reached yet has those it would begin with: zeros.
@@ -161,7 +161,7 @@ def state_tensors(
             for name, parameter in named
             for key, value in _state_of(optimizer, parameter).items()
         }
-        | {f"{name}/weight": value for name, value in newest.items()}
+        | {f"{name}/weight": value for name, value in (newest or {}).items()}
     )
 
 
