@@ -59,8 +59,9 @@ def drift(rows: Rows, recipe: Recipe) -> str | None:
     if bound is None or len(window) < max(RECENT, steps // 10) or window[0]["step"] < steps // 2:
         return None
     for task in window[-1].get("guard") or {}:
-        seen = [(row.get("guard") or {}).get(task) for row in window]
-        if not all(one and one["drift"] - SURE * one["drift_error"] > bound for one in seen):
+        seen = [one for row in window if (one := (row.get("guard") or {}).get(task))]
+        sure = [one["drift"] - SURE * one["drift_error"] > bound for one in seen]
+        if len(seen) < len(window) or not all(sure):
             continue
         if seen[-1]["drift"] >= seen[0]["drift"]:
             lost, error = 100 * seen[-1]["drift"], 100 * seen[-1]["drift_error"]
@@ -93,11 +94,13 @@ def heldout(rows: Rows, recipe: Recipe) -> str | None:
     bound, wanted = recipe.alarms.min_heldout_mass, recipe.efficiency
     if bound is None or (wanted.target is None and wanted.max_accuracy_drop is None):
         return None
-    masses = [row["heldout_mass"] for row in (*rows[:FIRST], *rows[-RECENT:])]
-    start, now = np.array(masses[:FIRST]), np.array(masses[FIRST:])
-    if len(rows) < FIRST + RECENT or start.mean() < bound:
+    if len(rows) < FIRST + RECENT:
         return None
-    if now.mean() + SURE * now.std(ddof=1) / np.sqrt(len(now)) >= bound:
+    masses = [row.get("heldout_mass") for row in (*rows[:FIRST], *rows[-RECENT:])]
+    start, now = (np.array(part, dtype=float) for part in (masses[:FIRST], masses[FIRST:]))
+    if not start.mean() >= bound:
+        return None
+    if not now.mean() + SURE * now.std(ddof=1) / np.sqrt(len(now)) < bound:
         return None
     return (
         f"the kept tokens hold {now.mean():.1%} of the score mass of probes that took no part in the choice "
