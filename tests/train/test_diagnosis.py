@@ -33,10 +33,8 @@ def test_the_norm_of_each_loss_is_that_of_an_update_with_it_alone(monkeypatch):
     whole = recipe(ppo=Ppo(**ppo), efficiency=method, budgets=drawn)
     policy, batch = roll(whole, tinymodels.mixed())
     generator = torch.Generator().manual_seed(5)
-    for (
-        _,
-        parameter,
-    ) in policy.trainable():  # no longer the reference, and all that was kept can still be chosen
+    # No longer the reference, and all that was kept can still be chosen.
+    for _, parameter in policy.trainable():
         parameter.data += 1e-3 * torch.randn(parameter.shape, generator=generator)
     for group in batch.groups:
         group.rollouts[0].rewards["correct"] = 1.0  # opens the gate
@@ -49,6 +47,7 @@ def test_the_norm_of_each_loss_is_that_of_an_update_with_it_alone(monkeypatch):
             efficiency=Efficiency(method=method),
             budgets=drawn,
             rewards={"reduction": 0.0},
+            optim={"max_grad_norm": 1e6},
         )
         return length(gradients(settings, policy, batch, weight)[1])
 
@@ -134,7 +133,9 @@ def test_each_layer_beside_its_set_point():
     controller = EfficiencyController(settings.efficiency, 3)
     controller.update([Check("digits", "digits/a", 0.0, (0.9, 0.8, 0.1))], 0.0)
     assert controller.set_points()["digits"] == pytest.approx([0.9, 0.8, 0.1])
-    batch.checks = [Check("digits", "digits/a", 0.0, (r, r / 2, r / 3)) for r in (0.6, 0.3)]
+    batch.checks = [
+        Check("digits", "digits/a", 0.0, (r, r / 2, r / 3)) for r in (0.6, 0.3, 0.6, 0.3)
+    ]
     controller.update(batch.checks, 0.5)
     said = diagnose(policy, settings, batch, controller)["by_layer"]["digits"]
     assert said["kept"] == pytest.approx([0.45, 0.225, 0.15])
