@@ -45,6 +45,7 @@ from zipr1.train.metrics import rollout_lines, step_metrics
 from zipr1.train.optim import Optimizers
 from zipr1.train.page import RunPage
 from zipr1.train.progress import Progress
+from zipr1.train.redraw import redraw
 from zipr1.train.rollout import Batch, roll_out, together
 from zipr1.train.summary import finish, measure_before
 from zipr1.train.update import update
@@ -244,7 +245,8 @@ def rl_step(
     controller = EfficiencyController(recipe.efficiency, policy.layers, state["pressure"])
     boost = recipe.data.hard_kind_boost
     # 1. take the step's questions and look at their pictures, once in the run
-    drawn = deck.draw(step, controller.kind_weights(boost))
+    kinds = controller.kind_weights(boost)
+    drawn = deck.draw(step, kinds)
     asked, encoded, places = take(pictures, drawn)
     clock.append(time.monotonic())
     watch.at(f"step {step + 1}: vision")
@@ -260,10 +262,14 @@ def rl_step(
         policy, recipe, asked, encoded, seen.policy, step, seen.reference, known, places
     )
     batch = together(batch, drawn, places)
+    checks = (
+        batch.checks
+    )  # of the questions as they are drawn: others may be chosen for what their answers are
+    batch = redraw(policy, recipe, pictures, deck, batch, drawn, step, known, kinds)
     signals.check(distributed.gather)
     clock.append(time.monotonic())
     # 3. weigh saved tokens: toward the target, within the constraint
-    controller.update(batch.checks, step / recipe.train.steps)
+    controller.update(checks, step / recipe.train.steps)
     # 4. rewards, advantages, and the clipped update, while threads decode the next step's media
     watch.at(f"step {step + 1}: update")
     following = deck.draw(step + 1, controller.kind_weights(boost))
