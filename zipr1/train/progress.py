@@ -31,7 +31,6 @@ SHOWN = (
     ("dense_accuracy", "dense accuracy", "share"),
     ("token_ratio", "tokens kept", "share"),
     ("kl", "KL to dense", "number"),
-    ("multiplier", "constraint multiplier", "number"),
     ("efficiency_weight", "efficiency weight", "number"),
     ("lr", "learning rate", "small"),
 )
