@@ -301,9 +301,7 @@ def rl_step(
         policy, recipe, asked, encoded, seen.policy, step, seen.reference, known, places
     )
     batch = together(batch, drawn, places)
-    checks = (
-        batch.checks
-    )  # of the questions as drawn: those in their place were chosen by their answers
+    checks = batch.checks  # before questions are chosen by what was answered
     batch = redraw(policy, recipe, pictures, deck, batch, drawn, step, known, kinds)
     signals.check(distributed.gather)
     clock.append(time.monotonic())
