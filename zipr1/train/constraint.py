@@ -79,9 +79,13 @@ class Constraint:
         done = min(1.0, progress / guard.strict_at)
         return float(early * (max(strict, 1e-4) / max(early, 1e-4)) ** done) if strict else 0.0
 
+    def judges(self, task: str) -> bool:
+        """Whether guard questions have been asked of a task; without any it is not held."""
+        return self.holds and task in self.state.get("fallen", {})
+
     def fallen(self, task: str) -> float:
-        """How far a task's tokens have been let on their way, in [0, 1]; 1 without a constraint."""
-        return float(self.state.get("fallen", {}).get(task, 0.0)) if self.holds else 1.0
+        """How far a task's tokens have been let on their way, in [0, 1]; 1 for a task that nobody judges."""
+        return float(self.state["fallen"][task]) if self.judges(task) else 1.0
 
     def comes_back(self, task: str) -> bool:
         """Whether a task's tokens are on their way back."""
