@@ -173,8 +173,9 @@ class Constraint:
 
 def spare(lost: float, error: float, left: float) -> float:
     """How fast tokens may fall, in [-1, 1]; below 0 they come back. lost: by fewer tokens, with its standard error;
-    left: how much of that is allowed; up to half of it they fall at full speed. Nothing moves where the loss is too large by no more than two errors: to bring
-    tokens back for a loss that is not there costs more than to wait for the next answers."""
+    left: how much of that is allowed; up to half of it they fall at full speed. Nothing moves where the loss is too
+    large by no more than two errors: to bring tokens back for a loss that is not there costs more than to wait for the
+    next answers."""
     if lost < left:
         return min(1.0, 2 * (left - lost) / max(left, 1e-6))
     return -min(1.0, max(lost - 2 * error - left, 0.0) / max(left, 1e-6))
