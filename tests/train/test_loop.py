@@ -21,6 +21,7 @@ from tinyruns import start, steps, write
 from zipr1.core import activity, checksums, distributed, signals
 from zipr1.core.errors import InputError, RunError
 from zipr1.core.load import load
+from zipr1.core.recipe import Efficiency, Recipe
 from zipr1.train import loggers, loop
 from zipr1.train.dry_run import dry_run
 
@@ -54,7 +55,7 @@ def test_a_run_leaves_what_the_contract_names(tmp_path, model):
     assert [row["step"] for row in steps(out)] == [0, 1, 2]
     row = steps(out)[0]
     assert len(row["token_ratio_by_budget"]) == 3 and len(row["token_ratio_by_layer"]) == 3
-    shown = "reward rewards reward_std gate token_ratio kl clip_fraction lr efficiency_weight multiplier"
+    shown = "reward rewards reward_std gate token_ratio kl clip_fraction lr efficiency_weight guard allowed"
     assert {*shown.split(), "heldout_mass", "accuracy", "dense_accuracy"} <= set(row)
     rollout = json.loads((out / "rollouts.jsonl").read_text().splitlines()[0])
     assert set(rollout) >= {"step", "question", "answer", "budgets", "texts", "rewards", "kept"}
@@ -440,29 +441,26 @@ def test_tensorboard_holds_the_numbers_of_metrics_jsonl_and_those_of_a_resumed_r
     assert {"seconds/rollout", "seconds/update"} <= set(shown.Tags()["scalars"])
 
 
-def test_best_goes_to_the_mean_that_was_worth_most(tmp_path):
-    """share right + 1 - token ratio, of the greedy answers where known, over the steps since the checkpoint before."""
-    from types import SimpleNamespace
+@pytest.mark.parametrize(
+    ("lost", "best"),
+    [
+        ([0.0, 0.0, 0.0], [True, True, True]),
+        ([0.0, 0.5, 0.0], [True, False, True]),
+        ([0.0, 0.5, 0.5], [True, False, False]),
+        ([0.5, 0.5, 0.5], [True, True, True]),  # none holds: the newest
+        ([0.5, 0.0, 0.5], [True, True, False]),
+        ([None, None, None], [True, True, True]),  # nobody judges
+    ],
+)
+def test_best_is_the_newest_checkpoint_that_holds(lost, best):
+    from zipr1.train.checkpoints import is_best
 
-    from zipr1.train.metrics import merit
-
-    tasks = {"a": {"token_ratio": 0.2, "gap": 0.0}, "b": {"token_ratio": 0.4, "gap": 0.0}}
-    greedy = {"accuracy": 0.1, "token_ratio": 0.9, "sparse_accuracy": 0.5, "inference": tasks}
-    assert merit(greedy) == pytest.approx(0.5 + 1 - 0.3)
-    assert merit({"accuracy": 0.75, "token_ratio": 0.5}) == pytest.approx(1.25)
-    assert merit({"accuracy": 0.75}) == pytest.approx(0.75)
-
+    settings = Recipe(efficiency=Efficiency(max_accuracy_drop=0.005))
+    state: dict = {"merit": {}, "pressure": {}}
     said = []
-    folder = SimpleNamespace(
-        save_checkpoint=lambda step, write, keep, best: said.append(best),
-        recipe=SimpleNamespace(train=SimpleNamespace(save_total_limit=2)),
-    )
-    policy = SimpleNamespace(weights=lambda: None)
-    state: dict = {}
-    # Means 0.625, 0.5 (its last step alone would be best), 0.75, 0.75 (no better, so not it).
-    for step, shares in enumerate([(0.5, 0.75), (0.125, 0.875), (0.75,), (0.5, 1.0)]):
-        for share in shares:
-            loop.remember(state, {"accuracy": share})
-        loop.save(folder, policy, SimpleNamespace(parts=[]), [], state, step)
-    assert said == [True, False, True, False]
-    assert state["merit"]["best"] == pytest.approx(0.75)
+    for step, value in enumerate(lost, start=1):
+        if value is not None:
+            seen = {"weight": 1.0, "mean": value, "square": value**2, "count": 1e6}
+            state["pressure"] = {"guard": {"a": {"lost": seen}}}
+        said.append(is_best(settings, state, step))
+    assert said == best

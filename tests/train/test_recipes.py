@@ -93,7 +93,7 @@ def test_two_real_steps(path, models, rows, tmp_path):
     assert summary["steps"] == 2 and len(metrics) == 2
     assert summary["rollouts"] == 2 * recipe.train.prompts_per_step * recipe.budgets.num_generations
     for row in metrics:
-        assert set(row["seconds"]) == {"data", "vision", "rollout", "update"}
+        assert set(row["seconds"]) == {"guard", "data", "vision", "rollout", "update"}
         assert row["token_ratio"] < 1
         assert np.isfinite(row["loss"]) and row["grad_norm"] > 0
     assert (tmp_path / "run" / "last" / "model").is_dir()

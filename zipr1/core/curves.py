@@ -75,10 +75,7 @@ def panels(rows: Rows, recipe: Recipe, heldout: Mapping[str, Mapping[str, float]
         Panel("KL to the dense model", [(_values(rows, "kl"), "KL", "C3")]),
         Panel(
             "Efficiency controller",
-            [
-                (_values(rows, "efficiency_weight"), "efficiency weight", "C4"),
-                (_values(rows, "multiplier"), "multiplier", "C1"),
-            ],
+            [(_values(rows, "efficiency_weight"), "efficiency weight", "C4")],
         ),
         Panel("Loss", [(_values(rows, "loss"), "loss", "C5")]),
         Panel("Reward", [(_values(rows, "reward"), "reward", "C6")]),

@@ -67,16 +67,35 @@ class Controller(Section):
         this times e, plus a sum.
     integral, integral_max: the sum grows by `integral` * e each step, to `integral_max` at most.
     decay: a layer at or ahead of the schedule gets no weight, and its sum is multiplied by this in each step.
-    task_ema_rate, kind_ema_rate: how far one question moves the running accuracy gap of its task, and of its kind of
-        question (0.01: about the last hundred questions count). A kind is rarer than its task.
+    kind_ema_rate: how far one question moves the running accuracy gap of its kind of question (0.02: about the last
+        fifty count).
     """
 
     proportional: Rate = 10.0
     integral: Rate = 0.5
     integral_max: Rate = 30.0
     decay: Fraction = 0.9
-    task_ema_rate: Share = 0.01
     kind_ema_rate: Share = 0.02
+
+
+class Guard(Section):
+    """Questions that are never trained on, by which `efficiency.max_accuracy_drop` is held. They are asked of the
+    average of the weights, at `sparse.p`, and every second one with all tokens too.
+
+    questions: of each task, at most. Embedded ones are drawn besides, of other handwriting than what is trained on; of
+        rows from files a tenth at most is taken away from training.
+    per_step: questions in each step, over all tasks; a task whose answers vary more is asked more.
+    early_drop, strict_at: what a task may lose falls geometrically from `early_drop` to `max_accuracy_drop`, which is
+        reached after this share of the steps.
+    max_answer_weight: a task that loses more than it may is drawn more often, and its answers count more, both at most
+        so many times.
+    """
+
+    questions: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    per_step: Annotated[int, Field(ge=1, le=65_536)] = 18
+    early_drop: Annotated[float, Field(ge=0, le=1)] = 0.03
+    strict_at: Share = 0.7
+    max_answer_weight: Annotated[float, Field(ge=1, le=1000)] = 3.0
 
 
 class Efficiency(Section):
@@ -86,11 +105,8 @@ class Efficiency(Section):
     weight: of E[kept share]; with a target, of what the controller gives.
     target: kept share to come down to at `sparse.p`, for each task and layer; not set: `weight` alone lowers it.
     target_at: share of the steps after which the target is to be reached.
-    max_accuracy_drop: fraction (0.005 = half a point) that a task's answers at `sparse.p` may lose against the dense
-        reference on the same prompts; null turns the constraint off. Kinds that `data.hard_kind_boost` draws more often
-        count more often: with it the constraint errs on the safe side.
-    step: a task's multiplier mu starts at 0, moves by `step` times the violation, and divides the weight by 1 + mu.
-    max_multiplier: the largest mu.
+    max_accuracy_drop: fraction (0.005 = half a point) that a task's answers at `sparse.p` may lose against the model as
+        it was before training, judged on guard questions; null turns the constraint off.
     """
 
     method: str = "pathwise"
@@ -98,9 +114,8 @@ class Efficiency(Section):
     target: Annotated[float, Field(gt=0, le=1)] | None = None
     target_at: Annotated[float, Field(gt=0, le=1)] = 0.5
     max_accuracy_drop: Annotated[float, Field(ge=0, le=1)] | None = 0.005
-    step: Rate = 1.0
-    max_multiplier: Rate = 10.0
     controller: Controller = Controller()
+    guard: Guard = Guard()
 
 
 class Ppo(Section):
@@ -134,6 +149,8 @@ class Optim(Section):
 
     name: `adamw` or `muon`.
     lr: the highest learning rate.
+    lr_ratio_rest: all trained weights but the projections of queries and keys learn at this share of lr. Which tokens
+        are kept depends on queries and keys alone; the others need to follow in small steps, or answers drift.
     betas: of AdamW.
     lr_scheduler_type: how it goes on after the warm-up, by the names of Hugging Face: `cosine` falls to 0,
         `cosine_with_min_lr` to `min_lr_ratio` of lr, `constant_with_warmup` stays.
@@ -145,6 +162,7 @@ class Optim(Section):
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0, le=10)] = 1e-5
+    lr_ratio_rest: Annotated[float, Field(ge=0, le=1)] = 1.0
     betas: list[Fraction] = Field(default=[0.9, 0.98], min_length=2, max_length=2)
     lr_scheduler_type: Literal["cosine", "cosine_with_min_lr", "constant_with_warmup"] = "cosine"
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from zipr1.core.objective import Budgets, Controller, Efficiency, Optim, Ppo, Rewards
+from zipr1.core.objective import Budgets, Controller, Efficiency, Guard, Optim, Ppo, Rewards
 from zipr1.core.section import Count, Fraction, Pixels, Positive, Prompts, Rate, Section, Share
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Data",
     "Efficiency",
     "Evaluation",
+    "Guard",
     "Log",
     "Lora",
     "Model",
@@ -168,6 +169,8 @@ class Train(Section):
 
     stage: `rl`, or `supervised` (cross-entropy on the answers).
     steps: of the optimizer's schedule; a larger number continues a finished run.
+    average: decay of the running average of the weights, which the guard judges, and which is evaluated and saved: 0.98
+        remembers about 50 steps. 0: the newest weights.
     prompts_per_step: questions in a step.
     micro_batch: most rows in one forward pass.
     temperature: of sampled answers.
@@ -185,6 +188,7 @@ class Train(Section):
 
     stage: Literal["rl", "supervised"] = "rl"
     steps: Annotated[int, Field(ge=1, le=1_000_000_000)] = 300
+    average: Fraction = 0.98
     prompts_per_step: Annotated[int, Field(ge=1, le=65_536)] = 8
     micro_batch: Positive = 64
     temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0

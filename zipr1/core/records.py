@@ -54,19 +54,27 @@ class Answers(Record):
 
 
 class Pressure(Record):
-    """What the controller remembers, by task or kind; of `start` and `sum` a number for each layer."""
+    """What the controller and the constraint remember, by task or kind; of `start` and `sum` a number for each layer.
+    guard: running means of what guard questions say."""
 
-    gap: dict[str, float] = {}
     lost: dict[str, float] = {}
-    mu: dict[str, float] = {}
+    guard: dict[str, dict[str, dict[str, float]]] = {}
+    asked: dict[str, Count] = {}
+    fallen: dict[str, Share] = {}
+    turns: dict[str, Count] = {}
+    back: dict[str, bool] = {}
+    answers: dict[str, Annotated[float, Field(ge=0, le=7)]] = {}
+    rate: Share = 1.0
+    drifted: Count = 0
     start: dict[str, list[Annotated[float, Field(gt=0)]]] = {}
     sum: dict[str, list[float]] = {}
 
 
 class Merit(Record):
-    sum: float = 0.0
-    steps: Count = 0
-    best: float | None = None
+    """Of the best checkpoint: whether the guard found it to hold, and the steps done then."""
+
+    holds: bool = False
+    step: Count = 0
 
 
 class State(Record):
@@ -78,6 +86,7 @@ class State(Record):
     pressure: Pressure = Pressure()
     right: dict[str, Share] = {}
     merit: Merit = Merit()
+    averaged: Count = 0
 
 
 class Part(Record):

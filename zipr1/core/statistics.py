@@ -53,13 +53,22 @@ def paired_difference(
     clusters: Sequence[Any] | np.ndarray | None = None,
 ) -> tuple[float, float, float]:
     """`(mean(a - b), low, high)` for outcomes of the same questions in the same order, each in [0, 1]."""
+    mean, error = difference_error(a, b, clusters)
+    return mean, max(-1.0, mean - Z * error), min(1.0, mean + Z * error)
+
+
+def difference_error(
+    a: Sequence[float] | np.ndarray,
+    b: Sequence[float] | np.ndarray,
+    clusters: Sequence[Any] | np.ndarray | None = None,
+) -> tuple[float, float]:
+    """`mean(a - b)` and its standard error: half of the width of `paired_difference` before it is cut, over z."""
     x, y = _outcomes("a", a), _outcomes("b", b)
     if len(x) != len(y):
         raise InputError(f"a has {len(x)} outcomes and b {len(y)}; give the same questions to both")
     mean, error, groups = _mean_error(x - y, clusters)
     trials = groups if (x != y).any() else len(x)
-    half = Z * error if error > 0 else Z * Z / (trials + Z * Z)
-    return mean, max(-1.0, mean - half), min(1.0, mean + half)
+    return mean, error if error > 0 else Z / (trials + Z * Z)
 
 
 def verdict(lost: float, error: float, number: int, allowed: float) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from zipr1.data.pages import tasks as pages
 PER_PICTURE = 4  # questions about each picture or clip
 # Held-out questions are drawn with this seed whatever the run's seed is, so that runs can be compared.
 HELDOUT_SEED = 20250
+# Questions that settings are never chosen on, not even by a glance: asked once of a trained run (recipes/lockbox.py).
+LOCKBOX_SEED = 81173
 _FEWEST_HELDOUT = 40  # of a task that asks only a part of `data.heldout_prompts`
 
 
@@ -86,14 +88,18 @@ def draw_training(source: str, mix: Mapping[str, float], number: int, seed: int)
 def draw_heldout(source: str, mix: Mapping[str, float], number: int, split: str) -> list[Prompt]:
     """`number` questions of each task (or its HELDOUT_SHARE of them, 40 at least): all tasks of the family `source`,
     whatever the mix, and those of other families that are trained. The same questions for every run."""
-    tasks = dict.fromkeys(SOURCES[source].TASKS)
-    tasks |= dict.fromkeys(task for task, share in mix.items() if share > 0)
     prompts = []
-    for task in tasks:
+    for task in _heldout_tasks(source, mix):
         share = _family(task).HELDOUT_SHARE.get(task, 1.0)
         count = min(number, max(_FEWEST_HELDOUT, int(number * share)))
         prompts += draw(split, task, count, HELDOUT_SEED)
     return prompts
+
+
+def draw_lockbox(source: str, mix: Mapping[str, float], number: int) -> list[Prompt]:
+    """`number` questions of each task that `draw_heldout` asks, from the same test hands, about other pictures."""
+    tasks = _heldout_tasks(source, mix)
+    return [prompt for task in tasks for prompt in draw("test", task, number, LOCKBOX_SEED)]
 
 
 def check_mix(mix: Mapping[str, float]) -> None:
@@ -105,6 +111,11 @@ def check_mix(mix: Mapping[str, float]) -> None:
         raise InputError(
             f"data.mix: the shares add up to {total:g}; give at least one task a positive, finite share"
         )
+
+
+def _heldout_tasks(source: str, mix: Mapping[str, float]) -> list[str]:
+    trained = [task for task, share in mix.items() if share > 0]
+    return list(dict.fromkeys([*SOURCES[source].TASKS, *trained]))
 
 
 def _family(task: str) -> EmbeddedTasks:

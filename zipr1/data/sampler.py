@@ -26,22 +26,30 @@ class PromptSampler:
         self._task_of_prompt = np.array(
             [task_numbers.setdefault(p.task, len(task_numbers)) for p in prompts], int
         )
+        self._tasks = list(task_numbers)
 
-    def draw(self, step: int, weights: Mapping[str, float] | None = None) -> list[Prompt]:
+    def draw(
+        self,
+        step: int,
+        weights: Mapping[str, float] | None = None,
+        tasks: Mapping[str, float] | None = None,
+    ) -> list[Prompt]:
         """The prompts of a step: epochs without replacement, shuffled by (seed, epoch).
 
-        weights: by `Prompt.task_kind`, missing ones 1. With them each step draws anew, in proportion to the weights and
-        without replacement within the step. They move draws between the kinds of a task, never between tasks, whose
-        shares stay those of `prompts`.
+        weights: by `Prompt.task_kind`, tasks: by `Prompt.task`, missing ones 1. With either each step draws anew, in
+        proportion to their product and without replacement within the step. `weights` move draws between the kinds of
+        a task and never between tasks, `tasks` between tasks, whose shares are else those of `prompts`.
         """
         size = len(self.prompts)
-        if weights and size > self.prompts_per_step:
-            by_kind = np.array([weights.get(kind, 1.0) for kind in self._kinds])
+        if (weights or tasks) and size > self.prompts_per_step:
+            by_kind = np.array([(weights or {}).get(kind, 1.0) for kind in self._kinds])
             probability = by_kind[self._kind_of_prompt]
             # Divided by the mean weight of its task, a prompt leaves its task's share of the draws as it was.
             task = self._task_of_prompt
             mean_weight = np.bincount(task, probability) / np.bincount(task)
             probability /= mean_weight[task]
+            if tasks:
+                probability *= np.array([tasks.get(name, 1.0) for name in self._tasks])[task]
             rng = np.random.default_rng([self.seed, 2, step])
             chosen = rng.choice(
                 size, self.prompts_per_step, replace=False, p=probability / probability.sum()

@@ -126,12 +126,12 @@ def memory(
     """Bytes by part on one device, and their `peak`. longest: tokens of the longest prompt. size: bytes of a weight.
     cpu: whether the device is one.
 
-    weights, reference, gradients, optimizer: counted; `train.parallel: fsdp` shards them over `ranks`, but for a frozen
-    tower. gathered: the larger of two sharded models, which is whole while it answers. loading: both models before they
-    are sharded. kv_cache: of a micro-batch of rollouts, unpruned, with one layer's prefill beside it. activations: of a
-    micro-batch in the update; with gradient checkpointing one hidden state a layer and one layer's worth. logits: at
-    most LOGITS numbers at once. vision: one longest picture in the tower. allocator: FRAGMENTS of what the update
-    makes, on a CPU.
+    weights, reference, gradients, optimizer, average: counted; `train.parallel: fsdp` shards them over `ranks`, but
+    for a frozen tower. gathered: the larger of two sharded models, which is whole while it answers. loading: both
+    models before they are sharded. kv_cache: of a micro-batch of rollouts, unpruned, with one layer's prefill
+    beside it. activations: of a micro-batch in the update; with gradient checkpointing one hidden state a layer and
+    one layer's worth. logits: at most LOGITS numbers at once. vision: one longest picture in the tower. allocator:
+    FRAGMENTS of what the update makes, on a CPU.
     """
     size = size or weight_bytes(recipe)
     counts = parameters(s)
@@ -161,6 +161,7 @@ def memory(
         "reference": copied // shards,
         "gradients": learning // shards,
         "optimizer": 2 * learning // shards,
+        "average": (learning if recipe.train.average else 0) // shards,
         "kv_cache": tokens * cache_bytes(s, size),
         "activations": kept,
         "logits": min(answers, max(LOGITS, s.vocab)) * 4 * COPIES,
@@ -168,7 +169,7 @@ def memory(
     }  # fmt: skip
     if not rl:
         parts["kv_cache"] = 0
-    fixed = sum(parts[k] for k in ("weights", "reference", "gradients", "optimizer"))
+    fixed = sum(parts[k] for k in ("weights", "reference", "gradients", "optimizer", "average"))
     rollout = parts["kv_cache"] + (layer + scores if rl else 0)
     learn = kept + parts["logits"]
     parts["loading"] = parts["gathered"] = 0
@@ -186,7 +187,8 @@ def memory(
 
 
 def checkpoints(s: Shape, recipe: Recipe, size: int | None = None) -> dict[str, int]:
-    """How many are written, how many stay, and the bytes of one: weights (or adapters) and the optimizer's state."""
+    """How many are written, how many stay, and the bytes of one: weights (or adapters), the optimizer's state, and the
+    newest weights beside their average."""
     size = size or weight_bytes(recipe)
     steps, every = recipe.train.steps, recipe.train.save_every
     lora = recipe.model.lora is not None
@@ -196,7 +198,7 @@ def checkpoints(s: Shape, recipe: Recipe, size: int | None = None) -> dict[str, 
     return {
         "written": written,
         "kept": min(written, recipe.train.save_total_limit + 1),  # the best one besides
-        "bytes": saved + 2 * learning,
+        "bytes": saved + (3 if recipe.train.average else 2) * learning,
     }
 
 

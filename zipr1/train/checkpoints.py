@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,22 @@ from zipr1.core.recipe import Recipe
 from zipr1.core.rundir import RunDir, load_state, save_state
 from zipr1.models.policy import Policy
 from zipr1.train import optim
-from zipr1.train.metrics import merit
+from zipr1.train.average import Average
+from zipr1.train.constraint import Constraint
 from zipr1.train.optim import Optimizers
+
+log = logging.getLogger("zipr1")
 
 
 def start_or_resume(
     policy: Policy, recipe: Recipe, folder: RunDir
-) -> tuple[dict[str, Any], Optimizers]:
-    """The state and the optimizer of a new run, or those of the folder's checkpoint, whose weights the policy gets; the
-    policy is then spread over all ranks.
+) -> tuple[dict[str, Any], Optimizers, Average]:
+    """The state, the optimizer and the average of a new run, or those of the folder's checkpoint, whose weights the
+    policy gets; the policy is then spread over all ranks.
 
     The state holds JSON values: stage and skill of the curriculum, seconds of training, `pressure` (what
-    EfficiencyController remembers), `right` (which questions the frozen reference answers right, as far as it was
-    asked), `merit` (what names the best checkpoint).
+    EfficiencyController and Constraint remember), `right` (which questions the untouched base answers right, as far as
+    it was asked), `merit` (what names the best checkpoint), `averaged` (steps that the average has taken in).
     """
     state: dict[str, Any] = {
         "stage": 0,
@@ -33,6 +37,7 @@ def start_or_resume(
         "pressure": {},
         "right": {},
         "merit": {},
+        "averaged": 0,
     }
     tensors, read_from = None, ""
     if folder.checkpoint is not None:
@@ -42,10 +47,12 @@ def start_or_resume(
         policy.load_weights(folder.checkpoint / "model")
     policy.spread(recipe.train)
     named = policy.trainable()
+    average = Average(named, recipe.train.average, state["averaged"])
     optimizer = optim.build(named, recipe.optim)
     if tensors is not None:
-        optim.restore(optimizer, named, tensors, read_from)
-    return state, optimizer
+        newest = optim.restore(optimizer, named, tensors, read_from, bool(recipe.train.average))
+        average.restore(newest)
+    return state, optimizer, average
 
 
 def _checked(saved: dict[str, Any], path: Path, policy: Policy, recipe: Recipe) -> dict[str, Any]:
@@ -69,13 +76,6 @@ def _checked(saved: dict[str, Any], path: Path, policy: Policy, recipe: Recipe) 
     return saved
 
 
-def remember(state: dict[str, Any], metrics: dict[str, Any]) -> None:
-    """What the steps since the last checkpoint were worth: a sum and their number."""
-    sums = state.setdefault("merit", {})
-    sums["sum"] = sums.get("sum", 0.0) + merit(metrics)
-    sums["steps"] = sums.get("steps", 0) + 1
-
-
 def snapshot(state: dict[str, Any]) -> dict[str, Any]:
     """The state as it is now. What is right stays right: it is shared, and grows."""
     return {k: v if k == "right" else copy.deepcopy(v) for k, v in state.items()}
@@ -85,22 +85,45 @@ def save(
     folder: RunDir,
     policy: Policy,
     optimizer: Optimizers,
-    named: Any,
+    average: Average,
     state: dict[str, Any],
     step: int,
 ) -> None:
-    """A checkpoint: a model folder, and the optimiser and constraint beside it. It is the best one if the steps since
-    the one before were worth most."""
-    sums = state.get("merit", {})
-    best = False
-    if sums.get("steps"):
-        mean = sums["sum"] / sums["steps"]
-        best = mean > sums.get("best", float("-inf"))
-        state["merit"] = {"best": mean if best else sums["best"]}
-    weights, tensors = policy.weights(), optim.state_tensors(optimizer, named)
+    """A checkpoint: a model folder of the averaged weights, and beside it what training goes on from: the newest ones,
+    the optimizer's state and this state."""
+    with average.used() as newest:
+        weights = policy.weights()
+        tensors = optim.state_tensors(optimizer, policy.trainable(), newest)
 
-    def write(path: Path) -> None:
-        policy.save(path / "model", weights)
-        save_state(path, tensors, state)
+        def write(path: Path) -> None:
+            policy.save(path / "model", weights)
+            save_state(path, tensors, state)
 
-    folder.save_checkpoint(step, write, folder.recipe.train.save_total_limit, best)
+        best = is_best(folder.recipe, state, step)
+        folder.save_checkpoint(step, write, folder.recipe.train.save_total_limit, best)
+
+
+def is_best(recipe: Recipe, state: dict[str, Any], step: int) -> bool:
+    """Whether this checkpoint is the best one so far; remembered in the state. Of two, that is the newer one, unless
+    the guard says of it alone that a task surely loses more than it may: tokens fall to the target and no further, so
+    the newest that holds is the one with fewest."""
+    constraint = Constraint(recipe.efficiency, state["pressure"], recipe.train.steps)
+    holds = not constraint.surely_violated()
+    if holds or not state["merit"].get("holds"):
+        state["merit"] = {"holds": holds, "step": step}
+    return bool(state["merit"]["step"] == step)
+
+
+def settle(policy: Policy, average: Average, folder: RunDir, state: dict[str, Any]) -> None:
+    """Before the last checkpoint: where the guard says for sure that a task loses more than it may, and an earlier
+    checkpoint held, the run ends with that one's weights. Sharded weights are not brought back: `best` has them."""
+    recipe, merit = folder.recipe, state["merit"]
+    constraint = Constraint(recipe.efficiency, state["pressure"], recipe.train.steps)
+    if not merit.get("holds") or not constraint.surely_violated() or policy.parallel.sharded:
+        return
+    with average.used():
+        policy.load_weights(folder.root / "best" / "model")
+    log.warning(
+        "the newest weights lose too many answers: the run ends with those of step %d",
+        merit["step"],
+    )

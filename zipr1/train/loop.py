@@ -36,9 +36,12 @@ from zipr1.models.sampling import OUTGROWN
 from zipr1.models.sparse.hybrid import check_skip
 from zipr1.models.sparse.request import dense_below, settled
 from zipr1.rewards.registry import check_answers
-from zipr1.train import chunks, optim, supervised
-from zipr1.train.checkpoints import remember, save, snapshot, start_or_resume
+from zipr1.train import chunks, guard, optim, supervised
+from zipr1.train.average import Average
+from zipr1.train.checkpoints import save, settle, snapshot, start_or_resume
+from zipr1.train.constraint import Constraint, Judged
 from zipr1.train.controller import EfficiencyController
+from zipr1.train.guard import Guard
 from zipr1.train.loggers import board
 from zipr1.train.memory_check import rehearse
 from zipr1.train.metrics import rollout_lines, step_metrics
@@ -105,6 +108,9 @@ def _run(
     # 1. the questions: those to train on, and those to be judged by
     pictures = MediaEncoder(policy, recipe)
     prompts, questions, first = load_questions(recipe, pictures)
+    guards: dict[str, Sequence[Prompt]] = {}
+    if recipe.train.stage == "rl" and recipe.efficiency.max_accuracy_drop is not None:
+        prompts, guards = guard.part(prompts, recipe)
     activity.tell("preparing the run")
     # 2. a folder for the run, and where else its numbers go
     about = describe(
@@ -132,11 +138,25 @@ def _run(
     activity.tell("preparing to train")
     page.begin(policy, questions, before)
     # 4. the weights to go on from, on all devices, and the optimizer
-    state, optimizer = start_or_resume(policy, recipe, folder)
+    state, optimizer, average = start_or_resume(policy, recipe, folder)
     # 5. train; what is loaded stays, and Python need not walk through it again to find out, 0.2 s each time
     gc.collect()
     gc.freeze()
-    train(policy, recipe, pictures, prompts, optimizer, state, folder, page, writer, console)
+    judges = Guard(policy, recipe, pictures, guards)
+    train(
+        policy,
+        recipe,
+        pictures,
+        prompts,
+        judges,
+        optimizer,
+        average,
+        state,
+        folder,
+        page,
+        writer,
+        console,
+    )
     # 6. what it was worth
     try:
         return finish(policy, recipe, questions, before, folder, state["seconds"], page, console)
@@ -171,16 +191,19 @@ def train(
     recipe: Recipe,
     pictures: MediaEncoder,
     prompts: Sequence[Prompt],
+    judges: Guard,
     optimizer: Optimizers,
+    average: Average,
     state: dict[str, Any],
     folder: RunDir,
     page: RunPage,
     writer: Callable[[int, Mapping[str, Any]], None],
     console: Console,
 ) -> None:
-    """All steps from `folder.start_step` on. state: changed here. Stopped by a signal, it saves the last whole step."""
+    """All steps from `folder.start_step` on; the policy then has the weights that the run ends with. state: changed
+    here. Stopped by a signal, it saves the last whole step."""
     deck = PromptSampler(prompts, recipe.seed, recipe.train.prompts_per_step)
-    steps, every, named = recipe.train.steps, recipe.train.save_every, policy.trainable()
+    steps, every = recipe.train.steps, recipe.train.save_every
     done, true = folder.start_step, copy.deepcopy(state)
     with Progress(console, steps, start=folder.start_step) as progress:
         try:
@@ -196,13 +219,20 @@ def train(
                 # 2. a step. Dropout alone uses the global generator; a resumed run must find it as an unbroken one does
                 torch.manual_seed(recipe.seed * 1_000_003 + step)
                 optimizer.set_rate(optim.learning_rate(recipe.optim, step, steps))
-                make = supervised_step if recipe.train.stage == "supervised" else rl_step
-                metrics, batch = make(policy, recipe, pictures, deck, optimizer, state, step)
+                if recipe.train.stage == "supervised":
+                    metrics, batch = supervised_step(
+                        policy, recipe, pictures, deck, optimizer, state, step
+                    )
+                else:
+                    metrics, batch = rl_step(
+                        policy, recipe, pictures, deck, judges, optimizer, average, state, step
+                    )
+                average.update()
+                state["averaged"] = average.steps
                 # 3. its numbers
                 watch.at(f"step {step + 1}: numbers")
                 metrics["lr"] = optimizer.param_groups[0]["lr"]
                 state["seconds"] += time.monotonic() - began
-                remember(state, metrics)
                 if batch is not None:
                     folder.append_rollouts(rollout_lines(step, batch))
                 folder.append_metrics({"step": step, **metrics})
@@ -213,8 +243,10 @@ def train(
                 watch.at(f"step {done}: page and checkpoint")
                 page.update(metrics, batch)
                 # 4. a checkpoint
+                if done == steps:
+                    settle(policy, average, folder, state)
                 if done == steps or (every and done % every == 0):
-                    save(folder, policy, optimizer, named, state, done)
+                    save(folder, policy, optimizer, average, state, done)
                     true = snapshot(state)
                 # 5. the end, if a signal asked for it
                 signals.check(distributed.gather)
@@ -223,10 +255,11 @@ def train(
         except signals.Stopped as stop:
             signals.hold()  # once is enough: a second signal must not spoil what the first one saves
             if done != folder.start_step:
-                save(folder, policy, optimizer, named, true, done)
+                save(folder, policy, optimizer, average, true, done)
             page.stopped(done)
             stop.note = f"step {done} is saved; go on with --resume {folder.root}"
             raise
+    average.take_over()
     signals.release()
 
 
@@ -235,16 +268,22 @@ def rl_step(
     recipe: Recipe,
     pictures: MediaEncoder,
     deck: PromptSampler,
+    judges: Guard,
     optimizer: Optimizers,
+    average: Average,
     state: dict[str, Any],
     step: int,
 ) -> tuple[dict[str, Any], Batch]:
     """One step of reinforcement learning. state: `pressure` and `right` are changed here."""
     clock = [time.monotonic()]
-    controller = EfficiencyController(recipe.efficiency, policy.layers, state["pressure"])
-    boost = recipe.data.hard_kind_boost
-    # 1. take the step's questions and look at their pictures, once in the run
-    drawn = deck.draw(step, controller.kind_weights(boost))
+    settings, steps, boost = recipe.efficiency, recipe.train.steps, recipe.data.hard_kind_boost
+    controller = EfficiencyController(settings, policy.layers, state["pressure"], steps)
+    # 1. the guard says what the average of the weights has lost
+    watch.at(f"step {step + 1}: guard")
+    judged = guarded(judges, average, controller.constraint, state["right"])
+    clock.append(time.monotonic())
+    # 2. take the step's questions and look at their pictures, once in the run
+    drawn = deck.draw(step, controller.kind_weights(boost), controller.task_weights())
     asked, encoded, places = take(pictures, drawn)
     clock.append(time.monotonic())
     watch.at(f"step {step + 1}: vision")
@@ -253,7 +292,7 @@ def rl_step(
         lambda: pictures.encode_vision(encoded), policy=trained, reference=trained
     )
     clock.append(time.monotonic())
-    # 2. roll out every question at every budget
+    # 3. roll out every question at every budget
     watch.at(f"step {step + 1}: rollout")
     known = state["right"]
     batch = roll_out(
@@ -262,19 +301,34 @@ def rl_step(
     batch = together(batch, drawn, places)
     signals.check(distributed.gather)
     clock.append(time.monotonic())
-    # 3. weigh saved tokens: toward the target, within the constraint
-    controller.update(batch.checks, step / recipe.train.steps)
-    # 4. rewards, advantages, and the clipped update, while threads decode the next step's media
+    # 4. weigh saved tokens: toward the target, within the constraint
+    controller.update(batch.checks, step / steps, judged)
+    optimizer.scale_rate(controller.constraint.rate)
+    # 5. rewards, advantages, and the clipped update, while threads decode the next step's media
     watch.at(f"step {step + 1}: update")
-    following = deck.draw(step + 1, controller.kind_weights(boost))
+    following = deck.draw(step + 1, controller.kind_weights(boost), controller.task_weights())
     pictures.ahead([following[i] for i in distributed.deal(len(following))])
     order = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     parts = update(policy, recipe, batch, optimizer, controller, order)
     clock.append(time.monotonic())
     metrics = step_metrics(recipe, batch, parts) | controller.metrics()
-    names = ("data", "vision", "rollout", "update")
+    names = ("guard", "data", "vision", "rollout", "update")
     metrics["seconds"] = dict(zip(names, np.diff(clock).tolist(), strict=True))
     return metrics, batch
+
+
+def guarded(
+    judges: Guard, average: Average, constraint: Constraint, known: dict[str, float]
+) -> list[Judged]:
+    """The guard's answers of a step, by the average of the weights; none without a constraint."""
+    if not judges.by_task:
+        return []
+    with average.used():
+        judged = judges.ask(constraint, known)
+    signals.check(distributed.gather)
+    if distributed.size() == 1:
+        signals.release()
+    return judged
 
 
 def take(

@@ -56,17 +56,6 @@ def step_metrics(recipe: Recipe, batch: Batch, parts: dict[str, float]) -> dict[
     }
 
 
-def merit(metrics: dict[str, Any]) -> float:
-    """What a step's answers and tokens are worth, to name the best checkpoint: share right + 1 - token ratio, the
-    paper's reward, of the greedy answers at the inference p where they are known; in the supervised stage the share.
-    """
-    tasks = metrics.get("inference")
-    if tasks:
-        kept = float(np.mean([task["token_ratio"] for task in tasks.values()]))
-        return float(metrics["sparse_accuracy"]) + 1 - kept
-    return float(metrics["accuracy"]) + 1 - float(metrics.get("token_ratio", 1.0))
-
-
 def rollout_lines(step: int, batch: Batch) -> Iterator[dict[str, Any]]:
     """One line per question: budgets, sampled texts, rewards, kept tokens by layer."""
     for group in batch.groups:

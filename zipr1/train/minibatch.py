@@ -24,8 +24,10 @@ class Rows:
 
     prompt: the place of each row's prompt in the batch. tokens: `(T,)` int64 of each answer. kept: by row and layer,
     ascending int32 positions. old: `(T,)` log-probabilities of the sampler. advantage `(B,)`: of the answers' tokens.
-    cut_old, cut_advantage `(B,)`: of the kept counts. opened `(B,)`: 1 where the prompt has a right answer, else 0.
-    weights `(D, B)`: of each layer's expected token ratio. lengths: tokens of prompt and answer.
+    cut_old, cut_advantage `(B,)`: of the kept counts. opened `(B,)`: 1 where the prompt can be answered, else 0: by a
+    rollout, by the greedy answer at the inference p or by the dense reference, for two rollouts may both be unlucky.
+    weights `(D, B)`: of each layer's expected token ratio. counts `(B,)`, mean 1: how much an answer counts. lengths:
+    tokens of prompt and answer.
     """
 
     prompt: list[int]
@@ -37,6 +39,7 @@ class Rows:
     cut_advantage: torch.Tensor
     opened: torch.Tensor
     weights: torch.Tensor
+    counts: torch.Tensor
     lengths: list[int]
 
 
@@ -48,7 +51,8 @@ def flatten(batch: Batch, recipe: Recipe, controller: EfficiencyController) -> R
     count = total.shape[1]
     rollouts = [r for g in batch.groups for r in g.rollouts]
     prompt = [i for i in range(len(batch.groups)) for _ in range(count)]
-    weights = controller.layer_weights(batch.groups[i].prompt.task for i in prompt)
+    tasks = [batch.groups[i].prompt.task for i in prompt]
+    weights, counts = controller.layer_weights(tasks), controller.answer_weights(tasks)
     ratios = torch.tensor([r.layer_ratios for r in rollouts])
     saved = (weights.T * (1 - ratios)).mean(1).reshape(total.shape)
     worth = advantages.group_reward(correct, saved, recipe.rewards.weight)
@@ -61,10 +65,21 @@ def flatten(batch: Batch, recipe: Recipe, controller: EfficiencyController) -> R
         advantage=advantages.advantages(total, *kind).flatten(),
         cut_old=None if batch.cut_logprobs is None else torch.cat(batch.cut_logprobs),
         cut_advantage=advantages.advantages(worth, *kind).flatten(),
-        opened=advantages.gate(correct > 0).repeat_interleave(count),
+        opened=torch.maximum(advantages.gate(correct > 0), answerable(batch)).repeat_interleave(
+            count
+        ),
         weights=weights,
+        counts=counts,
         lengths=[r.prompt_length + len(r.tokens) for r in rollouts],
     )
+
+
+def answerable(batch: Batch) -> torch.Tensor:
+    """`(P,)` float32: 1 for prompts that the dense reference or the greedy answer at the inference p has right; 0 where
+    nobody asked."""
+    if batch.checks is None:
+        return torch.zeros(len(batch.groups))
+    return torch.tensor([float(max(c.dense, c.dense - c.gap) > 0) for c in batch.checks])
 
 
 def score(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,10 @@ from zipr1.core.errors import InputError, RunError
 from zipr1.core.recipe import Optim
 from zipr1.models.tensors import check_finite, check_names, shapes
 from zipr1.models.transfer import fetch
+
+# As transformers names them in all families here, with their norms and low-rank adapters; the towers have their own.
+_CHOOSES = re.compile(r"\b(?:self_attn|attention|attn)\.(?:q|k)_(?:proj|norm)\b")
+_SEES = re.compile(r"\b(?:visual|vision_tower|vision_model)\b")
 
 
 class Optimizers:
@@ -34,8 +39,14 @@ class Optimizers:
             part.step()
 
     def set_rate(self, rate: float) -> None:
+        """rate: of queries' and keys' projections; the others' is `optim.lr_ratio_rest` of it."""
         for group in self.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["ratio"]
+
+    def scale_rate(self, share: float) -> None:
+        """Multiply this step's rates."""
+        for group in self.param_groups:
+            group["lr"] *= share
 
     def part_of(self, parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
         """The optimiser that owns a parameter."""
@@ -60,26 +71,44 @@ def build(named: Sequence[tuple[str, torch.nn.Parameter]], settings: Optim) -> O
         raise InputError(
             "the recipe trains nothing: all is frozen; set model.lora or another model"
         )
-    muon = [
-        p for n, p in named if settings.name == "muon" and p.ndim == 2 and "embed_tokens" not in n
-    ]
-    taken = {id(p) for p in muon}
-    rest = [p for _, p in named if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    parts: list[torch.optim.Optimizer] = []
-    if rest:
-        groups = [g for g in groups if g["params"]]
-        first, second = settings.betas
-        parts.append(torch.optim.AdamW(groups, lr=settings.lr, betas=(first, second)))
-    if muon:
-        decay = settings.weight_decay
-        parts.append(
-            torch.optim.Muon(muon, settings.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    chooses = {id(p) for n, p in named if chooses_tokens(n)}
+    if settings.lr_ratio_rest != 1 and not chooses:
+        raise InputError(
+            f"optim.lr_ratio_rest {settings.lr_ratio_rest:g} is the rate of all but the projections of queries and "
+            "keys, and none of those is trained here; set it to 1"
         )
+    muon = {
+        id(p)
+        for n, p in named
+        if settings.name == "muon" and p.ndim == 2 and "embed_tokens" not in n
+    }
+    parts: list[torch.optim.Optimizer] = []
+    for name in ("adamw", "muon"):
+        groups = []
+        # An order that saved runs rely on in nothing: the state is kept by the parameters' names.
+        for chosen, decayed in ((False, True), (True, True), (False, False), (True, False)):
+            some = [
+                p
+                for _, p in named
+                if (id(p) in muon) == (name == "muon")
+                and (id(p) in chooses) == chosen
+                and (p.ndim > 1) == decayed
+            ]
+            decay = settings.weight_decay if decayed else 0.0
+            ratio = 1.0 if chosen else settings.lr_ratio_rest
+            if some:
+                groups.append({"params": some, "weight_decay": decay, "ratio": ratio})
+        if groups and name == "adamw":
+            first, second = settings.betas
+            parts.append(torch.optim.AdamW(groups, lr=settings.lr, betas=(first, second)))
+        elif groups:
+            parts.append(torch.optim.Muon(groups, settings.lr, adjust_lr_fn="match_rms_adamw"))
     return Optimizers(parts)
+
+
+def chooses_tokens(name: str) -> bool:
+    """Whether a parameter of this name makes queries or keys of the language model, by which tokens are chosen."""
+    return bool(_CHOOSES.search(name)) and not _SEES.search(name)
 
 
 def learning_rate(settings: Optim, step: int, steps: int) -> float:
@@ -119,16 +148,20 @@ def clipped_step(
 
 
 def state_tensors(
-    optimizer: Optimizers, named: Sequence[tuple[str, torch.nn.Parameter]]
+    optimizer: Optimizers,
+    named: Sequence[tuple[str, torch.nn.Parameter]],
+    newest: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Moments and step counts of every parameter by its name, to be saved as safetensors; of several ranks the first
-    has them. All ranks must ask. A parameter that no gradient has reached yet has those it would begin with: zeros."""
+    has them. All ranks must ask. A parameter that no gradient has reached yet has those it would begin with: zeros.
+    newest: weights that the model's folder does not have, by name; they are saved beside."""
     return distributed.whole_state(
         {
             f"{name}/{key}": torch.as_tensor(value)
             for name, parameter in named
             for key, value in _state_of(optimizer, parameter).items()
         }
+        | {f"{name}/weight": value for name, value in (newest or {}).items()}
     )
 
 
@@ -137,8 +170,10 @@ def restore(
     named: Sequence[tuple[str, torch.nn.Parameter]],
     tensors: Mapping[str, torch.Tensor],
     where: str,
-) -> None:
-    """Put back what `state_tensors` gave. where: the file, for messages.
+    weights: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Put back what `state_tensors` gave, and return the newest weights by name. where: the file, for messages.
+    weights: whether it must have them.
 
     Raises InputError that names tensors that are missing, of another model or shape, not finite, or a count of steps
     that is none.
@@ -146,22 +181,31 @@ def restore(
     wanted = {
         f"{name}/{field}": () if field == "step" else tuple(parameter.shape)
         for name, parameter in named
-        for field in _fields(optimizer, parameter)
+        for field in (*_fields(optimizer, parameter), *["weight"] * weights)
     }
     check_names(where, wanted, shapes(tensors))
     check_finite(where, tensors.items())
+    newest = {}
     for name, parameter in named:
+        if weights:
+            newest[name] = _placed(tensors[f"{name}/weight"], parameter)
         for field in _fields(optimizer, parameter):
             value = tensors[f"{name}/{field}"]
             if field != "step":
-                value = value.to(device=parameter.device, dtype=parameter.dtype)
-                value = distributed.like(value, parameter.detach())
+                value = _placed(value, parameter)
             elif not (value >= 0 and float(value).is_integer()):
                 raise InputError(
                     f"{where}: {name}/step is {float(value)}, and a count of steps is expected; bring the file back "
                     "from a copy"
                 )
             optimizer.state_of(parameter)[field] = value
+    return newest
+
+
+def _placed(value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A whole tensor as a parameter of that shape is: its device, dtype, and shard."""
+    value = value.to(device=parameter.device, dtype=parameter.dtype)
+    return distributed.like(value, parameter.detach())
 
 
 def _fields(optimizer: Optimizers, parameter: torch.nn.Parameter) -> tuple[str, ...]:

@@ -31,7 +31,6 @@ SHOWN = (
     ("dense_accuracy", "dense accuracy", "share"),
     ("token_ratio", "tokens kept", "share"),
     ("kl", "KL to dense", "number"),
-    ("multiplier", "constraint multiplier", "number"),
     ("efficiency_weight", "efficiency weight", "number"),
     ("lr", "learning rate", "small"),
 )
@@ -117,7 +116,11 @@ class Progress:
         parts = [f"{self.title} {self.done}/{self.total}"]
         brief = [shown for shown in SHOWN if shown[0] in BRIEF]
         parts += [f"{label} {value}" for label, value in _shown(self._metrics, brief)]
-        parts += [f"data {share} of the time" for name, share in _time(self._metrics)[:1]]
+        parts += [
+            f"data {share} of the time"
+            for name, share in _time(self._metrics)
+            if name == "time: data"
+        ]
         if self.seconds_per_step is not None:
             parts += [f"{self.seconds_per_step:.2f} s/step", self._left()]
         return "  ".join(parts)

@@ -242,7 +242,7 @@ def grade(prompt: Prompt, rollouts: Sequence[Rollout], recipe: Recipe) -> None:
 def check(prompt: Prompt, greedy: Rollout, dense: float) -> Check:
     """A greedy answer at the inference p beside the dense one. dense: how right that is."""
     gap = dense - greedy.rewards["correct"]
-    return Check(prompt.task, prompt.task_kind, gap, tuple(greedy.layer_ratios))
+    return Check(prompt.task, prompt.task_kind, gap, tuple(greedy.layer_ratios), dense)
 
 
 def dense_correct(
