@@ -31,7 +31,7 @@ class Apart(UnquantizedLinearMethod):
         projection.quant_method = cls()
         return projection.quant_method  # type: ignore[no-any-return]
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Called by vLLM, which on a CPU removes the whole weight here."""
         query, key, value = layer.output_partition_sizes  # of this rank
         sizes = [query, key + value]
