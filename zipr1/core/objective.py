@@ -10,12 +10,14 @@ from zipr1.core.section import Fraction, Positive, Rate, Section, Share
 
 
 class Budgets(Section):
-    """Thresholds of the rollouts of one question: values of p over [low, high], one for each rollout.
+    """Thresholds of the rollouts of one question: values of p over [low, high].
 
     low, high: the ends of the range.
     low_end: where `low` has moved to, linearly, after half of the steps (not set: it stays). A wide range starts
         diffuse layers moving, a narrow one below the inference p finishes the job.
-    num_generations: rollouts of one question.
+    num_generations: thresholds of one question, one draw for each.
+    answers_per_budget: answers that are sampled at each of them, from one prefill: they share what is kept of the
+        prompt. A group is num_generations * answers_per_budget rollouts.
     per: `layer` draws for each decoder layer, `rollout` shares one value among the layers.
     sampling: `stratified` jitters one value in each of `num_generations` equal cells, `independent` draws each
         uniformly, `grid` takes the cells' centres (of [0.9375, 0.9775] in 8 cells: 0.940, 0.945, ... 0.975, those of
@@ -26,6 +28,7 @@ class Budgets(Section):
     high: Share = 0.9775
     low_end: Share | None = None
     num_generations: Annotated[int, Field(ge=1, le=1024)] = 8
+    answers_per_budget: Annotated[int, Field(ge=1, le=1024)] = 1
     per: Literal["layer", "rollout"] = "layer"
     sampling: Literal["stratified", "independent", "grid"] = "stratified"
 
@@ -37,6 +40,11 @@ class Budgets(Section):
                     f"budgets.{name} ({value}) must be below budgets.high ({self.high})"
                 )
         return self
+
+    @property
+    def group(self) -> int:
+        """Rollouts of one question."""
+        return self.num_generations * self.answers_per_budget
 
     def low_at(self, step: int, steps: int) -> float:
         """Lower end of the range in `step` of `steps`."""
@@ -93,9 +101,9 @@ class Guard(Section):
 
     questions: Annotated[int, Field(ge=1, le=100_000)] = 1000
     per_step: Annotated[int, Field(ge=1, le=65_536)] = 18
-    early_drop: Annotated[float, Field(ge=0, le=1)] = 0.03
+    early_drop: Annotated[float, Field(ge=0, le=1)] = 0.08
     strict_at: Share = 0.7
-    max_answer_weight: Annotated[float, Field(ge=1, le=1000)] = 3.0
+    max_answer_weight: Annotated[float, Field(ge=1, le=1000)] = 2.0
 
 
 class Efficiency(Section):
@@ -129,8 +137,11 @@ class Ppo(Section):
         KL(dense || policy), `jeffreys` is the mean of the two, `k2` half the squared log-ratio of the sampled word.
     dense_kl_fraction: share of the rollouts that also get a dense forward pass (p = 1) with a KL term to the dense
         reference: trained without, the model forgets how to answer dense. 0: none.
-    baseline: of the advantages: `leave_one_out` or `mean` of the group.
+    baseline: of the advantages: `leave_one_out` or `mean` of the group. Several answers at a budget are a group for
+        their tokens, and the budgets' means one for what `cut` kept; single ones are compared across the budgets.
     scale_rewards: `none`, or divide by the group's `std`.
+    redraw: how often in a step other questions of the same task are asked in place of those whose answers all agree in
+        reward, and so teach the policy gradient nothing (dynamic sampling, arXiv 2503.14476). 0: never.
     """
 
     policy_gradient: Rate = 1.0
@@ -142,6 +153,7 @@ class Ppo(Section):
     dense_kl_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     baseline: Literal["leave_one_out", "mean"] = "leave_one_out"
     scale_rewards: Literal["none", "std"] = "none"
+    redraw: Annotated[int, Field(ge=0, le=100)] = 0
 
 
 class Optim(Section):

@@ -20,8 +20,8 @@ RATE = 0.02
 LAG = 1 / RATE
 # How far one step moves the logarithm of the weight of a task's answers.
 ANSWERS = 0.02
-# The learning rate is halved after so many lags of sure drift, and never falls below this share.
-PATIENCE, SLOWEST = 2, 0.125
+# The learning rate is halved after so many lags of drift above two standard errors, and never falls below this share.
+PATIENCE, SLOWEST = 3, 0.125
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Constraint:
             over = min(max((mean(seen["lost"]) - allowed) / scale, -1.0), 1.0)
             held, most = self.state.setdefault("answers", {}), self.settings.guard.max_answer_weight
             held[task] = min(max(held.get(task, 0.0) + ANSWERS * over, 0.0), math.log(most))
-            drifted |= drift - error(seen["drift"]) > allowed
+            drifted |= drift - 2 * error(seen["drift"]) > allowed
         self._slow_down(drifted)
 
     def allowed(self, progress: float) -> float:

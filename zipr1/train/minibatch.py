@@ -56,15 +56,15 @@ def flatten(batch: Batch, recipe: Recipe, controller: EfficiencyController) -> R
     ratios = torch.tensor([r.layer_ratios for r in rollouts])
     saved = (weights.T * (1 - ratios)).mean(1).reshape(total.shape)
     worth = advantages.group_reward(correct, saved, recipe.rewards.weight)
-    kind = (settings.baseline, settings.scale_rewards)
+    kind = (recipe.budgets.answers_per_budget, settings.baseline, settings.scale_rewards)
     return Rows(
         prompt=prompt,
         tokens=[r.tokens for r in rollouts],
         kept=[r.kept for r in rollouts],
         old=[r.logprobs for r in rollouts],
-        advantage=advantages.advantages(total, *kind).flatten(),
+        advantage=advantages.of_answers(total, *kind).flatten(),
         cut_old=None if batch.cut_logprobs is None else torch.cat(batch.cut_logprobs),
-        cut_advantage=advantages.advantages(worth, *kind).flatten(),
+        cut_advantage=advantages.of_budgets(worth, *kind).flatten(),
         opened=torch.maximum(advantages.gate(correct > 0), answerable(batch)).repeat_interleave(
             count
         ),
@@ -92,16 +92,35 @@ def score(
     The part for saved tokens counts only if the method says that answers are paid for it; penalty_scale: what the
     constraint leaves of it for each task, in (0, 1].
     """
-    correct = torch.tensor([[r.rewards["correct"] for r in g.rollouts] for g in groups])
-    ratio = torch.tensor([[r.token_ratio for r in g.rollouts] for g in groups])
-    paid = recipe.rewards.reduction if "answers" in parse(recipe.efficiency.method) else 0.0
+    correct, ratio = _outcomes(groups)
     left = torch.tensor([[penalty_scale(g.prompt.task)] for g in groups])
-    total = advantages.group_reward(correct, paid * left * (1 - ratio), recipe.rewards.weight)
+    total = _total(correct, left * (1 - ratio), recipe)
     saved = advantages.gate(correct > 0)[:, None] * (1 - ratio)
     for group, parts, totals in zip(groups, saved.tolist(), total.tolist(), strict=True):
         for rollout, part, value in zip(group.rollouts, parts, totals, strict=True):
             rollout.rewards["reduction"], rollout.rewards["total"] = part, value
     return total
+
+
+def _outcomes(groups: Sequence[Group]) -> tuple[torch.Tensor, torch.Tensor]:
+    """How right each answer is, and its token ratio: both `(P, N)`."""
+    correct = torch.tensor([[r.rewards["correct"] for r in g.rollouts] for g in groups])
+    return correct, torch.tensor([[r.token_ratio for r in g.rollouts] for g in groups])
+
+
+def _total(correct: torch.Tensor, saved: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    paid = recipe.rewards.reduction if "answers" in parse(recipe.efficiency.method) else 0.0
+    return advantages.group_reward(correct, paid * saved, recipe.rewards.weight)
+
+
+def informative(groups: Sequence[Group], recipe: Recipe) -> list[bool]:
+    """Whether the policy gradient learns anything from each group: rewards differ among answers that are compared,
+    those of one budget where it has several (but for `cut`, which compares budgets too)."""
+    answers = 1 if "cut" in parse(recipe.efficiency.method) else recipe.budgets.answers_per_budget
+    correct, ratio = _outcomes(groups)
+    total = _total(correct, 1 - ratio, recipe)
+    found = advantages.of_answers(total, answers, "mean", "none")
+    return (found.abs() > advantages.EPSILON).any(1).tolist()
 
 
 def pad(values: Sequence[torch.Tensor], width: int) -> torch.Tensor:
