@@ -104,9 +104,9 @@ class Guard(Section):
 
     questions: Annotated[int, Field(ge=1, le=100_000)] = 1000
     per_step: Annotated[int, Field(ge=1, le=65_536)] = 18
-    early_drop: Annotated[float, Field(ge=0, le=1)] = 0.03
+    early_drop: Annotated[float, Field(ge=0, le=1)] = 0.08
     strict_at: Share = 0.7
-    max_answer_weight: Annotated[float, Field(ge=1, le=1000)] = 3.0
+    max_answer_weight: Annotated[float, Field(ge=1, le=1000)] = 2.0
 
 
 class Efficiency(Section):
