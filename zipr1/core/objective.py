@@ -103,7 +103,7 @@ class Guard(Section):
     """
 
     questions: Annotated[int, Field(ge=1, le=100_000)] = 1000
-    per_step: Annotated[int, Field(ge=1, le=65_536)] = 18
+    per_step: Annotated[int, Field(ge=1, le=65_536)] = 24
     early_drop: Annotated[float, Field(ge=0, le=1)] = 0.08
     strict_at: Share = 0.7
     max_answer_weight: Annotated[float, Field(ge=1, le=1000)] = 2.0
