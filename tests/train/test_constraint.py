@@ -57,9 +57,15 @@ def test_what_is_allowed_falls_to_the_promise():
     [
         (0.0, 0.5, 0.01, 1.0),
         (-0.3, 0.0, 0.01, 1.0),  # answers are gained: no faster than the schedule
-        (0.005, 0.5, 0.01, 0.5),
-        (0.015, 0.01, 0.01, 0.0),  # too much by half of its error: not sure, nothing moves
-        (0.025, 0.01, 0.01, -0.5),
+        (0.005, 0.5, 0.01, 1.0),  # half of what is left
+        (0.0075, 0.5, 0.01, 0.5),
+        (
+            0.025,
+            0.01,
+            0.01,
+            0.0,
+        ),  # too much by less than two of its errors: not sure, nothing moves
+        (0.035, 0.01, 0.01, -0.5),
         (0.9, 0.01, 0.01, -1.0),
     ],
 )
