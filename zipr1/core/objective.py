@@ -61,12 +61,15 @@ class Rewards(Section):
     tolerance: relative, of the check `number`.
     weight: of a correct answer.
     reduction: weight of the share of dropped tokens, for the method `answers`.
+    truncated: what becomes of a sampled answer that had not ended after `train.max_new_tokens`: `keep` takes it as it
+        stands, `mask` takes it out of the policy gradient, `zero` makes it worth nothing.
     """
 
     check: str = "exact"
     tolerance: Annotated[float, Field(ge=0, le=1)] = 1e-6
     weight: Rate = 1.0
     reduction: Rate = 1.0
+    truncated: Literal["keep", "mask", "zero"] = "keep"
 
 
 class Controller(Section):
@@ -133,7 +136,11 @@ class Ppo(Section):
     policy_gradient: its weight (0 switches it off).
     clip: how far the ratio of probabilities may go from 1.
     epochs, minibatches: how often the answers of a step are learned from, and in how many optimizer steps each time.
+    loss_per: how the tokens of a minibatch's answers are weighed, for the policy gradient and the KL alike: `token`
+        counts all alike, the end tokens among them, over their number (arXiv 2503.14476, 2503.20783); `answer` takes
+        the mean of each answer, so that a token of a long one counts less, and half of a one-word answer is its end.
     kl_coef: weight of KL(policy || dense).
+    kl_gate: which questions' answers are held to the reference: `all`, or those that it answers right, `dense_right`.
     kl_estimator: at each answer token: `full` sums KL(policy || dense) over the vocabulary, `forward` sums
         KL(dense || policy), `jeffreys` is the mean of the two, `k2` half the squared log-ratio of the sampled word.
     dense_kl_fraction: share of the rollouts that also get a dense forward pass (p = 1) with a KL term to the dense
@@ -151,7 +158,9 @@ class Ppo(Section):
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     epochs: Annotated[int, Field(ge=1, le=1000)] = 1
     minibatches: Positive = 1
+    loss_per: Literal["token", "answer"] = "token"
     kl_coef: Rate = 0.5
+    kl_gate: Literal["all", "dense_right"] = "all"
     kl_estimator: Literal["full", "forward", "jeffreys", "k2"] = "full"
     dense_kl_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     dense_kl_coef: Rate | None = None

@@ -90,16 +90,16 @@ def gradients(
         alone["pathwise"] = idle, replace(rows, cut_advantage=still)
     if "cut" in methods:
         alone["cut"] = idle, replace(rows, weights=silent.weights)
-    share = 1 / distributed.size()
+    share, each = 1 / distributed.size(), rows.tokens_each(chosen, recipe)
     norms = {}
     for name, (pulls, own) in alone.items():
         asked = recipe.model_copy(update={"ppo": ppo.model_copy(update=pulls)})
         _forget(policy)
-        backward(policy, asked, batch, own, chosen, share, last=False)
+        backward(policy, asked, batch, own, chosen, share, False, each)
         norms[name] = _norm(policy)
     if ppo.dense_kl:
         _forget(policy)
-        backward_dense(policy, recipe, batch, rows, chosen, share)
+        backward_dense(policy, recipe, batch, rows, chosen, share, each)
         norms["dense_kl"] = _norm(policy)
     _forget(policy)
     return norms

@@ -18,8 +18,8 @@ def step_metrics(recipe: Recipe, batch: Batch, parts: dict[str, float]) -> dict[
     `budgets.num_generations` equal cells of the step's [low, high] (None where none did); `gate`: share of questions
     with a right answer; `informative`: share of questions whose answers differ in reward, so that the policy gradient
     learns from them, `redrawn`: how many others were asked to find them, which `accuracy` and `gate` are not about;
-    `inference`: by task, of the greedy answers at the inference p, how far they are behind the
-    dense ones and what they kept; `heldout_mass`: the probe audit.
+    `truncated`: share of answers that had not ended; `inference`: by task, of the greedy answers at the inference p,
+    how far they are behind the dense ones and what they kept; `heldout_mass`: the probe audit.
     """
     rollouts = [r for g in batch.groups for r in g.rollouts]
     budgets = recipe.budgets
@@ -57,6 +57,7 @@ def step_metrics(recipe: Recipe, batch: Batch, parts: dict[str, float]) -> dict[
             for task, own in by_task(batch.checks or []).items()
         },
         "answer_tokens": float(np.mean([len(r.tokens) for r in rollouts])),
+        "truncated": float(np.mean([r.truncated for r in rollouts])),
         "heldout_mass": batch.probe_audit_mass,
         **parts,
     }

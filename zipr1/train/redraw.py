@@ -80,6 +80,7 @@ def asked_instead(
             part.groups[j].rollouts,
             None if part.cut_logprobs is None else part.cut_logprobs[j],
             None if part.checks is None else part.checks[j],
+            None if part.dense is None else part.dense[j],
         )
         for j, place in enumerate(places)
     }
@@ -102,5 +103,6 @@ def asked_instead(
         reference={**batch.reference, **part.reference},
         cut_logprobs=each(batch.cut_logprobs, 1),
         checks=each(batch.checks, 2),
+        dense=each(batch.dense, 3),
         redrawn=batch.redrawn + len(new),
     )

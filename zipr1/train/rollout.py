@@ -39,7 +39,8 @@ class Batch:
 
     low: lower end of the thresholds' range in this step. cut_logprobs: per group `(N,)` log-probability of the kept
     counts when sampled; None unless `cut` is used. checks: per prompt the greedy answer at the inference p beside the
-    dense one; None where neither a target nor a constraint asks for it. probe_audit_mass: mean score mass of other,
+    dense one; None where neither a target nor a constraint asks for it. dense: per prompt how right the dense reference
+    answers; None where nobody asks. probe_audit_mass: mean score mass of other,
     held-out probes that the kept tokens hold, of one rollout of each prompt. accuracy: of the greedy answers, `dense`
     and `sparse`.
     With several ranks (`together`) groups are all of them, and `encoded` is None for other ranks' prompts.
@@ -55,6 +56,7 @@ class Batch:
     low: float
     cut_logprobs: list[torch.Tensor] | None = None
     checks: list[Check] | None = None
+    dense: list[float] | None = None
     probe_audit_mass: float = 1.0
     accuracy: dict[str, float] = field(default_factory=dict)
     drawn: list[Group] | None = None
@@ -128,6 +130,9 @@ def roll_out(
     # 3. graded
     for prompt, own in zip(prompts, made, strict=True):
         grade(prompt, own, recipe)
+        for rollout in own[:count]:
+            if rollout.truncated and recipe.rewards.truncated == "zero":
+                rollout.rewards["correct"] = 0.0
     batch = Batch(
         [Group(prompt, own[:count]) for prompt, own in zip(prompts, made, strict=True)],
         list(encoded),
@@ -141,8 +146,9 @@ def roll_out(
         cuts = sampled.cut_logprobs.unflatten(0, (len(prompts), each))
         batch.cut_logprobs = list(cuts[:, :count])
     # 4. the greedy answers at the inference p, beside those of the dense reference
+    if checked or gates_kl(recipe):
+        dense = batch.dense = dense_correct(policy, recipe, batch, {} if known is None else known)
     if checked:
-        dense = dense_correct(policy, recipe, batch, {} if known is None else known)
         greedy = [own[count] for own in made]
         batch.checks = [check(*three) for three in zip(prompts, greedy, dense, strict=True)]
         right = [rollout.rewards["correct"] for rollout in greedy]
@@ -154,6 +160,11 @@ def roll_out(
 def has_greedy_rows(recipe: Recipe) -> bool:
     """Whether each prompt gets a greedy answer at the inference p too: a target or a constraint needs it."""
     return recipe.efficiency.max_accuracy_drop is not None or recipe.efficiency.target is not None
+
+
+def gates_kl(recipe: Recipe) -> bool:
+    """Whether the KL asks how right the dense reference is."""
+    return recipe.ppo.kl_gate == "dense_right" and recipe.ppo.kl_coef > 0
 
 
 def draw(recipe: Recipe, layers: int, step: int, places: Sequence[int]) -> Draws:
@@ -235,6 +246,7 @@ def sample(
                 prompt_length=length,
                 token_ratio=float(answers.counts[b].double().mean() / length),
                 text=policy.processor.decode(answers.tokens[b]),
+                truncated=int(answers.tokens[b][-1]) not in policy.processor.end_ids,
             )
     rollouts = [made[row] for row in range(len(draws.owner))]
     return Sampled(rollouts, cuts, float(torch.cat(masses).mean()) if masses else 1.0)
@@ -327,6 +339,7 @@ def together(batch: Batch, drawn: Sequence[Prompt], places: Sequence[int]) -> Ba
             batch.groups[i].rollouts,
             None if batch.cut_logprobs is None else batch.cut_logprobs[i],
             None if batch.checks is None else batch.checks[i],
+            None if batch.dense is None else batch.dense[i],
         )
         for i, place in enumerate(places)
     }
@@ -345,6 +358,7 @@ def together(batch: Batch, drawn: Sequence[Prompt], places: Sequence[int]) -> Ba
         if batch.cut_logprobs is None
         else [everyone[place][1] for place in order],
         checks=None if batch.checks is None else [everyone[place][2] for place in order],
+        dense=None if batch.dense is None else [everyone[place][3] for place in order],
         probe_audit_mass=mean.pop("audit"),
         accuracy=mean,
     )

@@ -72,11 +72,12 @@ def check(recipe: Recipe) -> None:
                 f"data.hard_kind_boost {recipe.data.hard_kind_boost} needs the greedy answers of a target or a "
                 "constraint; set efficiency.target or efficiency.max_accuracy_drop, or data.hard_kind_boost=0"
             )
-        if "answers" in methods and recipe.budgets.answers_per_budget > 1:
+        several = recipe.budgets.answers_per_budget > 1 and recipe.rewards.reduction > 0
+        if "answers" in methods and several:
             raise InputError(
                 f"efficiency.method {wanted.method} pays answers for the tokens that they saved, and those of one "
                 f"budget saved the same: budgets.answers_per_budget {recipe.budgets.answers_per_budget} leaves nothing "
-                "to learn; use 1, or method pathwise or cut"
+                "to learn; use 1, or method pathwise or cut, or rewards.reduction=0 to press nothing"
             )
         if recipe.budgets.sampling == "grid" and methods - {"answers"}:
             raise InputError(
