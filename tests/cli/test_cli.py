@@ -347,7 +347,7 @@ def test_a_message_is_one_line_in_a_file_and_whole_words_in_a_terminal():
 def test_recipes_are_completed_by_the_shell():
     from zipr1.cli.train import _names
 
-    assert _names("tiny") == ["tiny", "tiny_base"] and _names("x") == []
+    assert _names("tiny") == ["tiny", "tiny_base", "tiny_rl"] and _names("x") == []
 
 
 def test_json_is_the_last_line_and_the_only_one(cli, calls, recipe):

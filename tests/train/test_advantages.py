@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from zipr1.train.advantages import advantages, gate, group_reward
+from zipr1.train.advantages import advantages, gate, group_reward, of_answers, of_budgets
 
 REWARDS = torch.tensor([[1.0, 2.0, 3.0, 6.0]])
 
@@ -56,3 +56,36 @@ def test_gate_and_reward_by_hand():
 def test_a_group_that_is_all_wrong_is_not_paid_for_saving():
     got = group_reward(torch.zeros(1, 8), torch.rand(1, 8), 1.0)
     assert torch.equal(got, torch.zeros(1, 8))
+
+
+def test_answers_are_compared_within_their_budget_and_budgets_with_each_other_by_hand():
+    """Two prompts, two budgets, two answers at each."""
+    rewards = torch.tensor([[1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 4.0, 2.0]])
+    # Each answer against the other one of its budget.
+    want = torch.tensor([[1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 2.0, -2.0]])
+    torch.testing.assert_close(of_answers(rewards, 2, "leave_one_out", "none"), want)
+    torch.testing.assert_close(of_answers(rewards, 2, "mean", "none"), want / 2)
+    # Means of budgets: 0.5 and 1, 0 and 3.
+    want = torch.tensor([[-0.5, -0.5, 0.5, 0.5], [-3.0, -3.0, 3.0, 3.0]])
+    torch.testing.assert_close(of_budgets(rewards, 2, "leave_one_out", "none"), want)
+    signs = torch.tensor([[-1.0, -1.0, 1.0, 1.0]] * 2)
+    torch.testing.assert_close(of_budgets(rewards, 2, "mean", "std"), signs, atol=1e-5, rtol=0)
+
+
+def test_what_a_budget_is_worth_is_not_in_the_advantage_of_its_answers():
+    rewards = torch.tensor([[1.0, 0.0, 1.0, 1.0]])
+    richer = rewards + torch.tensor([[5.0, 5.0, 0.0, 0.0]])
+    one, other = (of_answers(r, 2, "leave_one_out", "none") for r in (rewards, richer))
+    torch.testing.assert_close(one, other)
+    gained = of_budgets(richer, 2, "leave_one_out", "none") - of_budgets(
+        rewards, 2, "leave_one_out", "none"
+    )
+    torch.testing.assert_close(gained, torch.tensor([[5.0, 5.0, -5.0, -5.0]]))
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "mean"])
+@pytest.mark.parametrize("scale", ["none", "std"])
+def test_single_answers_are_compared_across_the_budgets(baseline, scale):
+    want = advantages(REWARDS, baseline, scale)
+    assert torch.equal(of_answers(REWARDS, 1, baseline, scale), want)
+    assert torch.equal(of_budgets(REWARDS, 1, baseline, scale), want)

@@ -86,6 +86,14 @@ def test_under_a_constraint_a_layer_follows_how_far_its_task_has_been_let():
     assert weights(free, "unknown") == [1.0, 1.0]
 
 
+def test_a_task_that_nobody_judges_follows_the_clock():
+    """At a quarter of the run, half of target_at: 0.4."""
+    start = {"start": {"b": [0.8, 0.8]}, "sum": {"b": [0.0, 0.0]}, "fallen": {"a": 0.0}}
+    controller = EfficiencyController(held(), 2, start, steps=100)
+    controller.update(checks("b", 0.0, ratios=(0.7, 0.3)), 0.25)
+    assert weights(controller, "b") == pytest.approx([0.3 * (0.5 + 10), 0.0], abs=1e-5)
+
+
 def test_tokens_that_are_to_come_back_get_a_weight_of_the_other_sign():
     state = {
         "fallen": {"a": 0.5},

@@ -50,7 +50,7 @@ def rows(pictures: int, each: int, task: str = "a") -> list:
     ]  # fmt: skip
 
 
-def test_rows_lose_whole_pictures_a_tenth_at_most():
+def test_rows_lose_whole_pictures_a_tenth_at_most(caplog):
     recipe = Recipe(data=Data(source="rows.jsonl"))
     prompts = [*rows(30, 3), *rows(4, 3, "b")]
     train, guard = part(prompts, recipe)
@@ -59,6 +59,7 @@ def test_rows_lose_whole_pictures_a_tenth_at_most():
     assert len(guard["a"]) == 3 * len(held) == 9 == int(SHARE * 90)
     assert not held & {p.picture for p in train}
     assert len(train) + 9 == len(prompts) and sum(p.task == "b" for p in train) == 12
+    assert "b: 12 questions are too few" in caplog.text and "a: " not in caplog.text
     # In whatever order they come, the same are held back.
     again = part(prompts[::-1], recipe)[1]
     assert {p.id for p in again["a"]} == {p.id for p in guard["a"]}

@@ -10,12 +10,14 @@ from zipr1.core.section import Fraction, Positive, Rate, Section, Share
 
 
 class Budgets(Section):
-    """Thresholds of the rollouts of one question: values of p over [low, high], one for each rollout.
+    """Thresholds of the rollouts of one question: values of p over [low, high].
 
     low, high: the ends of the range.
     low_end: where `low` has moved to, linearly, after half of the steps (not set: it stays). A wide range starts
         diffuse layers moving, a narrow one below the inference p finishes the job.
-    num_generations: rollouts of one question.
+    num_generations: thresholds of one question, one draw for each.
+    answers_per_budget: answers that are sampled at each of them, from one prefill: they share what is kept of the
+        prompt. A group is num_generations * answers_per_budget rollouts.
     per: `layer` draws for each decoder layer, `rollout` shares one value among the layers.
     sampling: `stratified` jitters one value in each of `num_generations` equal cells, `independent` draws each
         uniformly, `grid` takes the cells' centres (of [0.9375, 0.9775] in 8 cells: 0.940, 0.945, ... 0.975, those of
@@ -26,6 +28,7 @@ class Budgets(Section):
     high: Share = 0.9775
     low_end: Share | None = None
     num_generations: Annotated[int, Field(ge=1, le=1024)] = 8
+    answers_per_budget: Annotated[int, Field(ge=1, le=1024)] = 1
     per: Literal["layer", "rollout"] = "layer"
     sampling: Literal["stratified", "independent", "grid"] = "stratified"
 
@@ -37,6 +40,11 @@ class Budgets(Section):
                     f"budgets.{name} ({value}) must be below budgets.high ({self.high})"
                 )
         return self
+
+    @property
+    def group(self) -> int:
+        """Rollouts of one question."""
+        return self.num_generations * self.answers_per_budget
 
     def low_at(self, step: int, steps: int) -> float:
         """Lower end of the range in `step` of `steps`."""
@@ -52,12 +60,15 @@ class Rewards(Section):
     tolerance: relative, of the check `number`.
     weight: of a correct answer.
     reduction: weight of the share of dropped tokens, for the method `answers`.
+    truncated: what becomes of a sampled answer that had not ended after `train.max_new_tokens`: `keep` takes it as it
+        stands, `mask` takes it out of the policy gradient, `zero` makes it worth nothing.
     """
 
     check: str = "exact"
     tolerance: Annotated[float, Field(ge=0, le=1)] = 1e-6
     weight: Rate = 1.0
     reduction: Rate = 1.0
+    truncated: Literal["keep", "mask", "zero"] = "keep"
 
 
 class Controller(Section):
@@ -92,10 +103,10 @@ class Guard(Section):
     """
 
     questions: Annotated[int, Field(ge=1, le=100_000)] = 1000
-    per_step: Annotated[int, Field(ge=1, le=65_536)] = 18
-    early_drop: Annotated[float, Field(ge=0, le=1)] = 0.03
+    per_step: Annotated[int, Field(ge=1, le=65_536)] = 24
+    early_drop: Annotated[float, Field(ge=0, le=1)] = 0.08
     strict_at: Share = 0.7
-    max_answer_weight: Annotated[float, Field(ge=1, le=1000)] = 3.0
+    max_answer_weight: Annotated[float, Field(ge=1, le=1000)] = 2.0
 
 
 class Efficiency(Section):
@@ -124,24 +135,34 @@ class Ppo(Section):
     policy_gradient: its weight (0 switches it off).
     clip: how far the ratio of probabilities may go from 1.
     epochs, minibatches: how often the answers of a step are learned from, and in how many optimizer steps each time.
+    loss_per: how the tokens of a minibatch's answers are weighed, for the policy gradient and the KL alike: `token`
+        counts all alike, the end tokens among them, over their number (arXiv 2503.14476, 2503.20783); `answer` takes
+        the mean of each answer, so that a token of a long one counts less, and half of a one-word answer is its end.
     kl_coef: weight of KL(policy || dense).
+    kl_gate: which questions' answers are held to the reference: `all`, or those that it answers right, `dense_right`.
     kl_estimator: at each answer token: `full` sums KL(policy || dense) over the vocabulary, `forward` sums
         KL(dense || policy), `jeffreys` is the mean of the two, `k2` half the squared log-ratio of the sampled word.
     dense_kl_fraction: share of the rollouts that also get a dense forward pass (p = 1) with a KL term to the dense
         reference: trained without, the model forgets how to answer dense. 0: none.
-    baseline: of the advantages: `leave_one_out` or `mean` of the group.
+    baseline: of the advantages: `leave_one_out` or `mean` of the group. Several answers at a budget are a group for
+        their tokens, and the budgets' means one for what `cut` kept; single ones are compared across the budgets.
     scale_rewards: `none`, or divide by the group's `std`.
+    redraw: how often in a step other questions of the same task are asked in place of those whose answers all agree in
+        reward, and so teach the policy gradient nothing (dynamic sampling, arXiv 2503.14476). 0: never.
     """
 
     policy_gradient: Rate = 1.0
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     epochs: Annotated[int, Field(ge=1, le=1000)] = 1
     minibatches: Positive = 1
+    loss_per: Literal["token", "answer"] = "token"
     kl_coef: Rate = 0.5
+    kl_gate: Literal["all", "dense_right"] = "all"
     kl_estimator: Literal["full", "forward", "jeffreys", "k2"] = "full"
     dense_kl_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     baseline: Literal["leave_one_out", "mean"] = "leave_one_out"
     scale_rewards: Literal["none", "std"] = "none"
+    redraw: Annotated[int, Field(ge=0, le=100)] = 0
 
 
 class Optim(Section):

@@ -128,7 +128,7 @@ class Rollout:
     logprobs: `(T,)` float32, of the sampled tokens under the sampling policy. kept: for each layer the positions in the
         unpadded prompt that stayed in its KV cache, int32, ascending.
     token_ratio: kept / prompt length, mean over layers, in (0, 1]; from the lengths of the KV cache.
-    rewards: parts of the reward by name.
+    rewards: parts of the reward by name. truncated: whether it had not ended after the most tokens that are allowed.
     """
 
     thresholds: torch.Tensor
@@ -139,6 +139,7 @@ class Rollout:
     token_ratio: float
     text: str
     rewards: dict[str, float] = field(default_factory=dict)
+    truncated: bool = False
 
     @property
     def layer_ratios(self) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -22,7 +22,7 @@ class PromptSampler:
             [kind_numbers.setdefault(p.task_kind, len(kind_numbers)) for p in prompts], int
         )
         self._kinds = list(kind_numbers)
-        task_numbers: dict[str, int] = {}
+        self._task_numbers = task_numbers = dict[str, int]()
         self._task_of_prompt = np.array(
             [task_numbers.setdefault(p.task, len(task_numbers)) for p in prompts], int
         )
@@ -61,6 +61,32 @@ class PromptSampler:
                 for index in range(first, first + self.prompts_per_step)
             ]
         return [self.prompts[i] for i in chosen]
+
+    def instead(
+        self,
+        step: int,
+        turn: int,
+        tasks: Sequence[str],
+        asked: Collection[Prompt],
+        weights: Mapping[str, float] | None = None,
+    ) -> list[Prompt | None]:
+        """Further questions of a step, one of each of `tasks` and none of `asked`; None where a task has no more. They
+        depend on `seed`, the step and `turn`. weights: of the kinds within a task, as of `draw`."""
+        before = {id(prompt) for prompt in asked}
+        free = np.array([id(prompt) not in before for prompt in self.prompts])
+        by_kind = np.array([(weights or {}).get(kind, 1.0) for kind in self._kinds])
+        weight = by_kind[self._kind_of_prompt]
+        rng = np.random.default_rng([self.seed, 3, step, turn])
+        out: list[Prompt | None] = [None] * len(tasks)
+        for name in dict.fromkeys(tasks):
+            places = [i for i, task in enumerate(tasks) if task == name]
+            of_task = self._task_of_prompt == self._task_numbers[name]
+            pool = np.flatnonzero(free & of_task)
+            share = weight[pool] / weight[pool].sum()
+            chosen = rng.choice(pool, min(len(places), len(pool)), replace=False, p=share)
+            for place, i in zip(places, chosen.tolist(), strict=False):
+                out[place] = self.prompts[i]
+        return out
 
 
 @lru_cache(maxsize=4)

@@ -83,7 +83,7 @@ def rollout_rows(recipe: Recipe) -> int:
     """Answers sampled in a step, with the greedy ones that a target or a constraint asks for."""
     wanted = recipe.efficiency
     checked = wanted.max_accuracy_drop is not None or wanted.target is not None
-    return recipe.train.prompts_per_step * (recipe.budgets.num_generations + checked)
+    return recipe.train.prompts_per_step * (recipe.budgets.group + checked)
 
 
 def weight_bytes(recipe: Recipe, gpu: bool = True) -> int:
@@ -213,7 +213,7 @@ def hours(
     """
     size = computed(recipe, size or weight_bytes(recipe))
     rows, new = rollout_rows(recipe), recipe.train.max_new_tokens
-    update = recipe.train.prompts_per_step * recipe.budgets.num_generations
+    update = recipe.train.prompts_per_step * recipe.budgets.group
     length = min(length, s.limit - new)
     one = add(prefill(s, length, 1.0, "none", 0).values()).flops
     if s.holding:  # layers of linear attention have more products than the others, and no more is counted of them
@@ -295,7 +295,7 @@ def outline(
         "trainable": trained(s, recipe),
     }
     if recipe.train.stage == "rl":
-        plan["rollout_rows"] = recipe.train.prompts_per_step * recipe.budgets.num_generations
+        plan["rollout_rows"] = recipe.train.prompts_per_step * recipe.budgets.group
         plan["greedy_rows"] = rollout_rows(recipe) - plan["rollout_rows"]
     plan["checkpoints"] = checkpoints(s, recipe, size)
     plan["memory"] = memory(s, recipe, longest, size, cpu=cpu)

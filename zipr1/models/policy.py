@@ -332,20 +332,19 @@ class Policy:
         model: Any = None,
         greedy: torch.Tensor | None = None,
         timed: bool = False,
+        owner: torch.Tensor | None = None,
     ) -> Answers:
         """Answers to all rows together: sparse under `request`, dense without or where it keeps all.
 
-        uniforms, temperature, greedy, timed: see `sampling.sample`. model: the reference's, or None.
+        uniforms, temperature, greedy, timed, owner: see `sampling.sample`. model: the reference's, or None.
         """
         model = model or self.model
         inputs, valid = self.rows(encoded, features, None, True, model)
-        (following,) = send(self.device, torch.tensor([e.next_position for e in encoded]))
+        starts = torch.tensor([e.next_position for e in encoded])
+        (following,) = send(self.device, starts if owner is None else starts[owner])
         with sparse_attention(model, request) as run:
             return sampling.sample(
-                model,
-                inputs,
-                valid,
-                run,
+                *(model, inputs, valid, run),
                 head=lambda hidden: self.head(hidden, model),
                 positions=lambda step: self.places(
                     (following + step)[None, :, None].expand(3, -1, -1)
@@ -356,6 +355,7 @@ class Policy:
                 temperature=temperature,
                 greedy=greedy,
                 timed=timed,
+                owner=owner,
             )
 
     def weights(self) -> dict[str, torch.Tensor] | None:

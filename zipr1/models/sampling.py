@@ -20,7 +20,7 @@ import torch
 from zipr1.core.errors import RunError
 from zipr1.models.decoding import Steps
 from zipr1.models.sparse.cache import PrunedCache, kv_bytes
-from zipr1.models.sparse.hybrid import Choosing
+from zipr1.models.sparse.hybrid import Choosing, select_rows
 from zipr1.models.sparse.last_layer import last_column, slots_of
 from zipr1.models.sparse.patch import SparseRun, finished_at
 from zipr1.models.sparse.record import Record
@@ -38,11 +38,11 @@ OUTGROWN = (
 
 @dataclass
 class Answers:
-    """What `Policy.generate` gives, a list entry per row. tokens `(T,)` with the end token if one came; logprobs `(T,)`
-    float32. counts `(B, D)`: prompt tokens in the physical cache (None when dense). kept[b][d]: ascending int32
-    positions in the unpadded prompt. record: what `kept` is made of, on the device. probe_audit_mass: `(b,)` score mass
-    that held-out probes give to kept tokens, of audited rows, on the device. kv_bytes: of the prompts' keys and
-    values. prefill_seconds: of the whole batch, where it was asked for."""
+    """What `Policy.generate` gives, a list entry per answer. tokens `(T,)` with the end token if one came; logprobs
+    `(T,)` float32. counts `(B, D)`: prompt tokens in the physical cache (None when dense). kept[b][d]: ascending int32
+    positions in the unpadded prompt. record: what `kept` is made of, on the device, a row per prompt. probe_audit_mass:
+    `(b,)` score mass that held-out probes give to kept tokens, of audited prompts, on the device. kv_bytes: of the
+    prompts' keys and values. prefill_seconds: of the whole batch, where it was asked for."""
 
     tokens: list[torch.Tensor]
     logprobs: list[torch.Tensor]
@@ -130,8 +130,9 @@ def sample(
     temperature: float = 1.0,
     greedy: torch.Tensor | None = None,
     timed: bool = False,
+    owner: torch.Tensor | None = None,
 ) -> Answers:
-    """Prefill of left-padded prompts, then a token of every row at a time, until all have ended.
+    """Prefill of left-padded prompts, then a token of every answer at a time, until all have ended.
 
     Args:
         head: hidden states `(B, hidden)` -> float32 logits `(B, V)`.
@@ -140,6 +141,8 @@ def sample(
             that what a row samples does not depend on its batch. None: all rows are greedy.
         greedy: `(B,)` bool, rows that take the likeliest token all the same.
         timed: give `prefill_seconds`, for which a GPU is waited for once more.
+        owner: `(B,)` int64 on the CPU, which of the prompts each answer is to; their cache's rows are repeated for it.
+            None: one answer to each.
 
     Raises RunError where the model's output is not finite, which would pass for a wrong answer.
     """
@@ -148,10 +151,18 @@ def sample(
     if timed and states.device.type == "cuda":
         torch.cuda.synchronize(states.device)
     prefilled = time.perf_counter() - began
-    hidden, rows = states[:, -1], len(valid)
+    hidden = states[:, -1]
     dense = run.request is None
     counts = None if dense else cache.prompt_counts()
+    kept = None if run.record is None else run.record.kept_positions()
     held = kv_bytes(cache)
+    if owner is not None:
+        (index,) = send(hidden.device, owner)
+        select_rows(cache, index)
+        hidden, valid = hidden[index], valid[owner]
+        counts = None if counts is None else counts[index]
+        kept = None if kept is None else [kept[i] for i in owner.tolist()]
+    rows = len(valid)
     fixed = not dense and FIXED.get(hidden.device.type, False)
     if fixed:
         cache.reserve(max_new_tokens)
@@ -183,7 +194,7 @@ def sample(
         tokens=[tokens[b, :n] for b, n in enumerate(lengths)],
         logprobs=[logprobs[b, :n] for b, n in enumerate(lengths)],
         counts=besides[0] if besides else None,
-        kept=None if run.record is None else run.record.kept_positions(),
+        kept=kept,
         record=run.record,
         probe_audit_mass=None if run.record is None else run.record.probe_audit_mass(),
         kv_bytes=held,

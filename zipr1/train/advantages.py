@@ -1,4 +1,8 @@
-"""From rewards of a group of rollouts to advantages. Shapes: P prompts, N rollouts of each."""
+"""From rewards of a group of rollouts to advantages. Shapes: P prompts, N rollouts of each, A of them at each budget.
+
+An answer and the number of tokens that it was given are two actions. An answer is compared with those that saw the same
+tokens (`of_answers`), what a budget kept with what the others kept (`of_budgets`).
+"""
 
 from __future__ import annotations
 
@@ -31,6 +35,33 @@ def advantages(
     if scale == "std":
         out = out / (r.std(1, keepdim=True, correction=0) + EPSILON)
     return out.to(torch.float32)
+
+
+def of_answers(
+    rewards: torch.Tensor,
+    answers: int,
+    baseline: Literal["leave_one_out", "mean"],
+    scale: Literal["none", "std"],
+) -> torch.Tensor:
+    """`(P, N)` rewards, A = `answers` of a budget after each other -> `(P, N)` advantages of the answers.
+
+    Each budget's answers are a group, so what a budget is worth is in the baseline and not in the advantage. With one
+    answer at each budget there is no such group, and the prompt's rollouts are one.
+    """
+    groups = rewards.reshape(-1, answers) if answers > 1 else rewards
+    return advantages(groups, baseline, scale).reshape(rewards.shape)
+
+
+def of_budgets(
+    rewards: torch.Tensor,
+    answers: int,
+    baseline: Literal["leave_one_out", "mean"],
+    scale: Literal["none", "std"],
+) -> torch.Tensor:
+    """`(P, N)` rewards, A = `answers` of a budget after each other -> `(P, N)` advantages of what the budgets kept: the
+    mean reward of a budget's answers among the means of the prompt's budgets, the same for all of its answers."""
+    means = rewards.to(torch.float64).unflatten(1, (-1, answers)).mean(2)
+    return advantages(means, baseline, scale).repeat_interleave(answers, 1)
 
 
 def gate(correct: torch.Tensor) -> torch.Tensor:

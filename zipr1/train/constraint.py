@@ -20,8 +20,8 @@ RATE = 0.02
 LAG = 1 / RATE
 # How far one step moves the logarithm of the weight of a task's answers.
 ANSWERS = 0.02
-# The learning rate is halved after so many lags of sure drift, and never falls below this share.
-PATIENCE, SLOWEST = 2, 0.125
+# The learning rate is halved after so many lags of drift above two standard errors, and never falls below this share.
+PATIENCE, SLOWEST = 3, 0.125
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Constraint:
         """Take in a step's guard answers. progress: share of the run's steps that are done, in [0, 1).
 
         With a the loss allowed now, t the loss by fewer tokens and d the drift of a task (running means), its tokens go
-        on to fall while t < max(a - d, a / 2), stay where they are up to one standard error above that, and come back
+        on to fall while t < max(a - d, a / 2), stay where they are up to two standard errors above that, and come back
         beyond. Every turn makes them slower, for the evidence lags behind and a swing would never end. A task that
         loses more than a in all gets its answers weighted more.
         """
@@ -68,7 +68,7 @@ class Constraint:
             over = min(max((mean(seen["lost"]) - allowed) / scale, -1.0), 1.0)
             held, most = self.state.setdefault("answers", {}), self.settings.guard.max_answer_weight
             held[task] = min(max(held.get(task, 0.0) + ANSWERS * over, 0.0), math.log(most))
-            drifted |= drift - error(seen["drift"]) > allowed
+            drifted |= drift - 2 * error(seen["drift"]) > allowed
         self._slow_down(drifted)
 
     def allowed(self, progress: float) -> float:
@@ -79,9 +79,13 @@ class Constraint:
         done = min(1.0, progress / guard.strict_at)
         return float(early * (max(strict, 1e-4) / max(early, 1e-4)) ** done) if strict else 0.0
 
+    def judges(self, task: str) -> bool:
+        """Whether guard questions have been asked of a task; without any it is not held."""
+        return self.holds and task in self.state.get("fallen", {})
+
     def fallen(self, task: str) -> float:
-        """How far a task's tokens have been let on their way, in [0, 1]; 1 without a constraint."""
-        return float(self.state.get("fallen", {}).get(task, 0.0)) if self.holds else 1.0
+        """How far a task's tokens have been let on their way, in [0, 1]; 1 for a task that nobody judges."""
+        return float(self.state["fallen"][task]) if self.judges(task) else 1.0
 
     def comes_back(self, task: str) -> bool:
         """Whether a task's tokens are on their way back."""
@@ -169,10 +173,12 @@ class Constraint:
 
 def spare(lost: float, error: float, left: float) -> float:
     """How fast tokens may fall, in [-1, 1]; below 0 they come back. lost: by fewer tokens, with its standard error;
-    left: how much of that is allowed. Nothing moves where the loss is too large by no more than its error."""
+    left: how much of that is allowed; up to half of it they fall at full speed. Nothing moves where the loss is too
+    large by no more than two errors: to bring tokens back for a loss that is not there costs more than to wait for the
+    next answers."""
     if lost < left:
-        return min(1.0, (left - lost) / max(left, 1e-6))
-    return -min(1.0, max(lost - error - left, 0.0) / max(left, 1e-6))
+        return min(1.0, 2 * (left - lost) / max(left, 1e-6))
+    return -min(1.0, max(lost - 2 * error - left, 0.0) / max(left, 1e-6))
 
 
 def take_in(seen: dict[str, float], values: Sequence[float]) -> None:

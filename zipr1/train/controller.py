@@ -62,8 +62,8 @@ class EfficiencyController:
         checks: None where neither a target nor a constraint asks for them.
 
         The target: the ratio of layer d that is scheduled is start_d * (target / start_d) ** f, start_d what step 0
-        found and f how far the task has been let: min(1, progress / target_at) without a constraint, else what
-        `Constraint.fallen` says. With e = ratio - scheduled > 0 the weight is proportional * e plus a sum, at most
+        found and f how far the task has been let: what `Constraint.fallen` says, or min(1, progress / target_at) where
+        nobody judges it. With e = ratio - scheduled > 0 the weight is proportional * e plus a sum, at most
         integral_max, that grows by integral * e each step. A layer that is ahead of the schedule gets no weight at
         all, and its sum decays; but while a task's tokens are to come back, weight and sum have either sign.
         """
@@ -79,7 +79,7 @@ class EfficiencyController:
             if settings.target is None:
                 pull = torch.full((self.layers,), fallen)
             else:
-                if not self.constraint.holds:
+                if not self.constraint.judges(task):
                     fallen = min(1.0, progress / settings.target_at)
                 pull = torch.tensor(self._pulls(task, ratios.tolist(), fallen))
             self._weights[task] = settings.weight * pull

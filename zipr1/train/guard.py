@@ -7,6 +7,7 @@ is constraint.py.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,8 @@ from zipr1.models.token_budget import token_budget
 from zipr1.rewards.registry import reward_of
 from zipr1.train.constraint import Constraint, Judged
 from zipr1.train.rollout import answer_dense, fingerprint
+
+log = logging.getLogger("zipr1")
 
 # Of a task's rows from files so many become guard questions at most.
 SHARE = 0.1
@@ -162,6 +165,11 @@ def part(
             guard.setdefault(prompt.task, []).append(prompt)
         elif _picture(prompt) not in shown:  # nor is the picture shown to another task
             train.append(prompt)
+    for task in sorted(set(pictures) - set(guard)):
+        log.warning(
+            "%s: %d questions are too few to take a tenth away: efficiency.max_accuracy_drop is not held for it",
+            task, sum(pictures[task].values()),
+        )  # fmt: skip
     return train, dict(sorted(guard.items()))
 
 

@@ -48,6 +48,7 @@ from zipr1.train.metrics import rollout_lines, step_metrics
 from zipr1.train.optim import Optimizers
 from zipr1.train.page import RunPage
 from zipr1.train.progress import Progress
+from zipr1.train.redraw import redraw
 from zipr1.train.rollout import Batch, roll_out, together
 from zipr1.train.summary import finish, measure_before
 from zipr1.train.update import update
@@ -283,7 +284,8 @@ def rl_step(
     judged = guarded(judges, average, controller.constraint, state["right"])
     clock.append(time.monotonic())
     # 2. take the step's questions and look at their pictures, once in the run
-    drawn = deck.draw(step, controller.kind_weights(boost), controller.task_weights())
+    kinds = controller.kind_weights(boost)
+    drawn = deck.draw(step, kinds, controller.task_weights())
     asked, encoded, places = take(pictures, drawn)
     clock.append(time.monotonic())
     watch.at(f"step {step + 1}: vision")
@@ -299,10 +301,12 @@ def rl_step(
         policy, recipe, asked, encoded, seen.policy, step, seen.reference, known, places
     )
     batch = together(batch, drawn, places)
+    checks = batch.checks  # before questions are chosen by what was answered
+    batch = redraw(policy, recipe, pictures, deck, batch, drawn, step, known, kinds)
     signals.check(distributed.gather)
     clock.append(time.monotonic())
     # 4. weigh saved tokens: toward the target, within the constraint
-    controller.update(batch.checks, step / steps, judged)
+    controller.update(checks, step / steps, judged)
     optimizer.scale_rate(controller.constraint.rate)
     # 5. rewards, advantages, and the clipped update, while threads decode the next step's media
     watch.at(f"step {step + 1}: update")

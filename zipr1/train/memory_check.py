@@ -39,7 +39,7 @@ def rehearse(
 ) -> int:
     """Roll out and learn from the longest questions with answers of full length, and change nothing. Returns the
     tokens of the longest row. What was sampled is scored again first: see `check_sampler`, and what it raises."""
-    most = -(-recipe.train.micro_batch // recipe.budgets.num_generations)
+    most = -(-recipe.train.micro_batch // recipe.budgets.group)
     longest = by_tokens(pictures, prompts)
     count = min(most, recipe.train.prompts_per_step, len(longest))
     asked: list[Prompt] = []

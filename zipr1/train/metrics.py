@@ -9,14 +9,17 @@ import numpy as np
 
 from zipr1.core.recipe import Recipe
 from zipr1.train.controller import by_task
+from zipr1.train.minibatch import informative
 from zipr1.train.rollout import Batch
 
 
 def step_metrics(recipe: Recipe, batch: Batch, parts: dict[str, float]) -> dict[str, Any]:
     """Means over the step's rollouts. `token_ratio_by_budget[n]`: of layers whose threshold lay in the n-th of
     `budgets.num_generations` equal cells of the step's [low, high] (None where none did); `gate`: share of questions
-    with a right answer; `inference`: by task, of the greedy answers at the inference p, how far they are behind the
-    dense ones and what they kept; `heldout_mass`: the probe audit.
+    with a right answer; `informative`: share of questions whose answers differ in reward, so that the policy gradient
+    learns from them, `redrawn`: how many others were asked to find them, which `accuracy` and `gate` are not about;
+    `truncated`: share of answers that had not ended; `inference`: by task, of the greedy answers at the inference p,
+    how far they are behind the dense ones and what they kept; `heldout_mass`: the probe audit.
     """
     rollouts = [r for g in batch.groups for r in g.rollouts]
     budgets = recipe.budgets
@@ -28,7 +31,8 @@ def step_metrics(recipe: Recipe, batch: Batch, parts: dict[str, float]) -> dict[
         budgets.num_generations - 1e-3,
     )
     total = np.array([[r.rewards["total"] for r in g.rollouts] for g in batch.groups])
-    correct = np.array([[r.rewards["correct"] for r in g.rollouts] for g in batch.groups])
+    drawn = batch.groups if batch.drawn is None else batch.drawn
+    correct = np.array([[r.rewards["correct"] for r in g.rollouts] for g in drawn])
     by_cell = [ratio[cells.astype(int) == n] for n in range(budgets.num_generations)]
     return {
         "reward": float(total.mean()),
@@ -38,6 +42,8 @@ def step_metrics(recipe: Recipe, batch: Batch, parts: dict[str, float]) -> dict[
         },
         "reward_std": float(total.std(1).mean()),
         "gate": float((correct > 0).any(1).mean()),
+        "informative": float(np.mean(informative(batch.groups, recipe))),
+        "redrawn": batch.redrawn,
         "accuracy": float(correct.mean()),
         **{f"{name}_accuracy": value for name, value in batch.accuracy.items()},
         "token_ratio": float(np.mean([r.token_ratio for r in rollouts])),
@@ -51,6 +57,7 @@ def step_metrics(recipe: Recipe, batch: Batch, parts: dict[str, float]) -> dict[
             for task, own in by_task(batch.checks or []).items()
         },
         "answer_tokens": float(np.mean([len(r.tokens) for r in rollouts])),
+        "truncated": float(np.mean([r.truncated for r in rollouts])),
         "heldout_mass": batch.probe_audit_mass,
         **parts,
     }

@@ -39,10 +39,13 @@ class Batch:
 
     low: lower end of the thresholds' range in this step. cut_logprobs: per group `(N,)` log-probability of the kept
     counts when sampled; None unless `cut` is used. checks: per prompt the greedy answer at the inference p beside the
-    dense one; None where neither a target nor a constraint asks for it. probe_audit_mass: mean score mass of other,
+    dense one; None where neither a target nor a constraint asks for it. dense: per prompt how right the dense reference
+    answers; None where nobody asks. probe_audit_mass: mean score mass of other,
     held-out probes that the kept tokens hold, of one rollout of each prompt. accuracy: of the greedy answers, `dense`
     and `sparse`.
     With several ranks (`together`) groups are all of them, and `encoded` is None for other ranks' prompts.
+    drawn: the groups of the step's questions before others took the place of some (redraw.py); None: none did. redrawn:
+    how many further questions were asked.
     """
 
     groups: list[Group]
@@ -53,28 +56,32 @@ class Batch:
     low: float
     cut_logprobs: list[torch.Tensor] | None = None
     checks: list[Check] | None = None
+    dense: list[float] | None = None
     probe_audit_mass: float = 1.0
     accuracy: dict[str, float] = field(default_factory=dict)
+    drawn: list[Group] | None = None
+    redrawn: int = 0
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What the answers are sampled with, a row each, B in all; the rows of a prompt follow each other.
+    """What the answers are sampled with: U prefills, those of a prompt after each other, and B answers read from them.
 
-    thresholds `(B, D)` float32: the p of each layer. uniforms `(B, T)` float32 in [0, 1): row b samples its t-th word
-    by uniforms[b, t]. greedy `(B,)` bool: rows that take the likeliest word instead; their uniforms are not read. low:
-    lower end of the range of the thresholds.
+    thresholds `(U, D)` float32: the p of each layer. greedy `(U,)` bool: prefills whose one answer takes the likeliest
+    word; its uniforms are not read. owner `(B,)` int64, ascending: the prefill of each answer. uniforms `(B, T)`
+    float32 in [0, 1): answer b samples its t-th word by uniforms[b, t]. low: lower end of the range of the thresholds.
     """
 
     thresholds: torch.Tensor
-    uniforms: torch.Tensor
     greedy: torch.Tensor
+    owner: torch.Tensor
+    uniforms: torch.Tensor
     low: float
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """An answer for each row. cut_logprobs `(B,)`: log-probability of the kept counts, 0 unless `cut` is used.
+    """All answers of `Draws`. cut_logprobs `(B,)`: log-probability of the kept counts, 0 unless `cut` is used.
     probe_audit_mass: as in `Batch`, the mean over the audited rows."""
 
     rollouts: list[Rollout]
@@ -98,27 +105,34 @@ def roll_out(
     known: dict[str, float] | None = None,
     places: Sequence[int] | None = None,
 ) -> Batch:
-    """`budgets.num_generations` answers of each prompt, graded; for a target or a constraint, one greedy one at
-    `sparse.p` more, checked against the dense reference.
+    """`budgets.group` answers of each prompt, those of a budget after each other, graded; for a target or a constraint,
+    one greedy one at `sparse.p` more, checked against the dense reference. Of no prompts at all nothing comes.
 
     known: whether the dense reference answers a prompt right, by `fingerprint`; what is missing is added.
     places: of the prompts in the step (None: 0, 1, ...), on which their random numbers depend.
     """
-    count, seed = recipe.budgets.num_generations, probe_seed(recipe, step)
+    budgets, count, seed = (
+        recipe.budgets.num_generations,
+        recipe.budgets.group,
+        probe_seed(recipe, step),
+    )
     checked = has_greedy_rows(recipe)
-    each = count + checked
-    # 1. thresholds and random numbers for every row
+    prefills, each = budgets + checked, count + checked
+    # 1. thresholds and random numbers for every answer
     draws = draw(recipe, policy.layers, step, range(len(prompts)) if places is None else places)
-    # 2. an answer for every row; one of each prompt is audited: the greedy one, or each budget in turn
-    rows = [one for one in encoded for _ in range(each)]
-    audited = range(count if checked else step % count, len(rows), each)
+    # 2. the answers; one prefill of each prompt is audited: the greedy one, or each budget in turn
+    rows = [one for one in encoded for _ in range(prefills)]
+    audited = range(budgets if checked else step % budgets, len(rows), prefills)
     sampled = policy.parallel.run_unsharded(
         lambda: sample(policy, recipe, rows, features, draws, seed, audited), policy=True
     )
-    made = [sampled.rollouts[i : i + each] for i in range(0, len(rows), each)]
+    made = [sampled.rollouts[i * each : (i + 1) * each] for i in range(len(prompts))]
     # 3. graded
     for prompt, own in zip(prompts, made, strict=True):
         grade(prompt, own, recipe)
+        for rollout in own[:count]:
+            if rollout.truncated and recipe.rewards.truncated == "zero":
+                rollout.rewards["correct"] = 0.0
     batch = Batch(
         [Group(prompt, own[:count]) for prompt, own in zip(prompts, made, strict=True)],
         list(encoded),
@@ -129,14 +143,17 @@ def roll_out(
         probe_audit_mass=sampled.probe_audit_mass,
     )
     if "cut" in parse(recipe.efficiency.method):
-        batch.cut_logprobs = [own[:count] for own in sampled.cut_logprobs.split(each)]
+        cuts = sampled.cut_logprobs.unflatten(0, (len(prompts), each))
+        batch.cut_logprobs = list(cuts[:, :count])
     # 4. the greedy answers at the inference p, beside those of the dense reference
+    if checked or gates_kl(recipe):
+        dense = batch.dense = dense_correct(policy, recipe, batch, {} if known is None else known)
     if checked:
-        dense = dense_correct(policy, recipe, batch, {} if known is None else known)
         greedy = [own[count] for own in made]
         batch.checks = [check(*three) for three in zip(prompts, greedy, dense, strict=True)]
         right = [rollout.rewards["correct"] for rollout in greedy]
-        batch.accuracy = {"dense": float(np.mean(dense)), "sparse": float(np.mean(right))}
+        if prompts:
+            batch.accuracy = {"dense": float(np.mean(dense)), "sparse": float(np.mean(right))}
     return batch
 
 
@@ -145,11 +162,17 @@ def has_greedy_rows(recipe: Recipe) -> bool:
     return recipe.efficiency.max_accuracy_drop is not None or recipe.efficiency.target is not None
 
 
+def gates_kl(recipe: Recipe) -> bool:
+    """Whether the KL asks how right the dense reference is."""
+    return recipe.ppo.kl_gate == "dense_right" and recipe.ppo.kl_coef > 0
+
+
 def draw(recipe: Recipe, layers: int, step: int, places: Sequence[int]) -> Draws:
-    """Of prompts at these places in the step: for each the rows of its budgets, then its greedy row if it has one."""
+    """Of prompts at these places in the step: for each its budgets, then its greedy prefill if it has one."""
     budgets, length = recipe.budgets, recipe.train.max_new_tokens
     low, checked = budgets.low_at(step, recipe.train.steps), has_greedy_rows(recipe)
-    limits, uniforms = [], []
+    limits, uniforms = [torch.empty(0, layers)], [torch.empty(0, length)]
+    answers = torch.tensor([budgets.answers_per_budget] * budgets.num_generations + [1] * checked)
     for place in places:
         generator = torch.Generator().manual_seed(_seed(recipe.seed, step, place))
         limits.append(
@@ -163,12 +186,14 @@ def draw(recipe: Recipe, layers: int, step: int, places: Sequence[int]) -> Draws
                 generator,
             )
         )
-        uniforms.append(torch.rand(budgets.num_generations, length, generator=generator))
+        uniforms.append(torch.rand(budgets.group, length, generator=generator))
         if checked:
             limits.append(torch.full((1, layers), recipe.sparse.p))
             uniforms.append(torch.zeros(1, length))
     greedy = torch.tensor([False] * budgets.num_generations + [True] * checked)
-    return Draws(torch.cat(limits), torch.cat(uniforms), greedy.repeat(len(places)), low)
+    answers = answers.repeat(len(places))
+    owner = torch.arange(len(answers)).repeat_interleave(answers)
+    return Draws(torch.cat(limits), greedy.repeat(len(places)), owner, torch.cat(uniforms), low)
 
 
 def sample(
@@ -180,39 +205,51 @@ def sample(
     seed: int,
     audited: Sequence[int],
 ) -> Sampled:
-    """One answer for each row of `draws`, to the prompt in `encoded`; seed: of the probes."""
+    """The answers of `draws`; encoded: the prompt of each prefill, seed: of the probes. audited: of the prefills.
+
+    A prefill's answers are read from it together, in the passes that follow: rows of those are answers.
+    """
     settings, wants_cut = recipe.train, "cut" in parse(recipe.efficiency.method)
     made: dict[int, Rollout] = {}
-    cuts, masses = torch.zeros(len(encoded)), []
+    cuts, masses = torch.zeros(len(draws.owner)), []
+    answers_of: list[list[int]] = [[] for _ in encoded]
+    for row, prefill in enumerate(draws.owner.tolist()):
+        answers_of[prefill].append(row)
     lengths = [len(e) + settings.max_new_tokens for e in encoded]
-    room = token_budget(policy, recipe, update=False)
-    for rows in by_length(lengths, settings.micro_batch, room):
-        p = draws.thresholds[rows]
+    room, most = token_budget(policy, recipe, update=False), recipe.budgets.answers_per_budget
+    room = None if room is None else room // most
+    for prefills in by_length(lengths, max(1, settings.micro_batch // most), room):
+        p = draws.thresholds[prefills]
         request = Request(
             recipe.sparse, thresholds=p, seed=seed, scores=wants_cut,
-            audit=[b for b, row in enumerate(rows) if row in audited],
+            audit=[b for b, prefill in enumerate(prefills) if prefill in audited],
         )  # fmt: skip
+        rows = [row for prefill in prefills for row in answers_of[prefill]]
+        owner = torch.tensor([b for b, i in enumerate(prefills) for _ in answers_of[i]])
         answers = policy.generate(
-            [encoded[row] for row in rows], features, request, settings.max_new_tokens,
-            draws.uniforms[rows], settings.temperature, greedy=draws.greedy[rows],
+            [encoded[i] for i in prefills], features, request, settings.max_new_tokens,
+            draws.uniforms[rows], settings.temperature, greedy=draws.greedy[prefills][owner],
+            owner=owner if most > 1 else None,
         )  # fmt: skip
         assert answers.kept is not None and answers.counts is not None
         if answers.probe_audit_mass is not None:
             masses.append(answers.probe_audit_mass)
         if wants_cut:
-            cuts[rows] = cut_logprobs(answers.record, recipe, draws.low)
-        for b, row in enumerate(rows):
+            cuts[rows] = cut_logprobs(answers.record, recipe, draws.low)[owner]
+        for b, (row, prefill) in enumerate(zip(rows, owner.tolist(), strict=True)):
+            length = len(encoded[prefills[prefill]])
             made[row] = Rollout(
-                thresholds=p[b],
+                thresholds=p[prefill],
                 tokens=answers.tokens[b],
                 logprobs=answers.logprobs[b],
                 kept=answers.kept[b],
-                prompt_length=len(encoded[row]),
-                token_ratio=float(answers.counts[b].double().mean() / len(encoded[row])),
+                prompt_length=length,
+                token_ratio=float(answers.counts[b].double().mean() / length),
                 text=policy.processor.decode(answers.tokens[b]),
+                truncated=int(answers.tokens[b][-1]) not in policy.processor.end_ids,
             )
-    rollouts = [made[row] for row in range(len(encoded))]
-    return Sampled(rollouts, cuts, float(torch.cat(masses).mean()))
+    rollouts = [made[row] for row in range(len(draws.owner))]
+    return Sampled(rollouts, cuts, float(torch.cat(masses).mean()) if masses else 1.0)
 
 
 def cut_logprobs(record: Record | None, recipe: Recipe, low: float) -> torch.Tensor:
@@ -302,6 +339,7 @@ def together(batch: Batch, drawn: Sequence[Prompt], places: Sequence[int]) -> Ba
             batch.groups[i].rollouts,
             None if batch.cut_logprobs is None else batch.cut_logprobs[i],
             None if batch.checks is None else batch.checks[i],
+            None if batch.dense is None else batch.dense[i],
         )
         for i, place in enumerate(places)
     }
@@ -320,6 +358,7 @@ def together(batch: Batch, drawn: Sequence[Prompt], places: Sequence[int]) -> Ba
         if batch.cut_logprobs is None
         else [everyone[place][1] for place in order],
         checks=None if batch.checks is None else [everyone[place][2] for place in order],
+        dense=None if batch.dense is None else [everyone[place][3] for place in order],
         probe_audit_mass=mean.pop("audit"),
         accuracy=mean,
     )

@@ -89,7 +89,7 @@ def finish(
         )
         found = measure(policy, recipe, prompts, wanted, "held-out, after")
         results |= dict(zip(("dense", "after")[-len(wanted) :], found, strict=True))
-    rollouts = recipe.train.steps * recipe.train.prompts_per_step * recipe.budgets.num_generations
+    rollouts = recipe.train.steps * recipe.train.prompts_per_step * recipe.budgets.group
     summary: dict[str, Any] = {
         **_block(results, range(len(prompts))),
         "by_task": _by(results, prompts, lambda p: p.task),

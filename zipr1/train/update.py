@@ -73,6 +73,7 @@ def update(
             optimizer.zero_grad()
             lost = torch.zeros((), device=policy.device)
             dense = dense_rows(recipe, batch, mini)
+            each, dense_each = (rows.tokens_each(some, recipe) for some in (mini, dense))
             own = [b for b in mini if batch.encoded[rows.prompt[b]] is not None]
             places = by_length([rows.lengths[b] for b in own], recipe.train.micro_batch, room)
             micro = [[own[i] for i in part] for part in places]
@@ -83,9 +84,13 @@ def update(
                 some = [b for b in chosen if b in dense and share]
                 if some or (dense and policy.parallel.sharded):
                     part_of = len(some) / len(dense)
-                    kl = backward_dense(policy, recipe, batch, rows, some or chosen[:1], part_of)
+                    kl = backward_dense(
+                        policy, recipe, batch, rows, some or chosen[:1], part_of, dense_each
+                    )
                     dense_kl.append((kl, part_of))
-                stats = backward(policy, recipe, batch, rows, chosen, share, turn + 1 == passes)
+                stats = backward(
+                    policy, recipe, batch, rows, chosen, share, turn + 1 == passes, each
+                )
                 if share:
                     noted.append((stats, len(chosen), len(mini)))
                     lost += stats["loss"]
@@ -143,10 +148,11 @@ def backward(
     chosen: Sequence[int],
     share: float,
     last: bool = True,
+    each: float | None = None,
 ) -> Stats:
     """The gradient of the sparse loss of some rows, times `share`, added to the parameters'. Returns its stats.
 
-    last: whether the ranks' gradients are summed after it."""
+    last: whether the ranks' gradients are summed after it. each: `Rows.tokens_each` of the minibatch."""
     reference = None
     if recipe.ppo.kl_coef > 0:
         # Before the sparse context: with adapters the reference is this very model.
@@ -154,7 +160,7 @@ def backward(
     request = replaying(policy, recipe, batch, rows, chosen)
     with sparse_attention(policy.model, request) as run, policy.recomputing():
         return policy.parallel.backward(
-            lambda: sparse_loss(policy, recipe, batch, rows, chosen, run, reference, share),
+            lambda: sparse_loss(policy, recipe, batch, rows, chosen, run, reference, share, each),
             last,
         )
 
@@ -166,13 +172,14 @@ def backward_dense(
     rows: Rows,
     chosen: Sequence[int],
     share: float,
+    each: float | None,
 ) -> torch.Tensor:
     """The mean divergence from the reference of some rows, run dense. Its gradient times `ppo.kl_coef` and `share` is
-    added to the parameters'; the ranks' are not yet summed."""
+    added to the parameters'; the ranks' are not yet summed. each: `Rows.tokens_each` of the minibatch's dense rows."""
     reference = policy.parallel.reference_forward(lambda: look_up(policy, batch, rows, chosen))
     with policy.recomputing():
         return policy.parallel.backward(
-            lambda: dense_loss(policy, recipe, batch, rows, chosen, reference, share), False
+            lambda: dense_loss(policy, recipe, batch, rows, chosen, reference, share, each), False
         )
 
 
@@ -200,11 +207,12 @@ def sparse_loss(
     run: SparseRun,
     reference: Reference | None,
     share: float,
+    each: float | None,
 ) -> Loss:
     """The loss of some rows under their sparse attention, times `share`, and its stats (as they are without it)."""
     encoded, tokens = _of(batch, rows, chosen)
     states, mask = policy.answer_states(encoded, vision(policy, batch, encoded), tokens, run)
-    answers, stats = answer_loss(policy, recipe, rows, chosen, states, mask, reference)
+    answers, stats = answer_loss(policy, recipe, rows, chosen, states, mask, reference, each)
     tokens_kept, more = efficiency_loss(policy, recipe, batch, rows, chosen, run.record)
     loss = answers + tokens_kept
     stats = stats | more | {"loss": loss.detach()}
@@ -219,15 +227,16 @@ def dense_loss(
     chosen: Sequence[int],
     reference: Reference,
     share: float,
+    each: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`ppo.kl_coef` times `share` times the mean divergence of some rows from the reference, run dense, and the mean
     itself."""
     encoded, tokens = _of(batch, rows, chosen)
     states, mask = policy.answer_states(encoded, vision(policy, batch, encoded), tokens)
-    padded, lengths = send(policy.device, pad(tokens, mask.shape[1]), mask.sum(1))
-    _, each = token_scores(policy, recipe, states, padded, mask, reference)
-    (counts,) = send(policy.device, rows.counts[list(chosen)])
-    kl = (counts * each.sum(1) / lengths).mean()
+    held = _counts(rows, chosen, each) * rows.held[list(chosen)]
+    padded, lengths, held = send(policy.device, pad(tokens, mask.shape[1]), mask.sum(1), held)
+    _, apart = token_scores(policy, recipe, states, padded, mask, reference)
+    kl = (held * apart.sum(1) / lengths).mean()
     return with_tower(policy, encoded, recipe.ppo.kl_coef * kl * share), kl.detach()
 
 
@@ -239,20 +248,23 @@ def answer_loss(
     states: torch.Tensor,
     mask: torch.Tensor,
     reference: Reference | None,
+    each: float | None = None,
 ) -> Loss:
     """The clipped surrogate of the answers' tokens, and the divergence from the reference. states `(B, T, hidden)`;
-    mask `(B, T)` bool on the CPU."""
+    mask `(B, T)` bool on the CPU; each: as of `backward`.
+
+    Both are a mean over rows of the mean over a row's tokens, times what the row counts. Where that is its number of
+    tokens over the mean number, all tokens of the minibatch count alike, however its rows are split into passes."""
     settings = recipe.ppo
     tokens, old = (
         pad([part[b] for b in chosen], mask.shape[1]) for part in (rows.tokens, rows.old)
     )
-    counts = rows.counts[list(chosen)]
-    tokens, old, advantage, counts, real = send(
-        policy.device, tokens, old, counts * rows.advantage[chosen], counts, mask
-    )
-    new, each = token_scores(policy, recipe, states, tokens, mask, reference)
-    surrogate, stats = losses.clipped_surrogate(new, old, advantage, real, settings.clip)
-    kl = (counts * each.sum(1) / real.sum(1)).mean()
+    counts = _counts(rows, chosen, each)
+    pull, held = counts * rows.advantage[chosen], counts * rows.held[chosen]
+    tokens, old, pull, held, real = send(policy.device, tokens, old, pull, held, mask)
+    new, apart = token_scores(policy, recipe, states, tokens, mask, reference)
+    surrogate, stats = losses.clipped_surrogate(new, old, pull, real, settings.clip)
+    kl = (held * apart.sum(1) / real.sum(1)).mean()
     loss = settings.policy_gradient * surrogate + settings.kl_coef * kl
     return loss, stats | {"kl": kl.detach()}
 
@@ -312,6 +324,14 @@ def with_tower(policy: Policy, encoded: Sequence[Any], loss: torch.Tensor) -> to
     if distributed.size() > 1 and policy.settings.train_vision and not shown:
         return loss + policy.blank()
     return loss
+
+
+def _counts(rows: Rows, chosen: Sequence[int], each: float | None) -> torch.Tensor:
+    """`(B,)`: what each answer counts. each: as of `backward`."""
+    counts = rows.counts[list(chosen)]
+    if each is None:
+        return counts
+    return counts * torch.tensor([len(rows.tokens[b]) for b in chosen]) / each
 
 
 def _of(

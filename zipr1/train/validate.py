@@ -72,6 +72,13 @@ def check(recipe: Recipe) -> None:
                 f"data.hard_kind_boost {recipe.data.hard_kind_boost} needs the greedy answers of a target or a "
                 "constraint; set efficiency.target or efficiency.max_accuracy_drop, or data.hard_kind_boost=0"
             )
+        several = recipe.budgets.answers_per_budget > 1 and recipe.rewards.reduction > 0
+        if "answers" in methods and several:
+            raise InputError(
+                f"efficiency.method {wanted.method} pays answers for the tokens that they saved, and those of one "
+                f"budget saved the same: budgets.answers_per_budget {recipe.budgets.answers_per_budget} leaves nothing "
+                "to learn; use 1, or method pathwise or cut, or rewards.reduction=0 to press nothing"
+            )
         if recipe.budgets.sampling == "grid" and methods - {"answers"}:
             raise InputError(
                 f"efficiency.method {wanted.method} needs thresholds that are drawn and budgets.sampling is grid; use "
@@ -109,11 +116,12 @@ def _check_sizes(recipe: Recipe) -> None:
                 f"data.{key}: got {number:,}; embedded questions are drawn into memory, {MOST_EMBEDDED:,} or less is "
                 "allowed"
             )
-    rollouts = train.prompts_per_step * recipe.budgets.num_generations
+    rollouts = train.prompts_per_step * recipe.budgets.group
     if train.stage == "rl" and rollouts > MOST_ROLLOUTS:
         raise InputError(
             f"train.prompts_per_step {train.prompts_per_step:,} x budgets.num_generations "
-            f"{recipe.budgets.num_generations:,} are {rollouts:,} answers a step; {MOST_ROLLOUTS:,} or less are allowed"
+            f"{recipe.budgets.num_generations:,} x budgets.answers_per_budget {recipe.budgets.answers_per_budget:,} "
+            f"are {rollouts:,} answers a step; {MOST_ROLLOUTS:,} or less are allowed"
         )
 
 
