@@ -179,7 +179,7 @@ def same(one: Path, two: Path) -> None:
     assert len(lines(one)) == len(lines(two)) > 0
     for a, b in zip(lines(one), lines(two), strict=True):
         assert a.keys() == b.keys()
-        for key in a:
+        for key in a.keys() - {"diagnosis"}:  # of which each rank looks at rows of its own
             assert numbers(b[key]) == pytest.approx(numbers(a[key]), rel=1e-3, abs=1e-6), key
     if (one / "rollouts.jsonl").exists():
         texts = [
