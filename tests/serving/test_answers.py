@@ -1,9 +1,11 @@
 """The same answers, kept tokens and log-probabilities as `zipr1.load(folder).generate`, whatever is in flight."""
 
+from collections import defaultdict
 from importlib.util import find_spec
 
 import engines
 import pytest
+import tinyruns
 
 import zipr1
 from zipr1.data.digits import tasks
@@ -97,27 +99,46 @@ def test_rules_skips_text_several_pictures_and_turns(served, loaded, settings, t
 
 
 @pytest.mark.parametrize("skip", ["layer", "attention"])
-def test_dropped_tokens_are_not_computed(served, loaded, skip):
-    """Rows that go through a layer's parts, step by step, while six questions are read at once and answered."""
-    names = ("self_attn.qkv_proj", "self_attn.attn", "self_attn.o_proj", "mlp")
+def test_dropped_tokens_are_not_computed(served, loaded, skip, monkeypatch):
+    """Rows that go through a layer's parts, step by step, while six questions are read at once and answered: of a
+    dropped token the key and the value, and the query only if it is a probe."""
+    seen = defaultdict(list)
+
+    def watch(name, part):
+        """A part of a layer is a module, or one of the products with the matrix of queries, keys and values."""
+        forward = part.forward
+        monkeypatch.setattr(
+            part, "forward", lambda x, *more: seen[name].append(len(x)) or forward(x, *more)
+        )
+
+    def watch_products(index, projection):
+        method = projection.quant_method
+        names = {id(method.queries): "q", id(method.keys_values): "kv", id(projection): "qkv"}
+        apply = method.apply
+
+        def counted(matrix, x, bias):
+            seen[index, names[id(matrix)]].append(len(x))
+            return apply(matrix, x, bias)
+
+        monkeypatch.setattr(method, "apply", counted)
+
     layers = served.model.language_model.model.layers
-    seen = {(index, name): [] for index in range(len(layers)) for name in names}
-    hooks = [
-        layers[index]
-        .get_submodule(name)
-        .register_forward_pre_hook(lambda _, given, rows=rows: rows.append(len(given[0])))
-        for (index, name), rows in seen.items()
-    ]
+    for index, layer in enumerate(layers):
+        for name in ("self_attn.attn", "self_attn.o_proj", "mlp"):
+            watch((index, name), layer.get_submodule(name))
+        watch_products(index, layer.self_attn.qkv_proj)
     prompts = engines.questions(loaded[1], pictures(4) + clips(4)[:2])
-    try:
-        with served.settings(skip=skip, p=0.6):
-            found = served.ask(prompts, 5, ignore_eos=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with served.settings(skip=skip, p=0.6):
+        found = served.ask(prompts, 5, ignore_eos=True)
     total = sum(one.prompt for one in found)
-    for (index, name), rows in seen.items():
+    probes = sum(tinyruns.SPARSE["probes"].values())
+    for index in range(len(layers)):
         kept = sum(one.kept[index] for one in found)
         assert kept < total / 2
-        whole = name == "self_attn.qkv_proj" or (name == "mlp" and skip == "attention")
-        assert rows == [total if whole else kept, 6, 6, 6, 6]
+        answering = [6, 6, 6, 6]
+        assert seen[index, "kv"] == [total]
+        assert seen[index, "q"] == [probes] * 6 + [kept]
+        assert seen[index, "qkv"] == answering
+        assert seen[index, "self_attn.attn"] == [kept, *answering]
+        assert seen[index, "self_attn.o_proj"] == [kept, *answering]
+        assert seen[index, "mlp"] == [total if skip == "attention" else kept, *answering]

@@ -223,7 +223,7 @@ def test_scores_of_several_ranks_choose_together():
     torch.manual_seed(0)
     query, key = 3 * torch.randn(40, 4, 8), 3 * torch.randn(40, 2, 8)
     settings = Sparse(p=0.7, dense_below=0)
-    whole = keep(query, key, 1, settings, 0.3)
+    whole = keep(query.__getitem__, key, 1, settings, 0.3)
     parts = []
 
     def noted(scores):
@@ -231,10 +231,10 @@ def test_scores_of_several_ranks_choose_together():
         return scores
 
     alone = [
-        keep(query[:, 2 * r : 2 * r + 2], key[:, r : r + 1], 1, settings, 0.3, noted)
+        keep(query[:, 2 * r : 2 * r + 2].__getitem__, key[:, r : r + 1], 1, settings, 0.3, noted)
         for r in (0, 1)
     ]
     assert not all(torch.equal(x, whole) for x in alone)
-    together = keep(query[:, :2], key[:, :1], 1, settings, 0.3, lambda s: s + parts[1])
+    together = keep(query[:, :2].__getitem__, key[:, :1], 1, settings, 0.3, lambda s: s + parts[1])
     assert 0 < whole.sum() < 40
     assert torch.equal(together, whole)

@@ -405,6 +405,19 @@ class TestWithVllm:
             Decoder([layer], Sparse(p=0.6), None, Ledger(1))
         assert "\n" not in str(error.value)
 
+    def test_weights_of_another_class_are_one_line(self):
+        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+        from zipr1.serving.vllm.projections import Apart
+
+        class Theirs(UnquantizedLinearMethod):
+            def __init__(self):
+                pass
+
+        with pytest.raises(RunError, match="weights held by Theirs are not known") as error:
+            Apart.of(SimpleNamespace(quant_method=Theirs()))
+        assert "\n" not in str(error.value)
+
     @pytest.fixture
     def stranger(self, monkeypatch):
         """A vLLM whose processes have not met the plugin."""

@@ -20,7 +20,7 @@ SEED = 0  # of the probes, as `zipr1.load` has it
 
 
 def keep(
-    query: torch.Tensor,
+    query: Callable[[torch.Tensor], torch.Tensor],
     key: torch.Tensor,
     layer: int,
     settings: Sparse,
@@ -29,12 +29,13 @@ def keep(
 ) -> torch.Tensor:
     """`(P,)` bool: the tokens of a prompt that `layer` keeps.
 
-    query `(P, HQ, D)` and key `(P, H, D)` of the whole prompt, after RoPE. total: scores of this process's heads ->
-    scores of all heads, where heads are shared out.
+    query: places `(n,)` of the prompt -> their queries `(n, HQ, D)`; asked of the probes alone. key: `(P, H, D)` of the
+    whole prompt. Both after RoPE. total: scores of this process's heads -> scores of all heads, where heads are shared
+    out.
     """
-    length, device = len(query), query.device
+    length, device = len(key), key.device
     prompt = torch.ones(1, length, dtype=torch.bool, device=device)
-    if settings.p >= 1 or length < dense_below(settings, device, query.dtype):
+    if settings.p >= 1 or length < dense_below(settings, device, key.dtype):
         return prompt[0]
     if settings.rule == "random":
         scores = torch.zeros(1, length, device=device)
@@ -43,7 +44,7 @@ def keep(
         (places,) = send(device, slots[0])
         scores = total(
             probe_scores(
-                query[places[0]].transpose(0, 1)[None],
+                query(places[0]).transpose(0, 1)[None],
                 key.transpose(0, 1)[None],
                 places,
                 prompt,

@@ -1,14 +1,15 @@
 """vLLM's Qwen2-VL and Qwen2.5-VL with decoder layers that run on kept tokens alone.
 
-vLLM's layers, kernels and attention backends are used as they are. In a prefill a layer computes queries and keys of
-all tokens, chooses, and attends among the kept: for the backend it is ordinary causal attention over shorter prompts,
-whose keys and values it writes into the first slots of each request's blocks. Later tokens are written behind them, and
-attend to what the layer has: each layer has its own lengths.
+vLLM's layers, kernels and attention backends are used as they are. In a prefill a layer computes keys and values of all
+tokens and queries of the probes, chooses, computes queries of the kept, and attends among them: for the backend it is
+ordinary causal attention over shorter prompts, whose keys and values it writes into the first slots of each request's
+blocks. Later tokens are written behind them, and attend to what the layer has: each layer has its own lengths.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from zipr1.core.recipe import Sparse
 from zipr1.serving.vllm import limits
 from zipr1.serving.vllm.choose import keep
 from zipr1.serving.vllm.ledger import Ledger
+from zipr1.serving.vllm.projections import Apart
 from zipr1.serving.vllm.settings import KEY
 from zipr1.serving.vllm.step import Part, Step
 
@@ -46,6 +48,7 @@ class Decoder:
                 raise limits.refuse(
                     f"the attention backend {backend} is not known; {', '.join(limits.BACKENDS)} are"
                 )
+            Apart.of(layer.self_attn.qkv_proj)
             layer.forward = functools.partial(self.forward, index, layer, layer.forward)
 
     def forward(
@@ -72,19 +75,19 @@ class Decoder:
             hidden_states = layer.input_layernorm(hidden_states)
         else:
             hidden_states, residual = layer.input_layernorm(hidden_states, residual)
-        qkv, _ = attention.qkv_proj(hidden_states)
-        query, key, value = qkv.split(
-            [attention.q_size, attention.kv_size, attention.kv_size], dim=-1
-        )
-        query, key = attention.rotary_emb(positions, query, key)
+        apart = attention.qkv_proj.quant_method
+        both = apart.project(apart.keys_values, hidden_states)
+        key, value = both.split([attention.kv_size, attention.kv_size], dim=-1)
+        key = turned(attention, positions, key)
+        query = functools.partial(queries, attention, positions, hidden_states)
         part = self.step.part(index, functools.partial(self.choose, index, attention, query, key))
         self.announce(self.names[index], part)
         rows = part.rows
         if rows is None:
-            hidden_states, _ = attention.o_proj(attention.attn(query, key, value))
-            hidden_states, residual = layer.post_attention_layernorm(hidden_states, residual)
+            out, _ = attention.o_proj(attention.attn(query(slice(None)), key, value))
+            hidden_states, residual = layer.post_attention_layernorm(out, residual)
             return layer.mlp(hidden_states), residual
-        out = attention.attn(query[rows], key[rows], value[rows])
+        out = attention.attn(query(rows), key[rows], value[rows])
         out, _ = attention.o_proj(out)
         if self.settings.skip == "attention":
             out = torch.zeros_like(residual).index_copy_(0, rows, out)
@@ -100,15 +103,16 @@ class Decoder:
         self,
         index: int,
         attention: Any,
-        query: torch.Tensor,
+        query: Callable[[torch.Tensor], torch.Tensor],
         key: torch.Tensor,
         start: int,
         end: int,
     ) -> torch.Tensor:
         """`(end - start,)` bool: what the layer keeps of the prompt in these rows."""
+        heads = (-1, attention.head_dim)
         return keep(
-            query[start:end].unflatten(-1, (-1, attention.head_dim)),
-            key[start:end].unflatten(-1, (-1, attention.head_dim)),
+            lambda places: query(places + start).unflatten(-1, heads),
+            key[start:end].unflatten(-1, heads),
             index,
             self.settings,
             attention.scaling,
@@ -154,6 +158,24 @@ class Decoder:
         )
         context.attn_metadata[name] = self.builder.build(0, common)
         context.slot_mapping[name] = part.slots
+
+
+def queries(
+    attention: Any,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    rows: torch.Tensor | slice,
+) -> torch.Tensor:
+    """`(n, HQ * D)`: of these rows, after RoPE. hidden_states: after the layer's norm."""
+    apart = attention.qkv_proj.quant_method
+    plain = apart.project(apart.queries, hidden_states[rows])
+    return turned(attention, positions[..., rows], plain)
+
+
+def turned(attention: Any, positions: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """RoPE for queries or for keys `(n, heads * D)`. vLLM's wants both: one head stands in for the others."""
+    done, _ = attention.rotary_emb(positions, heads, heads[:, : attention.head_dim].clone())
+    return done  # type: ignore[no-any-return]
 
 
 def _over_ranks(scores: torch.Tensor) -> torch.Tensor:
