@@ -31,7 +31,7 @@ def write(path: Path, base: Path, **sections: dict[str, Any]) -> Path:
         "model": {"path": str(base)},
         "data": {"prompts": 16, "heldout_prompts": 3},
         "sparse": {"probes": {"recent": 3, "random": 6}, "dense_below": 0},
-        "budgets": {"low": 0.6, "high": 0.9, "num_generations": 3},
+        "budgets": {"low": 0.6, "high": 0.9, "num_generations": 3, "sampling": "independent"},
         "optim": {"lr": 1e-3},
         "ppo": {"minibatches": 2, "kl_coef": 1.0, "dense_kl_fraction": 0.34},
         "efficiency": {"target": 0.5, "method": "cut+pathwise"},

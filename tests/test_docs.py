@@ -77,9 +77,9 @@ def test_tutorial(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "checks 90 questions; 'three', said word for word, earns 1" in said
     assert said.count("memory, peak (estimate)") == 2 and re.search(
-        r"peak \(estimate\) +9.9 GiB", said
+        r"peak \(estimate\) +10.1 GiB", said
     )
-    assert re.search(r"hours on one A100 +3.8 \(estimate\)", said)
+    assert re.search(r"hours on one A100 +30 \(estimate\)", said)
     shown = re.search(r'^{"question".*$', text, re.M)[0]
     assert shown in Path("test.jsonl").read_text()
     assert re.search(r"digits +4 ", said) and "checked against the run" in said

@@ -18,8 +18,16 @@ from zipr1.core.recipe import Recipe, Sparse
 from zipr1.models.open import resolve
 
 LOWER_ENDS = (0.15, 0.3, 0.5)
-# What is asked of a run by itself is left out: recipes/compare.py asks more.
-UNASKED = ("evaluation.before=false", "evaluation.after=false", "data.heldout_prompts=40")
+# What is asked of a run by itself is left out: recipes/compare.py asks more. And a row is measured however it goes.
+UNASKED = (
+    "evaluation.before=false",
+    "evaluation.after=false",
+    "data.heldout_prompts=40",
+    "alarms.max_drift=null",
+    "alarms.max_token_mass=null",
+    "alarms.min_heldout_mass=null",
+    "alarms.min_movement=null",
+)
 PAPER = (
     "efficiency.method=answers",
     "efficiency.target=null",

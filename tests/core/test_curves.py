@@ -114,3 +114,41 @@ def test_layers_before_and_now():
     assert curves.layers(None, None, "now") is None
     assert curves.layers([0.9, 0.8], [0.3, 0.2], "now").startswith("<svg")
     assert curves.layers(None, [0.3, 0.2], "now").startswith("<svg")
+
+
+def test_what_guard_questions_and_looks_inside_say():
+    """Two tasks, and a look at steps 0, 2 and 4: a straight line between them. Of three layers the first is 10 points
+    above its set point and the last 20 below, in the mean of two tasks."""
+    some = rows(5, allowed=0.01, informative=0.25, truncated=0.5)
+    for n, row in enumerate(some):
+        row["guard"] = {
+            "a": {"lost": 0.01 * n, "error": 0.1, "drift": 0.02},
+            "b": {"lost": 0.0, "error": 0.1, "drift": -0.01},
+        }
+        if n % 2 == 0:
+            layers = {
+                "a": {"kept": [0.6, 0.5, 0.2], "set_point": [0.5, 0.5, 0.5]},
+                "b": {"kept": [0.6, 0.5, 0.4], "set_point": [0.5, 0.5, 0.5]},
+                "c": {"kept": [0.9, 0.9, 0.9]},
+            }
+            row["diagnosis"] = {"window": 0.1 * n, "gradients": {"kl": 3.0 + n}, "by_layer": layers}
+    found = {panel.title: panel for panel in panels(some, RECIPE, {})}
+
+    def drawn(title):
+        return {label: values.tolist() for values, label, _ in found[title].lines}
+
+    assert drawn("Points lost on guard questions") == {
+        "a": pytest.approx([0, 1, 2, 3, 4]), "b": [0] * 5
+    }  # fmt: skip
+    ((_, allowed, label),) = found["Points lost on guard questions"].guides
+    assert label == "allowed" and allowed == pytest.approx([1] * 5)
+    assert drawn("Points lost with all tokens (p = 1)")["b"] == pytest.approx([-1] * 5)
+    assert drawn("Gradient of each loss alone, norm") == {"kl": [3, 4, 5, 6, 7]}
+    assert drawn("Where the scores lie") == {
+        "tokens in the window": pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    }
+    gaps = drawn("Layers off their set point, in points")
+    assert gaps["most above"] == pytest.approx([10] * 5)
+    assert gaps["most below"] == pytest.approx([-20] * 5)
+    assert drawn("Groups and answers")["truncated answers"] == [0.5] * 5
+    assert all(text.startswith("<svg") for text in curves.drawings(some, RECIPE, {}))

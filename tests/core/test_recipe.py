@@ -210,6 +210,12 @@ def test_a_target_needs_a_method_that_presses_and_a_boost_needs_greedy_answers()
         check(Recipe(efficiency=Efficiency(method="answers", target=0.2)))
     with pytest.raises(InputError, match=r"sampling is grid; use stratified, or method answers"):
         check(Recipe(budgets={"sampling": "grid"}))
+    for sampling in ("grid", "stratified"):
+        with pytest.raises(
+            InputError, match=rf"sampling is {sampling}.*use independent, or method"
+        ):
+            check(Recipe(efficiency={"method": "cut+pathwise"}, budgets={"sampling": sampling}))
+    check(Recipe(efficiency={"method": "cut"}, budgets={"sampling": "independent"}))
     with pytest.raises(InputError, match=r"hard_kind_boost 9.0 needs .* or data.hard_kind_boost=0"):
         check(Recipe(efficiency=Efficiency(max_accuracy_drop=None), data=Data(hard_kind_boost=9.0)))
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from zipr1.core.errors import InputError
+from zipr1.core.load import validate
 from zipr1.core.recipe import Data, Recipe, Rewards
 from zipr1.core.types import Prompt
+from zipr1.data import sources
 from zipr1.data.rows import load
 from zipr1.rewards.registry import REWARDS, check_answers, examples, find, reward_of
 
@@ -168,23 +171,74 @@ def _asked(*answers, reward=None):
     ]
 
 
-def test_a_right_answer_that_nobody_can_earn_is_told(caplog):
+def test_a_right_answer_that_nobody_can_earn_is_an_error_by_its_row(caplog):
     recipe = Recipe(rewards=Rewards(check="choice"))
-    check_answers(_asked("A", "b", "A, C", "AC", "(D) dog"), recipe)
-    assert not caplog.records
-    check_answers(_asked("A", "cat", "dog", "B"), recipe)
-    (said,) = caplog.messages
-    assert said.startswith(
-        "x.jsonl: row 2: choice gives 'cat' no full reward when it is said word for word, nor 1 more of 4"
-    )
-    assert "name another (rewards.check, or `reward` in the row)" in said
+    fine = _asked("A", "b", "A, C", "AC", "(D) dog")
+    assert check_answers(fine, recipe) == fine
     with pytest.raises(
-        InputError, match=r"row 1: choice gives 'cat' no full reward.*nor 1 more of 2"
+        InputError,
+        match=r"^x\.jsonl: row 2: choice gives 'cat' no full reward when it is said word for word, nor 1 more of 4 "
+        r"right answers; .*name another \(rewards\.check, or `reward` in the row\) \(data\.on_bad_row=skip",
     ):
-        check_answers(_asked("cat", "dog"), recipe)
-    # A row's own reward is the one that counts.
+        check_answers(_asked("A", "cat", "dog", "B"), recipe)
+    # A row's own reward is the one that counts, and one right answer that can be earned is enough.
     check_answers(_asked("cat", "dog", reward="exact"), recipe)
-    assert len(caplog.records) == 1
+    (several,) = _asked("cat")
+    check_answers([replace(several, accepted=("dog", "B"))], recipe)
+    with pytest.raises(InputError, match="row 1"):
+        check_answers([replace(several, accepted=("dog",))], recipe)
+    assert not caplog.records
+
+
+def test_rows_that_nobody_can_earn_are_left_out_where_bad_rows_are(caplog):
+    recipe = Recipe(rewards=Rewards(check="choice"), data=Data(on_bad_row="skip"))
+    kept = check_answers(_asked("A", "cat", "dog", "B"), recipe)
+    assert [prompt.answer for prompt in kept] == ["A", "B"]
+    (said,) = caplog.messages
+    assert "row 2: choice gives 'cat'" in said and said.endswith("these rows are left out")
+    with pytest.raises(InputError, match=r"row 1: choice gives 'cat' .* nor 1 more of 2"):
+        check_answers(_asked("cat", "dog"), recipe)
+
+
+# What each check cannot read of what a row may hold; `chartqa` and `ocr` compare texts of any kind.
+UNREAD = {
+    "exact": "<answer></answer>", "choice": "cat", "number": "", "relaxed": "", "regression": "", "rouge": "?",
+    "anls": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_check_is_asked_for_every_row(name):
+    """The last of 30,000 rows is the bad one."""
+    recipe = Recipe(rewards=Rewards(check=name))
+    good = _asked("C" if name == "choice" else "a word") * 29_999
+    assert len(check_answers(good, recipe)) == 29_999
+    if name in UNREAD:
+        (bad,) = [replace(p, row="x.jsonl: row 30000") for p in _asked(UNREAD[name])]
+        with pytest.raises(InputError, match=f"row 30000: {name} gives"):
+            check_answers([*good, bad], recipe)
+
+
+@pytest.mark.parametrize("kind", ["rows.jsonl", "rows.json", "rows.parquet", "saved", "folder"])
+def test_every_source_names_the_row_that_nobody_can_earn(tmp_path, kind):
+    rows = [{"question": "q?", "answer": answer} for answer in ("A", "cat")]
+    path = tmp_path / kind
+    if kind == "rows.json":
+        path.write_text(json.dumps(rows))
+    elif kind == "rows.parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
+    elif kind == "saved":
+        pytest.importorskip("datasets").Dataset.from_list(rows).save_to_disk(str(path))
+    else:
+        if kind == "folder":
+            path.mkdir()
+        file = path / "train.jsonl" if kind == "folder" else path
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"rewards": {"check": "choice"}, "data": {"source": str(path), "heldout": str(path)}}
+    recipe = validate(asked)
+    with pytest.raises(InputError, match=r"row 2: choice gives 'cat'"):
+        check_answers(sources.load(recipe.data, "train", 0), recipe)
 
 
 def test_a_reward_of_ones_own_is_not_called_before_the_run(evil):

@@ -68,7 +68,8 @@ def test_a_run_leaves_what_the_contract_names(tmp_path, model):
 
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path, model):
-    recipe = write(tmp_path / "r.yaml", model, efficiency={"method": "cut+pathwise"})
+    drawn = {"sampling": "independent"}
+    recipe = write(tmp_path / "r.yaml", model, efficiency={"method": "cut+pathwise"}, budgets=drawn)
     one, two, other = (tmp_path / n for n in "abc")
     start(recipe, one)
     start(recipe, two)

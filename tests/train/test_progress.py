@@ -135,6 +135,60 @@ def test_live_view_fits_and_shows_everything(width):
     assert "…" not in text(c)
 
 
+LOOK = {
+    "guard": {"sums": {"lost": 0.012, "error": 0.004, "drift": 0.003, "drift_error": 0.002}},
+    "heldout_mass": 0.91,
+    "grad_clipped": 0.8,
+    "sampler_mismatch": 2e-7,
+    "answer_tokens": 3.5,
+    "diagnosis": {
+        "window": 0.15,
+        "first_token": 0.4,
+        "top_token": 0.5,
+        "gradients": {"policy_gradient": 1.5, "kl": 7.25},
+        "by_layer": {"sums": {"kept": [0.5, 0.2], "set_point": [0.4, 0.25]}},
+    },
+}
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_look_inside_stays_in_the_live_view(width):
+    """The step after it has none of its own. Of two layers one is 10 points off its set point, the other 5."""
+    c = console(width, terminal=True)
+    progress = Progress(c, 300)
+    progress.update(0, {**METRICS, **LOOK})
+    progress.update(1, METRICS | {"guard": LOOK["guard"]})
+    c.print(progress._view())
+    lines = text(c).splitlines()
+    assert max(map(len, lines)) <= width and "…" not in text(c)
+    for label, value in {
+        "sums, lost": "1.2±0.4",
+        "sums, p = 1": "0.3±0.2",
+        "tokens in the window": "15.0%",
+        "mass of first token": "40.0%",
+        "norm: policy gradient": "1.5000",
+        "norm: KL": "7.2500",
+        "layers off their set point": "10.0 pts",
+    }.items():
+        assert re.search(rf"{re.escape(label)} +{re.escape(value)}", text(c)), label
+
+
+def test_a_plain_log_has_a_line_for_each_look_inside():
+    c = console()
+    with Progress(c, 100) as progress:
+        for step in range(100):
+            progress.update(step, METRICS | (LOOK if step % 20 == 0 else {}))
+    looks = [line for line in text(c).splitlines() if line.startswith("inside, step ")]
+    assert [line.split(":")[0].split()[-1] for line in looks] == ["1", "21", "41", "61", "81"]
+    for part in (
+        "held-out mass 91.0%",
+        "sums, lost 1.2±0.4",
+        "norm: KL 7.2500",
+        "answer tokens 3.5",
+    ):
+        assert part in looks[0]
+
+
 def test_live_display_is_closed_by_an_error():
     c = console(terminal=True)
 

@@ -178,6 +178,27 @@ def test_some_answers_are_held_to_the_reference_at_p_1():
         )
 
 
+def test_the_term_at_p_1_has_a_weight_of_its_own():
+    """Its gradient is that of weight 0.7, times 2.1 / 0.7, whatever the weight of the sparse passes' divergence; not
+    set, it is that one's. All rows or a quarter: the weight is of the mean, so equal rows would pull alike."""
+    policy, batch = moved(recipe())
+
+    def added(**changes):
+        off = Ppo(**(changes | {"dense_kl_coef": None, "dense_kl_fraction": 0.0}))
+        _, without = gradients(recipe(ppo=off), policy, batch)
+        _, found = gradients(recipe(ppo=Ppo(**changes)), policy, batch)
+        return {n: found[n] - without[n] for n in found}
+
+    one = added(kl_coef=0.7, dense_kl_fraction=0.25)
+    own = added(kl_coef=0.7, dense_kl_fraction=0.25, dense_kl_coef=2.1)
+    close({n: 3 * g for n, g in one.items()}, own, atol=1e-5, rtol=1e-3)
+    alone = added(kl_coef=0.0, dense_kl_fraction=0.25, dense_kl_coef=2.1)
+    close(alone, own, atol=1e-5, rtol=1e-3)
+    assert max(float(g.abs().max()) for g in one.values()) > 1e-3
+    off = Ppo(kl_coef=0.7, dense_kl_fraction=0.25, dense_kl_coef=0.0)
+    assert dense_rows(recipe(ppo=off), batch, range(16)) == set()
+
+
 def test_micro_batches_read_the_same_answers_at_p_1():
     """Passes of three rows, some of which have none of the four: the sum of what they say is the whole's."""
     settings = recipe(ppo=Ppo(kl_coef=0.7, dense_kl_fraction=0.25))

@@ -68,6 +68,46 @@ def test_first_ratio_is_exactly_one_against_the_same_forward():
     assert said["ratio_mean"] == 1.0 and said["ratio_max"] == 1.0
 
 
+def test_how_far_sampler_and_trainer_are_apart_is_logged():
+    """The sampler's numbers moved by 0.5 on one row of sixteen and by -0.25 on another: the mean over rows is
+    0.75 / 16, in passes of any size. Two minibatches: of the first alone, for the second has learned."""
+    settings = recipe(ppo=Ppo(kl_coef=0.0))
+    policy, batch = roll(settings, tinymodels.mixed())
+    assert gradients(settings, policy, batch)[0]["sampler_mismatch"] < 1e-5
+    batch.groups[0].rollouts[1].logprobs += 0.5
+    batch.groups[3].rollouts[0].logprobs -= 0.25
+    for size in (64, 3):
+        said, _ = gradients(with_train(settings, micro_batch=size), policy, batch)
+        assert said["sampler_mismatch"] == pytest.approx(0.75 / 16, abs=1e-4)
+    shuffled = torch.randperm(16, generator=torch.Generator().manual_seed(0))[:8].tolist()
+    expected = (0.5 * (1 in shuffled) + 0.25 * (12 in shuffled)) / 8
+    asked = recipe(ppo=Ppo(kl_coef=0.0, epochs=2, minibatches=2), optim=Optim(lr=1e-2))
+    assert one_update(asked, batch, policy)["sampler_mismatch"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_rounding_parts_the_sampler_from_the_trainer_in_bfloat16():
+    settings = recipe(ppo=Ppo(kl_coef=0.0))
+    policy, batch = roll(settings, tinymodels.mixed())
+    policy.model.to(torch.bfloat16)
+    batch.features = {key: value.bfloat16() for key, value in batch.features.items()}
+    prompts = [group.prompt for group in batch.groups]
+    batch = roll_out(policy, settings, prompts, batch.encoded, batch.features, 3)
+    said, _ = gradients(settings, policy, batch)
+    assert 1e-5 < said["sampler_mismatch"] < 0.1
+
+
+def test_what_clipping_takes_is_logged():
+    """Of a gradient that is four times as long as allowed, three quarters; of one within, nothing."""
+    settings = recipe(ppo=Ppo(kl_coef=0.0))
+    policy, batch = roll(settings, tinymodels.mixed())
+    batch.groups[0].rollouts[0].rewards["correct"] = 1.0  # something to learn
+    norm = gradients(settings, policy, batch)[0]["grad_norm"]
+    for most, lost in ((norm / 4, 0.75), (2 * norm, 0.0)):
+        asked = recipe(ppo=Ppo(kl_coef=0.0), optim=Optim(max_grad_norm=most))
+        said, _ = gradients(asked, policy, batch)
+        assert said["grad_clipped"] == pytest.approx(lost, abs=1e-4)
+
+
 def test_micro_batches_do_not_change_the_gradient():
     settings = recipe(efficiency=Efficiency(method="cut+pathwise"))
     found = []

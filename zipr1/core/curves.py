@@ -79,6 +79,7 @@ def panels(rows: Rows, recipe: Recipe, heldout: Mapping[str, Mapping[str, float]
         ),
         Panel("Loss", [(_values(rows, "loss"), "loss", "C5")]),
         Panel("Reward", [(_values(rows, "reward"), "reward", "C6")]),
+        *_inside(rows),
     ]
     every = [tokens, right, *others]
     for panel in every:
@@ -152,6 +153,93 @@ def layers(before: Sequence[float] | None, now: Sequence[float] | None, label: s
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False, fontsize=7.5)
     return drawing(figure)
+
+
+def set_point_gaps(looked: Mapping[str, Any]) -> np.ndarray:
+    """Of a look inside: by layer, kept share less set point, mean over the tasks that have both; empty without any."""
+    both = [
+        np.array(one["kept"]) - np.array(one["set_point"])
+        for one in (looked.get("by_layer") or {}).values()
+        if one.get("kept") and one.get("set_point")
+    ]
+    return np.mean(both, axis=0) if both else np.array([])
+
+
+def _inside(rows: Rows) -> list[Panel]:
+    """What guard questions and looks inside say, a line for each task, loss or measure."""
+    tasks = sorted({task for row in rows for task in row.get("guard") or {}})
+    looks = [row.get("diagnosis") or {} for row in rows]
+    losses = sorted({name for one in looks for name in one.get("gradients") or {}})
+    gaps = [set_point_gaps(one) for one in looks]
+    lost = Panel(
+        "Points lost on guard questions",
+        [(100 * _deep(rows, "guard", t, "lost"), t, f"C{n}") for n, t in enumerate(tasks)],
+    )
+    if _known(rows, "allowed") and tasks:
+        lost.guides = [(_steps(rows), 100 * _values(rows, "allowed"), "allowed")]
+    return [
+        lost,
+        Panel(
+            "Points lost with all tokens (p = 1)",
+            [(100 * _deep(rows, "guard", t, "drift"), t, f"C{n}") for n, t in enumerate(tasks)],
+        ),
+        Panel(
+            "Layers off their set point, in points",
+            [
+                (_filled([100 * g.max() if g.size else None for g in gaps]), "most above", "C0"),
+                (_filled([100 * g.min() if g.size else None for g in gaps]), "most below", "C1"),
+            ],
+        ),
+        Panel(
+            "Gradient of each loss alone, norm",
+            [(_deep(looks, "gradients", name), name, f"C{n}") for n, name in enumerate(losses)],
+        ),
+        Panel(
+            "Where the scores lie",
+            [
+                (_deep(looks, "window"), "tokens in the window", "C0"),
+                (_deep(looks, "first_token"), "mass of the first token", "C1"),
+                (_deep(looks, "top_token"), "mass of one token", "C3"),
+                (_values(rows, "heldout_mass"), "held-out mass", "C2"),
+            ],
+            share=True,
+        ),
+        Panel(
+            "Groups and answers",
+            [
+                (_values(rows, "informative"), "informative groups", "C0"),
+                (_values(rows, "truncated"), "truncated answers", "C3"),
+                (_values(rows, "grad_clipped"), "gradient clipped", "C4"),
+            ],
+            share=True,
+        ),
+        Panel("Answer tokens", [(_values(rows, "answer_tokens"), "tokens", "C0")]),
+        Panel(
+            "Sampler and trainer apart, nats a token",
+            [(_values(rows, "sampler_mismatch"), "difference", "C0")],
+        ),
+    ]
+
+
+def _deep(rows: Rows, *keys: str) -> np.ndarray:
+    """A value of each row by its keys, section by section; between rows that have it, a straight line."""
+    found: list[Any] = []
+    for row in rows:
+        value: Any = row
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        found.append(value)
+    return _filled(found)
+
+
+def _filled(values: Sequence[Any]) -> np.ndarray:
+    """Values with a straight line over the gaps between them; NaN before the first and after the last."""
+    out = np.array([v if _is_number(v) else np.nan for v in values], dtype=float)
+    known = np.flatnonzero(np.isfinite(out))
+    if len(known):
+        between = slice(known[0], known[-1] + 1)
+        out[between] = np.interp(np.arange(len(out))[between], known, out[known])
+    return out
 
 
 def greedy_ratios(rows: Rows) -> np.ndarray:

@@ -22,7 +22,8 @@ class InputError(ZipError, ValueError):
 
 
 class RunError(ZipError, RuntimeError):
-    """A run that was given right input and could not go on: NaN loss, a full disk."""
+    """A run that was given right input and could not go on: NaN loss, a full disk, an
+    alarm (zipr1/train/alarms.py)."""
 
 
 class Missing(InputError):

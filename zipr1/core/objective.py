@@ -21,7 +21,8 @@ class Budgets(Section):
     per: `layer` draws for each decoder layer, `rollout` shares one value among the layers.
     sampling: `stratified` jitters one value in each of `num_generations` equal cells, `independent` draws each
         uniformly, `grid` takes the cells' centres (of [0.9375, 0.9775] in 8 cells: 0.940, 0.945, ... 0.975, those of
-        the paper).
+        the paper). The method `cut` needs `independent`: a baseline of the other rollouts must not depend on this one's
+        threshold.
     """
 
     low: Share = 0.9375
@@ -144,6 +145,8 @@ class Ppo(Section):
         KL(dense || policy), `jeffreys` is the mean of the two, `k2` half the squared log-ratio of the sampled word.
     dense_kl_fraction: share of the rollouts that also get a dense forward pass (p = 1) with a KL term to the dense
         reference: trained without, the model forgets how to answer dense. 0: none.
+    dense_kl_coef: weight of that term, the mean divergence over these rollouts, whatever their share: half as many give
+        the same pull, with more noise. Not set: kl_coef.
     baseline: of the advantages: `leave_one_out` or `mean` of the group. Several answers at a budget are a group for
         their tokens, and the budgets' means one for what `cut` kept; single ones are compared across the budgets.
     scale_rewards: `none`, or divide by the group's `std`.
@@ -160,9 +163,17 @@ class Ppo(Section):
     kl_gate: Literal["all", "dense_right"] = "all"
     kl_estimator: Literal["full", "forward", "jeffreys", "k2"] = "full"
     dense_kl_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    dense_kl_coef: Rate | None = None
     baseline: Literal["leave_one_out", "mean"] = "leave_one_out"
     scale_rewards: Literal["none", "std"] = "none"
     redraw: Annotated[int, Field(ge=0, le=100)] = 0
+
+    @property
+    def dense_kl(self) -> float:
+        """Weight of the KL term of the dense passes; 0 where there are none."""
+        if not self.dense_kl_fraction:
+            return 0.0
+        return self.kl_coef if self.dense_kl_coef is None else self.dense_kl_coef
 
 
 class Optim(Section):

@@ -17,6 +17,7 @@ from zipr1.core.objective import Budgets, Controller, Efficiency, Guard, Optim, 
 from zipr1.core.section import Count, Fraction, Pixels, Positive, Prompts, Rate, Section, Share
 
 __all__ = [
+    "Alarms",
     "Budgets",
     "Controller",
     "Data",
@@ -176,6 +177,8 @@ class Train(Section):
     temperature: of sampled answers.
     max_new_tokens: of an answer.
     save_every: steps between checkpoints (0: only at the end).
+    diagnose_every: steps between two looks inside (0: none): the gradient of each loss alone, where the scores lie,
+        each layer beside its set point. A look runs eight rows of the step again, once a loss, and changes nothing.
     micro_tokens: most tokens in one forward pass, padding included (not set: on a GPU what its free memory holds, else
         no bound).
     save_total_limit: how many checkpoints are kept; the best one is kept besides.
@@ -194,6 +197,7 @@ class Train(Section):
     temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 16
     save_every: Count = 100
+    diagnose_every: Count = 10
     micro_tokens: Positive | None = None
     save_total_limit: Positive = 2
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -215,6 +219,24 @@ class Supervised(Section):
     hard_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     curriculum: list[Positive] = Field(default=[1, 2, 3, 6], min_length=1)
     advance_at: Share = 0.92
+
+
+class Alarms(Section):
+    """What stops a run that goes wrong: it ends with exit code 1, one line that says what, by how much and which key to
+    change, and a checkpoint of its last whole step. null sets one off. The rules are in zipr1/train/alarms.py.
+
+    max_drift: fraction (0.01 = a point) that a task's guard questions may lose with all tokens (p = 1) against the
+        untouched base. Judged in the second half of the run, where it is surely so for a tenth of the run and grows.
+    max_token_mass: share of the score mass that one token may hold, mean over layers.
+    min_heldout_mass: share of the score mass of probes that took no part in the choice that the kept tokens must hold.
+    min_movement: share of itself by which the kept share must have fallen after 50 steps and the warm-up, where the
+        schedule asked for twice as much.
+    """
+
+    max_drift: Annotated[float, Field(gt=0, le=1)] | None = 0.01
+    max_token_mass: Annotated[float, Field(gt=0, le=1)] | None = 0.9
+    min_heldout_mass: Annotated[float, Field(gt=0, le=1)] | None = 0.8
+    min_movement: Annotated[float, Field(gt=0, lt=0.5)] | None = 0.05
 
 
 class Log(Section):
@@ -253,6 +275,7 @@ class Recipe(Section):
     optim: Optim = Optim()
     train: Train = Train()
     supervised: Supervised = Supervised()
+    alarms: Alarms = Alarms()
     evaluation: Evaluation = Evaluation()
     log: Log = Log()
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("zipr1")
 
 # Keys that do not change what a run computes: another value goes on with it.
-FREE = ("train.stall_minutes:",)
+FREE = ("train.stall_minutes:", "train.diagnose_every:", "alarms.")
 
 
 class RunDir:

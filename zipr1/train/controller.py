@@ -54,6 +54,7 @@ class EfficiencyController:
         self.constraint = Constraint(settings, self.state, steps)
         self._progress = 0.0
         self._weights: dict[str, torch.Tensor] = {}
+        self._set_points: dict[str, list[float]] = {}
 
     def update(
         self, checks: Sequence[Check] | None, progress: float, judged: Sequence[Judged] = ()
@@ -67,7 +68,7 @@ class EfficiencyController:
         integral_max, that grows by integral * e each step. A layer that is ahead of the schedule gets no weight at
         all, and its sum decays; but while a task's tokens are to come back, weight and sum have either sign.
         """
-        self._weights, self._progress = {}, progress
+        self._weights, self._set_points, self._progress = {}, {}, progress
         settings = self.settings
         for check in checks or ():
             kinds = self.state.setdefault("lost", {})
@@ -109,11 +110,16 @@ class EfficiencyController:
             return {}
         return {kind: 1 + boost * max(gap, 0.0) for kind, gap in self.state.get("lost", {}).items()}
 
+    def set_points(self) -> dict[str, list[float]]:
+        """The kept share that each layer is held to now, by task; empty without a target."""
+        return self._set_points
+
     def metrics(self) -> dict[str, Any]:
-        """The mean weight over tasks and layers, and what the constraint has to say."""
+        """The mean weight over tasks and layers, by task the mean set point, and what the constraint has to say."""
         weights = torch.stack(list(self._weights.values()) or [self._even()])
         return {
             "efficiency_weight": float(weights.mean()),
+            "set_point": {task: sum(own) / len(own) for task, own in self._set_points.items()},
             **self.constraint.metrics(self._progress),
         }
 
@@ -127,9 +133,10 @@ class EfficiencyController:
         start = self.state.setdefault("start", {}).setdefault(task, list(ratios))
         sums = self.state.setdefault("sum", {}).setdefault(task, [0.0] * len(ratios))
         back = self.constraint.comes_back(task)
+        points = [first * min(1.0, settings.target / first) ** fallen for first in start]
+        self._set_points[task] = points
         out = []
-        for d, ratio in enumerate(ratios):
-            scheduled = start[d] * min(1.0, settings.target / start[d]) ** fallen
+        for d, (ratio, scheduled) in enumerate(zip(ratios, points, strict=True)):
             error = ratio - scheduled
             pressed = error > 0 or back
             # What had added up on the other side must not push on from there.

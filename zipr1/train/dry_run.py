@@ -79,8 +79,7 @@ def _prompts(recipe: Recipe, unchecked: list[str]) -> tuple[list[Prompt], list[P
     try:
         train = sources.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
         heldout = sources.load(recipe.data, "heldout", recipe.seed)
-        check_answers([*train, *heldout], recipe)
-        return train, heldout
+        return check_answers(train, recipe), check_answers(heldout, recipe)
     except Missing as error:
         unchecked.append(f"data ({str(error).split(';')[0]})")
         return None

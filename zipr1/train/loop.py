@@ -36,11 +36,12 @@ from zipr1.models.sampling import OUTGROWN
 from zipr1.models.sparse.hybrid import check_skip
 from zipr1.models.sparse.request import dense_below, settled
 from zipr1.rewards.registry import check_answers
-from zipr1.train import chunks, guard, optim, supervised
+from zipr1.train import alarms, chunks, guard, optim, supervised
 from zipr1.train.average import Average
 from zipr1.train.checkpoints import save, settle, snapshot, start_or_resume
 from zipr1.train.constraint import Constraint, Judged
 from zipr1.train.controller import EfficiencyController
+from zipr1.train.diagnosis import diagnose
 from zipr1.train.guard import Guard
 from zipr1.train.loggers import board
 from zipr1.train.memory_check import rehearse
@@ -176,7 +177,7 @@ def load_questions(
     activity.tell("reading the questions")
     prompts = sources.load(recipe.data, "train", recipe.seed) if needs_prompts(recipe) else []
     questions = sources.load(recipe.data, "heldout", recipe.seed)
-    check_answers([*prompts, *questions], recipe)
+    prompts, questions = check_answers(prompts, recipe), check_answers(questions, recipe)
     prompts, questions = pictures.fitting(prompts), pictures.fitting(questions)
     if recipe.data.on_bad_row == "skip":
         questions = chunks.readable(pictures, questions)
@@ -249,15 +250,17 @@ def train(
                 if done == steps or (every and done % every == 0):
                     save(folder, policy, optimizer, average, state, done)
                     true = snapshot(state)
-                # 5. the end, if a signal asked for it
+                # 5. the end, if the run goes wrong or a signal asked for it
+                if done < steps:
+                    alarms.check(distributed.first(lambda: alarms.trouble(page.rows, recipe)))
                 signals.check(distributed.gather)
                 if distributed.size() == 1:
                     signals.release()
-        except signals.Stopped as stop:
+        except (signals.Stopped, alarms.Alarm) as stop:
             signals.hold()  # once is enough: a second signal must not spoil what the first one saves
             if done != folder.start_step:
                 save(folder, policy, optimizer, average, true, done)
-            page.stopped(done)
+            page.stopped(done, stop.why if isinstance(stop, alarms.Alarm) else "")
             stop.note = f"step {done} is saved; go on with --resume {folder.root}"
             raise
     average.take_over()
@@ -312,10 +315,13 @@ def rl_step(
     watch.at(f"step {step + 1}: update")
     following = deck.draw(step + 1, controller.kind_weights(boost), controller.task_weights())
     pictures.ahead([following[i] for i in distributed.deal(len(following))])
+    looked: dict[str, Any] = {}
+    if recipe.train.diagnose_every and step % recipe.train.diagnose_every == 0:
+        looked["diagnosis"] = diagnose(policy, recipe, batch, controller)
     order = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     parts = update(policy, recipe, batch, optimizer, controller, order)
     clock.append(time.monotonic())
-    metrics = step_metrics(recipe, batch, parts) | controller.metrics()
+    metrics = step_metrics(recipe, batch, parts) | controller.metrics() | looked
     names = ("guard", "data", "vision", "rollout", "update")
     metrics["seconds"] = dict(zip(names, np.diff(clock).tolist(), strict=True))
     return metrics, batch

@@ -53,6 +53,13 @@ def clipped_action(
     return loss, _stats(ratio, torch.ones_like(ratio, dtype=torch.bool), clip)
 
 
+def difference(logp_new: torch.Tensor, logp_old: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """How far two accounts of the same tokens are apart: |logp_new - logp_old|, the mean over a sequence's tokens, then
+    over the B sequences. All `(B, T)`; mask: answer tokens. A detached scalar, nats."""
+    apart = (logp_new.detach() - logp_old).abs().masked_fill(~mask, 0)
+    return (apart.sum(1) / mask.sum(1).clamp_min(1)).mean()
+
+
 def in_chunks(
     work: Callable[[slice], tuple[torch.Tensor, ...]], rows: int, words: int
 ) -> tuple[torch.Tensor, ...]:

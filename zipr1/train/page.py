@@ -57,6 +57,7 @@ class RunPage:
         self._newest: list[Card] = []
         self._began = time.monotonic()
         self._due = 0.0
+        self._why = ""
 
     def open(self) -> None:
         """The first page, which waits for nothing."""
@@ -87,10 +88,15 @@ class RunPage:
         self._newest = [] if batch is None else _sampled(batch)
         self._write("")
 
-    def stopped(self, done: int) -> None:
-        """The run ends before its last step, with `done` of them saved."""
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl so far, on the rank that writes."""
+        return self._rows
+
+    def stopped(self, done: int, why: str = "") -> None:
+        """The run ends before its last step, with `done` of them saved. why: in a line, if it went wrong."""
         if self._folder.writes:
-            self._done = done
+            self._done, self._why = done, why
             self._rows = [row for row in self._rows if row["step"] < done]
             self._write("stopped")
             self._curves()
@@ -171,7 +177,8 @@ class RunPage:
         if summary is not None:
             return f"{summary['steps']} steps in {duration(summary['seconds'])}, sparse at {p}, on held-out questions."
         if state:
-            return "The steps that are done are saved; the last command below goes on."
+            told = f"It went wrong: {self._why}. " if self._why else ""
+            return f"{told}The steps that are done are saved; the last command below goes on."
         done = self._done - self._start
         if not done:
             return f"Sparse at {p}. This page renews itself."

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zipr1.core import activity
+from zipr1.core.curves import set_point_gaps
 from zipr1.core.text import duration
 
 # Key in metrics.jsonl (dots go into sections), label, how it is written.
@@ -33,7 +34,25 @@ SHOWN = (
     ("kl", "KL to dense", "number"),
     ("efficiency_weight", "efficiency weight", "number"),
     ("lr", "learning rate", "small"),
+    ("heldout_mass", "held-out mass", "share"),
+    ("grad_clipped", "gradient clipped", "share"),
+    ("sampler_mismatch", "sampler, trainer apart", "small"),
+    ("informative", "informative groups", "share"),
+    ("truncated", "truncated answers", "share"),
+    ("answer_tokens", "answer tokens", "number"),
 )
+# The same of a look inside, under `diagnosis`.
+LOOKED = (
+    ("window", "tokens in the window", "share"),
+    ("first_token", "mass of first token", "share"),
+    ("top_token", "mass of one token", "share"),
+    ("gradients.policy_gradient", "norm: policy gradient", "number"),
+    ("gradients.kl", "norm: KL", "number"),
+    ("gradients.pathwise", "norm: pathwise", "number"),
+    ("gradients.cut", "norm: cut", "number"),
+    ("gradients.dense_kl", "norm: KL at p = 1", "number"),
+)
+SEEN = SHOWN[-6:]  # those that a look inside tells with its own
 BRIEF = {"loss", "accuracy", "token_ratio", "kl"}  # of these a plain line tells
 
 
@@ -85,7 +104,9 @@ class Progress:
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Shows `metrics`, those of the step that just ended."""
-        before, self.done, self._metrics = self.done, step + 1, metrics
+        before, self.done = self.done, step + 1
+        # A look inside is shown until the next one.
+        self._metrics = {"diagnosis": self._metrics.get("diagnosis"), **metrics}
         self._last = time.monotonic()
         if self._live:
             self._live.refresh()
@@ -96,6 +117,11 @@ class Progress:
         tenth = self.done // every > before // every
         if first or tenth or self.done == self.total:
             self.console.print(self._line(), soft_wrap=True, highlight=False)
+            activity.spoke()
+        if "diagnosis" in metrics:
+            cells = _shown(metrics, SEEN) + inside(metrics)
+            line = "  ".join(f"{label} {value}" for label, value in cells)
+            self.console.print(f"inside, step {self.done}: {line}", soft_wrap=True, highlight=False)
             activity.spoke()
 
     @property
@@ -135,7 +161,7 @@ class Progress:
             ProgressBar(total=self.total, completed=self.done, complete_style="cyan"),
             Text(self._left(), style="cyan"),
         )
-        cells = _shown(self._metrics) + _time(self._metrics)
+        cells = _shown(self._metrics) + inside(self._metrics) + _time(self._metrics)
         if self.seconds_per_step is not None:
             cells.append(("seconds a step", f"{self.seconds_per_step:.2f}"))
         columns = 3 if self.console.width >= 100 else 2
@@ -149,6 +175,22 @@ class Progress:
         # An empty line for what the keyboard echoes: at the end of a full one, `^C` would begin another, and the first
         # would be drawn twice.
         return Group(head, body, "")
+
+
+def inside(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What guard questions say, in points with their standard error, and the newest look inside: label and value."""
+    cells = []
+    for task, seen in (metrics.get("guard") or {}).items():
+        for label, key, error in (("lost", "lost", "error"), ("p = 1", "drift", "drift_error")):
+            cells.append((f"{task}, {label}", f"{100 * seen[key]:.1f}±{100 * seen[error]:.1f}"))
+    looked = metrics.get("diagnosis")
+    if not isinstance(looked, Mapping):
+        return cells
+    cells += _shown(looked, LOOKED)
+    gaps = set_point_gaps(looked)
+    if gaps.size:
+        cells.append(("layers off their set point", f"{100 * np.abs(gaps).max():.1f} pts"))
+    return cells
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:

@@ -35,6 +35,8 @@ from zipr1.train.rollout import Batch
 # A loss, and scalars about it for metrics.jsonl. They stay on the device until the step has ended: a GPU that had to
 # tell them after each pass would be waited for.
 Stats = dict[str, torch.Tensor]
+# Of the first minibatch alone, whose weights are still the sampler's: later ones have been learned from.
+FIRST = "sampler_mismatch"
 Loss = tuple[torch.Tensor, Stats]
 
 LAYERS = 4  # of the embedded model, on which the gains of `efficiency.controller` were found
@@ -50,7 +52,10 @@ def update(
 ) -> dict[str, float]:
     """All epochs and minibatches of one step. controller: weights of the expected token ratio, by task and layer.
 
-    order: shuffles rows into minibatches. Returns means over rows of what metrics.jsonl logs.
+    order: shuffles rows into minibatches. Returns means over rows of what metrics.jsonl logs: among them
+    `sampler_mismatch`, by how much the sampler and the first minibatch's pass differ on the log-probability of the same
+    tokens, before any step changed the weights (that is what kernels and rounding make of it); `grad_norm`, before
+    clipping; `grad_clipped`, the share of that norm that clipping took.
     Raises RunError if the loss is not finite; weights are then those of before the failing minibatch.
 
     Several ranks share the minibatches: each works on the rows whose pictures it has, and all make the same number of
@@ -60,7 +65,8 @@ def update(
     # Of each pass, with its rows and those of its minibatch; the dense ones with their share of the minibatch's.
     noted: list[tuple[Stats, int, int]] = []
     dense_kl: list[tuple[torch.Tensor, float]] = []
-    norms = 0.0
+    norms = clipped = 0.0
+    updates = 0
     here = [b for b, i in enumerate(rows.prompt) if batch.encoded[i] is not None]
     room = token_budget(policy, recipe, update=True)
     count = min(recipe.ppo.minibatches, len(rows.tokens))
@@ -91,12 +97,18 @@ def update(
                 stats = backward(
                     policy, recipe, batch, rows, chosen, share, turn + 1 == passes, each
                 )
+                if updates:
+                    del stats[FIRST]
                 if share:
                     noted.append((stats, len(chosen), len(mini)))
                     lost += stats["loss"]
             most = recipe.optim.max_grad_norm
-            norms += clipped_step(optimizer, policy.trainable(), most, lost) / steps
-    return {**over_ranks(means_of(noted, dense_kl, steps)), "grad_norm": norms}
+            norm = clipped_step(optimizer, policy.trainable(), most, lost)
+            updates += 1
+            norms += norm / steps
+            clipped += max(0.0, 1 - most / norm) / steps if norm else 0.0
+    means = over_ranks(means_of(noted, dense_kl, steps))
+    return {**means, "grad_norm": norms, "grad_clipped": clipped}
 
 
 def means_of(
@@ -116,14 +128,15 @@ def means_of(
             if name == "ratio_max":
                 means[name] = max(means[name], next(told))
             else:
-                means[name] += next(told) * own / all_rows / steps
+                share = own / all_rows / (1 if name == FIRST else steps)
+                means[name] += next(told) * share
     return means
 
 
 def dense_rows(recipe: Recipe, batch: Batch, mini: Sequence[int]) -> set[int]:
     """Which rows of a minibatch also get a dense forward pass: `ppo.dense_kl_fraction` of them, evenly spaced, others
     in each step."""
-    if not recipe.ppo.dense_kl_fraction or not recipe.ppo.kl_coef:
+    if not recipe.ppo.dense_kl:
         return set()
     share, first = recipe.ppo.dense_kl_fraction, batch.probe_seed % 2**20
     # Where the count of rows that the share asks for goes up by one: exact for any share, not for 1 / n alone.
@@ -174,7 +187,7 @@ def backward_dense(
     share: float,
     each: float | None,
 ) -> torch.Tensor:
-    """The mean divergence from the reference of some rows, run dense. Its gradient times `ppo.kl_coef` and `share` is
+    """The mean divergence from the reference of some rows, run dense. Its gradient times `ppo.dense_kl` and `share` is
     added to the parameters'; the ranks' are not yet summed. each: `Rows.tokens_each` of the minibatch's dense rows."""
     reference = policy.parallel.reference_forward(lambda: look_up(policy, batch, rows, chosen))
     with policy.recomputing():
@@ -229,7 +242,7 @@ def dense_loss(
     share: float,
     each: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ppo.kl_coef` times `share` times the mean divergence of some rows from the reference, run dense, and the mean
+    """`ppo.dense_kl` times `share` times the mean divergence of some rows from the reference, run dense, and the mean
     itself."""
     encoded, tokens = _of(batch, rows, chosen)
     states, mask = policy.answer_states(encoded, vision(policy, batch, encoded), tokens)
@@ -237,7 +250,7 @@ def dense_loss(
     padded, lengths, held = send(policy.device, pad(tokens, mask.shape[1]), mask.sum(1), held)
     _, apart = token_scores(policy, recipe, states, padded, mask, reference)
     kl = (held * apart.sum(1) / lengths).mean()
-    return with_tower(policy, encoded, recipe.ppo.kl_coef * kl * share), kl.detach()
+    return with_tower(policy, encoded, recipe.ppo.dense_kl * kl * share), kl.detach()
 
 
 def answer_loss(
@@ -266,7 +279,7 @@ def answer_loss(
     surrogate, stats = losses.clipped_surrogate(new, old, pull, real, settings.clip)
     kl = (held * apart.sum(1) / real.sum(1)).mean()
     loss = settings.policy_gradient * surrogate + settings.kl_coef * kl
-    return loss, stats | {"kl": kl.detach()}
+    return loss, stats | {"kl": kl.detach(), FIRST: losses.difference(new, old, real)}
 
 
 def efficiency_loss(

@@ -82,7 +82,13 @@ def check(recipe: Recipe) -> None:
         if recipe.budgets.sampling == "grid" and methods - {"answers"}:
             raise InputError(
                 f"efficiency.method {wanted.method} needs thresholds that are drawn and budgets.sampling is grid; use "
-                "stratified, or method answers"
+                f"{'independent' if 'cut' in methods else 'stratified'}, or method answers"
+            )
+        if "cut" in methods and recipe.budgets.sampling == "stratified":
+            raise InputError(
+                f"efficiency.method {wanted.method} needs thresholds that do not depend on each other and "
+                "budgets.sampling is stratified, where a question's rollouts share out the range; use independent, or "
+                "method pathwise"
             )
         if methods & {"cut", "pathwise", "through"} and recipe.sparse.rule != "top_p":
             raise InputError(
