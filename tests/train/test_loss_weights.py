@@ -29,7 +29,7 @@ def uneven(**changes):
     policy, batch = moved(settings)
     for i, group in enumerate(batch.groups):
         for j, one in enumerate(group.rollouts):
-            length = 1 + (i + 2 * j) % 5
+            length = 1 + (i * i + j) % 5  # 2.875 in the mean
             one.tokens = torch.cat([one.tokens, torch.tensor([50, 51, 52, 53])])[:length]
             one.logprobs = torch.full((length,), -3.0)
             one.rewards["correct"] = float(j == i % 2)
