@@ -88,7 +88,8 @@ def test_tokens_of_the_dense_pass_count_alike_too():
     for per, size in (("token", 64), ("token", 3), ("answer", 64)):
         settings, policy, batch = uneven(ppo=Ppo(loss_per=per, **ppo))
         found[per, size] = gradients(with_train(settings, micro_batch=size), policy, batch, 0.0)
-    (one, first), (two, second), (_, third) = found.values()
+    (one, first), (two, second), (three, third) = found.values()
+    assert abs(one["kl_dense"] / three["kl_dense"] - 1) > 1e-2
     assert one["kl_dense"] == pytest.approx(two["kl_dense"], rel=1e-4)
     assert far(first, second) < 1e-4 < 1e-2 < far(first, third)
 
