@@ -24,7 +24,7 @@ def test_without_checks_every_layer_has_the_weight_of_the_recipe():
     assert controller.layer_weights(["a"]).tolist() == [[2.0]] * 3
     controller.update(None, 0.0)
     assert controller.layer_weights(["a"]).tolist() == [[2.0]] * 3
-    assert controller.metrics() == {"efficiency_weight": 2.0}
+    assert controller.metrics() == {"efficiency_weight": 2.0, "set_point": {}}
     # A loss without a constraint is remembered and changes nothing.
     controller.update(checks("a", 1.0, ratios=(0.5, 0.5, 0.5)), 0.5)
     assert weights(controller, "a") == [2.0, 2.0, 2.0] and controller.penalty_scale("a") == 1.0

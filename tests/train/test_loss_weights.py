@@ -89,7 +89,8 @@ def test_tokens_of_the_dense_pass_count_alike_too():
         settings, policy, batch = uneven(ppo=Ppo(loss_per=per, **ppo))
         found[per, size] = gradients(with_train(settings, micro_batch=size), policy, batch, 0.0)
     (one, first), (two, second), (three, third) = found.values()
-    assert abs(one["kl_dense"] / three["kl_dense"] - 1) > 1e-2
+    # Were tokens not counted in the dense pass, the two would be equal; to 1e-4 is what rounding leaves, below.
+    assert abs(one["kl_dense"] / three["kl_dense"] - 1) > 1e-3
     assert one["kl_dense"] == pytest.approx(two["kl_dense"], rel=1e-4)
     assert far(first, second) < 1e-4 < 1e-2 < far(first, third)
 
