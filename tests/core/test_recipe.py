@@ -431,3 +431,20 @@ def test_an_assignment_is_typed_as_it_is_read(value):
     values: dict[str, object] = {}
     config.override(values, word)
     assert values == {"data": {"source": value}}
+
+
+def test_a_run_of_before_opens_as_it_was(tmp_path):
+    """Its recipe.yaml has keys that are gone, and lacks some that a new run has; a recipe of one's own may not."""
+    written = yaml.safe_load(Recipe(seed=7).dump())
+    written["efficiency"] |= {"step": 1.0, "max_multiplier": 10.0}
+    written["efficiency"]["controller"]["task_ema_rate"] = 0.01
+    del written["efficiency"]["guard"], written["train"]["average"], written["ppo"]["loss_per"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(written))
+    found = load_written(path)
+    assert differences(Recipe(seed=7), found) == [
+        "ppo.loss_per: 'token' -> 'answer'",
+        "train.average: 0.98 -> 0.0",
+    ]
+    with pytest.raises(InputError, match=r"efficiency\.step: unknown key"):
+        load(path)

@@ -37,6 +37,14 @@ OLD_SCHEDULES = {
     "cosine": "cosine_with_min_lr",
     "constant": "constant_with_warmup",
 }
+# Keys that runs were written with and that nothing reads any more.
+GONE = (
+    "efficiency.step",
+    "efficiency.max_multiplier",
+    "efficiency.controller.task_ema_rate",
+)
+# What runs did before they could be asked for anything else, where that is not what a new one does.
+BEFORE = {"train.average": 0.0, "ppo.loss_per": "answer"}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -63,8 +71,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_written(path: str | Path) -> Recipe:
-    """A recipe.yaml that zipr1 itself wrote, such as a run's: old names of keys are read without a word."""
+    """A recipe.yaml that zipr1 itself wrote, such as a run's, with all the keys of its time: old names are read, and
+    keys that are gone are passed over, without a word; a key that did not exist yet is what the run did without it."""
     values, _ = _read(Path(path), str(path))
+    for key in GONE:
+        section, name = _section_of(values, key)
+        section.pop(name, None)
+    for key, value in BEFORE.items():
+        section, name = _section_of(values, key)
+        if section:
+            section.setdefault(name, value)
     return _validated(values, str(path), [])
 
 
@@ -155,6 +171,15 @@ def _renamed(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any], li
         part[new_key] = value
     _refuse_both(source, twice)
     return out, found
+
+
+def _section_of(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """The section that the key `a.b.c` is in, to be changed in place (an empty one where there is none), and `c`."""
+    *sections, name = key.split(".")
+    part: Any = values
+    for section in sections:
+        part = part.get(section) if isinstance(part, dict) else None
+    return (part if isinstance(part, dict) else {}), name
 
 
 def _refuse_both(source: str, twice: Sequence[str]) -> None:
