@@ -300,8 +300,8 @@ def outline(
     plan["checkpoints"] = checkpoints(s, recipe, size)
     plan["memory"] = memory(s, recipe, longest, size, cpu=cpu)
     if recipe.train.parallel == "fsdp":
-        plan["memory"] |= {
-            f"peak_of_{n}_ranks": memory(s, recipe, longest, size, n)["peak"] for n in (2, 4, 8)
-        }
+        shared = {n: memory(s, recipe, longest, size, n) for n in (2, 4, 8)}
+        plan["memory"] |= {f"peak_of_{n}_ranks": parts["peak"] for n, parts in shared.items()}
+        plan["memory"]["loading"] = shared[2]["loading"]  # of each of several
     plan["recipe_sha256"] = recipe.sha256()
     return plan

@@ -225,12 +225,12 @@ def _table(result: dict[str, Any]) -> Table:
         name = key.replace("_", " ")
         if key == "memory":
             shards = "peak_of_8_ranks" in value
-            peaks = [count for part, count in value.items() if part.startswith("peak_of_")]
             for part, count in value.items():
                 if count:
                     style = "bold" if part.startswith("peak") else ""
                     # More ranks do not lower what is needed before anything is divided among them.
-                    loading = ", while loading whole" if peaks.count(count) > 1 else ""
+                    whole = part.startswith("peak_of_") and count == value["loading"]
+                    loading = ", while loading whole" if whole else ""
                     name = f"memory, {_part(part, shards)}"
                     table.add_row(name, f"{size(count)}{loading}", style=style)
         elif key == "checkpoints":
