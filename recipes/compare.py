@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fair import rows, table
+from fair import rows, seeds, table
 from fair.methods import BASE, METHODS, TRIES, paper
 
 from zipr1.core.errors import InputError, RunError, ZipError
@@ -141,7 +141,7 @@ class Comparison:
             dense = base.get((row["task"], row["questions"]))
             if row["split"] == "test" and dense is not None:
                 right = rows.unpack(row["right"], int(row["n"]))
-                values = paired_difference(right, dense, table.pictures(dense))
+                values = paired_difference(right, dense, seeds.pictures(len(dense)))
                 known["base"] = f"{100 * dense.mean():.3f}"
                 for key, value in zip(("difference", "low", "high"), values, strict=True):
                     known[key] = f"{100 * value:.3f}"

@@ -173,16 +173,11 @@ def about(subject: models.Subject, prompts: Sequence[Prompt], task: str) -> dict
 
 def lost(name: str, base: np.ndarray, right: np.ndarray) -> dict[str, str]:
     """Points lost, with their 95 % interval and standard error."""
-    mean, error = difference_error(base, right, pictures(len(base)))
+    mean, error = difference_error(base, right, seeds.pictures(len(base)))
     values = {"lost": mean, "low": mean - Z * error, "high": mean + Z * error, "error": error}
     return {
         f"{name}_{key}": f"{np.clip(100 * value, -100, 100):.3f}" for key, value in values.items()
     }
-
-
-def pictures(number: int) -> np.ndarray:
-    """Of each of `number` questions the number of its picture."""
-    return np.arange(number) // PER_PICTURE
 
 
 def shown(found: Sequence[rows.Row]) -> list[str]:
@@ -246,7 +241,7 @@ def _sum(group: Sequence[rows.Row]) -> list[str]:
         base = [rows.unpack(some[0]["right_base"], int(some[0]["n"]))]
         for how in ("sparse", "dense"):
             right = [rows.unpack(row[f"right_{how}"], int(row["n"])) for row in some]
-            d = seeds.difference(right, base, pictures(len(base[0])), base=True)
+            d = seeds.difference(right, base, seeds.pictures(len(base[0])), base=True)
             mean, error = seeds.mean_error(kept)
             spread = "" if error is None else f" ± {error:.1f}"
             tokens = f"{mean:.1f}%{spread}" if how == "sparse" else "all"

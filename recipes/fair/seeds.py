@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from zipr1.core.statistics import Z, difference_error
+from zipr1.data.embedded import PER_PICTURE
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ def difference(
             below = sum(v * v / (len(m) - 1) for v, m in zip(parts, means, strict=True))
             degrees = max(1, math.floor(sum(parts) ** 2 / below + 1e-9))
     return Difference(mean, seeds, questions, degrees, (len(a), len(b)))
+
+
+def pictures(number: int) -> np.ndarray:
+    """Of each of `number` embedded questions of a task the number of its picture, which questions are clustered by."""
+    return np.arange(number) // PER_PICTURE
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float | None]:

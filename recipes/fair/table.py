@@ -14,7 +14,6 @@ import numpy as np
 from fair import rows, seeds
 from fair.methods import BASE, LOWER_ENDS, METHODS, TRIES
 from zipr1.core.errors import InputError
-from zipr1.data.embedded import PER_PICTURE
 
 TASKS = {"digits": "images", "moving_digits": "videos", "hard_digits": "sums"}
 SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)  # of the tokens, to be kept
@@ -98,16 +97,14 @@ def shown(record: Sequence[rows.Row]) -> dict[str, str]:
     return {n: m.title for n, m in METHODS.items() if n in there and n not in hidden}
 
 
-def pictures(right: np.ndarray) -> np.ndarray:
-    return np.arange(len(right)) // PER_PICTURE
-
-
 def against_base(found: Readings, method: str, task: str, at: str) -> seeds.Difference | None:
     """The difference to the untouched base, dense; None where the method was not read there, or asked others."""
     one, base = found.get((method, task, at)), found.get((BASE, task, "dense"))
     if one is None or base is None or one.questions != base.questions:
         return None
-    return seeds.difference(one.right, base.right[:1], pictures(base.right[0]), base=True)
+    return seeds.difference(
+        one.right, base.right[:1], seeds.pictures(len(base.right[0])), base=True
+    )
 
 
 def between(
@@ -118,9 +115,9 @@ def between(
     if one is None or two is None or one.questions != two.questions:
         return None
     if METHODS[method].rule is not None:  # no seed changes it
-        d = seeds.difference(two.right, one.right[:1], pictures(one.right[0]), base=True)
+        d = seeds.difference(two.right, one.right[:1], seeds.pictures(len(one.right[0])), base=True)
         return seeds.Difference(-d.mean, d.seeds, d.questions, d.degrees, d.runs[::-1])
-    return seeds.difference(one.right, two.right, pictures(one.right[0]))
+    return seeds.difference(one.right, two.right, seeds.pictures(len(one.right[0])))
 
 
 def markdown(record: Sequence[rows.Row]) -> str:

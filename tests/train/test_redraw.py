@@ -81,10 +81,11 @@ class Asked:
         monkeypatch.setattr(redrawing, "roll_out", self)
         self.outcomes = outcomes
 
-    def usable(self, asked, least):
-        return list(asked), [f"encoded {p.id}" for p in asked]
+    def usable_at(self, prompts, places, least):
+        asked = [prompts[i] for i in places]
+        return asked, [f"encoded {p.id}" for p in asked], list(places)
 
-    def encode_vision(self, encoded):
+    def look(self, encoded):
         return tinymodels_looked(encoded)
 
     def __call__(self, policy, recipe, asked, encoded, features, step, reference, known, places):

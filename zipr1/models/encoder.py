@@ -11,7 +11,7 @@ so their order does not matter.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
@@ -187,6 +187,22 @@ class MediaEncoder:
                 f"all of {len(prompts)} rows are bad, the first is {prompts[0].id}; mend the data"
             )
         return good, encoded
+
+    def usable_at(
+        self, prompts: Mapping[int, Prompt], places: Sequence[int], least: int = 1
+    ) -> tuple[list[Prompt], list[Encoded], list[int]]:
+        """`usable` of the prompts at these places, and the places of those that are left."""
+        good, encoded = self.usable([prompts[i] for i in places], least)
+        waiting = iter(places)  # a bad row may be missing, the others are in order
+        left = [next(i for i in waiting if prompts[i] is prompt) for prompt in good]
+        return good, encoded, left
+
+    def look(self, encoded: Sequence[Encoded]) -> Looked:
+        """`encode_vision` with whole weights, should the tower be trained and in parts. All ranks must come."""
+        trained = self.policy.settings.train_vision
+        return self.policy.parallel.run_unsharded(
+            lambda: self.encode_vision(encoded), policy=trained, reference=trained
+        )
 
     @torch.no_grad()
     def encode_vision(self, encoded: Sequence[Encoded]) -> Looked:

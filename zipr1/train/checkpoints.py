@@ -103,12 +103,17 @@ def save(
         folder.save_checkpoint(step, write, folder.recipe.train.save_total_limit, best)
 
 
+def surely_violated(recipe: Recipe, state: dict[str, Any]) -> bool:
+    """`Constraint.surely_violated` of what a run remembers."""
+    constraint = Constraint(recipe.efficiency, state["pressure"], recipe.train.steps)
+    return constraint.surely_violated()
+
+
 def is_best(recipe: Recipe, state: dict[str, Any], step: int) -> bool:
     """Whether this checkpoint is the best one so far; remembered in the state. Of two, that is the newer one, unless
     the guard says of it alone that a task surely loses more than it may: tokens fall to the target and no further, so
     the newest that holds is the one with fewest."""
-    constraint = Constraint(recipe.efficiency, state["pressure"], recipe.train.steps)
-    holds = not constraint.surely_violated()
+    holds = not surely_violated(recipe, state)
     if holds or not state["merit"].get("holds"):
         state["merit"] = {"holds": holds, "step": step}
     return bool(state["merit"]["step"] == step)
@@ -117,9 +122,10 @@ def is_best(recipe: Recipe, state: dict[str, Any], step: int) -> bool:
 def settle(policy: Policy, average: Average, folder: RunDir, state: dict[str, Any]) -> None:
     """Before the last checkpoint: where the guard says for sure that a task loses more than it may, and an earlier
     checkpoint held, the run ends with that one's weights. Sharded weights are not brought back: `best` has them."""
-    recipe, merit = folder.recipe, state["merit"]
-    constraint = Constraint(recipe.efficiency, state["pressure"], recipe.train.steps)
-    if not merit.get("holds") or not constraint.surely_violated() or policy.parallel.sharded:
+    merit = state["merit"]
+    if not merit.get("holds") or not surely_violated(folder.recipe, state):
+        return
+    if policy.parallel.sharded:
         return
     with average.used():
         policy.load_weights(folder.root / "best" / "model")

@@ -146,10 +146,10 @@ class Constraint:
         seen: dict[str, dict[str, float]] = self.state.setdefault("guard", {}).setdefault(
             own[0].task, {name: {} for name in names}
         )
-        both = [one for one in own if one.drift is not None]
+        both = [(one.lost, one.drift) for one in own if one.drift is not None]
         take_in(seen["lost"], [one.lost for one in own])
-        take_in(seen["drift"], [one.drift for one in both if one.drift is not None])
-        take_in(seen["tokens"], [one.lost - one.drift for one in both if one.drift is not None])
+        take_in(seen["drift"], [drift for _, drift in both])
+        take_in(seen["tokens"], [lost - drift for lost, drift in both])
         take_in(seen["ratio"], [one.ratio for one in own])
         return seen
 

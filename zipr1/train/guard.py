@@ -12,19 +12,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zipr1.core import distributed, watch
+from zipr1.core import distributed
 from zipr1.core.recipe import Recipe
 from zipr1.core.types import Prompt
 from zipr1.data import embedded
-from zipr1.models.batching import by_length
-from zipr1.models.encoder import Looked, MediaEncoder
+from zipr1.models.encoder import MediaEncoder
 from zipr1.models.policy import Policy
 from zipr1.models.processors import Encoded
 from zipr1.models.sparse.request import Request
-from zipr1.models.token_budget import token_budget
-from zipr1.rewards.registry import reward_of
 from zipr1.train.constraint import Constraint, Judged
-from zipr1.train.rollout import answer_dense, fingerprint
+from zipr1.train.rollout import answer_greedily, dense_correct
 
 log = logging.getLogger("zipr1")
 
@@ -58,10 +55,10 @@ class Guard:
             taken = range(first, first + min(count, len(own)))
             chosen += [(own[i % len(own)], i % 2 == 0) for i in taken]
             asked[task] = taken.stop
-        mine = [chosen[i] for i in distributed.deal(len(chosen))]
-        prompts, encoded = self.pictures.usable([prompt for prompt, _ in mine], least=0)
-        dense = {id(prompt) for prompt, too in mine if too}
-        found = self._judge(prompts, encoded, [id(p) in dense for p in prompts], known)
+        numbered = {i: prompt for i, (prompt, _) in enumerate(chosen)}
+        own = distributed.deal(len(chosen))
+        prompts, encoded, places = self.pictures.usable_at(numbered, own, least=0)
+        found = self._judge(prompts, encoded, [chosen[i][1] for i in places], known)
         return [one for part in distributed.gather(found) for one in part]
 
     def _judge(
@@ -71,66 +68,23 @@ class Guard:
         dense: Sequence[bool],
         known: dict[str, float],
     ) -> list[Judged]:
-        policy = self.policy
-        trained = policy.settings.train_vision
-        seen = policy.parallel.run_unsharded(
-            lambda: self.pictures.encode_vision(encoded), policy=trained, reference=trained
-        )
-        names = [fingerprint(p, e) for p, e in zip(prompts, encoded, strict=True)]
-        new = [i for i, name in enumerate(names) if name not in known]
-        base = policy.parallel.run_unsharded(
-            lambda: answer_dense(
-                policy, self.recipe, [prompts[i] for i in new], [encoded[i] for i in new], seen.reference
-            ),
-            reference=True,
-        )  # fmt: skip
-        known |= {names[i]: right for i, right in zip(new, base, strict=True)}
+        policy, recipe = self.policy, self.recipe
+        seen = self.pictures.look(encoded)
+        base = dense_correct(policy, recipe, prompts, encoded, seen.reference, known)
         whole = [i for i, too in enumerate(dense) if too]
+        about = (policy, recipe, prompts, encoded, seen.policy)
         sparse, full = policy.parallel.run_unsharded(
             lambda: (
-                self._answered(prompts, encoded, range(len(prompts)), seen, sparse=True),
-                self._answered(prompts, encoded, whole, seen, sparse=False),
+                answer_greedily(*about, range(len(prompts)), Request(recipe.sparse)),
+                answer_greedily(*about, whole),
             ),
             policy=True,
         )
+        drift = {i: base[i] - right for i, (right, _) in zip(whole, full, strict=True)}
         return [
-            Judged(
-                prompt.task,
-                known[name] - sparse[i][0],
-                known[name] - full[i][0] if i in full else None,
-                sparse[i][1],
-            )
-            for i, (prompt, name) in enumerate(zip(prompts, names, strict=True))
+            Judged(prompt.task, base[i] - right, drift.get(i), kept)
+            for i, (prompt, (right, kept)) in enumerate(zip(prompts, sparse, strict=True))
         ]
-
-    def _answered(
-        self,
-        prompts: Sequence[Prompt],
-        encoded: Sequence[Encoded],
-        which: Sequence[int],
-        seen: Looked,
-        sparse: bool,
-    ) -> dict[int, tuple[float, float]]:
-        """Of these questions, by number, how right the greedy answer is and the share of tokens kept."""
-        policy, train = self.policy, self.recipe.train
-        request = Request(self.recipe.sparse) if sparse else None
-        room = token_budget(policy, self.recipe, update=False)
-        lengths = [len(encoded[i]) + train.max_new_tokens for i in which]
-        found: dict[int, tuple[float, float]] = {}
-        for rows in by_length(lengths, train.micro_batch, room):
-            places = [which[row] for row in rows]
-            answers = policy.generate(
-                [encoded[i] for i in places], seen.policy, request, train.max_new_tokens
-            )
-            for row, i in enumerate(places):
-                text = policy.processor.decode(answers.tokens[row])
-                right = reward_of(prompts[i], self.recipe)(text, prompts[i].answer)
-                watch.alive()
-                kept = 1.0
-                if answers.counts is not None:
-                    kept = float(answers.counts[row].double().mean()) / len(encoded[i])
-                found[i] = right, kept
-        return found
 
 
 def part(

@@ -292,10 +292,7 @@ def rl_step(
     asked, encoded, places = take(pictures, drawn)
     clock.append(time.monotonic())
     watch.at(f"step {step + 1}: vision")
-    trained = policy.settings.train_vision
-    seen = policy.parallel.run_unsharded(
-        lambda: pictures.encode_vision(encoded), policy=trained, reference=trained
-    )
+    seen = pictures.look(encoded)
     clock.append(time.monotonic())
     # 3. roll out every question at every budget
     watch.at(f"step {step + 1}: rollout")
@@ -346,9 +343,9 @@ def take(
 ) -> tuple[list[Prompt], list[Encoded], list[int]]:
     """This rank's questions of the step, ready for the model, and their places in it. Every rank has one at least."""
     mine = distributed.deal(len(drawn))
-    asked, encoded = pictures.usable([drawn[i] for i in mine], least=int(distributed.size() == 1))
-    waiting = iter(mine)  # a bad row may be missing, the others are in order
-    places = [next(i for i in waiting if drawn[i] is prompt) for prompt in asked]
+    numbered = dict(enumerate(drawn))
+    least = int(distributed.size() == 1)
+    asked, encoded, places = pictures.usable_at(numbered, mine, least)
     if distributed.size() > 1 and pictures.data.on_bad_row == "skip":
         even = distributed.evened(distributed.gather(places))[distributed.rank()]
         if even != places:

@@ -47,10 +47,7 @@ def rehearse(
         tried, longest = longest[:count], longest[count:]
         asked, encoded = pictures.usable(tried, least=int(not longest))
 
-    trained = policy.settings.train_vision
-    seen = policy.parallel.run_unsharded(
-        lambda: pictures.encode_vision(encoded), policy=trained, reference=trained
-    )
+    seen = pictures.look(encoded)
     batch = roll_out(policy, recipe, asked, encoded, seen.policy, 0, seen.reference)
     log.info("%s", check_sampler(policy, recipe, batch))
     generator = torch.Generator().manual_seed(0)

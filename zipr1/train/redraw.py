@@ -20,7 +20,7 @@ from zipr1.data.sampler import PromptSampler
 from zipr1.models.encoder import MediaEncoder
 from zipr1.models.policy import Policy
 from zipr1.train.minibatch import informative
-from zipr1.train.rollout import Batch, roll_out
+from zipr1.train.rollout import Batch, by_place, roll_out
 
 
 def redraw(
@@ -65,25 +65,12 @@ def asked_instead(
 ) -> Batch:
     """The batch with these questions, by place, rolled out by the ranks that have the pictures of those before them."""
     own = [i for i in new if batch.encoded[i] is not None]
-    asked, encoded = pictures.usable([new[i] for i in own], least=0)
-    waiting = iter(own)  # a bad row may be missing, the others are in order
-    places = [next(i for i in waiting if new[i] is prompt) for prompt in asked]
-    trained = policy.settings.train_vision
-    seen = policy.parallel.run_unsharded(
-        lambda: pictures.encode_vision(encoded), policy=trained, reference=trained
-    )
+    asked, encoded, places = pictures.usable_at(new, own, least=0)
+    seen = pictures.look(encoded)
     # Random numbers of their own: places behind all those of the turns before.
     far = [turn * recipe.train.prompts_per_step + i for i in places]
     part = roll_out(policy, recipe, asked, encoded, seen.policy, step, seen.reference, known, far)
-    mine = {
-        place: (
-            part.groups[j].rollouts,
-            None if part.cut_logprobs is None else part.cut_logprobs[j],
-            None if part.checks is None else part.checks[j],
-            None if part.dense is None else part.dense[j],
-        )
-        for j, place in enumerate(places)
-    }
+    mine = by_place(part, places)
     made: dict[int, Any] = {i: m for ranks in distributed.gather(mine) for i, m in ranks.items()}
     here = dict(zip(places, part.encoded, strict=True))
 

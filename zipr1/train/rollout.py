@@ -147,7 +147,9 @@ def roll_out(
         batch.cut_logprobs = list(cuts[:, :count])
     # 4. the greedy answers at the inference p, beside those of the dense reference
     if checked or gates_kl(recipe):
-        dense = batch.dense = dense_correct(policy, recipe, batch, {} if known is None else known)
+        known = {} if known is None else known
+        dense = dense_correct(policy, recipe, prompts, encoded, batch.reference, known)
+        batch.dense = dense
     if checked:
         greedy = [own[count] for own in made]
         batch.checks = [check(*three) for three in zip(prompts, greedy, dense, strict=True)]
@@ -283,41 +285,56 @@ def check(prompt: Prompt, greedy: Rollout, dense: float) -> Check:
 
 
 def dense_correct(
-    policy: Policy, recipe: Recipe, batch: Batch, known: dict[str, float]
-) -> list[float]:
-    """How right the dense reference answers each of the batch's prompts. known: by `fingerprint`; it grows."""
-    prompts = [group.prompt for group in batch.groups]
-    names = [fingerprint(prompt, e) for prompt, e in zip(prompts, batch.encoded, strict=True)]
-    new = [i for i, name in enumerate(names) if name not in known]
-    asked, about = [prompts[i] for i in new], [batch.encoded[i] for i in new]
-    answered = policy.parallel.run_unsharded(
-        lambda: answer_dense(policy, recipe, asked, about, batch.reference), reference=True
-    )
-    known |= {names[i]: right for i, right in zip(new, answered, strict=True)}
-    return [known[name] for name in names]
-
-
-def answer_dense(
     policy: Policy,
     recipe: Recipe,
     prompts: Sequence[Prompt],
     encoded: Sequence[Encoded],
     features: Features,
+    known: dict[str, float],
 ) -> list[float]:
-    """How right the dense reference answers each prompt, greedily."""
-    right = [0.0] * len(prompts)
-    with policy.reference() as model:
-        lengths = [len(e) + recipe.train.max_new_tokens for e in encoded]
-        room = token_budget(policy, recipe, update=False)
-        for rows in by_length(lengths, recipe.train.micro_batch, room):
-            answers = policy.generate(
-                [encoded[i] for i in rows], features, None, recipe.train.max_new_tokens, model=model
-            )
-            for b, i in enumerate(rows):
-                text = policy.processor.decode(answers.tokens[b])
-                right[i] = reward_of(prompts[i], recipe)(text, prompts[i].answer)
-                watch.alive()
-    return right
+    """How right the dense reference answers each prompt. features: its own. known: by `fingerprint`; it grows. All
+    ranks must ask."""
+    names = [fingerprint(prompt, e) for prompt, e in zip(prompts, encoded, strict=True)]
+    new = [i for i, name in enumerate(names) if name not in known]
+
+    def answer() -> list[tuple[float, float]]:
+        with policy.reference() as model:
+            return answer_greedily(policy, recipe, prompts, encoded, features, new, model=model)
+
+    found = policy.parallel.run_unsharded(answer, reference=True)
+    known |= {names[i]: right for i, (right, _) in zip(new, found, strict=True)}
+    return [known[name] for name in names]
+
+
+def answer_greedily(
+    policy: Policy,
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    encoded: Sequence[Encoded],
+    features: Features,
+    which: Sequence[int],
+    request: Request | None = None,
+    model: Any = None,
+) -> list[tuple[float, float]]:
+    """Of each of the prompts `which`, how right its greedy answer is and the share of its tokens that was kept.
+
+    request: sparse; None: dense. model: the reference's; None: the policy's own.
+    """
+    length = recipe.train.max_new_tokens
+    found = [(0.0, 1.0)] * len(which)
+    room = token_budget(policy, recipe, update=False)
+    lengths = [len(encoded[i]) + length for i in which]
+    for rows in by_length(lengths, recipe.train.micro_batch, room):
+        few = [encoded[which[row]] for row in rows]
+        answers = policy.generate(few, features, request, length, model=model)
+        for b, row in enumerate(rows):
+            prompt, text = prompts[which[row]], policy.processor.decode(answers.tokens[b])
+            right, kept = reward_of(prompt, recipe)(text, prompt.answer), 1.0
+            watch.alive()
+            if answers.counts is not None:
+                kept = float(answers.counts[b].double().mean()) / len(few[b])
+            found[row] = right, kept
+    return found
 
 
 def fingerprint(prompt: Prompt, encoded: Encoded) -> str:
@@ -334,15 +351,7 @@ def together(batch: Batch, drawn: Sequence[Prompt], places: Sequence[int]) -> Ba
     """
     if distributed.size() == 1:
         return batch
-    own = {
-        place: (
-            batch.groups[i].rollouts,
-            None if batch.cut_logprobs is None else batch.cut_logprobs[i],
-            None if batch.checks is None else batch.checks[i],
-            None if batch.dense is None else batch.dense[i],
-        )
-        for i, place in enumerate(places)
-    }
+    own = by_place(batch, places)
     means = {"audit": batch.probe_audit_mass, **batch.accuracy}
     parts = distributed.gather((own, len(places), means))
     everyone: dict[int, Any] = {place: made for part, _, _ in parts for place, made in part.items()}
@@ -362,6 +371,16 @@ def together(batch: Batch, drawn: Sequence[Prompt], places: Sequence[int]) -> Ba
         probe_audit_mass=mean.pop("audit"),
         accuracy=mean,
     )
+
+
+def by_place(batch: Batch, places: Sequence[int]) -> dict[int, tuple[Any, ...]]:
+    """What other ranks must know of each prompt that was rolled out here, by its place in the step: its rollouts, and
+    its cut_logprobs, check and dense answer, None where the step has none. places: of the batch's prompts."""
+    lists = (batch.cut_logprobs, batch.checks, batch.dense)
+    return {
+        place: (batch.groups[i].rollouts, *(None if one is None else one[i] for one in lists))
+        for i, place in enumerate(places)
+    }
 
 
 def _seed(*numbers: int) -> int:
