@@ -64,6 +64,7 @@ def test_questions_in_place_of_others_are_of_their_task_and_new():
     assert {p.id for p in got if p and p.task == "a"} == {"a4", "a5"}
     assert len({p.id for p in got if p}) == 4
     assert deck.instead(7, 1, ["b", "a", "a", "b", "a"], asked) == got
+    assert deck.instead(7, 1, ["a", "b"], deck.prompts[:6])[0] is None  # all of task a were asked
     many = {
         tuple(p.id for p in deck.instead(s, t, ["b", "b"], [])) for s in range(4) for t in (1, 2)
     }

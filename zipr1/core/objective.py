@@ -103,8 +103,9 @@ class Guard(Section):
         so many times.
     """
 
-    questions: Annotated[int, Field(ge=1, le=100_000)] = 1000
-    per_step: Annotated[int, Field(ge=1, le=65_536)] = 24
+    # All are in memory, and those of a step are decoded and asked together.
+    questions: Annotated[int, Field(ge=1, le=10_000)] = 1000
+    per_step: Annotated[int, Field(ge=1, le=1024)] = 24
     early_drop: Annotated[float, Field(ge=0, le=1)] = 0.08
     strict_at: Share = 0.7
     max_answer_weight: Annotated[float, Field(ge=1, le=1000)] = 2.0

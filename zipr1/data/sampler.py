@@ -82,6 +82,8 @@ class PromptSampler:
             places = [i for i, task in enumerate(tasks) if task == name]
             of_task = self._task_of_prompt == self._task_numbers[name]
             pool = np.flatnonzero(free & of_task)
+            if not len(pool):
+                continue
             share = weight[pool] / weight[pool].sum()
             chosen = rng.choice(pool, min(len(places), len(pool)), replace=False, p=share)
             for place, i in zip(places, chosen.tolist(), strict=False):
