@@ -60,7 +60,7 @@ TWICE = (
 KERNELS = {
     "probe_scores": 3, "select_top_p": 1, "select_top_k": 2, "select_threshold": 1, "pack_indices": 3, "pack_each": 3,
     "kv_compact": 1,
-    "sparse_prefill": 6, "packed_attention": 1, "sparse_decode": 2,
+    "sparse_prefill": 6, "packed_attention": 1, "sparse_decode": 2, "norm_rope": 1,
 }  # fmt: skip
 # What more it takes to sort a row that is too long to be searched; the sort itself counts as one.
 SORTED = 4
@@ -246,9 +246,9 @@ def gpu() -> Iterator[Gpu]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "tolist", _tolist(counting))
         patch.setattr(torch, "tensor", _tensor(counting))
-        from zipr1.models.sparse import context, gate, packing, retain, rules, selection
+        from zipr1.models.sparse import context, gate, packing, retain, rotation, rules, selection
 
-        for module in (context, gate, packing, retain, rules, selection):
+        for module in (context, gate, packing, retain, rotation, rules, selection):
             for name in KERNELS:
                 if hasattr(module, name):
                     patch.setattr(

@@ -39,6 +39,7 @@ CHECKED = {
     "kv_compact": ("kv_compact",),
     "sparse_decode": ("sparse_decode",),
     "packed_attention": ("packed_attention",),
+    "norm_rope": ("norm_rope",),
 }
 
 

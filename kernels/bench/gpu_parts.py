@@ -36,6 +36,7 @@ from run import Clock  # noqa: E402
 from zipr1_kernels import (  # noqa: E402
     Kept,
     kv_compact,
+    norm_rope,
     pack_indices,
     packed_attention,
     probe_scores,
@@ -222,6 +223,10 @@ def problem_of(
         return lambda *x: packed_attention(*x, kept), flat, True
     if op == "kv_compact":
         return lambda k, v: kv_compact(k, v, kept), [k, v], False
+    if op == "norm_rope":
+        cos, sin = (tensor(context, rows, 1, length, dim, seed=s)[:, 0] for s in (5, 6))
+        weight = tensor(context, 1, 1, 1, dim, seed=7).flatten()
+        return lambda x, *y: norm_rope(x, *y), [q.transpose(1, 2), cos, sin, weight], False
     if op == "sparse_decode":
         with use("torch"):
             small = kv_compact(k, v, kept)

@@ -37,7 +37,7 @@ ONES = ("H", "G", "R", "queries", "shares")
 FLOATS = {"Lse", "Delta", "Most", "Total", "Part", "Scores", "Budget", "Share", "Ranked"}
 LONGS = {"Index", "Count", "Flat", "Places", "Order"}
 BYTES = {"Valid", "Cand", "Always", "Keep"}
-REALS = {"scale", "factor"}
+REALS = {"scale", "factor", "eps"}
 COLUMNS_OUT = {"Out": "*fp32", "Count": "*fp32"}
 
 # module, table of configurations (or one), kernel, whether it belongs to a backward pass, arguments that differ from
@@ -65,6 +65,8 @@ KERNELS: list[tuple[str, str, str, bool, dict[str, str], dict[str, Any]]] = [
     ("sparse_decode", "FORWARD", "split_kernel", False, {}, {"MASKED": True, "COUNTED": False, "BM": 64}),
     ("sparse_decode", "FORWARD", "join_kernel", False, {}, {"SHARES": 128}),
     ("kv_compact", "FORWARD", "compact_kernel", False, {}, {}),
+    ("norm_rope", "FORWARD", "norm_rope_kernel", False, {}, {"NORM": True}),
+    ("norm_rope", "FORWARD", "norm_rope_kernel", False, {}, {"NORM": False}),
 ]  # fmt: skip
 
 # Configurations worth trying at head dimension 128, by operation and table.

@@ -3,7 +3,8 @@
 Torch and the standard library only; nothing of zipr1 is imported. Each operation is a folder whose
 `__init__.py` is the public function with its checks and whose `reference.py` is plain PyTorch: the
 definition that any faster version is tested against, and the path taken on a CPU. Tensors are
-head-first, `(B, H, L, D)`, as transformers hands them over. See kernels/README.md.
+head-first, `(B, H, L, D)`, as transformers hands them over, but where an operation says otherwise. See
+kernels/README.md.
 """
 
 from zipr1_kernels.break_even import BREAK_EVEN, break_even
@@ -11,6 +12,7 @@ from zipr1_kernels.dispatch import ran, unusable, use
 from zipr1_kernels.kept import Kept
 from zipr1_kernels.kv_compact import kv_compact
 from zipr1_kernels.kv_compact.reference import kv_compact as kv_compact_reference
+from zipr1_kernels.norm_rope import norm_rope
 from zipr1_kernels.packed_attention import packed_attention
 from zipr1_kernels.probe_scores import probe_scores
 from zipr1_kernels.probe_scores.reference import probe_scores as probe_scores_reference
@@ -35,6 +37,7 @@ __all__ = [
     "cut_points",
     "kv_compact",
     "kv_compact_reference",
+    "norm_rope",
     "pack_each",
     "pack_indices",
     "packed_attention",

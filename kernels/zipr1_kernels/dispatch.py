@@ -26,7 +26,7 @@ PATHS = ("auto", "torch", "triton")
 # Those that have a faster form than plain torch on a GPU, by the name under which they ask `plan`.
 OPS = (
     "probe_scores", "select_top_p", "select_top_k", "select_threshold", "pack_indices", "sparse_prefill", "kv_compact",
-    "sparse_decode", "packed_attention",
+    "sparse_decode", "packed_attention", "norm_rope",
 )  # fmt: skip
 
 # Head dimensions with a shipped configuration, up to the next power of two.

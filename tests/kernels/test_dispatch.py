@@ -13,6 +13,7 @@ from zipr1_kernels import (
     dispatch,
     kv_compact,
     launch,
+    norm_rope,
     pack_indices,
     probe_scores,
     ran,
@@ -25,7 +26,14 @@ from zipr1_kernels import (
 from zipr1_kernels.select_top_p import kernel as selecting
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KERNELS = ("kv_compact", "probe_scores", "select_top_p", "sparse_decode", "sparse_prefill")
+KERNELS = (
+    "kv_compact",
+    "norm_rope",
+    "probe_scores",
+    "select_top_p",
+    "sparse_decode",
+    "sparse_prefill",
+)
 
 
 def every_operation(device=DEVICE):
@@ -51,7 +59,8 @@ def every_operation(device=DEVICE):
         with torch.no_grad():
             cache = kv_compact(k, v, kept)
             step = sparse_decode(q[:, :, :1], *cache, kept.real)
-    return [out, scores, by_sort, *grads, *cache, step]
+            turned = norm_rope(k.transpose(1, 2), v[:, 0], v[:, 1], k[0, 0, 0])
+    return [out, scores, by_sort, *grads, *cache, step, turned]
 
 
 @pytest.fixture

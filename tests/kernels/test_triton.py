@@ -10,6 +10,7 @@ import pytest
 import torch
 from zipr1_kernels import (
     kv_compact,
+    norm_rope,
     pack_indices,
     probe_scores,
     ran,
@@ -301,6 +302,23 @@ def test_compaction_copies_to_the_bit(dtype):
     assert ran("kv_compact") == "triton"
     for a, b in zip(got, want, strict=True):
         assert a.stride() == b.stride() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("dim", [24, 128])
+def test_heads_are_normed_and_turned(dtype, normed, dim):
+    """Of a batch whose positions are one for all rows, in tables that are parts of a wider one."""
+    x = normal(3, 5, 70, dim, dtype=dtype).transpose(1, 2)
+    cos, sin = normal(1, 1, 70, 2 * dim, seed=1, dtype=dtype)[:, 0].expand(3, -1, -1).chunk(2, -1)
+    tensors = [x, cos, sin, *([normal(1, 1, 1, dim, seed=2, dtype=dtype).flatten()] * normed)]
+    with torch.no_grad():
+        results = both(
+            "norm_rope", lambda *y: norm_rope(*y, **({"eps": 0.01} if normed else {})), tensors
+        )
+    as_good(results, FLOOR[dtype])
+    (got,) = results[-1]
+    assert got.shape == x.shape and got.is_contiguous() and got.dtype == dtype
 
 
 @pytest.mark.parametrize("path", ["torch", "triton"])

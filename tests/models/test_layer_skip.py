@@ -1,6 +1,9 @@
 """What a skipped layer scores with: queries at the probes of that layer, and keys of all tokens, as the layer itself
 would make them."""
 
+import itertools
+from dataclasses import replace
+
 import policychecks
 import pytest
 import standingpu
@@ -9,6 +12,8 @@ import torch
 
 from zipr1.core.recipe import Probes
 from zipr1.models.sparse.layer_skip import projections
+from zipr1.models.sparse.packing import PackedRows
+from zipr1.models.sparse.patch import sparse_attention
 from zipr1.models.sparse.request import Request
 from zipr1.models.sparse.rotation import Rotation
 from zipr1.models.sparse.selection import ProbeRange, Selector
@@ -100,13 +105,53 @@ def test_places_of_all_layers_are_taken_once_and_heads_are_turned_as_the_model_t
 
     def check(rotation, x):
         for layer, slots in enumerate(([0, 7], [5, 11])):
-            turned = rotation.probes(x.expand(1, 2, 3, 4), layer, rotate)
+            turned = rotation.probes(x.expand(1, 2, 3, 4), layer, None, rotate)
             assert turned.shape == (1, 2, 3, 4), "three heads of two probes"
             assert turned[0].transpose(0, 1).tolist() == [by_hand(slots)] * 3
-        turned = rotation.keys(x.expand(2, 6, 1, 4), rotate)
+        turned = rotation.keys(x.expand(2, 6, 1, 4), None, rotate)
         assert turned[:, :, 0].flatten(0, 1).tolist() == by_hand(range(12))
 
     check(rotation, x)
     with standingpu.gpu():  # by another sum, of whole numbers here
         there = [standingpu.OnGpu(part) for part in (cos, sin, torch.tensor([[0, 7], [5, 11]]))]
         check(Rotation((there[0], there[1]), 2, there[2]), standingpu.OnGpu(x))
+
+
+@torch.no_grad()
+def test_layers_write_into_what_nobody_else_sees(monkeypatch):
+    """What a caller gave, and what hooks or transformers keep, stays as it was."""
+    policy = tinymodels.make()
+    request = Request(policychecks.sparse(0.6, skip="layer"))
+    embeds = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(1))
+    before = embeds.clone()
+    places, decoder = [], policy.decoder
+
+    def run(**options):
+        with sparse_attention(policy.model, request):
+            return decoder(inputs_embeds=embeds, use_cache=False, **options)
+
+    unpack = PackedRows.unpack
+
+    def noted(self, packed, over):
+        out = unpack(self, packed, over)
+        places.append((over.data_ptr(), out.data_ptr()))
+        return out
+
+    monkeypatch.setattr(PackedRows, "unpack", noted)
+    alone = run().last_hidden_state
+    assert torch.equal(embeds, before)
+    assert len(places) == policy.layers and len({x for pair in places for x in pair}) == 1
+    assert places[0][0] != embeds.data_ptr()
+    with torch.enable_grad(), sparse_attention(policy.model, replace(request, scores=True)) as kept:
+        graded = decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        sum(layer.scores.square().sum() for layer in kept.record.layers).backward()
+    torch.testing.assert_close(alone, graded.detach(), rtol=0, atol=0)
+    # Collected: each is what the layer returned, and the first what was given.
+    seen = run(output_hidden_states=True).hidden_states
+    assert torch.equal(seen[0], before) and torch.equal(seen[-1], alone)
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(seen))
+    hooked, policy = [], tinymodels.make()
+    decoder = policy.decoder
+    decoder.layers[0].register_forward_hook(lambda m, a, out: hooked.append(out))
+    assert torch.equal(run().last_hidden_state, alone)
+    assert torch.equal(hooked[0], seen[1])

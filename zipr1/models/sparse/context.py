@@ -97,7 +97,10 @@ class SparseContext(ABC):
 
 class Prefill(SparseContext):
     """A prompt, of which each layer that chooses keeps a part. cache: takes the kept keys and values; None: none are.
-    layers: of the decoder, of which the last one is finished where `batch.read_at` says."""
+    layers: of the decoder, of which the last one is finished where `batch.read_at` says. own: whether layers may write
+    into what they are given."""
+
+    own = False
 
     def __init__(
         self,
@@ -169,7 +172,7 @@ class Prefill(SparseContext):
         with torch.set_grad_enabled(self.request.scores and torch.is_grad_enabled()):
             kept, choice = self.choose(layer, heads(rotation))
         with phase("gathers"):
-            return PackedPrefill(self, PackedRows(kept), choice, rotation.at(kept.flat))
+            return PackedPrefill(self, PackedRows(kept, self.own), choice, rotation.at(kept.flat))
 
     def read_in(self, layer: int) -> torch.Tensor | None:
         """Slots of the flattened batch where the output of this layer is read; None: everywhere."""

@@ -40,16 +40,15 @@ def projections(layer: Any, hidden: torch.Tensor, rotation: Rotation) -> Heads:
 
     def heads(x: torch.Tensor, kind: str) -> torch.Tensor:
         x = getattr(attention, f"{kind}_proj")(x)
-        x = x.unflatten(-1, (-1, attention.head_dim))
-        norm = getattr(attention, f"{kind}_norm", None)
-        return x if norm is None else norm(x)
+        return x.unflatten(-1, (-1, attention.head_dim))
 
     def queries(slots: torch.Tensor) -> torch.Tensor:
         q = heads(normed().flatten(0, 1).index_select(0, slots)[None], "q")
-        return rotation.probes(q, number, rotate)[0]
+        return rotation.probes(q, number, getattr(attention, "q_norm", None), rotate)[0]
 
     def keys() -> torch.Tensor:
-        return rotation.keys(heads(normed(), "k"), rotate).transpose(1, 2)
+        k = heads(normed(), "k")
+        return rotation.keys(k, getattr(attention, "k_norm", None), rotate).transpose(1, 2)
 
     return Heads(queries, keys, attention.scaling)
 

@@ -24,14 +24,24 @@ def norms(layer: Any) -> Iterator[tuple[Any, Callable[[torch.Tensor], torch.Tens
         # otherwise.
         known = type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon")
         if known and "forward" not in vars(norm):  # nobody has put another in its place
-            yield norm, _fused(norm, norm.forward)
+            yield norm, Fused(norm, norm.forward)
 
 
-def _fused(norm: Any, stock: Callable[..., torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = norm.weight
+class Fused:
+    """The forward of a norm, by torch's function."""
+
+    def __init__(self, norm: Any, stock: Callable[..., torch.Tensor]) -> None:
+        self.norm, self.stock = norm, stock
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = self.norm.weight
         if weight.dtype != hidden_states.dtype:
-            return stock(hidden_states)
-        return F.rms_norm(hidden_states, weight.shape, weight, norm.variance_epsilon)
+            return self.stock(hidden_states)
+        return F.rms_norm(hidden_states, weight.shape, weight, self.norm.variance_epsilon)
 
-    return forward
+
+def weight_of(norm: Any, dtype: torch.dtype) -> tuple[torch.Tensor, float] | None:
+    """Weight and epsilon of a norm of heads that has such a form, for heads of that dtype; None: it has none."""
+    if not isinstance(vars(norm).get("forward"), Fused) or norm.weight.dtype != dtype:
+        return None
+    return norm.weight, norm.variance_epsilon

@@ -18,9 +18,11 @@ from zipr1.core.phases import phase
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The kept tokens of a batch one after the other, n = the sum of the rows' counts."""
+    """The kept tokens of a batch one after the other, n = the sum of the rows' counts. own: whether `unpack` may write
+    into what it is given."""
 
     kept: Kept
+    own: bool = False
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """`(B, L, ...)` -> `(1, n, ...)`, the kept ones."""
@@ -30,7 +32,9 @@ class PackedRows:
     def unpack(self, packed: torch.Tensor, over: torch.Tensor) -> torch.Tensor:
         """`over` `(B, L, hidden)` with `packed` `(1, n, hidden)` in the kept tokens' places."""
         with phase("gathers"):
-            return over.flatten(0, 1).index_copy(0, self.kept.flat, packed[0]).view_as(over)
+            rows = over.flatten(0, 1)
+            put = rows.index_copy_ if self.own else rows.index_copy
+            return put(0, self.kept.flat, packed[0]).view_as(over)
 
     def by_row(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Heads of packed tokens `(n, H, D)` -> `(B, H, longest, D)`; padding repeats a row's last token."""

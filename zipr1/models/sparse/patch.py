@@ -17,7 +17,7 @@ With gradient checkpointing, run backward inside the block: layers are computed 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ import torch
 from zipr1.core.errors import InputError
 from zipr1.models.sparse import arguments, context
 from zipr1.models.sparse.attention import ATTENTION
-from zipr1.models.sparse.context import DecoderCall, SparseContext
+from zipr1.models.sparse.context import DecoderCall, Prefill, SparseContext
 from zipr1.models.sparse.hybrid import Choosing, check_skip, reading_all
 from zipr1.models.sparse.last_layer import finished, slots_of
 from zipr1.models.sparse.layer_skip import skipping
@@ -136,6 +136,16 @@ def _passes(run: SparseRun, decoder: Any, begin: Begin) -> Callable[..., Any]:
             # none is built; nobody reads it.
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device),
         }
+        if (
+            isinstance(current, Prefill)
+            and request.settings.skip == "layer"
+            and _unseen(decoder, kwargs)
+        ):
+            current.own = True
+            if kwargs.get("inputs_embeds") is not None:  # they are the caller's
+                changed["inputs_embeds"] = kwargs["inputs_embeds"].clone(
+                    memory_format=torch.contiguous_format
+                )
         shown = kwargs.get("visual_pos_masks")
         if shown is not None and shown.dtype == torch.bool and hasattr(decoder, ADDING):
             changed["visual_pos_masks"] = slots_of(shown, embeds.device)
@@ -144,6 +154,16 @@ def _passes(run: SparseRun, decoder: Any, begin: Begin) -> Callable[..., Any]:
         return out
 
     return forward
+
+
+def _unseen(decoder: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether nobody but the next layer sees what a layer returns, so that it may be written over: no gradient is
+    wanted, and nobody collects hidden states, as transformers does by hooks, which it may hang up later in this pass.
+    """
+    asked = kwargs.get("output_hidden_states")
+    if torch.is_grad_enabled() or (decoder.config.output_hidden_states if asked is None else asked):
+        return False
+    return not any(layer._forward_hooks or layer._forward_pre_hooks for layer in decoder.layers)
 
 
 def features_at_slots(decoder: Any) -> dict[str, Callable[..., torch.Tensor]]:

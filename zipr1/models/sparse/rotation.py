@@ -1,7 +1,7 @@
 """Rotary positions of a pass's tokens, for layers that are run on some of them (layer_skip.py).
 
 Cosines and sines are the same in every layer, so what can be taken out of them is taken out once, and what is scored
-is turned by three kernels in place of five: a GPU is given few launches.
+is normed and turned by one kernel: a GPU is given few launches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from zipr1_kernels import dispatch, norm_rope
 
+from zipr1.models.sparse.norms import weight_of
+
+# A layer's norm of heads, if it has one.
+Norm = Callable[[torch.Tensor], torch.Tensor] | None
 # cos and sin, `(B or 1, L, D)` each, as transformers hands them to a decoder layer.
 Place = tuple[torch.Tensor, torch.Tensor]
 
@@ -37,28 +42,36 @@ class Rotation:
         cos, sin = self._table.index_select(0, slots)[None].chunk(2, -1)
         return cos, sin
 
-    def keys(self, x: torch.Tensor, rotate: Callable[..., Any]) -> torch.Tensor:
-        """All keys `(B, L, H, D)`, turned. rotate: the model's own `apply_rotary_pos_emb`."""
-        return _turned(x, self._keys, rotate)
+    def keys(self, x: torch.Tensor, norm: Norm, rotate: Callable[..., Any]) -> torch.Tensor:
+        """All keys `(B, L, H, D)`, normed and turned. rotate: the model's own `apply_rotary_pos_emb`."""
+        return _turned(x, self._keys, norm, rotate)
 
-    def probes(self, x: torch.Tensor, layer: int, rotate: Callable[..., Any]) -> torch.Tensor:
-        """Queries `(1, n, HQ, D)` of the layer's probes, turned."""
+    def probes(
+        self, x: torch.Tensor, layer: int, norm: Norm, rotate: Callable[..., Any]
+    ) -> torch.Tensor:
+        """Queries `(1, n, HQ, D)` of the layer's probes, normed and turned."""
         assert self._probes is not None
-        return _turned(x, self._probes[layer][None], rotate)
+        return _turned(x, self._probes[layer][None], norm, rotate)
 
 
-def _turned(x: torch.Tensor, table: torch.Tensor, rotate: Callable[..., Any]) -> torch.Tensor:
+def _turned(
+    x: torch.Tensor, table: torch.Tensor, norm: Norm, rotate: Callable[..., Any]
+) -> torch.Tensor:
     """Heads `(B, n, H, D)` by a table `(B, n, 3 D)`."""
     cos, sin, signed = table.chunk(3, -1)
-    if cos.shape[-1] != x.shape[-1] or not _by_halves(rotate):
-        x = x.transpose(1, 2)
-        turned: torch.Tensor = rotate(x, x[:, :0], cos, sin)[0]
-        return turned.transpose(1, 2)
-    cos, signed = cos[:, :, None], signed[:, :, None]
-    swapped = x.roll(x.shape[-1] // 2, -1)
-    if x.device.type == "cpu":  # to the bit what the model has
-        return x * cos + swapped * signed
-    return torch.addcmul(x * cos, swapped, signed)
+    halves = cos.shape[-1] == x.shape[-1] and _by_halves(rotate)
+    if halves and cos.dtype == x.dtype and (x.device.type != "cpu" or dispatch.forced("triton")):
+        known = None if norm is None else weight_of(norm, x.dtype)
+        if norm is not None and known is None:
+            x = norm(x)
+        return norm_rope(x, cos, signed, *(known or ()))
+    x = x if norm is None else norm(x)
+    if halves:  # to the bit what the model has
+        swapped = x.roll(x.shape[-1] // 2, -1)
+        return x * cos[:, :, None] + swapped * signed[:, :, None]
+    x = x.transpose(1, 2)
+    turned: torch.Tensor = rotate(x, x[:, :0], cos, sin)[0]
+    return turned.transpose(1, 2)
 
 
 @functools.cache

@@ -24,10 +24,12 @@ class Draw(NamedTuple):
 
 class Rule(NamedTuple):
     """amount: of p `(.., B)` and the number of candidates `(B,)` -> `(.., B)`, all that `choose` has to know of p, made
-    for all layers at once, where lengths are known. choose: see `top_p`."""
+    for all layers at once, where lengths are known. choose: see `top_p`. scores: of the candidates `(B, L)` alone, in
+    place of the probes', made before the first layer too; None: it reads the probes'."""
 
     amount: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    choose: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Draw], torch.Tensor]
+    choose: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    scores: Callable[[torch.Tensor, Draw], torch.Tensor] | None = None
 
 
 def top_p(
@@ -35,12 +37,11 @@ def top_p(
     p: torch.Tensor,
     candidates: torch.Tensor,
     always: torch.Tensor,
-    draw: Draw,
 ) -> torch.Tensor:
     """The fewest tokens that hold the share p of the score mass.
 
     Args of every rule: scores `(B, L)` float >= 0; its amount `(B,)`, here p itself, float in (0, 1]; candidates and
-    always `(B, L)` bool; draw for random rules. Returns `(B, L)` bool.
+    always `(B, L)` bool. Returns `(B, L)` bool.
     """
     return select_top_p(scores, p, candidates, always)
 
@@ -50,7 +51,6 @@ def top_k(
     k: torch.Tensor,
     candidates: torch.Tensor,
     always: torch.Tensor,
-    draw: Draw,
 ) -> torch.Tensor:
     """The ceil(p * length) tokens of highest score, always-kept ones counted."""
     return select_top_k(scores, k, candidates, always)
@@ -61,23 +61,15 @@ def threshold(
     t: torch.Tensor,
     candidates: torch.Tensor,
     always: torch.Tensor,
-    draw: Draw,
 ) -> torch.Tensor:
     """Drop tokens whose score, relative to a uniform spread, is below 1 - p."""
     return select_threshold(scores, t, candidates, always)
 
 
-def random(
-    scores: torch.Tensor,
-    k: torch.Tensor,
-    candidates: torch.Tensor,
-    always: torch.Tensor,
-    draw: Draw,
-) -> torch.Tensor:
-    """ceil(p * length) tokens by a hash of (seed, layer, unpadded position): the control."""
+def noise(candidates: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """A hash of (seed, layer, unpadded position): with `top_k`, the control."""
     position = candidates.cumsum(-1) - 1
-    noise = uniforms(mix(draw.seed, draw.layer), position.clamp_min(0))
-    return select_top_k(noise, k, candidates, always)
+    return uniforms(mix(draw.seed, draw.layer), position.clamp_min(0))
 
 
 def _itself(p: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
@@ -101,7 +93,7 @@ RULES: dict[str, Rule] = {
     "top_p": Rule(_itself, top_p),
     "top_k": Rule(_count, top_k),
     "threshold": Rule(_rest, threshold),
-    "random": Rule(_count, random),
+    "random": Rule(_count, top_k, noise),
 }
 
 
@@ -114,5 +106,7 @@ def select(
     draw: Draw,
 ) -> torch.Tensor:
     """Apply the rule named `rule`, one of `RULES` (the recipe has checked the name)."""
-    amount = RULES[rule].amount(p, candidates.sum(-1))
-    return RULES[rule].choose(scores, amount, candidates, always, draw)
+    amount, choose, own = RULES[rule]
+    if own is not None:
+        scores = own(candidates, draw)
+    return choose(scores, amount(p, candidates.sum(-1)), candidates, always)

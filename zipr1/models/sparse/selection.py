@@ -111,13 +111,17 @@ class Selector:
             "always": candidates & (to_the_end <= settings.keep_last),
             "dense": dense,
         }
-        if request.replay is None:
-            p = self._thresholds(dense, layers)
-            made["amount"] = RULES[settings.rule].amount(p, candidates.sum(1))
-        else:
+        self.rule = RULES[settings.rule]
+        if request.replay is not None:
             made["replay"] = torch.stack(list(request.replay))
+        else:
+            made["amount"] = self.rule.amount(self._thresholds(dense, layers), candidates.sum(1))
+            if self.rule.scores is not None:
+                draws = (Draw(request.seed, layer) for layer in range(layers))
+                own = [self.rule.scores(candidates, draw) for draw in draws]
+                made["scores"] = torch.stack(own)
         self.scored = len(dense)
-        if not request.scores and (request.replay is not None or settings.rule == "random"):
+        if not request.scores and (request.replay is not None or "scores" in made):
             self.scored = 0  # nobody asks for the scores
         made |= self._probes(asking, layers, candidates.shape[1] - asking.past)
         there = dict(zip(made, send(device, *made.values()), strict=True))
@@ -164,13 +168,12 @@ class Selector:
         """Kept candidates `(B, S)` bool: by the rule, or those of the recorded choice."""
         if "replay" in self._of_layers:
             return self._of_layers["replay"][layer]
-        if scores is None:  # the random rule reads none
-            scores = torch.zeros(self.candidates.shape, device=self.candidates.device)
-        rule, draw = self.request.settings.rule, Draw(self.request.seed, layer)
         with phase("selection"):
+            if "scores" in self._of_layers:  # the rule has its own
+                scores = self._of_layers["scores"][layer]
+            assert scores is not None
             amount = self._of_layers["amount"][layer]
-            choose = RULES[rule].choose
-            return choose(scores.detach(), amount, self.candidates, self.always, draw)
+            return self.rule.choose(scores.detach(), amount, self.candidates, self.always)
 
     def _probes(self, asking: ProbeRange, layers: int, length: int) -> dict[str, torch.Tensor]:
         """`index`, `places` and `rows` of the probes of all layers, and which rows are audited, `audited`; on the CPU.
