@@ -9,7 +9,8 @@ longest of its test questions, with the encoding of their media by a vision towe
 it comes but for prefix caching, compiled; sparse is the plugin with rule top_k, by which each layer keeps the given
 share. First token: each request alone, one token. Throughput: `--requests` at once, tokens of all answers by the time
 until the last has ended. Decode: in these, by the 20th percentile of the engine's steps in which all of them answer:
-other work on the machine only makes steps longer. Prints every turn, the medians and their ratios.
+other work on the machine only makes steps longer. Prints every turn, the medians,
+and the ratios within a turn: their median, and from the least to the most.
 """
 
 from __future__ import annotations
@@ -201,14 +202,14 @@ def main() -> None:
         middle = {k: statistics.median(t[k] for t in turns) for k in turns[0]}
         (_, shares) = sides["sparse"].collective_rpc("kept_shares")[0]
         print("kept by layer:", [round(s, 3) for s in shares])
-        dense, sparse = middle["dense first"], middle["sparse first"]
-        print(
-            f"first token: dense {dense:.2f} s, sparse {sparse:.2f} s, {dense / sparse:.2f} times sooner"
-        )
-        for what in ("throughput", "decode"):
-            dense, sparse = middle[f"dense {what}"], middle[f"sparse {what}"]
+        for what, unit in (("first", "s"), ("throughput", "tokens/s"), ("decode", "tokens/s")):
+            ratios = [t[f"sparse {what}"] / t[f"dense {what}"] for t in turns]
+            if what == "first":
+                ratios = [1 / ratio for ratio in ratios]
             print(
-                f"{what}: dense {dense:.1f}, sparse {sparse:.1f} tokens/s, {sparse / dense:.2f} times as many"
+                f"{what}: dense {middle[f'dense {what}']:.4g}, sparse {middle[f'sparse {what}']:.4g} {unit}, "
+                f"{statistics.median(ratios):.2f} times {'sooner' if what == 'first' else 'as many'} "
+                f"({min(ratios):.2f} to {max(ratios):.2f})"
             )
 
 

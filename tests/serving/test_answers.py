@@ -101,7 +101,7 @@ def test_rules_skips_text_several_pictures_and_turns(served, loaded, settings, t
 @pytest.mark.parametrize("skip", ["layer", "attention"])
 def test_dropped_tokens_are_not_computed(served, loaded, skip, monkeypatch):
     """Rows that go through a layer's parts, step by step, while six questions are read at once and answered: of a
-    dropped token the key and the value, and the query only if it is a probe."""
+    dropped token the key, and the query only if it is a probe."""
     seen = defaultdict(list)
 
     def watch(name, part):
@@ -113,7 +113,8 @@ def test_dropped_tokens_are_not_computed(served, loaded, skip, monkeypatch):
 
     def watch_products(index, projection):
         method = projection.quant_method
-        names = {id(method.queries): "q", id(method.keys_values): "kv", id(projection): "qkv"}
+        names = {id(getattr(method, name)): name for name in ("queries", "keys", "values")}
+        names[id(projection)] = "all"
         apply = method.apply
 
         def counted(matrix, x, bias):
@@ -136,9 +137,10 @@ def test_dropped_tokens_are_not_computed(served, loaded, skip, monkeypatch):
         kept = sum(one.kept[index] for one in found)
         assert kept < total / 2
         answering = [6, 6, 6, 6]
-        assert seen[index, "kv"] == [total]
-        assert seen[index, "q"] == [probes] * 6 + [kept]
-        assert seen[index, "qkv"] == answering
+        assert seen[index, "keys"] == [total]
+        assert seen[index, "values"] == [kept]
+        assert seen[index, "queries"] == [probes] * 6 + [kept]
+        assert seen[index, "all"] == answering
         assert seen[index, "self_attn.attn"] == [kept, *answering]
         assert seen[index, "self_attn.o_proj"] == [kept, *answering]
         assert seen[index, "mlp"] == [total if skip == "attention" else kept, *answering]

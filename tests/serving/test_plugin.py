@@ -37,6 +37,7 @@ def plain(**changed):
             dtype=torch.bfloat16,
             runner_type="generate",
             quantization=None,
+            enable_prompt_embeds=False,
             get_multimodal_config=lambda: SimpleNamespace(is_multimodal_pruning_enabled=bool),
         ),
         cache_config=SimpleNamespace(
@@ -48,10 +49,14 @@ def plain(**changed):
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
             use_ubatching=False,
+            distributed_executor_backend="mp",
             worker_cls="auto",
         ),
         scheduler_config=SimpleNamespace(scheduler_cls=None),
         attention_config=SimpleNamespace(backend=None, backend_per_kind={}),
+        offload_config=SimpleNamespace(
+            uva=SimpleNamespace(cpu_offload_gb=0), prefetch=SimpleNamespace(offload_group_size=0)
+        ),
         kv_transfer_config=None,
         ec_transfer_config=None,
         speculative_config=None,
@@ -73,6 +78,10 @@ REFUSED = {
         "--video-pruning-rate",
     ),
     "cache_config__cache_dtype": ("fp8", "--kv-cache-dtype fp8"),
+    "model_config__enable_prompt_embeds": (True, "--enable-prompt-embeds"),
+    "offload_config__uva": (SimpleNamespace(cpu_offload_gb=0.5), "--cpu-offload-gb"),
+    "offload_config__prefetch": (SimpleNamespace(offload_group_size=4), "--offload-group-size"),
+    "parallel_config__distributed_executor_backend": ("ray", "backend ray"),
     "cache_config__kv_offloading_size": (1.0, "--kv-offloading-size"),
     "cache_config__kv_sharing_fast_prefill": (True, "--kv-sharing-fast-prefill"),
     "kv_transfer_config": (object(), "--kv-transfer-config"),
@@ -264,16 +273,23 @@ class TestWithVllm:
         for part in (
             "zipr1: sparse: rule top_p, p 0.6, in all 4 layers; dropped tokens skip the whole layer",
             "prefix caching, chunked prefill",
-            "the weights are float32 and run in bfloat16: --dtype float32",
         ):
             assert part in line
         assert "\n" not in line
+        # As they are stored, though vLLM by itself takes bfloat16; what is asked for is taken, and said.
+        assert config.model_config.dtype == torch.float32
+        config = self.make(folder, monkeypatch, said, dtype="bfloat16")
+        assert config.model_config.dtype == torch.bfloat16
+        assert said[1].endswith("; the weights are float32 and run in bfloat16: --dtype float32")
 
     @pytest.mark.parametrize(
         ("change", "why"),
         [("dense", "--additional-config says so"), ({"p": 1.0}, "p is 1")],
     )
-    def test_dense_leaves_everything_as_vllm_has_it(self, folder, monkeypatch, change, why):
+    def test_dense_is_as_vllm_has_it_but_for_what_the_folder_says(
+        self, folder, monkeypatch, change, why
+    ):
+        """Clips are read as in training, and weights are what they are."""
         said = []
         config = self.make(folder, monkeypatch, said, additional_config={KEY: change})
         assert said == [f"zipr1: dense: {why}"]
@@ -281,6 +297,9 @@ class TestWithVllm:
         assert config.cache_config.enable_prefix_caching
         assert config.scheduler_config.scheduler_cls is None
         assert "zipr1" not in config.parallel_config.worker_cls
+        media = config.model_config.get_multimodal_config().media_io_kwargs
+        assert media["video"]["video_backend"] == "zipr1"
+        assert config.model_config.dtype == torch.float32
 
     def test_another_p(self, folder, monkeypatch):
         said = []
@@ -313,6 +332,8 @@ class TestWithVllm:
         config = self.make(plain_folder, monkeypatch, said)
         assert said == []
         assert config.model_config.architectures == ["Qwen2_5_VLForConditionalGeneration"]
+        assert config.model_config.dtype == torch.bfloat16  # what vLLM makes of float32
+        assert config.model_config.get_multimodal_config().media_io_kwargs == {}
         assert config.cache_config.enable_prefix_caching
 
     def test_what_cannot_be_is_one_line(self, folder, monkeypatch):
@@ -466,9 +487,11 @@ class TestWithVllm:
             (folder, {"additional_config": {KEY: "dense"}}),
             (plain_folder, {}),
         ):
-            config = self.make(path, monkeypatch, [], **options)
+            said = []
+            config = self.make(path, monkeypatch, said, **options)
             assert config.model_config.architectures == ["Qwen2_5_VLForConditionalGeneration"]
             assert config.cache_config.enable_prefix_caching
+            assert said == ["zipr1: dense: --additional-config says so"] * bool(options)
 
     def test_a_prompt_that_was_read_past_the_plugin_ends_the_engine(self, monkeypatch):
         """As it would be if vLLM called our worker or our layers by other names."""

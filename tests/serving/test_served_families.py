@@ -59,17 +59,21 @@ def test_qwen2_vl_says_and_keeps_the_same(qwen2):
 
 def test_where_all_is_kept_it_is_vllm_without_us(folder):
     model, processor = zipr1.load(str(folder), budget=1.0)
-    asked = engines.questions(processor, prompts())
+    many = [*prompts(), *tasks.prompts("test", "digits", 100, 1, 5)]
+    many += tasks.prompts("test", "moving_digits", 30, 1, 5)
+    asked = engines.questions(processor, many)
     dense = {"additional_config": {KEY: "dense"}, "enforce_eager": True}
     with engines.engine(folder, **dense) as stock:
         assert type(stock.model).__name__ == "Qwen2_5_VLForConditionalGeneration"
         wanted = stock.ask(asked, 8, ignore_eos=True)
-    with engines.engine(folder) as served, served.settings(dense_below=10_000):
+    with engines.engine(folder) as served:
         served.model.unsaid = []  # vLLM alone may say placeholders
-        found = served.ask(asked, 8, ignore_eos=True)
-    assert [one.kept for one in found] == [[one.prompt] * 4 for one in found]
-    engines.agree(found, wanted, kept=False)
-    ours = engines.reference(model, processor, prompts(), 8)
+        for all_kept in ({"p": 1.0}, {"dense_below": 10_000}):
+            with served.settings(**all_kept):
+                found = served.ask(asked, 8, ignore_eos=True)
+            assert [one.kept for one in found] == [[one.prompt] * 4 for one in found]
+            engines.agree(found, wanted, kept=False)
+    ours = engines.reference(model, processor, many, 8)
     assert [one.ids[: len(o.ids)] for one, o in zip(found, ours)] == [o.ids for o in ours]
 
 

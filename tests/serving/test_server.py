@@ -101,7 +101,7 @@ class Server:
 @pytest.fixture(scope="module")
 def served(folder, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "log"
-    server = Server(folder, log, "--dtype", "float32")
+    server = Server(folder, log)
     try:
         server.wait()
         yield server

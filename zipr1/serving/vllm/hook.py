@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import vllm
 from vllm.config import VllmConfig
+from vllm.config import model as model_config
 from vllm.logger import init_logger
 from vllm.model_executor.models import ModelRegistry
 from vllm.platforms import current_platform
@@ -48,6 +49,28 @@ def install() -> None:
 
         named = functools.wraps(stock, assigned=("__doc__",))(try_verify_and_update_config)
         VllmConfig.try_verify_and_update_config = named
+    settled = model_config._get_and_verify_dtype
+    if settled.__module__ != __name__:
+
+        def _get_and_verify_dtype(
+            name: str, stored: Any, dtype: Any, **options: Any
+        ) -> torch.dtype:
+            if dtype == "auto" and whole(stored):
+                dtype = torch.float32
+            return settled(name, stored, dtype, **options)  # type: ignore[no-any-return]
+
+        model_config._get_and_verify_dtype = functools.wraps(settled, assigned=("__doc__",))(
+            _get_and_verify_dtype
+        )
+
+
+def whole(stored: Any) -> bool:
+    """Whether what was exported is float32 and stays so where `--dtype` says nothing: on a CPU. vLLM takes bfloat16."""
+    return (
+        platform() == "cpu"
+        and getattr(stored, KEY, None) is not None
+        and getattr(stored, "dtype", None) == torch.float32
+    )
 
 
 def serve(config: VllmConfig) -> None:
@@ -55,6 +78,9 @@ def serve(config: VllmConfig) -> None:
     found = judged(config)
     if found is None:
         return
+    # As in training, sparse or dense, unless the server was told how to read clips.
+    model = config.model_config
+    model.get_multimodal_config().media_io_kwargs.setdefault("video", clips.options(model.model))
     sparse, why = found
     if sparse is None:
         logger.info("zipr1: dense: %s", why)
@@ -101,8 +127,6 @@ def prepare(config: VllmConfig, sparse: Sparse) -> None:
         max_num_encoder_input_tokens=tokens,
         encoder_cache_size=2 * tokens,
     )
-    # Unless the server was told how to read clips.
-    model.get_multimodal_config().media_io_kwargs.setdefault("video", clips.options(model.model))
 
 
 def put(owner: Any, **values: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the plugin cannot do is refused before a model is loaded. What was never tried is refused, too.
+"""What the plugin cannot do is refused before a model is loaded. What is known and was never tried is refused, too.
 
 Every check reads vLLM's own configuration; nothing of vllm is imported.
 """
@@ -60,6 +60,9 @@ def refusal(config: Any, platform: str) -> str | None:
             text, "use_sliding_window", False
         ),
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype not in PLAIN_CACHE,
+        "--cpu-offload-gb": config.offload_config.uva.cpu_offload_gb > 0,
+        "--offload-group-size": config.offload_config.prefetch.offload_group_size > 0,
+        "--enable-prompt-embeds": model.enable_prompt_embeds,
         "--kv-offloading-size": cache.kv_offloading_size is not None,
         "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
         "--kv-transfer-config": config.kv_transfer_config is not None,
@@ -70,6 +73,7 @@ def refusal(config: Any, platform: str) -> str | None:
         "--data-parallel-size": parallel.data_parallel_size > 1,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
+        "--distributed-executor-backend ray": parallel.distributed_executor_backend == "ray",
         "--enable-dbo": parallel.use_ubatching,
         "--worker-cls": parallel.worker_cls != "auto",
         "--scheduler-cls": config.scheduler_config.scheduler_cls is not None,

@@ -76,18 +76,17 @@ class Decoder:
         else:
             hidden_states, residual = layer.input_layernorm(hidden_states, residual)
         apart = attention.qkv_proj.quant_method
-        both = apart.project(apart.keys_values, hidden_states)
-        key, value = both.split([attention.kv_size, attention.kv_size], dim=-1)
-        key = turned(attention, positions, key)
+        key = turned(attention, positions, apart.project(apart.keys, hidden_states))
         query = functools.partial(queries, attention, positions, hidden_states)
         part = self.step.part(index, functools.partial(self.choose, index, attention, query, key))
         self.announce(self.names[index], part)
         rows = part.rows
+        value = apart.project(apart.values, hidden_states if rows is None else hidden_states[rows])
         if rows is None:
             out, _ = attention.o_proj(attention.attn(query(slice(None)), key, value))
             hidden_states, residual = layer.post_attention_layernorm(out, residual)
             return layer.mlp(hidden_states), residual
-        out = attention.attn(query(rows), key[rows], value[rows])
+        out = attention.attn(query(rows), key[rows], value)
         out, _ = attention.o_proj(out)
         if self.settings.skip == "attention":
             out = torch.zeros_like(residual).index_copy_(0, rows, out)

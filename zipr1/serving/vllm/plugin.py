@@ -7,6 +7,7 @@ touched. Nothing of vllm is imported before it is needed, or an ImportError of v
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from zipr1.serving.vllm import limits
@@ -39,6 +40,8 @@ def guard(reason: str) -> None:
         found = None if self.model_config is None else judged(self)
         if found is not None and found[0] is not None:
             raise limits.refuse(reason)
+        if found is not None:
+            logging.getLogger("vllm.zipr1").info("zipr1: dense: %s", found[1])
         stock(self, *given, **named)
 
     VllmConfig.__post_init__ = checked

@@ -1,4 +1,4 @@
-"""Queries apart from keys and values, though vLLM holds the three projections of a layer as one matrix."""
+"""Queries, keys and values apart, though vLLM holds the three projections of a layer as one matrix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Apart(UnquantizedLinearMethod):
     """
 
     queries: Any
-    keys_values: Any
+    keys: Any
+    values: Any
 
     @classmethod
     def of(cls, projection: Any) -> Apart:
@@ -33,18 +34,17 @@ class Apart(UnquantizedLinearMethod):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Called by vLLM, which on a CPU removes the whole weight here."""
-        query, key, value = layer.output_partition_sizes  # of this rank
-        sizes = [query, key + value]
+        sizes = layer.output_partition_sizes  # of this rank
         weights, biases = layer.weight.data.split(sizes), layer.bias.data.split(sizes)
-        self.queries, self.keys_values = (
+        self.queries, self.keys, self.values = (
             SimpleNamespace(weight=frozen(weight), bias=frozen(bias))
             for weight, bias in zip(weights, biases, strict=True)
         )
-        for part in (self.queries, self.keys_values, layer):
+        for part in (self.queries, self.keys, self.values, layer):
             super().process_weights_after_loading(part)
 
     def project(self, part: Any, rows: torch.Tensor) -> torch.Tensor:
-        """rows `(n, hidden)` -> what `queries` or `keys_values` make of them, `(n, heads * head size)`."""
+        """rows `(n, hidden)` -> what `queries`, `keys` or `values` make of them, `(n, heads * head size)`."""
         return self.apply(part, rows, part.bias)  # type: ignore[no-any-return]
 
 
