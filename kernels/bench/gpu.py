@@ -114,7 +114,8 @@ class Running:
         code = self.process.poll()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one in the driver may not die
+            self.process.wait(2)
         self.reader.join(2)
         if code == 0:
             return None
@@ -260,7 +261,11 @@ def line(row: dict[str, Any]) -> str:
 def has_gpu() -> bool:
     """Asked of a process of its own, so that this one holds no memory of the GPU."""
     ask = "import torch; raise SystemExit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", ask], capture_output=True).returncode == 0
+    try:
+        done = subprocess.run([sys.executable, "-c", ask], capture_output=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return False  # a driver that does not answer
+    return done.returncode == 0
 
 
 def main() -> int:

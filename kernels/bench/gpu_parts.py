@@ -226,7 +226,7 @@ def problem_of(
     if op == "norm_rope":
         cos, sin = (tensor(context, rows, 1, length, dim, seed=s)[:, 0] for s in (5, 6))
         weight = tensor(context, 1, 1, 1, dim, seed=7).flatten()
-        return lambda x, *y: norm_rope(x, *y), [q.transpose(1, 2), cos, sin, weight], False
+        return lambda x, *y: norm_rope(x, *y), [q.transpose(1, 2), cos, sin, weight], True
     if op == "sparse_decode":
         with use("torch"):
             small = kv_compact(k, v, kept)
@@ -272,7 +272,10 @@ def compare(context: Context, case: str, length: int, dim: int, dtype: torch.dty
     taken = ran(op)
     poison(context)
     again = results(function, low, path, graded)
-    names = ["output", "second output"] if op == "kv_compact" else ["output", "dq", "dk", "dv"]
+    names = {
+        "kv_compact": ["output", "second output"],
+        "norm_rope": ["output", "dx", "dcos", "dsin", "dweight"],
+    }.get(op, ["output", "dq", "dk", "dv"])
     for name, a, b, c, d in zip(names, right, usual, found, again, strict=False):
         allowed = 2 * (b.double() - a).abs().max() + torch.finfo(dtype).eps * a.abs().max()
         error = (c.double() - a).abs().max()

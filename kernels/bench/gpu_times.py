@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from cases import SHAPES, Problem, Run
 from run import Clock
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from zipr1_kernels import kv_compact, packed_attention, ran, sparse_prefill, use
+from zipr1_kernels import kv_compact, norm_rope, packed_attention, ran, sparse_prefill, use
 
 if TYPE_CHECKING:
     from gpu_parts import Context
@@ -136,6 +137,10 @@ def scoring(context: Context, clock: Clock) -> None:
         timed(context, clock, problem, "probe_scores", runs["probe_scores"], 0.3)
         timed(context, clock, problem, "select_top_p", selecting, 0.4)
         timed(context, clock, problem, "kv_compact", runs["kv_compact"], 0.2)
+        keys, place = problem.k.transpose(1, 2), problem.v[:, 0].contiguous()
+        turn = functools.partial(norm_rope, keys, place, place, place[0, 0])
+        turning = {"ours": turn, "torch": forced("torch", turn)}
+        timed(context, clock, problem, "norm_rope", turning, 0.1)
         timed(context, clock, problem, "total", {"ours": problem.whole}, 0.3)
 
     each(context, work)

@@ -65,6 +65,16 @@ def use(path: str) -> Iterator[None]:
         _state.path = before
 
 
+@contextlib.contextmanager
+def without(*ops: str) -> Iterator[None]:
+    """Leave these, some of `OPS`, to torch within the block, in all threads, as ZIPR1_KERNELS=auto,-op does."""
+    before, _state.off = _state.off, (*_state.off, *(f"-{op}" for op in ops))
+    try:
+        yield
+    finally:
+        _state.off = before
+
+
 def ran(op: str) -> str | None:
     """What `op` took last in this thread: `triton`, or `torch: ` and the reason; None before its first call."""
     return _state.ran.get(op)

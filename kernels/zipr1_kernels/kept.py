@@ -86,10 +86,14 @@ class Kept:
         # Slots ascend and padding is 0, so a running maximum repeats the last kept slot.
         return cls(index.cummax(-1).values, count, least, keep.shape[1], total)
 
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """What `moved` moves: what a device would have to compute of `index` and `count` goes along."""
+        return self.index, self.count, self.flat, self.starts
+
     def moved(self, move: Callable[..., tuple[torch.Tensor, ...]]) -> Kept:
-        """The same on another device. move: tensors -> the same ones there; what a device would have to compute of
-        `index` and `count` goes along."""
-        index, count, flat, starts = move(self.index, self.count, self.flat, self.starts)
+        """The same on another device. move: `parts` -> the same ones there."""
+        index, count, flat, starts = move(*self.parts)
         there = Kept(index, count, self.least, self.length, self.total)
         vars(there).update(flat=flat, starts=starts)
         return there

@@ -78,6 +78,46 @@ def test_what_does_not_run_is_left_out_whatever_it_raises(capsys):
     assert said == "left out: bad: OutOfResources: shared memory, Required: 300000\n"
 
 
+@pytest.mark.parametrize("op", ["kv_compact", "pack_indices", "select_top_p", "probe_scores"])
+def test_an_operation_that_does_not_compile_is_left_to_torch(op, monkeypatch, capsys):
+    """As on a GPU, where `auto` takes the kernels: those that raise are found one by one, the rest is measured."""
+    import argparse
+
+    import cases
+    import run
+    from zipr1_kernels import dispatch
+
+    class OutOfResources(Exception):
+        """As Triton's, no RuntimeError."""
+
+    taken = []
+
+    def breaks(right):
+        def called(*x, **y):
+            if f"-{op}" not in dispatch._state.off:
+                raise OutOfResources("shared memory, Required: 300000")
+            taken.append(op)
+            return right(*x, **y)
+
+        return called
+
+    monkeypatch.setattr(cases, op, breaks(getattr(cases, op)))
+    found = run.broken("cpu")
+    assert found == [op]
+    said = f"left to torch: {op}: OutOfResources: shared memory, Required: 300000"
+    assert said in capsys.readouterr().out
+    monkeypatch.setattr(run, "machine", lambda *x: (1.0, 1.0))
+    wish = argparse.Namespace(
+        device="cpu", dtype=["float32"], shape=["3b"], length=[64], keep=[0.5], batch=[1], limit=60,
+        repeats=1, seconds=0.01, decode=1, backward=False,
+    )  # fmt: skip
+    assert run.measure(wish, lambda rows: None) == []
+    assert "left out: float32, ('3b', 64, 0.5, 1): OutOfResources" in capsys.readouterr().out
+    with dispatch.without(*found):
+        rows = run.measure(wish, lambda rows: None)
+    assert taken and {"total", "sparse_prefill", "sparse_decode"} <= {row["op"] for row in rows}
+
+
 def test_rows_are_kept_as_they_come_and_time_ends(monkeypatch, capsys):
     """The second problem breaks: the rows of the first are kept. With no time left none is begun."""
     import argparse

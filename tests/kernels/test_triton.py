@@ -312,12 +312,13 @@ def test_heads_are_normed_and_turned(dtype, normed, dim):
     x = normal(3, 5, 70, dim, dtype=dtype).transpose(1, 2)
     cos, sin = normal(1, 1, 70, 2 * dim, seed=1, dtype=dtype)[:, 0].expand(3, -1, -1).chunk(2, -1)
     tensors = [x, cos, sin, *([normal(1, 1, 1, dim, seed=2, dtype=dtype).flatten()] * normed)]
-    with torch.no_grad():
-        results = both(
-            "norm_rope", lambda *y: norm_rope(*y, **({"eps": 0.01} if normed else {})), tensors
-        )
+    grad = normal(3, 5, 70, dim, seed=3).transpose(1, 2)
+    results = both(
+        "norm_rope", lambda *y: norm_rope(*y, **({"eps": 0.01} if normed else {})), tensors, grad
+    )
     as_good(results, FLOOR[dtype])
-    (got,) = results[-1]
+    got = results[-1][0]
+    assert len(results[-1]) == 1 + len(tensors)
     assert got.shape == x.shape and got.is_contiguous() and got.dtype == dtype
 
 

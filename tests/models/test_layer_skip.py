@@ -150,8 +150,22 @@ def test_layers_write_into_what_nobody_else_sees(monkeypatch):
     seen = run(output_hidden_states=True).hidden_states
     assert torch.equal(seen[0], before) and torch.equal(seen[-1], alone)
     assert all(not torch.equal(a, b) for a, b in itertools.pairwise(seen))
-    hooked, policy = [], tinymodels.make()
+    policy = tinymodels.make()  # without the hooks that transformers leaves behind
     decoder = policy.decoder
-    decoder.layers[0].register_forward_hook(lambda m, a, out: hooked.append(out))
-    assert torch.equal(run().last_hidden_state, alone)
-    assert torch.equal(hooked[0], seen[1])
+    # Hooks, of whatever module, and of all: what they were shown stays as it was.
+    for hang in (
+        decoder.layers[0].register_forward_hook,
+        decoder.embed_tokens.register_forward_hook,
+        decoder.layers[1].input_layernorm.register_forward_hook,
+        torch.nn.modules.module.register_module_forward_hook,
+    ):
+        shown = []
+
+        def note(module, given, out, shown=shown):
+            shown += [(x, x.clone()) for x in (*given, out) if isinstance(x, torch.Tensor)]
+
+        hung = hang(note)
+        with sparse_attention(policy.model, request):
+            decoder(input_ids=torch.arange(20).expand(2, -1), use_cache=False)
+        hung.remove()
+        assert shown and all(torch.equal(now, then) for now, then in shown)

@@ -170,7 +170,8 @@ def test_a_layer_in_16_bits_is_launched_as_seldom(family, longest, tmp_path, mon
     policy = load_policy(settings_of, "cpu")
     request = Request(settings(skip="layer"), audit=(0,))
     (of_layers, waits), (dense, dense_waits) = counted_in_a_prefill(policy, request, None)
-    assert min(of_layers) > 35 and max(of_layers) <= 50, of_layers
+    most = 45 if family == "qwen3_vl" else 41
+    assert min(of_layers) > 35 and max(of_layers) <= most + (0 if longest else 4), of_layers
     assert min(dense) > (50 if family == "qwen3_vl" else 35), dense
     assert waits.total() <= LAYERS + 2, waits
     assert not any("index" in where or "size" in where for where in dense_waits), dense_waits
@@ -183,7 +184,7 @@ def test_a_layer_in_16_bits_is_launched_as_seldom_by_rule(rule, tmp_path):
     policy = load_policy(Model(path=path, dtype="bfloat16"), "cpu")
     request = Request(settings(rule=rule, skip="layer"), audit=(0,))
     ((of_layers, waits),) = counted_in_a_prefill(policy, request)
-    assert max(of_layers) <= 50, of_layers
+    assert max(of_layers) <= (41 if rule in ("top_p", "threshold") else 42), of_layers
     assert waits.total() <= LAYERS + 2, waits
 
 
@@ -443,7 +444,7 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(caplog):
         pytest.skip("a GPU captures it")
     calls = []
     with caplog.at_level(logging.WARNING):
-        step = decoding.captured(lambda: calls.append(1))
+        step = decoding.captured(lambda: calls.append(1), torch.device("cuda", 0))
     step()
     assert calls and "launched piece by piece" in caplog.text
 

@@ -9,6 +9,7 @@ import tinyruns
 
 import zipr1
 from zipr1.data.digits import tasks
+from zipr1.data.pages import tasks as forms
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="run `make vllm`")
 
@@ -144,3 +145,17 @@ def test_dropped_tokens_are_not_computed(served, loaded, skip, monkeypatch):
         assert seen[index, "self_attn.attn"] == [kept, *answering]
         assert seen[index, "self_attn.o_proj"] == [kept, *answering]
         assert seen[index, "mlp"] == [total if skip == "attention" else kept, *answering]
+
+
+@pytest.mark.parametrize("skip", ["layer", "attention"])
+def test_pages_and_long_clips(served, loaded, skip):
+    """Prompts of hundreds of tokens, which this model cannot read: whatever it says of them, it says there too."""
+    model, processor = loaded
+    prompts = forms.prompts("test", "pages", 6, 1, 0) + forms.prompts("test", "page_clips", 3, 1, 0)
+    asked = engines.questions(processor, prompts)
+    with zipr1.sparse(model, 0.6, skip=skip), served.settings(p=0.6, skip=skip):
+        wanted = engines.reference(model, processor, prompts)
+        for together in (True, False):
+            engines.agree(served.ask(asked, together=together), wanted)
+    assert min(one.prompt for one in wanted) > 500
+    assert max(one.prompt for one in wanted) > 1000

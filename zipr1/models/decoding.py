@@ -96,17 +96,19 @@ class Steps:
                 return made
             if fixed and made == 2 and device.type == "cuda" and most - made >= CAPTURED:
                 # The step before this one has compiled and allocated what there is to.
-                step = captured(step)
+                step = captured(step, device)
             step()
         return most
 
 
-def captured(step: Callable[[], None]) -> Callable[[], None]:
+def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """The same step as one CUDA graph; as it is, with a warning, where something in it cannot be captured."""
     try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
+        # On a stream of its own: torch's is made once, on the GPU that was the current one then.
+        with torch.cuda.device(device):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
+                step()
     except RuntimeError as error:
         why = reason(error) or type(error).__name__
         log.warning("a decoding step is launched piece by piece: no CUDA graph (%s)", why)

@@ -93,7 +93,7 @@ def layers_of(request: ProfileRequest) -> int | None:
         return 2
     s = cost.shape_of(request.model)
     size = 4 if request.dtype == "float32" else 2
-    free = 0.6 * torch.cuda.mem_get_info()[0] - 2 * s.vocab * s.hidden * size
+    free = 0.6 * torch.cuda.mem_get_info(device)[0] - 2 * s.vocab * s.hidden * size
     return max(1, min(s.layers, int(free // (s.layer_weights * size))))
 
 

@@ -109,7 +109,10 @@ def packed_attention(
     # Widths that differ, or that it does not know, are filled up with zeros, which change no product.
     width = -(-max(dim, values) // STEP) * STEP
     q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
-    out = provider.call(provider.run, q, k, v, kept.starts, kept.index.shape[1], scale)
+    # FlashAttention 4 takes the stream and the kind of the current GPU, as Triton does.
+    there = torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
+    with there:
+        out = provider.call(provider.run, q, k, v, kept.starts, kept.index.shape[1], scale)
     return out[..., :values]
 
 

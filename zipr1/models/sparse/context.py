@@ -10,8 +10,9 @@ Contexts are no dataclasses: FSDP2 hands each layer copies of those, and what a 
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,10 +127,9 @@ class Prefill(SparseContext):
         self.known: list[Kept] | None = None
         answers = valid & ~prompt
         if request.replay is not None:
-            packed = (Kept.from_mask(keep.cpu() | answers) for keep in request.replay)
+            self.known = [Kept.from_mask(keep.cpu() | answers) for keep in request.replay]
             if device.type != "cpu":
-                packed = (kept.moved(lambda *parts: send(device, *parts)) for kept in packed)
-            self.known = list(packed)
+                self.known = _sent(device, self.known)
         self.answers = send(device, answers)[0] if bool(answers.any()) else None
 
     @property
@@ -199,6 +199,13 @@ class Prefill(SparseContext):
             if gate is None:
                 return sparse_prefill(query, key, value, kept, scale=scale)
             return gated_prefill(query, key, value, kept, gate, scale)
+
+
+def _sent(device: torch.device, choices: Sequence[Kept]) -> list[Kept]:
+    """The choices of all layers on a device, by one copy."""
+    parts = [part for kept in choices for part in kept.parts]
+    there = iter(send(device, *parts))
+    return [kept.moved(lambda *own: tuple(itertools.islice(there, len(own)))) for kept in choices]
 
 
 class PackedPrefill(SparseContext):

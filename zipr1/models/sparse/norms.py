@@ -41,7 +41,9 @@ class Fused:
 
 
 def weight_of(norm: Any, dtype: torch.dtype) -> tuple[torch.Tensor, float] | None:
-    """Weight and epsilon of a norm of heads that has such a form, for heads of that dtype; None: it has none."""
-    if not isinstance(vars(norm).get("forward"), Fused) or norm.weight.dtype != dtype:
+    """Weight and epsilon of a norm of heads that has such a form, for heads of that dtype; None: it has none, or
+    somebody's hooks want to see it at work."""
+    hooked = norm._forward_hooks or norm._forward_pre_hooks
+    if hooked or not isinstance(vars(norm).get("forward"), Fused) or norm.weight.dtype != dtype:
         return None
     return norm.weight, norm.variance_epsilon

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.nn.modules import module as everywhere
 
 from zipr1.core.errors import InputError
 from zipr1.models.sparse import arguments, context
@@ -157,13 +158,17 @@ def _passes(run: SparseRun, decoder: Any, begin: Begin) -> Callable[..., Any]:
 
 
 def _unseen(decoder: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether nobody but the next layer sees what a layer returns, so that it may be written over: no gradient is
-    wanted, and nobody collects hidden states, as transformers does by hooks, which it may hang up later in this pass.
-    """
+    """Whether nobody but the next layer sees what a layer is given, so that it may be written over: no gradient is
+    wanted, nobody has hung up hooks, and no hidden states are asked for, which transformers collects by hooks that it
+    may hang up later in this pass."""
     asked = kwargs.get("output_hidden_states")
     if torch.is_grad_enabled() or (decoder.config.output_hidden_states if asked is None else asked):
         return False
-    return not any(layer._forward_hooks or layer._forward_pre_hooks for layer in decoder.layers)
+    return not (
+        everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or any(module._forward_hooks or module._forward_pre_hooks for module in decoder.modules())
+    )
 
 
 def features_at_slots(decoder: Any) -> dict[str, Callable[..., torch.Tensor]]:
