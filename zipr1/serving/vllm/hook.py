@@ -78,22 +78,28 @@ def serve(config: VllmConfig) -> None:
     found = judged(config)
     if found is None:
         return
-    # As in training, sparse or dense, unless the server was told how to read clips.
-    model = config.model_config
-    model.get_multimodal_config().media_io_kwargs.setdefault("video", clips.options(model.model))
     sparse, why = found
     if sparse is None:
+        read_as_trained(config.model_config)
         logger.info("zipr1: dense: %s", why)
         return
     try:
         reason = limits.refusal(config, platform())
         if reason is None:
+            read_as_trained(config.model_config)
             prepare(config, sparse)
     except AttributeError as error:
         reason = limits.lacking(vllm.__version__, error)
     if reason is not None:
         raise limits.refuse(reason)
     logger.info("%s", said(config, sparse))
+
+
+def read_as_trained(model: Any) -> None:
+    """Clips by zipr1's reader, unless the server was told how to read them."""
+    media = model.multimodal_config
+    if media is not None and model.architecture in limits.ARCHITECTURES:
+        media.media_io_kwargs.setdefault("video", clips.options(model.model))
 
 
 def platform() -> str:
