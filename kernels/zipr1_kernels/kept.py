@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -91,9 +90,10 @@ class Kept:
         """What `moved` moves: what a device would have to compute of `index` and `count` goes along."""
         return self.index, self.count, self.flat, self.starts
 
-    def moved(self, move: Callable[..., tuple[torch.Tensor, ...]]) -> Kept:
-        """The same on another device. move: `parts` -> the same ones there."""
-        index, count, flat, starts = move(*self.parts)
+    def moved(
+        self, index: torch.Tensor, count: torch.Tensor, flat: torch.Tensor, starts: torch.Tensor
+    ) -> Kept:
+        """The same on another device, where `parts` are these."""
         there = Kept(index, count, self.least, self.length, self.total)
         vars(there).update(flat=flat, starts=starts)
         return there

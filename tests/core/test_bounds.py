@@ -238,9 +238,8 @@ def test_embedded_questions_and_answers_of_a_step_are_bounded_together():
         check(validate({"data": {"heldout_prompts": MOST_EMBEDDED + 1, "heldout": "validation"}}))
     rows = {"source": "a.jsonl", "heldout": "b.jsonl"}
     check(validate({"data": {"prompts": 10_000_000, "heldout_prompts": 10_000_000, **rows}}))
-    with pytest.raises(
-        InputError, match=r"65,536 x budgets\.num_generations 17 x .* are 1,114,112"
-    ):
+    said = r"65,536 x budgets\.num_generations 17 x budgets\.answers_per_budget 1 are 1,114,112"
+    with pytest.raises(InputError, match=said):
         check(validate({"train": {"prompts_per_step": 65_536}, "budgets": {"num_generations": 17}}))
 
 

@@ -63,6 +63,27 @@ def test_the_kernel_is_held_to_the_same_where_another_path_is_the_usual_one(monk
     assert "bfloat16 output without gradient" in found
 
 
+def test_a_forced_kernel_that_does_not_compile_is_left_out_of_the_gate(monkeypatch, capsys):
+    import run
+    from zipr1_kernels import dispatch
+
+    class OutOfResources(Exception):
+        """As Triton's, no RuntimeError."""
+
+    right = run.sparse_prefill
+
+    def kernel(*tensors):
+        if dispatch.forced("triton"):
+            raise OutOfResources("shared memory, Required: 300000")
+        return right(*tensors)
+
+    monkeypatch.setattr(run, "sparse_prefill", kernel)
+    assert run.gate("cpu", ("auto", "triton")) == []
+    said = capsys.readouterr().out
+    assert said.count("OutOfResources: shared memory, Required: 300000") == 2 * len(run.DTYPES)
+    assert "left out: float32 (128, ragged rows, triton): " in said
+
+
 def test_what_does_not_run_is_left_out_whatever_it_raises(capsys):
     import run
 

@@ -10,7 +10,6 @@ Contexts are no dataclasses: FSDP2 hands each layer copies of those, and what a 
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -203,9 +202,8 @@ class Prefill(SparseContext):
 
 def _sent(device: torch.device, choices: Sequence[Kept]) -> list[Kept]:
     """The choices of all layers on a device, by one copy."""
-    parts = [part for kept in choices for part in kept.parts]
-    there = iter(send(device, *parts))
-    return [kept.moved(lambda *own: tuple(itertools.islice(there, len(own)))) for kept in choices]
+    there = iter(send(device, *(part for kept in choices for part in kept.parts)))
+    return [kept.moved(*(next(there) for _ in kept.parts)) for kept in choices]
 
 
 class PackedPrefill(SparseContext):
